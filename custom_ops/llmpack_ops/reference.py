@@ -1,0 +1,167 @@
+"""Numpy truth of every operator of FORMAT.md section 5, computed in float64.
+
+Input: arrays as the operators get them, except weights, which are *logical*: [out_features, in_features], as they
+are before `layout` puts them in the order that a kernel reads. Output: float64, so that a test compares a kernel with the exact
+result and not with another rounding. The quantization of activations (5.1) is not imitated: the reference is exact, and
+`activation_quantization_bound` says how far a kernel may be from it.
+
+Nothing here is fast, and nothing here shares code with the kernels or the packager.
+
+Symbols: T tokens, B sequences, H query heads, KV key-value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+Array = NDArray[Any]
+
+
+def dequantize(quantized: Array, scales: Array, zero_point: int) -> Float64:
+    """Restore the weights that quantized numbers stand for (FORMAT.md 4.3).
+
+    Args:
+        quantized: [out_features, in_features], uint8.
+        scales: [out_features, in_features / group_size], float16.
+        zero_point: 8 for q4, 128 for q8.
+    Returns:
+        [out_features, in_features]: (quantized - zero_point) * scale.
+    Raises:
+        ValueError: the number of scales does not divide in_features, or the rows differ.
+    """
+    rows, in_features = quantized.shape
+    if scales.shape[0] != rows or in_features % scales.shape[1]:
+        raise ValueError(f"scales {scales.shape} do not fit quantized {quantized.shape}")
+    group_size = in_features // scales.shape[1]
+    return (quantized.astype(np.float64) - zero_point) * np.repeat(scales.astype(np.float64), group_size, axis=1)
+
+
+def matmul(x: Array, weight: Array) -> Float64:
+    """Multiply x [tokens, in_features] with the transpose of weight [out_features, in_features] (5.1)."""
+    return x.astype(np.float64) @ weight.astype(np.float64).T
+
+
+def activation_quantization_bound(x: Array, weight: Array, group_size: int) -> Float64:
+    """Bound the distance of y from `matmul(x, weight)` when x is quantized to 8 bits (5.1), float32 rounding apart.
+
+    A quantized activation is at most half a step, absmax / 254, from the true one.
+
+    Args:
+        x: [tokens, in_features].
+        weight: [out_features, in_features], dequantized.
+        group_size: input features that share a step.
+    Returns:
+        [tokens, out_features], in the units of y.
+    """
+    tokens, in_features = x.shape
+    groups = in_features // group_size
+    absmax = np.abs(x.astype(np.float64)).reshape(tokens, groups, group_size).max(axis=2, initial=0.0)
+    size = np.abs(weight.astype(np.float64)).reshape(len(weight), groups, group_size).sum(axis=2)
+    return absmax / 254.0 @ size.T
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> Float64:
+    """Divide x [T, hidden_size] by its root mean square, times weight [hidden_size] (5.2)."""
+    x64 = x.astype(np.float64)
+    return x64 / np.sqrt((x64**2).mean(axis=1, keepdims=True) + epsilon) * weight.astype(np.float64)
+
+
+def add_rms_norm(x: Array, residual: Array, weight: Array, epsilon: float) -> tuple[Float64, Float64]:
+    """Return `rms_norm` of x + residual, and that sum; both [T, hidden_size] (5.3)."""
+    total = x.astype(np.float64) + residual.astype(np.float64)
+    return rms_norm(total, weight, epsilon), total
+
+
+def swiglu(gate_up: Array) -> Float64:
+    """Return silu(gate) * up, [T, F], where gate is the first half of the columns of gate_up [T, 2 F] (5.4)."""
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+    # e^-|g| cannot overflow; both branches are the logistic function.
+    e = np.exp(-np.abs(gate))
+    return gate * np.where(gate >= 0, 1.0, e) / (1.0 + e) * up
+
+
+def rotate(heads: Array, cos_sin: Array) -> Float64:
+    """Rotate heads [T, heads, D] by cos_sin [T, D]; element j is paired with j + D / 2 (5.5)."""
+    half = heads.shape[2] // 2
+    cos, sin = (part.astype(np.float64)[:, None, :] for part in (cos_sin[:, :half], cos_sin[:, half:]))
+    a, b = heads[..., :half].astype(np.float64), heads[..., half:].astype(np.float64)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
+
+
+def paged_attention(
+    qkv: Array,
+    cos_sin: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    query_start: Array,
+    seq_lens: Array,
+    block_table: Array,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> tuple[Float64, Array, Array]:
+    """Rotate, write into the cache, and compute causal grouped-query attention (5.5).
+
+    Args:
+        qkv: [T, (H + 2 KV) * D].
+        cos_sin: [T, D], cos for the first D / 2 columns, sin for the others.
+        key_cache: [num_blocks, block_size, KV, D], float32 or float16; not changed.
+        value_cache: of the same shape and type; not changed.
+        slot_mapping: [T], `block * block_size + offset`, negative: not written.
+        query_start: [B + 1], first token of each sequence, and T.
+        seq_lens: [B], length of each sequence with this step's tokens.
+        block_table: [B, max_blocks], cache blocks of each sequence in order.
+        num_heads: H.
+        num_kv_heads: KV.
+        scale: factor of the scores.
+    Returns:
+        out [T, H * D], and the two caches after the step, of their own type.
+    """
+    tokens, head_dim = cos_sin.shape
+    heads = qkv.reshape(tokens, num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = np.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
+    key_cache, value_cache = key_cache.copy(), value_cache.copy()
+    flat_keys = key_cache.reshape(-1, num_kv_heads, head_dim)
+    flat_values = value_cache.reshape(-1, num_kv_heads, head_dim)
+    written = slot_mapping >= 0
+    # The kernel rotates in float32 before it rounds to the cache's type; so does this, for equal roundings.
+    flat_keys[slot_mapping[written]] = rotate(k, cos_sin)[written].astype(np.float32)
+    flat_values[slot_mapping[written]] = v[written]
+
+    q64 = rotate(q, cos_sin)
+    block_size = key_cache.shape[1]
+    out = np.zeros((tokens, num_heads, head_dim))
+    for b, length in enumerate(seq_lens):
+        first, end = query_start[b], query_start[b + 1]
+        if first == end:
+            continue  # its row of the block table may hold anything
+        positions = np.arange(length)
+        slots = block_table[b][positions // block_size].astype(np.int64) * block_size + positions % block_size
+        keys = np.repeat(flat_keys[slots].astype(np.float64), num_heads // num_kv_heads, axis=1)
+        values = np.repeat(flat_values[slots].astype(np.float64), num_heads // num_kv_heads, axis=1)
+        for token in range(first, end):
+            seen = length - (end - token) + 1
+            scores = np.einsum("hd,phd->hp", q64[token], keys[:seen]) * scale
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            out[token] = np.einsum("hp,phd->hd", weights, values[:seen])
+    return out.reshape(tokens, num_heads * head_dim), key_cache, value_cache
+
+
+def all_reduce(parts: list[Array]) -> NDArray[np.float32]:
+    """Sum the ranks' float32 arrays, added in float32 in rank order (5.6): the exact bits of every rank."""
+    total = parts[0].astype(np.float32)
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def all_gather(parts: list[Array], out_features: int) -> Array:
+    """Put the ranks' columns [R, C] side by side, cut to out_features columns (5.7): the exact bits of every rank."""
+    return np.concatenate(parts, axis=1)[:, :out_features]

@@ -1,0 +1,63 @@
+// AllReduce and AllGather: checks of FORMAT.md 5.6 and 5.7.
+#include "cpu/collectives.h"
+
+#include "ort/kernel.h"
+#include "ort/ops.h"
+
+namespace llmpack::ort {
+namespace {
+
+template <class Collective>
+void run(const Collective& collective) {
+    try {
+        collective();
+    } catch (const CollectiveError& error) {
+        throw OpError(error.what(), kFail);
+    }
+}
+
+struct AllReduceOp {
+    static constexpr const char* kName = "AllReduce";
+    static constexpr Port kInputs[] = {{"x", kFloat}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+    static constexpr InPlace kInPlace[] = {{0, 0}};
+
+    explicit AllReduceOp(const NodeInfo&) {}
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0);
+        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        float* y = context.output(0, {x.shape[0], x.shape[1]});
+        run([&] { all_reduce(x.as<float>(), y, x.shape[0] * x.shape[1]); });
+    }
+};
+
+struct AllGatherOp {
+    static constexpr const char* kName = "AllGather";
+    static constexpr Port kInputs[] = {{"x", kFloat}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit AllGatherOp(const NodeInfo& node) : out_features(node.int_attribute("out_features")) {
+        if (out_features <= 0) {
+            throw OpError("attribute out_features is " + std::to_string(out_features) +
+                          ", expected a positive number");
+        }
+    }
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0);
+        x.expect_shape({-1, -1}, "[rows, columns of this rank]");
+        float* y = context.output(0, {x.shape[0], out_features});
+        run([&] { all_gather(x.as<float>(), y, x.shape[0], x.shape[1], out_features); });
+    }
+
+    int64_t out_features;
+};
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> collective_ops() {
+    return {custom_op<AllReduceOp>(), custom_op<AllGatherOp>()};
+}
+
+}  // namespace llmpack::ort

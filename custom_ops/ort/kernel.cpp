@@ -1,0 +1,148 @@
+#include "ort/kernel.h"
+
+namespace llmpack::ort {
+
+namespace {
+
+const char* type_name(int type) {
+    switch (type) {
+        case kFloat:
+            return "float32";
+        case kUInt8:
+            return "uint8";
+        case kInt32:
+            return "int32";
+        case kFloat16:
+            return "float16";
+        default:
+            return "another type";
+    }
+}
+
+// Throws what() if the status is a failure; the sentence is made only then.
+template <class What>
+void require(const OrtApi& api, OrtStatus* status, const What& what) {
+    if (status == nullptr) return;
+    ReleaseStatus(api, status);
+    throw OpError(what());
+}
+
+}  // namespace
+
+std::string shape_string(const int64_t* sizes, size_t rank) {
+    std::string text = "[";
+    for (size_t i = 0; i < rank; i++) {
+        if (i > 0) text += ", ";
+        text += sizes[i] < 0 ? "any" : std::to_string(sizes[i]);
+    }
+    return text + "]";
+}
+
+int64_t NodeInfo::int_attribute(const char* name) const {
+    int64_t value = 0;
+    require(api_, KernelInfoGetAttribute_int64(api_, info_, name, &value), [&] {
+        return std::string("attribute ") + name + " is missing or no integer, expected an integer";
+    });
+    return value;
+}
+
+float NodeInfo::float_attribute(const char* name) const {
+    float value = 0;
+    require(api_, KernelInfoGetAttribute_float(api_, info_, name, &value),
+            [&] { return std::string("attribute ") + name + " is missing or no float, expected a float"; });
+    return value;
+}
+
+std::string NodeInfo::name() const {
+    size_t size = 0;  // with the zero at the end
+    if (OrtStatus* status = KernelInfo_GetNodeName(api_, info_, static_cast<char*>(nullptr), &size)) {
+        ReleaseStatus(api_, status);
+        return {};
+    }
+    std::string name(size, '\0');
+    if (OrtStatus* status = KernelInfo_GetNodeName(api_, info_, name.data(), &size)) {
+        ReleaseStatus(api_, status);
+        return {};
+    }
+    name.resize(size > 0 ? size - 1 : 0);
+    return name;
+}
+
+void Tensor::expect_shape(std::initializer_list<int64_t> expected, const char* meaning) const {
+    bool equal = expected.size() == shape.rank;
+    size_t i = 0;
+    for (int64_t size : expected) {
+        equal = equal && (size < 0 || size == shape[i]);
+        i++;
+    }
+    if (equal) return;
+    throw OpError(std::string("input ") + name + " has shape " + shape_string(shape.sizes, shape.rank) +
+                  ", expected " + shape_string(expected.begin(), expected.size()) + " = " + meaning);
+}
+
+Tensor Context::input(size_t index) const {
+    Tensor tensor{inputs_[index].name, kAny, {}, nullptr};
+    auto unreadable = [&] {
+        return std::string("input ") + tensor.name + " is missing or no tensor, expected a tensor";
+    };
+    const OrtValue* value = nullptr;
+    require(api_, KernelContext_GetInput(api_, context_, index, &value), unreadable);
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    if (value == nullptr) throw OpError(unreadable());
+    require(api_, GetTensorTypeAndShape(api_, value, &info), unreadable);
+    int type = 0;
+    size_t& rank = tensor.shape.rank;
+    OrtStatus* status = GetTensorElementType(api_, info, &type);
+    if (status == nullptr) status = GetDimensionsCount(api_, info, &rank);
+    const bool fits = rank <= Shape::kMaxRank;
+    if (status == nullptr && fits) status = GetDimensions(api_, info, tensor.shape.sizes, rank);
+    ReleaseTensorTypeAndShapeInfo(api_, info);
+    require(api_, status, unreadable);
+    if (!fits) {
+        throw OpError(std::string("input ") + tensor.name + " has " + std::to_string(rank) +
+                      " axes, expected at most " + std::to_string(Shape::kMaxRank));
+    }
+    if (inputs_[index].type != kAny && type != inputs_[index].type) {
+        throw OpError(std::string("input ") + tensor.name + " is of " + type_name(type) + ", expected " +
+                      type_name(inputs_[index].type));
+    }
+    tensor.type = static_cast<ElementType>(type);
+    // The C ABI has one accessor, for mutable data. Only PagedAttention writes through it, to its caches.
+    require(api_, GetTensorMutableData(api_, const_cast<OrtValue*>(value), &tensor.data), unreadable);
+    return tensor;
+}
+
+float* Context::output(size_t index, std::initializer_list<int64_t> shape) {
+    OrtValue* value = nullptr;
+    void* data = nullptr;
+    auto what = [&] {
+        return "output " + std::to_string(index) + " of shape " + shape_string(shape.begin(), shape.size()) +
+               " cannot be made, expected memory for it";
+    };
+    require(api_, KernelContext_GetOutput(api_, context_, index, shape.begin(), shape.size(), &value), what);
+    require(api_, GetTensorMutableData(api_, value, &data), what);
+    return static_cast<float*>(data);
+}
+
+int64_t Context::ranges_for(int64_t count, int64_t grain) {
+    // More ranges than threads, so that a thread that starts late takes fewer of them.
+    constexpr int64_t kMostRanges = 64;
+    const int64_t ranges = grain > 1 ? count / grain : count;
+    return ranges < 1 ? 1 : ranges > kMostRanges ? kMostRanges : ranges;
+}
+
+void Context::parallel_for_each(void (*function)(void*, size_t), size_t total, void* user_data) const {
+    require(api_, KernelContext_ParallelFor(api_, context_, function, total, size_t{0}, user_data),
+            [] { return "the thread pool refused a parallel loop, expected it to run"; });
+}
+
+OrtStatus* to_status(const OrtApi& api, const char* op, const std::string& node,
+                     const std::exception& error) {
+    const OpError* op_error = dynamic_cast<const OpError*>(&error);
+    std::string message = op;
+    if (!node.empty()) message += " '" + node + "'";
+    message += std::string(": ") + error.what() + ".";
+    return CreateStatus(api, static_cast<int>(op_error != nullptr ? op_error->code : kFail), message.c_str());
+}
+
+}  // namespace llmpack::ort

@@ -1,0 +1,236 @@
+// What a kernel's glue needs from ONNX Runtime: attributes, checked tensors, parallel loops; and the template
+// that turns a description of an operator into an OrtCustomOp.
+//
+// A description is a class:
+//
+//   struct RMSNorm {
+//       static constexpr const char* kName = "RMSNorm";
+//       static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kFloat}};
+//       static constexpr Port kOutputs[] = {{"y", kFloat}};
+//       static constexpr InPlace kInPlace[] = {{0, 0}};     // optional: input that may share memory with an
+//       output explicit RMSNorm(const NodeInfo& node);             // reads attributes, throws OpError void
+//       compute(Context& context) const;               // checks shapes, runs the kernel, throws OpError
+//   };
+#ifndef LLMPACK_ORT_KERNEL_H_
+#define LLMPACK_ORT_KERNEL_H_
+
+#include <initializer_list>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "ort/abi.h"
+#include "ort/profile.h"
+
+namespace llmpack::ort {
+
+struct Port {
+    const char* name;
+    ElementType type;
+};
+
+struct InPlace {
+    int input, output;
+};
+
+// An error of the caller, the graph or a peer; becomes an OrtStatus. The message is one sentence without the
+// operator's name.
+class OpError : public std::runtime_error {
+  public:
+    explicit OpError(const std::string& message, ErrorCode code = kInvalidArgument)
+        : std::runtime_error(message), code(code) {}
+    const ErrorCode code;
+};
+
+// Sizes of a tensor's axes, outermost first. On the stack: a kernel reads several at each call.
+class Shape {
+  public:
+    static constexpr size_t kMaxRank = 8;  // no operator takes more than four axes
+    size_t rank = 0;
+    int64_t sizes[kMaxRank] = {};
+    int64_t operator[](size_t axis) const { return sizes[axis]; }
+};
+
+// "[2, 64]"
+std::string shape_string(const int64_t* sizes, size_t rank);
+
+class NodeInfo {
+  public:
+    NodeInfo(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+    // Attributes are required: the packager writes every one.
+    int64_t int_attribute(const char* name) const;
+    float float_attribute(const char* name) const;
+    std::string name() const;
+
+  private:
+    const OrtApi& api_;
+    const OrtKernelInfo* info_;
+};
+
+struct Tensor {
+    const char* name;  // of the operator's input
+    ElementType type;
+    Shape shape;
+    void* data;
+
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(data);
+    }
+    // Throws "input weight has shape [..], expected [..]". A negative number accepts any size.
+    void expect_shape(std::initializer_list<int64_t> expected, const char* meaning) const;
+};
+
+class Context {
+  public:
+    Context(const OrtApi& api, OrtKernelContext* context, const Port* inputs)
+        : api_(api), context_(context), inputs_(inputs) {}
+
+    // Input `index` as it lies in memory: for an initializer, the mapped file.
+    Tensor input(size_t index) const;
+    float* output(size_t index, std::initializer_list<int64_t> shape);
+
+    // Calls body(begin, end) on disjoint ranges that cover [0, count), on the session's intra-op threads, and
+    // waits. `grain` work items are worth one call. body must not throw.
+    template <class Body>
+    void parallel_for(int64_t count, int64_t grain, const Body& body) const {
+        static_assert(std::is_invocable_v<const Body&, int64_t, int64_t>, "body(begin, end)");
+        if (count <= 0) return;
+        Ranges<Body> ranges{body, count, ranges_for(count, grain)};
+        if (ranges.number == 1) {
+            body(0, count);
+            return;
+        }
+        parallel_for_each(&Ranges<Body>::run, static_cast<size_t>(ranges.number), &ranges);
+    }
+
+  private:
+    template <class Body>
+    struct Ranges {
+        const Body& body;
+        int64_t count, number;
+        static void run(void* self, size_t index) {
+            const Ranges& r = *static_cast<const Ranges*>(self);
+            const int64_t i = static_cast<int64_t>(index);
+            r.body(r.count * i / r.number, r.count * (i + 1) / r.number);
+        }
+    };
+    static int64_t ranges_for(int64_t count, int64_t grain);
+    void parallel_for_each(void (*function)(void*, size_t), size_t total, void* user_data) const;
+
+    const OrtApi& api_;
+    OrtKernelContext* context_;
+    const Port* inputs_;
+};
+
+// Memory that a thread keeps between calls and that only grows. `Tag` tells the buffers of a thread apart.
+template <class T, class Tag>
+T* workspace(size_t count) {
+    thread_local std::unique_ptr<T[]> buffer;
+    thread_local size_t capacity = 0;
+    if (capacity < count) {
+        buffer.reset();
+        capacity = 0;
+        buffer.reset(new T[count]);
+        capacity = count;
+    }
+    return buffer.get();
+}
+
+OrtStatus* to_status(const OrtApi& api, const char* op, const std::string& node, const std::exception& error);
+
+template <class Op, class = void>
+struct InPlaceOf {
+    static constexpr const InPlace* pairs = nullptr;
+    static constexpr size_t count = 0;
+};
+template <class Op>
+struct InPlaceOf<Op, std::void_t<decltype(Op::kInPlace)>> {
+    static constexpr const InPlace* pairs = Op::kInPlace;
+    static constexpr size_t count = std::size(Op::kInPlace);
+};
+
+// The OrtCustomOp of a description. One static object each; ONNX Runtime keeps a pointer to it.
+template <class Op>
+struct CustomOp : OrtCustomOp {
+    struct Kernel {
+        const OrtApi& api;
+        std::string node;
+        Op op;
+    };
+
+    CustomOp() : OrtCustomOp{} {
+        version = kOrtApiVersion;
+        GetName = [](const OrtCustomOp*) { return Op::kName; };
+        GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
+        GetInputType = [](const OrtCustomOp*, size_t i) -> int { return Op::kInputs[i].type; };
+        GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kInputs); };
+        GetOutputType = [](const OrtCustomOp*, size_t i) -> int { return Op::kOutputs[i].type; };
+        GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kOutputs); };
+        GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };   // required
+        GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };  // required
+        GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };       // the provider's own memory
+        GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+        GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+        GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return 1; };
+        CreateKernelV2 = create;
+        KernelComputeV2 = compute;
+        KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+        if constexpr (InPlaceOf<Op>::count > 0) {
+            GetMayInplace = may_in_place;
+            ReleaseMayInplace = [](int* inputs, int* outputs) {
+                delete[] inputs;
+                delete[] outputs;
+            };
+        }
+    }
+
+    static OrtStatus* create(const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info,
+                             void** kernel) {
+        NodeInfo node(*api, info);
+        std::string name;
+        try {
+            name = node.name();
+            *kernel = new Kernel{*api, name, Op(node)};
+            return nullptr;
+        } catch (const std::exception& error) {
+            return to_status(*api, Op::kName, name, error);
+        }
+    }
+
+    static OrtStatus* compute(void* kernel, OrtKernelContext* ort_context) {
+        const Kernel& k = *static_cast<const Kernel*>(kernel);
+        static OpTime time(Op::kName);
+        const ProfileScope scope(time);
+        try {
+            Context context(k.api, ort_context, Op::kInputs);
+            k.op.compute(context);
+            return nullptr;
+        } catch (const std::exception& error) {
+            return to_status(k.api, Op::kName, k.node, error);
+        }
+    }
+
+    static size_t may_in_place(int** inputs, int** outputs) {
+        constexpr size_t count = InPlaceOf<Op>::count;
+        *inputs = new int[count];
+        *outputs = new int[count];
+        for (size_t i = 0; i < count; i++) {
+            (*inputs)[i] = InPlaceOf<Op>::pairs[i].input;
+            (*outputs)[i] = InPlaceOf<Op>::pairs[i].output;
+        }
+        return count;
+    }
+};
+
+template <class Op>
+const OrtCustomOp* custom_op() {
+    static const CustomOp<Op> op;
+    return &op;
+}
+
+}  // namespace llmpack::ort
+
+#endif  // LLMPACK_ORT_KERNEL_H_

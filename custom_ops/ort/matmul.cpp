@@ -1,0 +1,124 @@
+// MatMulF32, MatMulF16, MatMulQ8, MatMulQ4: checks of FORMAT.md 4.3 and 5.1, and the division of work.
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "ort/kernel.h"
+#include "ort/ops.h"
+
+namespace llmpack::ort {
+namespace {
+
+int64_t positive_attribute(const NodeInfo& node, const char* name) {
+    const int64_t value = node.int_attribute(name);
+    if (value <= 0)
+        throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) +
+                      ", expected a positive number");
+    return value;
+}
+
+// Tiles that are worth a call of their own: about 32 KB of weights, or, with many tokens, as much work.
+int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
+    const int64_t work = tile_bytes * (1 + tokens / 8);
+    return work >= 32768 ? 1 : 32768 / (work < 1 ? 1 : work);
+}
+
+// With one or two tokens a call is bound by memory and reads its range as two streams, of which each must be
+// long: at least eight tiles a call, and at most 16 calls.
+int64_t stream_grain(int64_t tiles, int64_t tokens) {
+    return tokens <= 2 ? std::max<int64_t>(8, (tiles + 15) / 16) : 1;
+}
+
+template <WeightType type>
+struct FloatMatMulOp {
+    static constexpr const char* kName = type == WeightType::kF32 ? "MatMulF32" : "MatMulF16";
+    static constexpr Port kInputs[] = {{"x", kFloat},
+                                       {"weight", type == WeightType::kF32 ? kFloat : kFloat16}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit FloatMatMulOp(const NodeInfo& node) : out_features(positive_attribute(node, "out_features")) {}
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0), weight = context.input(1);
+        x.expect_shape({-1, -1}, "[tokens, in_features]");
+        const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
+        const int64_t tiles = (N + kTileRows - 1) / kTileRows;
+        weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
+        const FloatMatMul args{x.as<float>(), weight.data, context.output(0, {M, N}), M, N, K};
+        if (M == 0) return;
+        const Kernels& k = kernels();
+        const int64_t bytes = K * kTileRows * (type == WeightType::kF32 ? 4 : 2);
+        context.parallel_for(tiles, tile_grain(bytes, M),
+                             [&](int64_t begin, int64_t end) { k.matmul_float(type, args, begin, end); });
+    }
+
+    int64_t out_features;
+};
+
+template <WeightType type>
+struct QuantizedMatMulOp {
+    static constexpr bool kIsQ4 = type == WeightType::kQ4;
+    static constexpr const char* kName = kIsQ4 ? "MatMulQ4" : "MatMulQ8";
+    static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kUInt8}, {"scales", kFloat16}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit QuantizedMatMulOp(const NodeInfo& node)
+        : out_features(positive_attribute(node, "out_features")),
+          group_size(node.int_attribute("group_size")) {
+        if (group_size != 32 && group_size != 64 && group_size != 128) {
+            throw OpError("attribute group_size is " + std::to_string(group_size) +
+                          ", expected 32, 64 or 128");
+        }
+    }
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0), weight = context.input(1), scales = context.input(2);
+        x.expect_shape({-1, -1}, "[tokens, in_features]");
+        const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
+        if (K % group_size != 0) {
+            throw OpError("input x has " + std::to_string(K) +
+                          " in_features, expected a multiple of group_size " + std::to_string(group_size));
+        }
+        const int64_t tiles = (N + kTileRows - 1) / kTileRows, groups = K / group_size;
+        if (kIsQ4) {
+            weight.expect_shape({tiles, K / 8, kTileRows, 4},
+                                "[ceil(out_features / 16), in_features / 8, 16, 4]");
+        } else {
+            weight.expect_shape({tiles, K / 4, kTileRows, 4},
+                                "[ceil(out_features / 16), in_features / 4, 16, 4]");
+        }
+        scales.expect_shape({tiles, groups, kTileRows},
+                            "[ceil(out_features / 16), in_features / group_size, 16]");
+        float* y = context.output(0, {M, N});
+        if (M == 0) return;
+
+        struct Values;
+        struct Scales;
+        struct Sums;
+        const QuantizedActivations activations{workspace<int8_t, Values>(static_cast<size_t>(M * K)),
+                                               workspace<float, Scales>(static_cast<size_t>(M * groups)),
+                                               workspace<int32_t, Sums>(static_cast<size_t>(M * groups)),
+                                               M,
+                                               K,
+                                               group_size};
+        const Kernels& k = kernels();
+        const int64_t blocks = (M + k.quantized_token_block - 1) / k.quantized_token_block;
+        context.parallel_for(blocks, 4, [&](int64_t begin, int64_t end) {
+            k.quantize(x.as<float>(), activations, begin, end);
+        });
+        const QuantizedMatMul args{&activations, weight.as<uint8_t>(), scales.as<uint16_t>(), y, N};
+        const int64_t bytes = K * kTileRows / (kIsQ4 ? 2 : 1);
+        context.parallel_for(tiles, std::max(tile_grain(bytes, M), stream_grain(tiles, M)),
+                             [&](int64_t begin, int64_t end) { k.matmul_quantized(type, args, begin, end); });
+    }
+
+    int64_t out_features, group_size;
+};
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> matmul_ops() {
+    return {custom_op<FloatMatMulOp<WeightType::kF32>>(), custom_op<FloatMatMulOp<WeightType::kF16>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ8>>(), custom_op<QuantizedMatMulOp<WeightType::kQ4>>()};
+}
+
+}  // namespace llmpack::ort

@@ -1,0 +1,297 @@
+// Rows of a checkpoint -> quantized row tiles, and the product of row tiles with vectors in float64. Compiled
+// once for each instruction set. A vector holds the same input feature of a tile's 16 rows, so that every sum
+// runs within a lane and its order is the same for every vector width.
+#include "pack/tiles.h"
+
+#include "pack/vectors.h"
+
+namespace llmpack::LLMPACK_ISA {
+namespace {
+
+constexpr int64_t kMaxGroup = 128;
+
+// Below this magnitude of a group's largest entry (2^-20), float16 scales are so coarse that nothing is
+// searched.
+constexpr float kTiny = 9.5367431640625e-7f;
+// From here (2^19) on a scale cannot fit float16 whatever is chosen.
+constexpr float kHuge = 524288.0f;
+
+template <int kType>
+LLMPACK_INLINE Float load_source(const void* rows, int64_t index) {
+    if constexpr (kType == LLMPACK_F32) {
+        return load(static_cast<const float*>(rows) + index);
+    } else {
+        uint16_t narrow[kRows];
+        std::memcpy(narrow, static_cast<const uint16_t*>(rows) + index, sizeof(narrow));
+        int32_t wide[kRows];
+        for (int i = 0; i < kRows; ++i) wide[i] = narrow[i];
+        Int value = load(wide);
+        return kType == LLMPACK_F16 ? half_to_float(value) : from_bits(shift_left<16>(value));
+    }
+}
+
+template <int kType>
+LLMPACK_INLINE float load_source_one(const void* rows, int64_t index) {
+    if constexpr (kType == LLMPACK_F32) {
+        return static_cast<const float*>(rows)[index];
+    } else {
+        int32_t narrow[kRows] = {static_cast<const uint16_t*>(rows)[index]};
+        float wide[kRows];
+        Int value = load(narrow);
+        store(wide, kType == LLMPACK_F16 ? half_to_float(value) : from_bits(shift_left<16>(value)));
+        return wide[0];
+    }
+}
+
+// Columns [first, first + count) of up to 16 rows, transposed: values [count][16]; absent rows are zero.
+// Returns the largest |bits| of each lane, which tells infinities and NaN.
+template <int kType>
+LLMPACK_INLINE Int gather(const LlmpackRows& a, int64_t first_row, int64_t first, int64_t count,
+                          float* values) {
+    Int largest = all(0);
+    int64_t present = a.num_rows - first_row;
+    if (present < 0) present = 0;
+    if (present < kRows) std::memset(values, 0, sizeof(float) * kRows * count);
+    if (present > kRows) present = kRows;
+    int64_t whole = count / kRows * kRows;
+    for (int64_t r = 0; r < present; ++r) {
+        int64_t start = (first_row + r) * a.row_stride + first;
+        float row[kRows];
+        for (int64_t k = 0; k < whole; k += kRows) {
+            Float value = load_source<kType>(a.rows, start + k);
+            largest = max(largest, bits(value) & all(0x7fffffff));
+            store(row, value);
+            for (int64_t j = 0; j < kRows; ++j) values[(k + j) * kRows + r] = row[j];
+        }
+        for (int64_t k = whole; k < count; ++k) {
+            float value = load_source_one<kType>(a.rows, start + k);
+            largest = max(largest, bits(all(value)) & all(0x7fffffff));
+            values[k * kRows + r] = value;
+        }
+    }
+    return largest;
+}
+
+// The step of each row's group that loses least, [16] floats (llmpack/quantize.py: search_q4).
+LLMPACK_INLINE Float search_q4(const float* values, int64_t count, const Float& extreme,
+                               const float* candidates, int64_t num_candidates) {
+    Float magnitude = max(extreme, all(0.0f) - extreme);
+    Int searched = magnitude >= all(kTiny);
+    Float unit = select(searched, extreme, all(1.0f));
+    Float best_gain = all(-1.0f), best_step = all(0.0f);
+    const Float low = all(-8.0f), high = all(7.0f);
+    for (int64_t c = 0; c < num_candidates; ++c) {
+        Float inverse = all(candidates[c]) / unit;
+        Float products = all(0.0f), squares = all(0.0f);
+        for (int64_t k = 0; k < count; ++k) {
+            Float value = load(values + k * kRows);
+            Float level = rint(max(min(value * inverse, high), low));
+            products = products + value * level;
+            squares = squares + level * level;
+        }
+        Float step = products / squares;
+        Float gain = products * step;
+        Int better = gain > best_gain;
+        best_gain = select(better, gain, best_gain);
+        best_step = select(better, step, best_step);
+    }
+    return select(searched, best_step, extreme / all(-8.0f));
+}
+
+LLMPACK_INLINE void store_halves(uint16_t* out, const Int& half) {
+    int32_t wide[kRows];
+    store(wide, half);
+    for (int i = 0; i < kRows; ++i) out[i] = static_cast<uint16_t>(wide[i]);
+}
+
+// One group of a tile: values [group_size][16] -> cells of the tile and 16 scales. False: a scale overflows.
+LLMPACK_INLINE bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint16_t* scales) {
+    const bool is_q4 = a.storage == LLMPACK_Q4;
+    const int64_t count = a.group_size;
+    Float lowest = load(values), highest = lowest;
+    for (int64_t k = 1; k < count; ++k) {
+        Float value = load(values + k * kRows);
+        lowest = min(value, lowest);
+        highest = max(value, highest);
+    }
+    Float negated = all(0.0f) - lowest;
+    Float step;
+    if (is_q4) {
+        Float extreme = select(negated >= highest, lowest, highest);
+        if (any(max(extreme, all(0.0f) - extreme) >= all(kHuge))) return false;
+        step = search_q4(values, count, extreme, a.candidates, a.num_candidates);
+    } else {
+        step = max(negated, highest) / all(127.0f);
+    }
+    // Adding 0 makes one zero of the two: which of them is the largest depends on the order of comparisons.
+    Int half = float_to_half(step + all(0.0f));
+    if (any((half & all(0x7fff)) == all(0x7c00))) return false;
+    store_halves(scales, half);
+
+    Float unit = half_to_float(half);
+    Int nonzero = unit != all(0.0f);
+    Float inverse = select(nonzero, all(1.0f) / select(nonzero, unit, all(1.0f)), all(0.0f));
+    const Float low = all(is_q4 ? -8.0f : -127.0f), high = all(is_q4 ? 7.0f : 127.0f);
+    const Int zero = all(is_q4 ? 8 : 128);
+    auto quantize = [&](int64_t k) {
+        return to_int(rint(max(min(load(values + k * kRows) * inverse, high), low))) + zero;
+    };
+    if (is_q4) {
+        for (int64_t k = 0; k < count; k += 8, cells += 4 * kRows) {
+            Int cell = quantize(k) | shift_left<4>(quantize(k + 4));
+            cell = cell | shift_left<8>(quantize(k + 1) | shift_left<4>(quantize(k + 5)));
+            cell = cell | shift_left<16>(quantize(k + 2) | shift_left<4>(quantize(k + 6)));
+            cell = cell | shift_left<24>(quantize(k + 3) | shift_left<4>(quantize(k + 7)));
+            store(cells, cell);
+        }
+    } else {
+        for (int64_t k = 0; k < count; k += 4, cells += 4 * kRows) {
+            store(cells, quantize(k) | shift_left<8>(quantize(k + 1)) | shift_left<16>(quantize(k + 2)) |
+                             shift_left<24>(quantize(k + 3)));
+        }
+    }
+    return true;
+}
+
+template <int kType>
+int pack_rows_of(const LlmpackRows& a) {
+    const bool is_quantized = a.storage == LLMPACK_Q4 || a.storage == LLMPACK_Q8;
+    const int64_t group = is_quantized ? a.group_size : kMaxGroup;
+    const int64_t num_groups = (a.num_columns + group - 1) / group;
+    alignas(64) float values[kMaxGroup * kRows];
+    Int largest = all(0);
+    bool overflow = false;
+    for (int64_t tile = 0; tile < a.num_tiles; ++tile) {
+        for (int64_t g = 0; g < num_groups; ++g) {
+            const int64_t first = g * group;
+            const int64_t count = a.num_columns - first < group ? a.num_columns - first : group;
+            largest = max(largest, gather<kType>(a, tile * kRows, first, count, values));
+            const int64_t at = (tile * a.num_columns + first) * kRows;  // of the group's first element
+            if (is_quantized) {
+                auto* cells = static_cast<uint8_t*>(a.weight) + (a.storage == LLMPACK_Q4 ? at / 2 : at);
+                overflow |= !pack_group(a, values, cells, a.scales + (tile * num_groups + g) * kRows);
+            } else if (a.storage == LLMPACK_F32) {
+                std::memcpy(static_cast<float*>(a.weight) + at, values, sizeof(float) * kRows * count);
+            } else {
+                for (int64_t k = 0; k < count; ++k) {
+                    Int half = float_to_half(load(values + k * kRows));
+                    overflow |= any((half & all(0x7fff)) == all(0x7c00));
+                    store_halves(static_cast<uint16_t*>(a.weight) + at + k * kRows, half);
+                }
+            }
+        }
+        if (any(largest > all(0x7f7fffff))) return LLMPACK_PACK_NOT_FINITE;
+        if (overflow) return LLMPACK_PACK_OVERFLOW;
+    }
+    return LLMPACK_PACK_OK;
+}
+
+constexpr int kVectors = 8;  // activation vectors side by side in packed_product
+
+// Sixteen rows as doubles.
+struct Double {
+    VecD v[kRows / kDoubleLanes];
+};
+
+LLMPACK_INLINE Double to_double(const Float& a) {
+    float lanes[kRows];
+    double wide[kRows];
+    store(lanes, a);
+    for (int i = 0; i < kRows; ++i) wide[i] = lanes[i];
+    Double r;
+    std::memcpy(&r, wide, sizeof(r));
+    return r;
+}
+
+// sums[t] += weight * x[t] for the eight vectors; each a single multiplication and a single addition.
+LLMPACK_INLINE void accumulate(Double* sums, const Float& weight, const double* x) {
+    Double w = to_double(weight);
+    for (int t = 0; t < kVectors; ++t) {
+        for (int i = 0; i < kRows / kDoubleLanes; ++i) sums[t].v[i] += w.v[i] * x[t];
+    }
+}
+
+template <int kStorage>
+LLMPACK_INLINE void add_group(const LlmpackProduct& a, int64_t tile, int64_t first, int64_t count,
+                              Double* sums) {
+    const int64_t at = (tile * a.num_columns + first) * kRows;
+    const double* x = a.x + first * kVectors;
+    if constexpr (kStorage == LLMPACK_F32) {
+        for (int64_t k = 0; k < count; ++k)
+            accumulate(sums, load(static_cast<const float*>(a.weight) + at + k * kRows), x + k * kVectors);
+    } else if constexpr (kStorage == LLMPACK_F16) {
+        for (int64_t k = 0; k < count; ++k)
+            accumulate(sums, load_source<LLMPACK_F16>(a.weight, at + k * kRows), x + k * kVectors);
+    } else if constexpr (kStorage == LLMPACK_Q8) {
+        const uint8_t* cells = static_cast<const uint8_t*>(a.weight) + at;
+        for (int64_t k = 0; k < count; k += 4, cells += 4 * kRows) {
+            Int cell;
+            std::memcpy(&cell, cells, sizeof(cell));
+            for (int j = 0; j < 4; ++j) {
+                Int level = cell & all(255);
+                cell = shift_right<8>(cell);
+                accumulate(sums, to_float(level - all(128)), x + (k + j) * kVectors);
+            }
+        }
+    } else {
+        const uint8_t* cells = static_cast<const uint8_t*>(a.weight) + at / 2;
+        for (int64_t k = 0; k < count; k += 8, cells += 4 * kRows) {
+            Int low, high;
+            std::memcpy(&low, cells, sizeof(low));
+            high = shift_right<4>(low);
+            for (int j = 0; j < 4; ++j) {
+                accumulate(sums, to_float((low & all(15)) - all(8)), x + (k + j) * kVectors);
+                low = shift_right<8>(low);
+            }
+            for (int j = 0; j < 4; ++j) {
+                accumulate(sums, to_float((high & all(15)) - all(8)), x + (k + 4 + j) * kVectors);
+                high = shift_right<8>(high);
+            }
+        }
+    }
+}
+
+template <int kStorage>
+void product_of(const LlmpackProduct& a) {
+    constexpr bool kQuantized = kStorage == LLMPACK_Q8 || kStorage == LLMPACK_Q4;
+    const int64_t group = kQuantized ? a.group_size : a.num_columns;
+    const int64_t num_groups = a.num_columns / group;
+    for (int64_t tile = 0; tile < a.num_tiles; ++tile) {
+        Double totals[kVectors] = {};
+        for (int64_t g = 0; g < num_groups; ++g) {
+            Double sums[kVectors] = {};
+            add_group<kStorage>(a, tile, g * group, group, sums);
+            if constexpr (kQuantized) {
+                Double scale = to_double(load_source<LLMPACK_F16>(a.scales, (tile * num_groups + g) * kRows));
+                for (int t = 0; t < kVectors; ++t) {
+                    for (int i = 0; i < kRows / kDoubleLanes; ++i)
+                        totals[t].v[i] += sums[t].v[i] * scale.v[i];
+                }
+            } else {
+                for (int t = 0; t < kVectors; ++t) totals[t] = sums[t];
+            }
+        }
+        for (int t = 0; t < kVectors; ++t) {
+            double lanes[kRows];
+            std::memcpy(lanes, &totals[t], sizeof(lanes));
+            for (int r = 0; r < kRows; ++r) a.y[(tile * kRows + r) * kVectors + t] = lanes[r];
+        }
+    }
+}
+
+}  // namespace
+
+int pack_rows(const LlmpackRows& rows) {
+    if (rows.source_type == LLMPACK_F32) return pack_rows_of<LLMPACK_F32>(rows);
+    if (rows.source_type == LLMPACK_F16) return pack_rows_of<LLMPACK_F16>(rows);
+    return pack_rows_of<LLMPACK_BF16>(rows);
+}
+
+void packed_product(const LlmpackProduct& product) {
+    if (product.storage == LLMPACK_F32) return product_of<LLMPACK_F32>(product);
+    if (product.storage == LLMPACK_F16) return product_of<LLMPACK_F16>(product);
+    if (product.storage == LLMPACK_Q8) return product_of<LLMPACK_Q8>(product);
+    product_of<LLMPACK_Q4>(product);
+}
+
+}  // namespace llmpack::LLMPACK_ISA

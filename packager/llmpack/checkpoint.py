@@ -1,0 +1,229 @@
+"""Hugging Face directory -> a lazy reader of its safetensors files (never the whole model in memory).
+
+In: a model directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names. Out: `Checkpoint`,
+which reads rectangular blocks of named tensors with `pread`: mapping the files would count every page touched as this
+process's memory. Headers are checked by the safetensors library first. Pickle files (`.bin`) are refused: they can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from llmpack.config import read_config, read_json
+from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
+
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies; `dtype` as safetensors names it, `offset` in bytes from the start of the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Checkpoint:
+    """An open checkpoint; use as a context manager."""
+
+    def __init__(self, model_dir: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
+        self.model_dir = model_dir
+        self.config = config
+        self.tensors = tensors
+        self._files = {name: os.open(model_dir / name, os.O_RDONLY) for name in {t.file for t in tensors.values()}}
+        self._stamps = {name: self._stamp(name) for name in self._files}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files = {}
+
+    def _stamp(self, name: str) -> tuple[int, int]:
+        info = os.fstat(self._files[name])
+        return info.st_size, info.st_mtime_ns
+
+    def read(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+        """Read a block of a matrix; a vector counts as a matrix of one column.
+
+        Args:
+            name: a tensor of shape [num_rows, num_columns] or [num_rows].
+            rows: range of rows.
+            columns: range of columns; of a vector: 0 to 1.
+        Returns:
+            [rows, columns], float32 (exact for bfloat16) or float16, as the file has it.
+        Raises:
+            IntegrityError: the file ends early, or a value is NaN or infinite; names the tensor.
+        """
+        info = self.tensors[name]
+        width, item = self.layout(name)
+        raw = np.empty((rows.stop - rows.start, width), item)
+        self.read_rows(name, rows, raw)
+        block = raw[:, columns]
+        if info.dtype == "BF16":
+            block = (block.astype(np.uint32) << 16).view(np.float32)
+        if not np.isfinite(block).all():
+            raise IntegrityError(
+                f"{self.model_dir / info.file}: {name}: holds NaN or infinity; it cannot be packed.", code="E312"
+            )
+        return block
+
+    def layout(self, name: str) -> tuple[int, np.dtype]:
+        """Return the width of a tensor's rows and their type in the file (uint16 for bfloat16)."""
+        info = self.tensors[name]
+        return info.shape[1] if len(info.shape) == 2 else 1, _DTYPES[info.dtype]
+
+    def read_rows(self, name: str, rows: slice, raw: np.ndarray) -> None:
+        """Read whole rows of a matrix as they are in the file, unchecked.
+
+        Args:
+            name: a tensor.
+            rows: range of rows.
+            raw: contiguous [rows, width] of the type that `layout` says; filled.
+        Raises:
+            IntegrityError: the file ends early; names the tensor.
+        """
+        info = self.tensors[name]
+        view, position = raw.data.cast("B"), info.offset + rows.start * raw.shape[1] * raw.itemsize
+        while len(view):
+            count = os.preadv(self._files[info.file], [view], position)
+            if count <= 0:
+                raise IntegrityError(
+                    f"{self.model_dir / info.file}: {name}: the file ends early. Fetch it again.", code="E311"
+                )
+            view, position = view[count:], position + count
+
+    def check_unchanged(self) -> None:
+        """Make sure that nobody wrote to the files while they were read."""
+        for name, stamp in self._stamps.items():
+            if self._stamp(name) != stamp:
+                raise IntegrityError(
+                    f"{self.model_dir / name}: changed while it was being packed. Start again.", code="E303"
+                )
+
+    def hash_sources(
+        self, others: Iterable[str], is_cancelled: Callable[[], bool] = lambda: False
+    ) -> list[SourceEntry]:
+        """Hash config.json, every weight file and `others` (sequential reads; releases the interpreter's lock).
+
+        `is_cancelled` is asked now and then; once it says yes, the result is incomplete.
+        """
+        names = {"config.json", *self._files, *others}
+        if (self.model_dir / _INDEX).exists():
+            names.add(_INDEX)
+        entries = []
+        piece = bytearray(1 << 20)
+        for name in sorted(names):
+            digest, size = hashlib.sha256(), 0
+            with open(self.model_dir / name, "rb", buffering=0) as file:
+                while (count := file.readinto(piece)) and not is_cancelled():
+                    digest.update(memoryview(piece)[:count])
+                    size += count
+            entries.append(SourceEntry(name, size, digest.hexdigest()))
+        return entries
+
+
+def open_checkpoint(model_dir: Path) -> Checkpoint:
+    """Read config.json and the headers of all weight files.
+
+    Raises:
+        UsageError: not a model directory, or one without safetensors files.
+        IntegrityError: a file is missing, truncated or not safetensors; names the file, and the tensor where one is known.
+        IncompatibleError: a model or a data type that llmpack does not support.
+    """
+    if not model_dir.is_dir():
+        raise UsageError(f"{model_dir}: no such directory; expected a Hugging Face model directory.", code="E202")
+    config = read_config(model_dir)
+    tensors: dict[str, TensorInfo] = {}
+    for name in _weight_files(model_dir):
+        for tensor, info in _read_header(model_dir, name).items():
+            if tensor in tensors:
+                raise IntegrityError(
+                    f"{model_dir}: {tensor} occurs in {tensors[tensor].file} and in {name}.", code="E311"
+                )
+            tensors[tensor] = info
+    return Checkpoint(model_dir, config, tensors)
+
+
+def _weight_files(model_dir: Path) -> list[str]:
+    if (model_dir / _INDEX).exists():
+        weight_map = read_json(model_dir / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise IntegrityError(f"{model_dir / _INDEX}: no weight_map.", code="E310")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if "/" in name or not (model_dir / name).is_file():
+                raise IntegrityError(
+                    f"{model_dir / name}: named by {_INDEX}, but missing. Fetch it again.", code="E311"
+                )
+        return names
+    names = sorted(path.name for path in model_dir.glob("*.safetensors"))
+    if names:
+        return names
+    if any(model_dir.glob("*.bin")):
+        raise UsageError(
+            f"{model_dir}: found pickled weights (.bin) only, which can run code when loaded. Convert them to safetensors.",
+            code="E202",
+        )
+    raise UsageError(f"{model_dir}: no *.safetensors; expected a Hugging Face model directory.", code="E202")
+
+
+def _read_header(model_dir: Path, name: str) -> dict[str, TensorInfo]:
+    path = model_dir / name
+    with open(path, "rb") as file:
+        start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise IntegrityError(
+                f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.", code="E310"
+            )
+        file.seek(8)
+        header_bytes = int.from_bytes(start[:8], "little")
+        try:
+            header = json.loads(file.read(header_bytes)) if header_bytes < 100_000_000 else None
+        except (ValueError, RecursionError):
+            header = None
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    size = path.stat().st_size
+    try:
+        # The library checks what we rely on below: unique names, and offsets that neither overlap nor leave holes.
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+    except Exception as error:  # the library raises its own type, and OSError for empty files
+        raise IntegrityError(
+            f"{path}: {_first_beyond(header, 8 + header_bytes, size)}{error}. Fetch it again.", code="E311"
+        ) from None
+    if not isinstance(header, dict):
+        raise IntegrityError(f"{path}: the header is not a JSON object.", code="E311")
+    tensors = {}
+    for tensor, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise IncompatibleError(f"{path}: {tensor} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}.")
+        tensors[tensor] = TensorInfo(
+            name, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0]
+        )
+    return tensors
+
+
+def _first_beyond(header: object, data_start: int, size: int) -> str:
+    """Name the first tensor that a truncated file does not hold, for the message."""
+    if not isinstance(header, dict):
+        return ""
+    try:
+        beyond = [(e["data_offsets"][1], n) for n, e in header.items() if data_start + e["data_offsets"][1] > size]
+    except (KeyError, TypeError, IndexError):
+        return ""
+    return f"{min(beyond)[1]} ends beyond the file's {size} bytes: " if beyond else ""

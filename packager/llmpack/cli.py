@@ -1,0 +1,169 @@
+"""`pack`: arguments -> pack(); prints; exit codes.
+
+stdout carries the result (text, or one JSON object with --json); progress and errors go to stderr. Exit codes are those of
+`llmrun`: 0 ok, 1 internal, 2 usage, 3 integrity, 4 incompatible, 5 resources; 130 and 143 after a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from llmpack import __version__
+from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError
+
+_EXAMPLES = """examples:
+  pack models/Llama-2-7b-hf -o artifacts/llama-q4-tp2 --shards 2 --quant q4
+  pack models/Llama-2-7b-hf --shards 2 --dry-run
+
+exit codes: 0 ok, 1 internal, 2 usage, 3 damaged input, 4 not supported, 5 disk or memory, 130/143 interrupted
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "pack",
+        description="Turn a Hugging Face Llama checkpoint into an artifact that `llmrun` runs on one or more ranks.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model_dir", metavar="MODEL_DIR", type=Path, help="directory with config.json and *.safetensors"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="artifact to create (not with --dry-run)")
+    parser.add_argument("--shards", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--quant", metavar="SCHEME", default="q4", help="q4, q8, f16 or f32 (default: q4)")
+    parser.add_argument(
+        "--group-size", metavar="N", type=int, default=32, help="weights per scale: 32, 64, 128 (default: 32)"
+    )
+    parser.add_argument(
+        "--targets", metavar="LIST", default="cpu", help="comma-separated; this release: cpu (default: cpu)"
+    )
+    parser.add_argument(
+        "--max-seq-len", metavar="N", type=int, help="longest sequence (default: max_position_embeddings)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print bytes and memory of each rank; read no weights")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an artifact that exists, once the new one is complete"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--version", action="version", version=f"pack (llmpack) {__version__}")
+    return parser
+
+
+class _Progress:
+    """A bar on a terminal, a line for every tenth elsewhere; silent with --json."""
+
+    def __init__(self, stream: TextIO, enabled: bool) -> None:
+        self.stream, self.enabled = stream, enabled
+        self.is_bar = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.step, self.tenth, self.start = "", -1, time.monotonic()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if not self.enabled:
+            return
+        share = done / total if total else 1.0
+        if self.is_bar:
+            filled = int(30 * share)
+            seconds = time.monotonic() - self.start
+            self.stream.write(f"\r\x1b[K{step:<11} [{'#' * filled}{'.' * (30 - filled)}] {share:4.0%} {seconds:6.1f} s")
+            self.stream.flush()
+        elif step != self.step or int(10 * share) != self.tenth:
+            print(f"pack: {step} {share:.0%}", file=self.stream, flush=True)
+        self.step, self.tenth = step, int(10 * share)
+
+    def end(self) -> None:
+        if self.enabled and self.is_bar and self.step:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+
+class _Terminated(BaseException):
+    """A signal asked us to stop; unwinding removes the partial directory."""
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    raise _Terminated(number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `pack`; return the exit code."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.output is None and not args.dry_run:
+        parser.error("-o DIR is needed (or --dry-run)")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    progress = _Progress(sys.stderr, enabled=not args.json)
+    try:
+        return _run(args, progress)
+    except LlmpackError as error:
+        progress.end()
+        print(f"pack: error[{error.code}]: {error}", file=sys.stderr)
+        return error.exit_code
+    except MemoryError:
+        progress.end()
+        print("pack: error[E501]: not enough memory.", file=sys.stderr)
+        return ResourceError.exit_code
+    except KeyboardInterrupt:
+        progress.end()
+        print("pack: interrupted; nothing was written.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except _Terminated as stop:
+        progress.end()
+        print("pack: terminated; nothing was written.", file=sys.stderr)
+        return 128 + stop.args[0]
+    except BrokenPipeError:  # the reader of stdout left, which is its right
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
+        return 0
+    except Exception as error:  # the last resort: one line for the user, the traceback on request
+        progress.end()
+        if os.environ.get("LLMPACK_DEBUG"):
+            traceback.print_exc()
+        print(
+            f"pack: error[E101]: internal: {type(error).__name__}: {error} (LLMPACK_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(args: argparse.Namespace, progress: _Progress) -> int:
+    # Imported here so that --help and usage errors need neither onnx nor numpy.
+    try:
+        from llmpack import report
+        from llmpack.pack import Options, pack
+    except ModuleNotFoundError as error:
+        raise IncompatibleError(
+            f"the module {error.name} is missing: this environment is a box's, without the packager."
+            " `pip install 'llmpack[packager]'` adds it."
+        ) from None
+
+    options = Options(
+        shards=args.shards,
+        scheme=args.quant,
+        group_size=args.group_size,
+        targets=tuple(args.targets.split(",")),
+        max_seq_len=args.max_seq_len,
+        force=args.force,
+    )
+    summary = pack(args.model_dir, None if args.dry_run else args.output, options, progress)
+    progress.end()
+    if args.json:
+        print(json.dumps({**summary, "output": None if args.dry_run else str(args.output)}, indent=1))
+    else:
+        print("\n".join(report.lines(summary)))
+        if not args.dry_run:
+            print(f"packed {args.output}")
+    sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

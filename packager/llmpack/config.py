@@ -1,0 +1,184 @@
+"""config.json of a Hugging Face Llama -> ModelConfig; what is not supported is refused here, by key and value.
+
+In: a model directory. Out: `ModelConfig`, in which every default is filled in and both spellings of RoPE settings
+(`rope_scaling` with `rope_theta`; transformers 5's `rope_parameters`) are one. It reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, UsageError
+
+# Keys that change what a Llama computes when they differ from these values; everything else in config.json is ignored.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1.0, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (1.0, None),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "attention_multiplier": (None,),
+    "num_local_experts": (None, 0, 1),
+    "use_qk_norm": (False, None),
+    "is_encoder_decoder": (False, None),
+}
+_ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file is an error that names it."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; expected a Hugging Face model directory.", code="E202") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}.", code="E202") from None
+    if data.startswith(b"version https://git-lfs"):
+        raise IntegrityError(
+            f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.", code="E310"
+        )
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not JSON: {error}.", code="E310") from None
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{path}: found a JSON {type(value).__name__}, expected an object.", code="E310")
+    return value
+
+
+def read_config(model_dir: Path) -> ModelConfig:
+    """Read and check config.json.
+
+    Raises:
+        UsageError: no config.json.
+        IntegrityError: not JSON, or a number is missing or impossible.
+        IncompatibleError: a model that llmpack does not support; names the key and the value.
+    """
+    path = model_dir / "config.json"
+    raw = read_json(path)
+    reader = _Reader(raw, path)
+    if raw.get("model_type") != "llama":
+        raise IncompatibleError(f"{path}: model_type is {raw.get('model_type')!r}; llmpack packs 'llama'.")
+    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"]:
+        raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs ['LlamaForCausalLM'].")
+    for key, allowed in _MUST_BE.items():
+        if raw.get(key) not in allowed:
+            raise IncompatibleError(
+                f"{path}: {key} is {raw[key]!r}, which is not supported; supported: {allowed[0]!r}."
+            )
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+        raise IncompatibleError(f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' only.")
+
+    hidden_size = reader.size("hidden_size")
+    num_attention_heads = reader.size("num_attention_heads")
+    num_key_value_heads = reader.size("num_key_value_heads", num_attention_heads)
+    if num_attention_heads % num_key_value_heads:
+        raise IncompatibleError(
+            f"{path}: num_attention_heads {num_attention_heads} is not a multiple of num_key_value_heads"
+            f" {num_key_value_heads}."
+        )
+    if raw.get("head_dim") is None and hidden_size % num_attention_heads:
+        raise IncompatibleError(
+            f"{path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}, and"
+            " there is no head_dim."
+        )
+    head_dim = reader.size("head_dim", hidden_size // num_attention_heads)
+    if head_dim % 2:
+        raise IncompatibleError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need pairs.")
+    max_position_embeddings = reader.size("max_position_embeddings", 2048)
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        hidden_size=hidden_size,
+        intermediate_size=reader.size("intermediate_size"),
+        num_hidden_layers=reader.size("num_hidden_layers"),
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
+        vocab_size=reader.size("vocab_size"),
+        max_position_embeddings=max_position_embeddings,
+        rms_norm_eps=reader.positive("rms_norm_eps", 1e-6),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        attention_bias=reader.flag("attention_bias"),
+        mlp_bias=reader.flag("mlp_bias"),
+        rope=_read_rope(reader),
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+    )
+
+
+def _read_rope(reader: _Reader) -> dict[str, Any]:
+    """Return {"rope_type", "rope_theta", ...the type's numbers}, whichever spelling config.json uses."""
+    raw, path = reader.raw, reader.path
+    spellings = []
+    for key in ("rope_parameters", "rope_scaling"):
+        given = raw.get(key)
+        if given is None:
+            continue
+        if not isinstance(given, dict):
+            raise IncompatibleError(f"{path}: {key} is {given!r}; expected an object or null.")
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in _ROPE_NUMBERS:
+            raise IncompatibleError(f"{path}: {key}.rope_type is {kind!r}; supported: {', '.join(_ROPE_NUMBERS)}.")
+        if given.get("partial_rotary_factor") not in (None, 1.0):
+            raise IncompatibleError(
+                f"{path}: {key}.partial_rotary_factor is {given['partial_rotary_factor']!r}; not supported."
+            )
+        inner = _Reader(given, path, f"{key}.")
+        rope: dict[str, Any] = {"rope_type": kind}
+        rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
+        for number in _ROPE_NUMBERS[kind]:
+            rope[number] = inner.positive(number)
+        spellings.append(rope)
+    if len(spellings) == 2 and spellings[0] != spellings[1]:
+        raise IncompatibleError(
+            f"{path}: rope_parameters {spellings[0]} and rope_scaling {spellings[1]} contradict each other."
+        )
+    if spellings:
+        return spellings[0]
+    return {"rope_type": "default", "rope_theta": reader.positive("rope_theta", 10000.0)}
+
+
+class _Reader:
+    """Typed look-ups in a JSON object; errors name file, key and value."""
+
+    def __init__(self, raw: dict[str, Any], path: Path, prefix: str = "") -> None:
+        self.raw, self.path, self.prefix = raw, path, prefix
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.raw.get(key)
+        if value is None and default is None:
+            raise IntegrityError(f"{self.path}: {self.prefix}{key} is missing.", code="E310")
+        return default if value is None else value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if type(value) is not int or not 1 <= value < 1 << 31:
+            raise IntegrityError(
+                f"{self.path}: {self.prefix}{key} is {value!r}; expected an integer of at least 1.", code="E310"
+            )
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise IntegrityError(
+                f"{self.path}: {self.prefix}{key} is {value!r}; expected a positive number.", code="E310"
+            )
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self._get(key, False)
+        if type(value) is not bool:
+            raise IntegrityError(f"{self.path}: {self.prefix}{key} is {value!r}; expected true or false.", code="E310")
+        return value

@@ -1,0 +1,175 @@
+"""ModelConfig -> one logical ONNX graph of the whole model: weights by name, not by value.
+
+In: a ModelConfig. Out: an ONNX model whose weights are graph inputs named as in the checkpoint. It knows nothing of ranks,
+quantization or layouts: each projection is one `Linear (x [T, in_features], weight [out_features, in_features]) ->
+[T, out_features]` with the checkpoint's own matrix, and `PagedAttention` and `SwiGLU` take their operands apart
+(q, k, v; gate, up). `split.py` turns it into what a rank runs.
+
+The arithmetic is that of transformers' modeling_llama.py; the RoPE frequencies follow its modeling_rope_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from llmpack.weights import source_shape
+from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, ModelConfig
+
+OPSET = 21
+IR_VERSION = 10
+STEP_INPUTS = {
+    "input_ids": ["T"],
+    "positions": ["T"],
+    "slot_mapping": ["T"],
+    "query_start": ["B + 1"],
+    "seq_lens": ["B"],
+    "block_table": ["B", "M"],
+    "logit_rows": ["R"],
+}
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Return the angle per position of each rotated pair: [head_dim / 2], float32.
+
+    `linear` divides all frequencies by its factor (position interpolation, arXiv 2306.15595); `llama3` divides the low ones
+    and blends in between (Llama 3.1's published code).
+    """
+    rope = config.rope
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = 1.0 / rope["rope_theta"] ** exponents
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = (1 - keep) * frequencies / factor + keep * frequencies
+    return frequencies.astype(np.float32)
+
+
+def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelProto:
+    """Build the logical graph.
+
+    Args:
+        config: the architecture.
+        kv_dtype: "float16" or "float32", element type of the caches.
+        block_size: tokens in one cache block.
+
+    Returns:
+        an ONNX model; nodes are named like modules: `/model/layers.0/self_attn/q_proj`.
+    """
+    graph = _Graph(config)
+    hidden = graph.embed()
+    cos_sin = graph.rope_table()
+    cache_type = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}[kv_dtype]
+    residual = None
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        caches = graph.caches(i, cache_type, block_size)
+        normed, residual = graph.norm(f"{layer}.input_layernorm", hidden, residual)
+        q, k, v = (
+            graph.linear(f"{layer}.self_attn.{p}", normed, config.attention_bias)
+            for p in ("q_proj", "k_proj", "v_proj")
+        )
+        attention = graph.attention(f"{layer}.self_attn.attention", q, k, v, cos_sin, caches)
+        hidden = graph.linear(f"{layer}.self_attn.o_proj", attention, config.attention_bias)
+        normed, residual = graph.norm(f"{layer}.post_attention_layernorm", hidden, residual)
+        gate, up = (graph.linear(f"{layer}.mlp.{p}", normed, config.mlp_bias) for p in ("gate_proj", "up_proj"))
+        hidden = graph.linear(
+            f"{layer}.mlp.down_proj", graph.op("SwiGLU", f"{layer}.mlp.act_fn", [gate, up]), config.mlp_bias
+        )
+    normed, _ = graph.norm("model.norm", hidden, residual)
+    chosen = graph.standard("Gather", "model.logit_rows", [normed, "logit_rows"], axis=0)
+    graph.linear("lm_head", chosen, False, output="logits")
+    return graph.finish()
+
+
+class _Graph:
+    """Collects nodes, inputs and small constants; every method returns the name of a value."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.inputs = [
+            helper.make_tensor_value_info(name, TensorProto.INT32, shape) for name, shape in STEP_INPUTS.items()
+        ]
+
+    def _node(self, op: str, name: str, inputs: list[str], outputs: list[str], domain: str, **attributes: Any) -> None:
+        path = "/" + name.replace(".", "/")
+        for number in (str(i) for i in range(self.config.num_hidden_layers)):
+            path = path.replace(f"/layers/{number}/", f"/layers.{number}/")
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=path, domain=domain, **attributes))
+
+    def op(self, op: str, name: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
+        output = output or name
+        self._node(op, name, inputs, [output], OPS_DOMAIN, **attributes)
+        return output
+
+    def standard(self, op: str, name: str, inputs: list[str], **attributes: Any) -> str:
+        self._node(op, name, inputs, [name], "", **attributes)
+        return name
+
+    def weight(self, name: str) -> str:
+        shape = source_shape(self.config, name)
+        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return name
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def embed(self) -> str:
+        rows = self.standard(
+            "Gather", "model.embed_tokens", [self.weight("model.embed_tokens.weight"), "input_ids"], axis=0
+        )
+        return self.standard("Cast", "model.embed_tokens.float32", [rows], to=TensorProto.FLOAT)
+
+    def rope_table(self) -> str:
+        """Cos and sin of every token's angles, once per step for all layers: [T, head_dim]."""
+        name = "model.rotary_emb"
+        frequencies = self.constant(f"{name}.inv_freq", rope_frequencies(self.config)[None, :])
+        axis = self.constant(f"{name}.axis", np.array([1], np.int64))
+        positions = self.standard("Cast", f"{name}.positions", ["positions"], to=TensorProto.FLOAT)
+        column = self.standard("Unsqueeze", f"{name}.column", [positions, axis])
+        angles = self.standard("Mul", f"{name}.angles", [column, frequencies])
+        cos = self.standard("Cos", f"{name}.cos", [angles])
+        sin = self.standard("Sin", f"{name}.sin", [angles])
+        return self.standard("Concat", f"{name}.cos_sin", [cos, sin], axis=1)
+
+    def caches(self, layer: int, cache_type: int, block_size: int) -> list[str]:
+        names = [f"key_cache.{layer}", f"value_cache.{layer}"]
+        shape = ["num_blocks", block_size, self.config.num_key_value_heads, self.config.head_dim]
+        self.inputs += [helper.make_tensor_value_info(name, cache_type, shape) for name in names]
+        return names
+
+    def norm(self, name: str, x: str, residual: str | None) -> tuple[str, str]:
+        """RMSNorm of x, or of x + residual; return (normed, the sum so far)."""
+        weight = self.weight(f"{name}.weight")
+        epsilon = self.config.rms_norm_eps
+        if residual is None:
+            return self.op("RMSNorm", name, [x, weight], epsilon=epsilon), x
+        total = f"{name}.residual"
+        self._node("AddRMSNorm", name, [x, residual, weight], [name, total], OPS_DOMAIN, epsilon=epsilon)
+        return name, total
+
+    def linear(self, name: str, x: str, has_bias: bool, output: str | None = None) -> str:
+        bias = [self.weight(f"{name}.bias")] if has_bias else []
+        return self.op("Linear", name, [x, self.weight(f"{name}.weight"), *bias], output)
+
+    def attention(self, name: str, q: str, k: str, v: str, cos_sin: str, caches: list[str]) -> str:
+        inputs = [q, k, v, cos_sin, *caches, "slot_mapping", "query_start", "seq_lens", "block_table"]
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        scale = 1.0 / math.sqrt(self.config.head_dim)
+        return self.op("PagedAttention", name, inputs, num_heads=heads, num_kv_heads=kv_heads, scale=scale)
+
+    def finish(self) -> onnx.ModelProto:
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", self.config.vocab_size])
+        graph = helper.make_graph(self.nodes, "llama", self.inputs, [logits], self.constants)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(OPS_DOMAIN, OPS_VERSION)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="llmpack")

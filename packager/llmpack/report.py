@@ -1,0 +1,90 @@
+"""What was packed, or would be: parameters, bytes, bits per weight, memory of each rank.
+
+In: plans (no weights are read). Out: a plain dict for programs and lines for people.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmpack.weights import Quantization, RankWeight, num_bytes
+from llmrun.artifact import KvCacheSpec, ModelConfig
+
+_ACTIVATION_ROWS = 512  # tokens of one prefill step, for the estimate of working memory
+
+
+def bits_per_weight(plans: list[list[RankWeight]]) -> float:
+    """Return the bits that a weight of the projections and the head costs on average, scales included."""
+    bits = weights = 0
+    for weight in (w for plan in plans for w in plan if w.row.role in ("linear", "head")):
+        bits += 8 * sum(item.num_bytes for item in weight.initializers)
+        weights += weight.num_rows * weight.num_columns
+    return round(bits / weights, 4)
+
+
+def bytes_per_token(plan: list[RankWeight]) -> int:
+    """Return the bytes of weights that a rank reads to decode one token: all but the embedding, of which it reads a row."""
+    return sum(item.num_bytes for w in plan if w.row.role != "embedding" for item in w.initializers)
+
+
+def summarise(
+    config: ModelConfig,
+    quantization: Quantization,
+    plans: list[list[RankWeight]],
+    kv_cache: KvCacheSpec,
+    max_seq_len: int,
+) -> dict[str, Any]:
+    """Return the figures of an artifact; all sizes in bytes."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = hidden * (2 * query + 2 * key_value + 3 * config.intermediate_size + 2)
+    layer += (query + 2 * key_value + hidden) * config.attention_bias
+    layer += (2 * config.intermediate_size + hidden) * config.mlp_bias
+    embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)
+    widest = max(2 * config.intermediate_size // len(plans), 4 * hidden)
+    ranks = []
+    for rank, plan in enumerate(plans):
+        weights = num_bytes(plan)
+        cache = kv_cache.bytes_per_token * max_seq_len
+        work = 4 * (_ACTIVATION_ROWS * (widest + 4 * hidden) + 2 * vocab)
+        ranks.append(
+            {
+                "rank": rank,
+                "weight_bytes": weights,
+                "weight_bytes_per_token": bytes_per_token(plan),
+                "kv_cache_bytes": cache,
+                "activation_bytes": work,
+                "total_bytes": weights + cache + work,
+            }
+        )
+    return {
+        "parameters": config.num_hidden_layers * layer + embeddings + hidden,
+        "scheme": quantization.scheme,
+        "group_size": quantization.group_size if quantization.scheme in ("q4", "q8") else None,
+        "bits_per_weight": bits_per_weight(plans),
+        "max_seq_len": max_seq_len,
+        "shards": len(plans),
+        "ranks": ranks,
+    }
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """Return the same for people."""
+    group = f", group_size {summary['group_size']}" if summary["group_size"] else ""
+    text = [
+        f"{summary['parameters']:,} parameters, {summary['scheme']}{group}: {summary['bits_per_weight']:g} bits per weight,"
+        f" max_seq_len {summary['max_seq_len']}"
+    ]
+    for rank in summary["ranks"]:
+        text.append(
+            f"rank {rank['rank']}: {_size(rank['weight_bytes'])} weights + {_size(rank['kv_cache_bytes'])} KV cache (one full"
+            f" sequence) + {_size(rank['activation_bytes'])} activations = {_size(rank['total_bytes'])}"
+        )
+    return text
+
+
+def _size(num_bytes_: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes_ >= size:
+            return f"{num_bytes_ / size:.2f} {unit}"
+    return f"{num_bytes_} B"

@@ -1,0 +1,192 @@
+"""The logits of a short sequence, computed from the packed bytes themselves: what `selfcheck.json` holds.
+
+In: the finished weights.bin of every rank. Out: logits in float64, through the numpy reference of each operator, with the
+sums over ranks that the subgraphs do. It shares no code with the kernels or the graphs, so agreement on a box shows that
+packing, splitting, layout, kernels and collectives are right together. Products with weights are float64 sums in a fixed
+order, from custom_ops/pack; the first and the last tile of each weight are also expanded by `layout` and multiplied by the
+numpy reference, and must agree, so a library that packs and unpacks alike but wrongly is found. Weights are read a few tiles
+at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmpack.layout import untile_nibbles, untile_rows
+from llmpack.native import VECTORS, packed_product
+from llmpack.quantize import ZERO_POINT
+from llmpack.weights import EMBEDDING, HEAD, Initializer, RankWeight, heads_per_rank
+from llmpack_ops import reference
+from llmrun.artifact import ROW_TILE, InternalError, ModelConfig
+
+NUM_IDS = 8
+_ELEMENTS_AT_ONCE = 1 << 20
+_MAX_THREADS = 8
+_SAME = 1e-10  # float64 sums in another order, as a share of the sum of magnitudes
+# Largest allowed |difference|, as a share of the logits' root mean square, with its reason. Bounds per operator are in
+# FORMAT 5.1; through a whole model only their accumulation can be stated, from the models in tests/e2e (see there).
+_TOLERANCE = {
+    "f32": 2e-4,  # float32 sums in another order
+    "f16": 2e-2,  # and keys and values in float16
+    "q8": 0.15,  # and activations in 8 bits
+    "q4": 0.15,
+}
+
+
+class PackedRank:
+    """One rank's weights.bin, read by name; use as a context manager."""
+
+    def __init__(self, path: Path, weights: list[RankWeight], group_size: int) -> None:
+        self.path, self.group_size = path, group_size
+        self.weights = {(w.row.name, w.row.role == "bias"): w for w in weights}
+        self._memory = threading.local()
+
+    def __enter__(self) -> PackedRank:
+        self._file = open(self.path, "rb")
+        self._pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MAX_THREADS))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _read(self, item: Initializer, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Read entries first to first + count of an initializer's outermost axis, into memory that the thread reuses."""
+        shape = (item.shape[0] if count is None else count, *item.shape[1:])
+        stride = int(np.prod(item.shape[1:])) * item.dtype.itemsize
+        key, size = item.name.rpartition(".")[2], shape[0] * stride
+        held = getattr(self._memory, key, None)
+        if held is None or len(held) < size:
+            held = np.empty(size, np.uint8)
+            setattr(self._memory, key, held)
+        if os.preadv(self._file.fileno(), [held[:size].data], item.offset + first * stride) != size:
+            raise InternalError(f"{self.path}: ends before {item.name} does")
+        return held[:size].view(item.dtype).reshape(shape)
+
+    def vector(self, name: str, *, is_bias: bool = False) -> np.ndarray:
+        """Return a norm's weight, or the bias of a projection."""
+        return self._read(self.weights[name, is_bias].initializers[0]).copy()
+
+    def embedding(self, ids: np.ndarray) -> np.ndarray:
+        """Return rows of the embedding: [len(ids), hidden_size]."""
+        (item,) = self.weights[EMBEDDING, False].initializers
+        return np.concatenate([self._read(item, int(i), 1).astype(np.float64) for i in ids])
+
+    def matmul(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Multiply x [T, in_features] with a projection as it was packed: [T, out_features]."""
+        weight = self.weights[name, False]
+        num_tiles = weight.initializers[0].shape[0]
+        step = max(1, _ELEMENTS_AT_ONCE // (ROW_TILE * weight.num_columns))
+        y = np.empty((len(x), num_tiles * ROW_TILE))
+        for start in range(0, len(x), VECTORS):
+            count = min(VECTORS, len(x) - start)
+            columns = np.zeros((weight.num_columns, VECTORS))
+            columns[:, :count] = x[start : start + count].T
+
+            def product(first: int, columns: np.ndarray = columns) -> np.ndarray:
+                tiles = self._tiles(weight, first, min(step, num_tiles - first))
+                return packed_product(*tiles, weight.storage, self.group_size, columns)
+
+            rows = np.concatenate(list(self._pool.map(product, range(0, num_tiles, step))))
+            y[start : start + count] = rows[:, :count].T
+        for tile in {0, num_tiles - 1}:
+            self._compare_with_numpy(weight, tile, x, y[:, tile * ROW_TILE : (tile + 1) * ROW_TILE])
+        return y[:, : weight.num_rows]
+
+    def _tiles(self, weight: RankWeight, first: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        arrays = [self._read(item, first, count) for item in weight.initializers]
+        return arrays[0], arrays[1] if len(arrays) > 1 else None
+
+    def _compare_with_numpy(self, weight: RankWeight, tile: int, x: np.ndarray, y: np.ndarray) -> None:
+        """Make sure that [T, ROW_TILE] products are those of the numpy reference of layout, quantization and product."""
+        tiles, scales = self._tiles(weight, tile, 1)
+        if scales is None:
+            values = untile_rows(tiles, ROW_TILE).astype(np.float64)
+        else:
+            quantized = (untile_nibbles if weight.storage == "q4" else untile_rows)(tiles, ROW_TILE)
+            values = reference.dequantize(quantized, untile_rows(scales, ROW_TILE), ZERO_POINT[weight.storage])
+        if not (np.abs(reference.matmul(x, values) - y) <= _SAME * (np.abs(x) @ np.abs(values).T)).all():
+            raise InternalError(
+                f"{self.path}: {weight.row.name}: the operator library and numpy read tile {tile} apart"
+            )
+
+
+def forward(
+    config: ModelConfig, ranks: list[PackedRank], kv_dtype: str, frequencies: np.ndarray, ids: np.ndarray
+) -> np.ndarray:
+    """Run the split model over one sequence.
+
+    Args:
+        config: the architecture.
+        ranks: every rank's weights.
+        kv_dtype: "float16" or "float32": keys and values are rounded to it, as in the cache.
+        frequencies: RoPE's angle per position, [head_dim / 2].
+        ids: [T] token ids.
+
+    Returns:
+        logits of every position, [T, vocab_size], float64.
+    """
+    num_tokens = len(ids)
+    num_heads, num_kv_heads = heads_per_rank(config, len(ranks))
+    positions = np.arange(num_tokens)
+    angles = positions[:, None] * frequencies.astype(np.float64)
+    cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    empty = np.zeros((1, num_tokens, num_kv_heads, config.head_dim), kv_dtype)
+    one_sequence = {
+        "slot_mapping": positions,
+        "query_start": np.array([0, num_tokens]),
+        "seq_lens": np.array([num_tokens]),
+        "block_table": np.array([[0]]),
+    }
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return reference.rms_norm(x, ranks[0].vector(name), config.rms_norm_eps)
+
+    def project(rank: PackedRank, name: str, x: np.ndarray, *, has_bias: bool) -> np.ndarray:
+        y = rank.matmul(name, x)
+        return y + rank.vector(name, is_bias=True) if has_bias else y
+
+    x = ranks[0].embedding(ids)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        normed = norm(f"{layer}.input_layernorm", x)
+        for rank in ranks:
+            qkv = project(rank, f"{layer}.self_attn.qkv_proj", normed, has_bias=config.attention_bias)
+            attended, _, _ = reference.paged_attention(
+                qkv, cos_sin, empty, empty, **one_sequence,
+                num_heads=num_heads, num_kv_heads=num_kv_heads, scale=1 / math.sqrt(config.head_dim),
+            )  # fmt: skip
+            x = x + rank.matmul(f"{layer}.self_attn.o_proj", attended)
+        if config.attention_bias:
+            x = x + ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True)
+        normed = norm(f"{layer}.post_attention_layernorm", x)
+        for rank in ranks:
+            gate_up = project(rank, f"{layer}.mlp.gate_up_proj", normed, has_bias=config.mlp_bias)
+            x = x + rank.matmul(f"{layer}.mlp.down_proj", reference.swiglu(gate_up))
+        if config.mlp_bias:
+            x = x + ranks[0].vector(f"{layer}.mlp.down_proj", is_bias=True)
+    normed = norm("model.norm", x)
+    return np.concatenate([rank.matmul(HEAD, normed) for rank in ranks], axis=1)[:, : config.vocab_size]
+
+
+def selfcheck(
+    config: ModelConfig,
+    ranks: list[PackedRank],
+    scheme: str,
+    kv_dtype: str,
+    frequencies: np.ndarray,
+    num_ids: int = NUM_IDS,
+) -> dict[str, Any]:
+    """Return the members of selfcheck.json (FORMAT 6.1); the ids are spread over the vocabulary by a fixed rule."""
+    ids = (np.arange(1, num_ids + 1, dtype=np.int64) * 2654435761) % config.vocab_size
+    logits = forward(config, ranks, kv_dtype, frequencies, ids)[-1]
+    scale = float(np.sqrt(np.mean(logits**2)))
+    tolerance = round(max(_TOLERANCE[scheme] * scale, 1e-3), 4)
+    return {"ids": ids.tolist(), "logits": [round(float(v), 4) + 0.0 for v in logits], "tolerance": tolerance}

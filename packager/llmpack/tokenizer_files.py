@@ -1,0 +1,325 @@
+"""Find a checkpoint's tokenizer, chat template and generation settings.
+
+In: a Hugging Face model directory. Out: `TokenizerFiles`, all that an artifact says about the tokenizer, and
+`Generation`. The tokenizer's file itself goes into the artifact verbatim; nothing is converted.
+
+Which file. A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too,
+transformers 5 takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds
+the rules of the sentencepiece model: then `tokenizer.model` is the one that gives its ids. Of any other class
+(PreTrainedTokenizerFast: Llama 3) it uses `tokenizer.json`, and so do we, and also when there are added
+tokens that are not special: a `tokenizer.model` cannot hold them. With a `tokenizer.model` alone, all added
+tokens are taken as special.
+
+Which ids. EOS: generation_config.json, else config.json, else the tokenizer's files. BOS: the tokenizer's
+files, else generation_config.json, else config.json, since transformers' tokenizer puts its own BOS before a
+prompt.
+
+Golden vectors are computed with the tokenizer libraries directly, not with llmrun, so that they check it.
+"""
+
+# ruff: noqa: RUF001 - golden texts hold characters that look like others on purpose
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmpack.config import read_json
+from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
+from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError, UsageError
+
+__all__ = ["GOLDEN_TEXTS", "Generation", "TokenizerFiles", "read_generation", "read_tokenizer"]
+
+GOLDEN_TEXTS = (
+    "",
+    "a",
+    "Hello world",
+    "Hello, world! It's 5 o'clock.",
+    "The quick brown fox jumps over the lazy dog.",
+    " leading and trailing ",
+    "two  spaces,   three    four",
+    "   ",
+    "\n",
+    "\n\n",
+    "line one\nline two\r\n\r\n\tindented\n",
+    "0123456789 3.14159 1,000,000 2^64",
+    "def f(x):\n    return {'a': [x ** 2, \"b\"]}  # note\n",
+    "I'll we've DON'T it’s “quoted” — dash…",
+    "Grüße, déjà vu, naïve, Ærø, Łódź, ı̇",
+    "Добрый день, мир",
+    "Γειά σου Κόσμε",
+    "你好，世界。こんにちは世界、안녕하세요",
+    "مرحبا بالعالم שלום עולם",
+    "नमस्ते दुनिया สวัสดีชาวโลก",
+    "🙂👩‍👩‍👧‍👦🇪🇺🦙",
+    "\u2581 \u00a0\u200b\ufeff\u3000",
+    "\x00\x01\x7f",
+    "<s> </s> <unk> [INST] <<SYS>> <|im_start|>user<|im_end|> <|begin_of_text|><|eot_id|> <0x0A>",
+)
+
+_LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What goes into the artifact; the fields from vocab_size on are those of `TokenizerSpec`.
+
+    Attributes:
+        kind: "sentencepiece" or "tokenizers".
+        source_file: tokenizer.model or tokenizer.json, to be copied.
+        chat_template: Jinja source, None if the checkpoint has none.
+        golden: `{"text": ..., "ids": [...]}`, special tokens in the text being text, without BOS.
+        sources: names of all files that were read.
+    """
+
+    kind: str
+    source_file: Path
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    add_bos_token: bool
+    special_tokens: dict[str, int]
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    golden: list[dict[str, Any]]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sampling defaults, and the EOS ids that config files name (empty if they name none)."""
+
+    defaults: GenerationDefaults
+    eos_token_ids: tuple[int, ...]
+    sources: tuple[str, ...]
+
+
+def read_generation(model_dir: Path) -> Generation:
+    """Read generation_config.json, and EOS ids from config.json if it has none.
+
+    `do_sample` false or absent means temperature 0; a sampling setting that is absent is off.
+
+    Raises:
+        IncompatibleError: a value is out of range (names file, key and value).
+        IntegrityError: a file is not a JSON object.
+    """
+    files = _Files(model_dir)
+    config = files.json("generation_config.json")
+
+    def number(key: str, default: float, expected: str, holds: Callable[[float], bool]) -> float:
+        value = config.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+            raise IncompatibleError(
+                f"{model_dir / 'generation_config.json'}: {key}: found {value!r}, expected {expected}."
+            )
+        return value
+
+    temperature = float(number("temperature", 1.0, "0 to 100", lambda x: 0 <= x <= 100))
+    defaults = GenerationDefaults(
+        temperature=temperature if config.get("do_sample") is True else 0.0,
+        top_k=int(number("top_k", 0, "a whole number from 0", lambda x: x >= 0 and x == int(x))),
+        top_p=float(number("top_p", 1.0, "above 0, at most 1", lambda x: 0 < x <= 1)),
+        min_p=float(number("min_p", 0.0, "0 to below 1", lambda x: 0 <= x < 1)),
+        repeat_penalty=float(number("repetition_penalty", 1.0, "above 0, at most 10", lambda x: 0 < x <= 10)),
+    )
+    eos = files.ids("generation_config.json", "eos_token_id") or files.ids("config.json", "eos_token_id")
+    return Generation(defaults, eos, files.names())
+
+
+def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
+    """Read the tokenizer of a checkpoint; None if it has none.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+        vocab_size: of the model; the tokenizer may have fewer ids, not more.
+    Raises:
+        IncompatibleError: ids beyond vocab_size, a tokenizer of an unknown kind, a template that does not
+        parse. IntegrityError: a file is damaged or a Git LFS pointer. UsageError: a tokenizer library is not
+        installed.
+    """
+    files = _Files(model_dir)
+    library = _open_library(files)
+    if library is None:
+        return None
+    path = library.path
+    for text, token_id in sorted(library.special_tokens.items()):
+        if library.text(token_id) not in (None, text):
+            raise IncompatibleError(f"{path}: id {token_id}: found {library.text(token_id)!r}, expected {text!r}.")
+    size = max(library.highest_id, *library.special_tokens.values(), -1) + 1
+    if size > vocab_size:
+        raise IncompatibleError(f"{path}: found ids up to {size - 1}, but the model's vocab_size is {vocab_size}.")
+
+    bos_token = _named_token(files, library, "bos_token")
+    eos_token = _named_token(files, library, "eos_token")
+    bos_id = None if bos_token is None else library.id(bos_token)
+    if bos_token is None and "bos_token" not in files.json("tokenizer_config.json"):
+        for name in ("generation_config.json", "config.json"):
+            bos_ids = files.ids(name, "bos_token_id")
+            if bos_ids and library.text(bos_ids[0]) is not None:
+                bos_id, bos_token = bos_ids[0], library.text(bos_ids[0])
+                break
+    eos_ids = files.ids("generation_config.json", "eos_token_id") or files.ids("config.json", "eos_token_id")
+    if not eos_ids and eos_token is not None:
+        eos_ids = (library.id(eos_token),)
+    for token_id in eos_ids:
+        if token_id >= vocab_size:
+            raise IncompatibleError(
+                f"{model_dir}: eos_token_id: found {token_id}, but the model's vocab_size is {vocab_size}."
+            )
+    if eos_token is None and eos_ids:
+        eos_token = library.text(eos_ids[0])
+    special = dict(library.special_tokens)
+    special.update((text, library.id(text)) for text in (bos_token, eos_token) if text is not None)
+
+    add_bos = files.json("tokenizer_config.json").get("add_bos_token")
+    if add_bos is None:
+        add_bos = library.adds(bos_id)
+    elif not isinstance(add_bos, bool):
+        raise IncompatibleError(f"{path}: tokenizer_config.json: add_bos_token: found {add_bos!r}, expected a boolean.")
+    return TokenizerFiles(
+        kind=library.kind,
+        source_file=path,
+        vocab_size=size,
+        bos_token_id=bos_id,
+        eos_token_ids=eos_ids,
+        add_bos_token=add_bos and bos_id is not None,
+        special_tokens=dict(sorted(special.items())),
+        bos_token=bos_token,
+        eos_token=eos_token,
+        chat_template=_chat_template(files),
+        golden=_golden(library, set(special.values())),
+        sources=files.names(path.name),
+    )
+
+
+class _Files:
+    """The directory's files, each read once; a missing JSON file is an empty object."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self._read: dict[str, Any] = {}
+
+    def exists(self, name: str) -> bool:
+        return (self.model_dir / name).is_file()
+
+    def json(self, name: str) -> dict[str, Any]:
+        if not self.exists(name):
+            return {}
+        if name not in self._read:
+            self._read[name] = read_json(self.model_dir / name)
+        return self._read[name]
+
+    def bytes(self, name: str) -> bytes:
+        path = self.model_dir / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+        if data.startswith(b"version https://git-lfs"):
+            raise IntegrityError(f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
+        self._read.setdefault(name, None)
+        return data
+
+    def ids(self, name: str, key: str) -> tuple[int, ...]:
+        """Return the token ids that a JSON file gives under key: none, one or a list."""
+        value = self.json(name).get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+                raise IncompatibleError(f"{self.model_dir / name}: {key}: found {value!r}, expected token ids.")
+        return tuple(dict.fromkeys(ids))
+
+    def names(self, *more: str) -> tuple[str, ...]:
+        return tuple(sorted({*self._read, *more}))
+
+
+def _open_library(files: _Files) -> Library | None:
+    has_model, has_json = files.exists("tokenizer.model"), files.exists("tokenizer.json")
+    added = _added_tokens(files)
+    document = files.json("tokenizer.json")
+    path = files.model_dir / "tokenizer.model"
+    if has_json:
+        kind = files.json("tokenizer_config.json").get("tokenizer_class")
+        if not has_model or kind not in _LLAMA_CLASSES or not all(special for _, special in added.values()):
+            return open_tokenizers(files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document)
+    if not has_model:
+        return None
+    try:
+        return open_sentencepiece(path, files.bytes("tokenizer.model"), {text: i for text, (i, _) in added.items()})
+    except IntegrityError:
+        # Meta's Llama 3 has a tokenizer.model of another format, a list of base64 words, beside
+        # tokenizer.json.
+        if has_json:
+            return open_tokenizers(files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document)
+        raise
+
+
+def _added_tokens(files: _Files) -> dict[str, tuple[int, bool]]:
+    """Return {text: (id, is special)} of tokens that were added to the tokenizer's own."""
+    added: dict[str, tuple[int, bool]] = {}
+    try:
+        for text, token_id in files.json("added_tokens.json").items():
+            added[text] = int(token_id), True
+        for entry in files.json("tokenizer.json").get("added_tokens", []):
+            added[entry["content"]] = int(entry["id"]), bool(entry.get("special", False))
+        for token_id, entry in files.json("tokenizer_config.json").get("added_tokens_decoder", {}).items():
+            added[entry["content"]] = int(token_id), bool(entry.get("special", False))
+        if any(not text or token_id < 0 for text, (token_id, _) in added.items()):
+            raise ValueError("an empty text or a negative id")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{files.model_dir}: the list of added tokens is malformed: {error!r}.") from error
+    return added
+
+
+def _named_token(files: _Files, library: Library, key: str) -> str | None:
+    """Return the text of bos_token or eos_token: a string, or an object with its content; null says that there is none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = files.json(name)
+        if key in config:
+            value = config[key]
+            text = value.get("content") if isinstance(value, dict) else value
+            if text is not None and not isinstance(text, str):
+                raise IncompatibleError(f"{files.model_dir / name}: {key}: found {value!r}, expected text.")
+            return text
+    return library.own.get(key)
+
+
+def _chat_template(files: _Files) -> str | None:
+    name = "chat_template.jinja"
+    if files.exists(name):
+        try:
+            template = files.bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise IntegrityError(f"{files.model_dir / name}: not UTF-8: {error}.") from error
+    else:
+        name = "tokenizer_config.json"
+        template = files.json(name).get("chat_template")
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise IncompatibleError(
+            f"{files.model_dir / name}: chat_template: found {type(template).__name__}, expected text."
+        )
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.parse(template)
+    except (TemplateError, RecursionError) as error:
+        raise IncompatibleError(f"{files.model_dir / name}: chat template: {error}.") from error
+    return template
+
+
+def _golden(library: Library, special_ids: set[int]) -> list[dict[str, Any]]:
+    """Encode the golden texts; one for which the library itself gives a special id says nothing about text."""
+    unknown = {library.id_of("<unk>")}
+    vectors = [{"text": text, "ids": library.encode(text)} for text in GOLDEN_TEXTS]
+    return [vector for vector in vectors if (special_ids - unknown).isdisjoint(vector["ids"])]

@@ -1,0 +1,294 @@
+"""One row per weight: its name in the artifact, the tensors it is made of, how it is split over ranks, how it is stored.
+
+In: a ModelConfig and the choice of scheme and shards. Out: `WeightRow`s (pure data), and for each rank the slices of the
+checkpoint and the shapes of the initializers. Reads nothing. The order of `weight_rows` is the order of `weights.bin`.
+
+| split | out_features | in_features | afterwards |
+|---|---|---|---|
+| column | a share for each rank | all | nothing |
+| row | all | a share for each rank | AllReduce |
+| vocab | a share of the vocabulary | all | AllGather |
+| replicated | all | all | nothing |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llmrun.artifact import ROW_TILE, WEIGHT_ALIGNMENT, IntegrityError, ModelConfig, UsageError
+
+Split = Literal["column", "row", "vocab", "replicated"]
+Role = Literal["linear", "head", "embedding", "norm", "bias"]
+SCHEMES = ("f32", "f16", "q8", "q4")
+GROUP_SIZES = (32, 64, 128)
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Scheme of the projections and of the head; group_size counts input features."""
+
+    scheme: str
+    group_size: int
+
+    def of_role(self, role: Role) -> str:
+        """Return how a role is stored: norms and biases stay float32, the embedding is float16 unless all is float32."""
+        if role in ("linear", "head"):
+            return self.scheme
+        return "f32" if role in ("norm", "bias") or self.scheme == "f32" else "f16"
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """`name` + ".weight" (or ".bias") in the artifact; `sources` are tensors of the checkpoint, stacked row by row."""
+
+    name: str
+    sources: tuple[str, ...]
+    split: Split
+    role: Role
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of one source tensor that belongs to a rank."""
+
+    source: str
+    rows: slice
+    columns: slice
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the rectangle."""
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """One initializer of a rank's graph; `offset` and `num_bytes` in its weights.bin."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes without padding."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RankWeight:
+    """A weight as one rank holds it: [num_rows, num_columns], of which `padding` zero rows come last."""
+
+    row: WeightRow
+    blocks: tuple[Block, ...]
+    num_rows: int
+    num_columns: int
+    padding: int
+    storage: str
+    initializers: tuple[Initializer, ...]
+
+
+def weight_rows(config: ModelConfig) -> list[WeightRow]:
+    """Return the table of all weights, in the order of the forward pass."""
+    rows = [WeightRow(EMBEDDING, (f"{EMBEDDING}.weight",), "replicated", "embedding")]
+
+    def projection(name: str, sources: str, split: Split, has_bias: bool) -> None:
+        parent = name.rpartition(".")[0]
+        roots = [f"{parent}.{source}" for source in sources.split()]
+        rows.append(WeightRow(name, tuple(f"{root}.weight" for root in roots), split, "linear"))
+        if has_bias:
+            # A row-parallel bias is added once, after the AllReduce, and so is whole on every rank.
+            bias_split: Split = "replicated" if split == "row" else split
+            rows.append(WeightRow(name, tuple(f"{root}.bias" for root in roots), bias_split, "bias"))
+
+    def norm(name: str) -> None:
+        rows.append(WeightRow(name, (f"{name}.weight",), "replicated", "norm"))
+
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        norm(f"{layer}.input_layernorm")
+        projection(f"{layer}.self_attn.qkv_proj", "q_proj k_proj v_proj", "column", config.attention_bias)
+        projection(f"{layer}.self_attn.o_proj", "o_proj", "row", config.attention_bias)
+        norm(f"{layer}.post_attention_layernorm")
+        projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
+        projection(f"{layer}.mlp.down_proj", "down_proj", "row", config.mlp_bias)
+    norm("model.norm")
+    rows.append(WeightRow(HEAD, (f"{HEAD}.weight",), "vocab", "head"))
+    return rows
+
+
+def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
+    """Return the shape that a tensor of the checkpoint must have: [out_features, in_features], or [size]."""
+    root, _, kind = source.rpartition(".")
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    out_in = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (config.vocab_size, hidden),
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }.get(root.rpartition(".")[2], (hidden,))
+    return out_in if kind == "weight" else out_in[:1]
+
+
+def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """Match the table with the tensors of a checkpoint.
+
+    Args:
+        config: the architecture.
+        found: tensor name -> shape.
+
+    Returns:
+        source name in the table -> tensor to read; they differ only for tied embeddings stored once.
+
+    Raises:
+        IntegrityError: a tensor is missing, has another shape, or is unknown (all are listed).
+    """
+    wanted = [source for row in weight_rows(config) for source in row.sources]
+    names = {source: source for source in wanted}
+    if config.tie_word_embeddings:
+        pair = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+        present = [name for name in pair if name in found]
+        names.update({name: present[0] for name in pair if present})
+    missing = sorted({name for name in names.values() if name not in found})
+    # Older checkpoints carry RoPE's frequencies, which follow from the configuration.
+    unknown = sorted(n for n in found if n not in wanted and not n.endswith(".rotary_emb.inv_freq"))
+    if missing or unknown:
+        raise IntegrityError(
+            f"the tensors do not fit config.json; missing: {_listed(missing)}; not known to a Llama of this configuration:"
+            f" {_listed(unknown)}.",
+            code="E313",
+        )
+    for source, name in names.items():
+        if found[name] != source_shape(config, source):
+            raise IntegrityError(
+                f"{name}: shape {list(found[name])}, but config.json asks for {list(source_shape(config, source))}.",
+                code="E313",
+            )
+    return names
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
+
+
+def check_split(config: ModelConfig, quantization: Quantization, shards: int) -> None:
+    """Refuse a split that does not divide, naming the numbers and what would work."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    group_size = quantization.group_size if quantization.scheme in ("q4", "q8") else 1
+
+    def fits(count: int, size: int) -> bool:
+        kv_fits = kv_heads % count == 0 or count % kv_heads == 0
+        split_fits = config.intermediate_size % count == 0 and config.intermediate_size // count % size == 0
+        query_fits = heads % count == 0 and heads * config.head_dim // count % size == 0
+        return kv_fits and split_fits and query_fits and config.hidden_size % size == 0
+
+    if fits(shards, group_size):
+        return
+    shards_that_fit = [n for n in (1, 2, 4, 8) if fits(n, group_size)]
+    sizes_that_fit = [size for size in GROUP_SIZES if fits(shards, size)] if group_size > 1 else []
+    advice = []
+    if sizes_that_fit:
+        advice.append(f"--group-size {' or '.join(map(str, sizes_that_fit))} works")
+    if shards_that_fit:
+        advice.append(f"--shards {' or '.join(map(str, shards_that_fit))} works")
+    raise UsageError(
+        f"--shards {shards} with group_size {group_size if group_size > 1 else 'none'} does not divide this model:"
+        f" num_attention_heads {heads}, num_key_value_heads {kv_heads}, and in_features per rank"
+        f" {config.hidden_size} (hidden), {heads * config.head_dim / shards:g} (o_proj) and"
+        f" {config.intermediate_size / shards:g} (down_proj)."
+        f" {'; '.join(advice) or 'Use --quant f16 or f32'}.",
+        code="E204",
+    )
+
+
+def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank: int) -> list[RankWeight]:
+    """Return every weight of one rank, with the blocks to read and the initializers to write, offsets included."""
+    offset, weights = 0, []
+    for row in weight_rows(config):
+        blocks = tuple(_block(config, source, row.split, shards, rank) for source in row.sources)
+        padding = vocab_per_rank(config, shards) - blocks[0].num_rows if row.split == "vocab" else 0
+        num_rows = sum(block.num_rows for block in blocks) + padding
+        num_columns = blocks[0].columns.stop - blocks[0].columns.start
+        storage = quantization.of_role(row.role)
+        initializers = []
+        for suffix, dtype, shape in _stored(row.role, storage, num_rows, num_columns, quantization.group_size):
+            initializers.append(Initializer(f"{row.name}.{suffix}", np.dtype(dtype), shape, offset))
+            offset += -(-initializers[-1].num_bytes // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
+        weights.append(RankWeight(row, blocks, num_rows, num_columns, padding, storage, tuple(initializers)))
+    return weights
+
+
+def num_bytes(weights: Iterable[RankWeight]) -> int:
+    """Return the size of weights.bin."""
+    ends = [i.offset + -(-i.num_bytes // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT for w in weights for i in w.initializers]
+    return max(ends, default=0)
+
+
+def heads_per_rank(config: ModelConfig, shards: int) -> tuple[int, int]:
+    """Return (num_heads_per_rank, num_kv_heads_per_rank)."""
+    return config.num_attention_heads // shards, max(1, config.num_key_value_heads // shards)
+
+
+def vocab_per_rank(config: ModelConfig, shards: int) -> int:
+    """Return the rows of the head on each rank, padding included (FORMAT 4.6)."""
+    return -(-config.vocab_size // shards)
+
+
+def _block(config: ModelConfig, source: str, split: Split, shards: int, rank: int) -> Block:
+    num_rows, num_columns = (*source_shape(config, source), 1)[:2]
+    all_rows, all_columns = slice(0, num_rows), slice(0, num_columns)
+    if split == "replicated":
+        return Block(source, all_rows, all_columns)
+    if split == "row":
+        share = num_columns // shards
+        return Block(source, all_rows, slice(rank * share, (rank + 1) * share))
+    if split == "vocab":
+        share = vocab_per_rank(config, shards)
+        return Block(source, slice(min(rank * share, num_rows), min((rank + 1) * share, num_rows)), all_columns)
+    if source.rpartition(".")[0].endswith(("k_proj", "v_proj")):
+        # Fewer KV heads than ranks: neighbouring ranks hold the same head (FORMAT 4.2).
+        first = rank * config.num_key_value_heads // shards * config.head_dim
+        return Block(source, slice(first, first + heads_per_rank(config, shards)[1] * config.head_dim), all_columns)
+    share = num_rows // shards
+    return Block(source, slice(rank * share, (rank + 1) * share), all_columns)
+
+
+def _stored(
+    role: Role, storage: str, num_rows: int, num_columns: int, group_size: int
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return (suffix, numpy dtype, shape) of the initializers of one weight (FORMAT 4.3, 4.5)."""
+    if role in ("norm", "bias"):
+        return [("weight" if role == "norm" else "bias", "<f4", (num_rows,))]
+    if role == "embedding":
+        return [("weight", {"f32": "<f4", "f16": "<f2"}[storage], (num_rows, num_columns))]
+    tiles = -(-num_rows // ROW_TILE)
+    if storage in ("f32", "f16"):
+        return [("weight", {"f32": "<f4", "f16": "<f2"}[storage], (tiles, num_columns, ROW_TILE))]
+    cells = num_columns // {"q8": 4, "q4": 8}[storage]
+    return [
+        ("weight", "u1", (tiles, cells, ROW_TILE, 4)),
+        ("scales", "<f2", (tiles, num_columns // group_size, ROW_TILE)),
+    ]
+
+
+def check_options(scheme: str, group_size: int, shards: int) -> Quantization:
+    """Return the Quantization for command-line values; the errors name what is allowed."""
+    if scheme not in SCHEMES:
+        raise UsageError(f"--quant {scheme}: unknown; choose one of {', '.join(SCHEMES)}.")
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"--group-size {group_size}: choose one of {', '.join(map(str, GROUP_SIZES))}.")
+    if not 1 <= shards <= 64:
+        raise UsageError(f"--shards {shards}: expected 1 to 64.")
+    return Quantization(scheme, group_size)

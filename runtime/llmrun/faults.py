@@ -1,0 +1,42 @@
+"""Fault injection for tests, inactive unless LLMRUN_FAULT=rank:point:kind is set. Debug only.
+
+Points: load, prefill, decode, idle. Kinds: raise; exit (sys.exit); vanish (a library calls _exit(0)); kill; stop;
+nan; slow. A fault fires once. `nan` fires at decode and is carried out by the caller, who owns the memory to spoil.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+POINTS = ("load", "prefill", "decode", "idle")
+KINDS = ("raise", "exit", "vanish", "kill", "stop", "nan", "slow")
+SLOW_S = 3.0
+
+_fired = False
+
+
+def fire(rank: int, point: str) -> bool:
+    """Carry out the fault that is due at this point of this rank; True: the caller must compute NaN."""
+    global _fired
+    wanted = os.environ.get("LLMRUN_FAULT", "")
+    if not wanted or _fired:
+        return False
+    fault_rank, fault_point, kind = wanted.split(":")
+    if (int(fault_rank), fault_point) != (rank, point):
+        return False
+    _fired = True
+    if kind == "raise":
+        raise RuntimeError(f"injected fault at {point}")
+    if kind == "exit":
+        raise SystemExit(0)
+    if kind == "vanish":
+        os._exit(0)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "slow":
+        time.sleep(SLOW_S)
+    return kind == "nan"

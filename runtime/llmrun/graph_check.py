@@ -1,0 +1,178 @@
+"""A rank's graph before it runs: whose it is, which operators it has, where its weights lie.
+
+In: the bytes of a verified `cpu.onnx`, then ONNX Runtime's session. Digests say that a file is the packager's, not that
+the packager is honest, nor that nobody mixed two artifacts and wrote a manifest for the mixture (FORMAT 3.1, 3.4, 3.5).
+ONNX Runtime runs any operator it knows, and old releases follow external data out of the directory. Standard library
+only: reads the few fields of onnx.proto that matter, and refuses protobuf that two readers could read differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrun.errors import IncompatibleError, IntegrityError
+from llmrun.manifest import OPS_DOMAIN, WEIGHT_ALIGNMENT
+
+if TYPE_CHECKING:
+    from llmrun.manifest import KvCacheSpec
+
+_MATMULS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ4")
+_OPERATORS = {
+    OPS_DOMAIN: {*_MATMULS, "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllGather"},
+    "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
+}
+# Field numbers of onnx.proto3.
+_MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 14, 20, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
+_NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_ATTRIBUTE_HOLDS_MORE = {5, 6, 10, 11, 22, 23}  # tensors and graphs
+_TENSOR_EXTERNAL_DATA, _TENSOR_LOCATION = 13, 14
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+
+Fields = list[tuple[int, Any]]  # (field number, bytes or int), in the order of the file
+
+
+def check_graph(path: Path, weights: Path, rank: int, shards: int) -> None:
+    """Check the file of a rank's graph, whose external data must lie in `weights`.
+
+    Raises:
+        IntegrityError: not an ONNX model, or its weights are elsewhere.
+        IncompatibleError: another rank's graph, or an operator that no graph of this format has.
+    """
+    try:
+        model = list(_fields(path.read_bytes()))
+        if {_MODEL_TRAINING, _MODEL_FUNCTIONS} & {number for number, _ in model}:
+            raise ValueError("it holds functions or training code")
+        graph = list(_fields(_only(model, _MODEL_GRAPH)))
+        metadata = [_entry(value) for number, value in model if number == _MODEL_METADATA]
+        operators = {_operator(value) for number, value in graph if number == _GRAPH_NODE}
+        _check_initializers(graph, weights)
+    except (ValueError, OSError) as error:
+        raise IntegrityError(
+            f"{path}: not a graph made by `pack`: {error}. Pack the model again.", code="E320"
+        ) from None
+    found = dict(metadata)
+    if len(found) != len(metadata) or (found.get("rank"), found.get("shards")) != (str(rank), str(shards)):
+        whose = f"rank {found.get('rank')!r} of {found.get('shards')!r}"
+        raise IncompatibleError(
+            f"{path}: the graph of {whose}, expected rank '{rank}' of '{shards}'. Folders of several ranks or artifacts are"
+            " mixed: copy the artifact again.",
+            code="E418",
+        )
+    if strange := sorted(f"{domain}.{op}" for domain, op in operators if op not in _OPERATORS.get(domain, ())):
+        raise IncompatibleError(
+            f"{path}: has the operator {strange[0]!r}, which no graph of this format has. Pack the model again.",
+            code="E419",
+        )
+
+
+def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, vocab_size: int) -> None:
+    """Compare a session's caches and logits with the manifest's, so that every step's memory fits the graph.
+
+    Raises:
+        IncompatibleError: they differ: the graph is another model's.
+    """
+    shape = [kv_cache.block_size, kv_cache.num_kv_heads_per_rank, kv_cache.head_dim]
+    kind = {"float16": "tensor(float16)", "float32": "tensor(float)"}[kv_cache.dtype]
+    expected = {
+        f"{part}_cache.{layer}": (kind, shape) for layer in range(kv_cache.num_layers) for part in ("key", "value")
+    }
+    found = {node.name: (node.type, node.shape[1:]) for node in session.get_inputs() if "_cache." in node.name}
+    logits = [(node.name, node.shape[-1:]) for node in session.get_outputs()]
+    if found != expected or logits != [("logits", [vocab_size])]:
+        raise IncompatibleError(
+            f"{path}: its KV cache or logits are not those of the manifest; it belongs to another model. Copy the artifact"
+            " again.",
+            code="E418",
+        )
+
+
+def _check_initializers(graph: Fields, weights: Path) -> None:
+    size = weights.stat().st_size
+    for number, value in graph:
+        if number == _GRAPH_SPARSE:
+            raise ValueError("it holds a sparse tensor")
+        if number != _GRAPH_INITIALIZER:
+            continue
+        tensor = list(_fields(value))
+        entries = [_entry(item) for number, item in tensor if number == _TENSOR_EXTERNAL_DATA]
+        if not entries and all(number != _TENSOR_LOCATION for number, _ in tensor):
+            continue
+        data = dict(entries)
+        if len(data) != len(entries) or set(data) != {"location", "offset", "length"}:
+            raise ValueError(f"external data is described by {sorted(data)!r:.100}")
+        if data["location"] != weights.name:
+            raise ValueError(f"external data lies in {data['location']!r:.100}, expected {weights.name!r}")
+        if not all(data[key].isascii() and data[key].isdigit() and len(data[key]) < 20 for key in ("offset", "length")):
+            raise ValueError("offset or length of external data is no number")
+        offset, length = int(data["offset"]), int(data["length"])
+        if offset % WEIGHT_ALIGNMENT or offset + length > size:
+            raise ValueError(f"external data at {offset}, {length} bytes long, in a file of {size} bytes")
+
+
+def _operator(node: bytes) -> tuple[str, str]:
+    """Return (domain, type) of a node; its attributes must be plain values."""
+    fields = list(_fields(node))
+    for number, value in fields:
+        if number == _NODE_ATTRIBUTE and _ATTRIBUTE_HOLDS_MORE & {number for number, _ in _fields(value)}:
+            raise ValueError("an attribute holds a tensor or a graph")
+    has_domain = any(number == _NODE_DOMAIN for number, _ in fields)
+    return _text(_only(fields, _NODE_DOMAIN)) if has_domain else "", _text(_only(fields, _NODE_OP_TYPE))
+
+
+def _entry(data: bytes) -> tuple[str, str]:
+    """Return (key, value) of a StringStringEntryProto."""
+    fields = list(_fields(data))
+    return _text(_only(fields, _ENTRY_KEY)), _text(_only(fields, _ENTRY_VALUE))
+
+
+def _only(fields: Fields, wanted: int) -> bytes:
+    """Return the one message or text with this number; protobuf would merge several."""
+    values = [value for number, value in fields if number == wanted]
+    if len(values) != 1 or not isinstance(values[0], bytes):
+        raise ValueError(f"field {wanted} occurs {len(values)} times, or is no text")
+    return values[0]
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield the fields of a message (protobuf.dev/programming-guides/encoding).
+
+    Raises:
+        ValueError: the bytes are no message.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError("a number stands where a message is expected")  # noqa: TRY004
+    place = 0
+    while place < len(data):
+        tag, place = _varint(data, place)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, place = _varint(data, place)
+        elif wire in (1, 2, 5):
+            length, place = _varint(data, place) if wire == 2 else ((8 if wire == 1 else 4), place)
+            value = data[place : place + length]
+            if len(value) != length:
+                raise ValueError("it ends early")
+            place += length
+        else:
+            raise ValueError(f"wire type {wire} at byte {place}")
+        yield number, value
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= len(data):
+            raise ValueError("it ends early")
+        byte = data[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+    raise ValueError("a number of more than ten bytes")

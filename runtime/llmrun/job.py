@@ -1,0 +1,330 @@
+"""One rank of a job, from the start to the loop: open, handshake, prepare, load, run, leave.
+
+Every rank runs the same stages in the same order, and after each stage all ranks agree on its outcome: if one failed,
+all raise the same error and leave in order. No collective operator runs before the handshake has shown that the ranks
+hold shards of one artifact and agree on everything that shapes a message (a mismatch corrupts memory: measured).
+Decides nothing about tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+import llmrun
+from llmrun import comm as communication
+from llmrun import console, errors, failstop, faults, launcher, library, watchdog
+from llmrun.artifact import Artifact, open_artifact
+from llmrun.cores import CoreShare, share_cores
+from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError, ResourceError
+from llmrun.step_plan import MessageKind, StepPlan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrun.session import RankSession
+
+Result = TypeVar("Result")
+VERIFY_MODES = ("full", "size", "off")
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What every rank of a job must be told alike."""
+
+    provider: str = "auto"
+    threads: int | None = None
+    max_seq_len: int | None = None
+    max_num_seqs: int = 8
+    verify: str = "full"
+    isa: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.verify not in VERIFY_MODES:
+            raise errors.UsageError(f"verify {self.verify!r}: expected one of {', '.join(VERIFY_MODES)}.")
+        for name in ("threads", "max_seq_len", "max_num_seqs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise errors.UsageError(f"{name.replace('_', '-')} {value}: expected 1 or more.")
+
+
+class Job:
+    """One rank's share of a running model."""
+
+    def __init__(self, path: str | os.PathLike[str], options: JobOptions) -> None:
+        """Join the job, open the artifact and shake hands; reads no weight.
+
+        Raises:
+            LlmpackError: on every rank, whichever rank failed.
+        """
+        deadline_s = watchdog.deadline_from_environment()
+        self.options = options
+        self.comm = communication.connect()
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.is_broken = False  # a step failed midway: other ranks may be inside a collective
+        self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)
+        self.watchdog.start()
+        self._ops: ctypes.CDLL | None = None
+        self._session: RankSession | None = None
+        self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
+        self._shake_hands(facts)
+        self.manifest = self.artifact.manifest
+        self.max_seq_len = self._max_seq_len()
+
+    def stage(self, name: str, work: Callable[[], Result], *, deadline_s: float | None = watchdog.LOAD_S) -> Result:
+        """Do `work` on every rank, and agree on the outcome.
+
+        Args:
+            name: for messages.
+            work: this rank's part.
+            deadline_s: None if it may take for ever (a person types).
+        Raises:
+            LlmpackError: the first failing rank's, on every rank.
+        """
+        status: dict[str, Any] = {}
+        result: Result | None = None
+        with self.watchdog.phase(name, deadline_s if deadline_s is not None else float("inf")):
+            try:
+                result = work()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a panic of a Rust library is no Exception
+                console.show_traceback(error)
+                known = console.as_llmpack_error(error, f"rank {self.rank}: " if self.size > 1 else "")
+                status = {
+                    "exit_code": known.exit_code,
+                    "code": known.code,
+                    "message": str(known)[:600],
+                }  # fits a status, escaped
+            statuses = self.comm.agree(status)
+        for rank, other in enumerate(statuses):
+            if other:
+                launcher.note_exit_code(other["exit_code"])
+                raise self._error_of(rank, other)
+        return result  # type: ignore[return-value]
+
+    def load(self, num_blocks_wanted: int) -> None:
+        """Verify this rank's files, create the session and the KV cache, and make sure that the files stayed the same.
+
+        Args:
+            num_blocks_wanted: cache blocks; all ranks get the smallest number that fits each one's memory.
+        """
+        num_blocks = self.stage("memory", lambda: self._num_blocks(num_blocks_wanted))
+        self.num_blocks = min(s["num_blocks"] for s in self.comm.agree({"num_blocks": num_blocks}))
+        if self.comm.op_communicator is not None:
+            # A stage each: the second waits inside MPI, so it begins only where no rank has failed the first.
+            self.stage("communicator", self._set_communicator)
+            self.stage("sharing memory", self._share_memory)
+        self.stage("loading", self._load)
+
+    def run(self, plan: StepPlan) -> NDArray[np.float32]:
+        """Run a step on all ranks; rank 0 only. Returns the logits, [R, vocab_size]."""
+        self.is_broken = True
+        self.comm.send(plan.pack())
+        logits = self._run(plan)
+        self.is_broken = False
+        return logits
+
+    def follow(self) -> tuple[MessageKind, NDArray[np.int32]]:
+        """Run rank 0's steps until it sends another message, and return that; ranks other than 0 only."""
+        while True:
+            faults.fire(self.rank, "idle")
+            message = self.comm.receive()
+            kind = MessageKind(int(message[0]))
+            if kind is not MessageKind.STEP:
+                return kind, message[1:]
+            self._run(StepPlan.unpack(message))
+
+    def close(self, exit_code: int = 0) -> None:
+        """Leave in order: rank 0 tells the others to, with the exit code of the job."""
+        self.watchdog.close()
+        if self.is_broken:
+            failstop.leave(exit_code)
+        launcher.note_exit_code(exit_code)
+        if self.rank == 0 and self.size > 1:
+            self.comm.send(np.array([MessageKind.SHUTDOWN, exit_code], np.int32))
+
+    def verify(self, names: list[str]) -> None:
+        """Compare the digests of files with the manifest's, if the user wants that."""
+        if self.options.verify == "full":
+            self.artifact.verify(names, console.Progress("verifying", is_quiet=self.rank != 0))
+
+    def _run(self, plan: StepPlan) -> NDArray[np.float32]:
+        assert self._session is not None
+        kind = "decode" if plan.is_decode else "prefill"
+        with self.watchdog.phase(f"{kind} step", self.watchdog.step_deadline(plan.num_tokens)):
+            if faults.fire(self.rank, kind):
+                self._session.spoil_cache()
+            return self._session.run(plan)
+
+    def _open(self, path: Path) -> tuple[Artifact, dict[str, Any]]:
+        """Open the artifact as this rank, and collect what all ranks must agree on."""
+        from llmrun import mpi_functions, session
+
+        whole = open_artifact(path, ranks=[])
+        if whole.manifest.shards != self.size:
+            message = launcher.wrong_size_message(path, whole.manifest.shards, self.size)
+            raise IncompatibleError(message, code="E412")
+        artifact = open_artifact(path, ranks=[self.rank])
+        target = session.choose_target(self.options.provider, artifact.manifest.targets)
+        place = library.find_library()
+        try:
+            self._ops = mpi_functions.load_library(place)
+        except OSError as error:
+            raise IncompatibleError(f"{place}: cannot be loaded: {error}.", code="E416") from None
+        version = self._ops.llmpack_ops_version()
+        if version != artifact.manifest.ops["version"]:
+            raise IncompatibleError(
+                f"{place} has operator version {version}, the artifact needs {artifact.manifest.ops['version']}."
+                " Install matching releases.",
+                code="E416",
+            )
+        if self.options.isa is not None and self._ops.llmpack_ops_set_isa(self.options.isa.encode()) != 0:
+            raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
+        self._library_path, self._target = place, target
+        ort = session.import_onnxruntime()
+        return artifact, {
+            "manifest": artifact.digest,
+            "world size": self.size,
+            "llmrun": llmrun.__version__,
+            "onnxruntime": ort.__version__,
+            "operators": version,
+            "provider": target,
+            "kv_cache": artifact.manifest.kv_cache.dtype,
+            "options": repr(self.options),
+        }
+
+    def _shake_hands(self, facts: dict[str, Any]) -> None:
+        """Compare the ranks' facts; a difference is an error on every rank, and names the rank that is alone with it."""
+        everyone = self.comm.agree({**facts, "cores": sorted(os.sched_getaffinity(0))})
+        self._affinities = [status.pop("cores") for status in everyone]
+        for name in facts:
+            values = [str(status[name]) for status in everyone]
+            common = max(values, key=values.count)
+            for rank, value in enumerate(values):
+                if value != common:
+                    raise IncompatibleError(
+                        f"rank {rank} disagrees with rank {values.index(common)} about {name}: found {value},"
+                        f" expected {common}. All ranks need the same artifact, software and options.",
+                        code="E413",
+                    )
+
+    def _max_seq_len(self) -> int:
+        limit, wanted = self.manifest.max_seq_len, self.options.max_seq_len
+        if wanted is not None and wanted > limit:
+            raise errors.UsageError(f"--max-seq-len {wanted}: the artifact was packed for {limit} positions at most.")
+        return wanted or limit
+
+    def _num_blocks(self, wanted: int) -> int:
+        """Return how many of the wanted cache blocks this host's free memory holds."""
+        spec = self.manifest.kv_cache
+        block_bytes = spec.block_size * spec.bytes_per_token
+        entry = self.manifest.ranks[self.rank]
+        sharers = len(communication.local_ranks(self.comm.peers, self.rank))
+        free_bytes = max(0, available_bytes() // sharers - entry.weight_bytes)
+        num_blocks = min(wanted, int(0.9 * free_bytes) // block_bytes)
+        least = -(-self.max_seq_len // spec.block_size)
+        if num_blocks < least:
+            raise ResourceError(
+                f"rank {self.rank}: {free_bytes >> 20} MiB are free beside the weights, and the KV cache of"
+                f" {self.max_seq_len} positions needs {least * block_bytes >> 20} MiB. Use a shorter --max-seq-len.",
+                code="E502",
+            )
+        return num_blocks
+
+    def _set_communicator(self) -> None:
+        from llmrun import mpi_functions
+
+        assert self._ops is not None
+        assert self.comm.op_communicator is not None
+        described = mpi_functions.communicator_struct(self.comm.op_communicator)
+        if self._ops.llmpack_ops_set_communicator(ctypes.byref(described)) != 0:
+            raise IncompatibleError(f"operator library: {self._ops_error()}", code="E416")
+
+    def _share_memory(self) -> None:
+        """Let the collectives go through shared memory; by MPI where that cannot be."""
+        assert self._ops is not None
+        if self._ops.llmpack_ops_share_memory() < 0:
+            raise PeerError(f"operator library: {self._ops_error()}")
+
+    def _load(self) -> None:
+        from llmrun import graph_check, session
+
+        faults.fire(self.rank, "load")
+        manifest = self.manifest
+        names = self.artifact.files_of_rank(self.rank)
+        self.verify(names)
+        entry = manifest.ranks[self.rank]
+        graph = self.artifact.resolve(entry.graphs[self._target])
+        graph_check.check_graph(graph, self.artifact.resolve(entry.weights), self.rank, self.size)
+        self._session = session.RankSession(
+            graph,
+            self._library_path,
+            manifest.kv_cache,
+            num_blocks=self.num_blocks,
+            vocab_size=manifest.model.vocab_size,
+            share=self._pin(),
+            provider=self._target,
+        )
+        self.watchdog.count_collectives(self._collective_state)
+        self.artifact.recheck(names)
+
+    def _pin(self) -> CoreShare:
+        """Keep this process to its share of the host's cores."""
+        ranks = communication.local_ranks(self.comm.peers, self.rank)
+        share = share_cores([self._affinities[r] for r in ranks], ranks.index(self.rank), self.options.threads)
+        if share.cores and self.size > 1:
+            os.sched_setaffinity(0, share.cores)
+        self.num_threads = share.num_threads
+        return share
+
+    def _collective_state(self) -> tuple[int, int]:
+        assert self._ops is not None
+        begun, ended = ctypes.c_uint64(), ctypes.c_uint64()
+        self._ops.llmpack_ops_collective_state(ctypes.byref(begun), ctypes.byref(ended))
+        return begun.value, ended.value
+
+    def _ops_error(self) -> str:
+        assert self._ops is not None
+        return self._ops.llmpack_ops_last_error().decode("utf-8", "replace")
+
+    @property
+    def isa(self) -> str:
+        """Instruction set of the CPU kernels."""
+        assert self._ops is not None
+        return self._ops.llmpack_ops_isa().decode()
+
+    def _error_of(self, rank: int, status: dict[str, Any]) -> LlmpackError:
+        """Rebuild another rank's error; a file's path shows whose it is, unless the ranks are on several hosts."""
+        classes = {kind.exit_code: kind for kind in LlmpackError.__subclasses__()}
+        message: str = status["message"]
+        is_obvious = f"rank {rank}" in message or f"rank-{rank}" in message or self.size == 1 or rank == 0
+        prefix = "" if is_obvious else f"rank {rank}: "
+        return classes.get(status["exit_code"], IntegrityError)(prefix + message, code=status["code"])
+
+
+def available_bytes() -> int:
+    """Return the memory that the system could give now, within the container's limit."""
+    available = 1 << 62
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            reclaimable = 0
+            for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+                if line.startswith(("inactive_file ", "active_file ")):
+                    reclaimable += int(line.split()[1])
+            available = min(available, int(limit) - used + reclaimable)
+    except (OSError, ValueError):
+        pass
+    return available

@@ -1,0 +1,107 @@
+"""What is asked of the engine and what comes back: records, and the checks of a prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from llmrun.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from llmrun.sampler import Sampler
+    from llmrun.scheduler import RunningSequence
+    from llmrun.text_stream import TextStream
+    from llmrun.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Request:
+    """A prompt on its way to a completion; `finish_reason` is None until it ends with "stop" or "length"."""
+
+    sequence: RunningSequence
+    prompt_ids: list[int]
+    sampler: Sampler | None = None
+    stream: TextStream | None = None
+    end_ids: frozenset[int] = frozenset()
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    rows: list[NDArray[np.float32]] = field(default_factory=list)
+    submitted_s: float = field(default_factory=time.perf_counter)
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step added to a request: a token, and the text that is safe to show now (may be empty)."""
+
+    request: Request
+    token_id: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request. `text` is None without a tokenizer; `ids` leaves the end token out; timings in milliseconds."""
+
+    text: str | None
+    prompt_ids: list[int]
+    ids: list[int]
+    finish_reason: str
+    timings: dict[str, float]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Return token ids as a list.
+
+    Raises:
+        UsageError: one is not in the vocabulary; the graph would read beyond its table.
+    """
+    checked = [int(i) for i in ids]
+    if bad := [i for i in checked if not 0 <= i < vocab_size]:
+        raise UsageError(f"token id {bad[0]} is not in the vocabulary of {vocab_size}.", code="E206")
+    return checked
+
+
+def check_prompt(
+    prompt: Prompt, max_tokens: int | None, tokenizer: Tokenizer | None, vocab_size: int, max_seq_len: int
+) -> tuple[list[int], int]:
+    """Return the prompt's ids, and how many tokens to sample at most.
+
+    Raises:
+        UsageError: the prompt is empty, holds an id that is not in the vocabulary, or leaves no room.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UsageError("the artifact has no tokenizer: give token ids.", code="E205")
+        ids = tokenizer.encode(prompt) if prompt else []
+    else:
+        ids = check_ids(prompt, vocab_size)
+    if not ids:
+        raise UsageError("the prompt is empty.", code="E203")
+    room = max_seq_len - len(ids)
+    if room < 1:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens and fills the context of {max_seq_len}. Shorten it, or pack with a"
+            " longer --max-seq-len.",
+            code="E204",
+        )
+    wanted = min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens
+    if wanted > room:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens and max-tokens is {wanted}; together they do not fit the context of"
+            f" {max_seq_len}. Use --max-tokens {room} or less.",
+            code="E204",
+        )
+    if wanted < 1:
+        raise UsageError(f"max-tokens {wanted}: expected 1 or more.")
+    return ids, wanted

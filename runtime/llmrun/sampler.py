@@ -1,0 +1,169 @@
+"""Choose the next token from one row of logits.
+
+In: the logits of one position, [vocab_size] float32, and the ids so far. Out: one token id. The order is that
+of transformers (`GenerationMixin._get_logits_processor`), because a checkpoint's `generation_config.json` was
+written for it:
+
+    repeat penalty -> temperature -> top-k -> top-p -> min-p -> draw
+
+llama.cpp applies temperature last, so its top-p and min-p see the distribution at temperature 1; ours, like
+transformers', see the one that is drawn from. Ties are broken by the lower id, so that top-k keeps exactly k
+tokens and top-k 1 is greedy.
+
+Only rank 0 samples. Nothing here knows of ranks, of stop conditions or of text.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrun.errors import NumericError, UsageError
+
+__all__ = ["Sampler", "SamplingParams"]
+
+_SEED_LIMIT = 2**63
+# First guess of how many tokens top-p keeps: sorting this many of a 128k vocabulary costs nothing beside
+# finding them.
+_TOP_P_FIRST_GUESS = 128
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample; every default is "off", and temperature 0 is greedy.
+
+    Args:
+        temperature: 0 to 100; 0 takes the most likely token.
+        top_k: tokens to keep; 0, or more than the vocabulary has, keeps all.
+        top_p: in (0, 1]; keep the most likely tokens until their probabilities add up to this.
+        min_p: in [0, 1); drop tokens less likely than this times the most likely one.
+        repeat_penalty: in (0, 10]; logits of ids seen before are divided (if positive) or multiplied by it.
+        seed: 0 to 2**63 - 1; None draws one from the operating system.
+    Raises:
+        UsageError: a value is out of its range, not a number or of the wrong type (names it and its range).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, "a number from 0 to 100", lambda x: 0 <= x <= 100)
+        _check("top_k", self.top_k, "a whole number from 0 (0: off)", lambda x: x >= 0, whole=True)
+        _check("top_p", self.top_p, "a number above 0, at most 1 (1: off)", lambda x: 0 < x <= 1)
+        _check("min_p", self.min_p, "a number from 0 (0: off) to below 1", lambda x: 0 <= x < 1)
+        _check("repeat_penalty", self.repeat_penalty, "a number above 0, at most 10 (1: off)", lambda x: 0 < x <= 10)
+        if self.seed is not None:
+            _check("seed", self.seed, "a whole number from 0 to 2**63 - 1", lambda x: 0 <= x < _SEED_LIMIT, whole=True)
+
+
+def _check(name: str, value: Any, expected: str, holds: Callable[[Any], bool], *, whole: bool = False) -> None:
+    kind = numbers.Integral if whole else numbers.Real
+    # A NaN fails every comparison, so it is refused without a case of its own.
+    if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+        raise UsageError(f"sampling: {name} is {value!r}: expected {expected}")
+
+
+class Sampler:
+    """Samples one sequence: it holds the random state, so the same seed and logits give the same tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._rng = np.random.Generator(np.random.PCG64(params.seed))
+
+    def sample(self, logits: NDArray[np.float32], context_ids: Sequence[int]) -> int:
+        """Return the next token id.
+
+        Args:
+            logits: [vocab_size], float32; -inf means never. Not changed.
+            context_ids: prompt and generated ids so far, for the repeat penalty.
+        Raises:
+            NumericError: the logits hold NaN or +inf, or are all -inf.
+            UsageError: the logits are not one row, or a context id lies outside of it.
+        """
+        if logits.ndim != 1 or logits.shape[0] == 0:
+            raise UsageError(f"sampling: logits have shape {logits.shape}: expected [vocab_size]")
+        params = self.params
+        if params.repeat_penalty != 1.0 and len(context_ids) > 0:
+            logits = _penalize(logits, context_ids, params.repeat_penalty)
+        # max() carries a NaN through, so one pass finds NaN, +inf and "all -inf".
+        highest = float(logits.max())
+        if not math.isfinite(highest):
+            raise NumericError(f"sampling: the largest logit is {highest}: the model computed NaN or infinity")
+        if params.temperature == 0:
+            return int(logits.argmax())
+        return self._draw(logits, highest)
+
+    def _draw(self, logits: NDArray[np.float32], highest: float) -> int:
+        params = self.params
+        ids: NDArray[np.intp] | None = None
+        if 0 < params.top_k < logits.shape[0]:
+            # Temperature does not change the order, so top-k may come first and leave it less to do.
+            ids = _top_k(logits, params.top_k)
+            logits = logits[ids]
+        # Subtracting before dividing keeps every score <= 0: a tiny temperature gives exp(-inf) = 0, no overflow.
+        with np.errstate(over="ignore"):
+            scores = (logits.astype(np.float64) - highest) / params.temperature
+        weights = np.exp(scores)
+        if params.top_p < 1.0:
+            kept = _top_p(weights, params.top_p)
+            weights = weights[kept]
+            ids = kept if ids is None else ids[kept]
+        if params.min_p > 0.0:
+            # The largest weight is exp(0) = 1, so a ratio to it is the weight itself.
+            kept = np.flatnonzero(weights >= params.min_p)
+            weights = weights[kept]
+            ids = kept if ids is None else ids[kept]
+        cumulative = np.cumsum(weights)
+        drawn = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
+        # Rounding can put the product on the end itself; step back to the last token that has any weight.
+        drawn = min(drawn, int(np.searchsorted(cumulative, cumulative[-1], side="left")))
+        return drawn if ids is None else int(ids[drawn])
+
+
+def _penalize(logits: NDArray[np.float32], context_ids: Sequence[int], penalty: float) -> NDArray[np.float32]:
+    """Penalize each id once, however often it occurs (CTRL, arXiv:1909.05858, section 4.1)."""
+    seen = np.unique(np.asarray(context_ids, dtype=np.int64))
+    if seen[0] < 0 or seen[-1] >= logits.shape[0]:
+        raise UsageError(f"sampling: context ids run from {seen[0]} to {seen[-1]}: the logits have {logits.shape[0]}")
+    logits = logits.copy()
+    values = logits[seen]
+    with np.errstate(over="ignore"):
+        logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+    return logits
+
+
+def _top_k(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:
+    """Return the ids of the k highest scores, ascending; of equal scores the lower ids."""
+    threshold = np.partition(scores, scores.shape[0] - k)[scores.shape[0] - k]
+    above = np.flatnonzero(scores > threshold)
+    ties = np.flatnonzero(scores == threshold)[: k - above.shape[0]]
+    return np.sort(np.concatenate([above, ties]))
+
+
+def _top_p(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """Return the ids whose more likely tokens add up to less than top_p, most likely first (arXiv:1904.09751).
+
+    Sorts only as many as needed: a guess of the largest, four times as many whenever they do not add up to
+    top_p.
+    """
+    size = weights.shape[0]
+    wanted = top_p * float(weights.sum())
+    guess = _TOP_P_FIRST_GUESS
+    while True:
+        ids = np.arange(size) if guess >= size else _top_k(weights, guess)
+        order = ids[np.argsort(-weights[ids], kind="stable")]
+        cumulative = np.cumsum(weights[order])
+        if guess >= size or cumulative[-1] >= wanted:
+            # A token stays if the ones before it do not reach top_p; the first always stays.
+            return order[: max(1, int(np.searchsorted(cumulative, wanted, side="left")) + 1)]
+        guess *= 4

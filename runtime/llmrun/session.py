@@ -1,0 +1,199 @@
+"""One rank's graph on ONNX Runtime: the session, the KV cache's memory, and running one step plan.
+
+In: a verified graph file and the operator library. Out: logits. The packager has decided everything about the graph,
+so graph optimizations are off; weights are mapped by ORT, cache and step inputs are numpy memory that ORT uses in
+place. Plans nothing, knows no other rank: the collectives inside the graph are the operator library's.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrun.cores import CoreShare
+from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
+from llmrun.graph_check import check_session
+from llmrun.step_plan import FIELDS, StepPlan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrun.manifest import KvCacheSpec
+
+MIN_ORT_VERSION = (1, 22)
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rocm": "ROCMExecutionProvider"}
+_CACHE_ALIGNMENT = 64  # bytes: a vector register, a cache line
+_PEER_ENDED = re.compile(r"rank \d+ (\(pid \d+\) )?has (ended|left)")  # custom_ops/cpu/collectives_shared.cpp
+_FATAL_ONLY = 4  # ORT's log level: its errors come to us as exceptions
+
+
+def choose_target(provider: str, targets: tuple[str, ...]) -> str:
+    """Return the artifact's target that `provider` ("auto", "cpu", "cuda", "rocm") runs.
+
+    Raises:
+        IncompatibleError: the artifact holds no graph for it.
+    """
+    if provider in ("auto", "cpu") and "cpu" in targets:
+        return "cpu"
+    raise IncompatibleError(
+        f"--provider {provider}: the artifact holds graphs for {', '.join(targets)} only"
+        f"{' and this llmrun runs cpu' if provider != 'cpu' else ''}. Use --provider cpu, or pack for that target.",
+        code="E415",
+    )
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        IncompatibleError: it is missing, broken or older than 1.22.
+    """
+    needed = ".".join(str(n) for n in MIN_ORT_VERSION)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise IncompatibleError(
+            f'onnxruntime cannot be imported ({error}). `pip install "llmpack[cpu]"`.', code="E414"
+        ) from None
+    version = getattr(onnxruntime, "__version__", "0.0")
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_ORT_VERSION:
+        raise IncompatibleError(
+            f"onnxruntime {version} is installed, {needed} or newer is needed. `pip install -U onnxruntime`.",
+            code="E414",
+        )
+    return onnxruntime
+
+
+class RankSession:
+    """A loaded graph with its KV cache."""
+
+    def __init__(
+        self,
+        graph: Path,
+        library: Path,
+        kv_cache: KvCacheSpec,
+        *,
+        num_blocks: int,
+        vocab_size: int,
+        share: CoreShare,
+        provider: str = "cpu",
+    ) -> None:
+        """Load `graph`, and reserve `num_blocks` cache blocks, whose memory is taken as they are used.
+
+        Raises:
+            IncompatibleError: ORT is too old, or refuses the graph or the operator library; or the graph is another model's.
+            ResourceError: the system refuses the memory.
+        """
+        self._ort = import_onnxruntime()
+        self._vocab_size = vocab_size
+        options = self._options(share)
+        try:
+            options.register_custom_ops_library(str(library))
+            self._session = self._ort.InferenceSession(
+                str(graph), sess_options=options, providers=[PROVIDERS[provider]]
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # ORT's exception types have no common base
+            text = " ".join(str(error).split())
+            raise IncompatibleError(
+                f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
+            ) from error
+        check_session(graph, self._session, kv_cache, vocab_size)
+        self._run_options = self._ort.RunOptions()
+        self._run_options.log_severity_level = _FATAL_ONLY
+        self._binding = self._session.io_binding()
+        self._caches = self._bind_caches(kv_cache, num_blocks)
+        self._shape: tuple[int, ...] = ()
+        self._inputs: dict[str, NDArray[np.int32]] = {}
+        self._logits = np.empty((0, vocab_size), np.float32)
+        self._bound: list[Any] = []  # OrtValues of the current shape: ORT does not keep their memory alive
+
+    def run(self, plan: StepPlan) -> NDArray[np.float32]:
+        """Run one step.
+
+        Returns:
+            logits: [R, vocab_size], float32; the memory is reused by the next step.
+        Raises:
+            PeerError: another rank has ended while an operator waited for it.
+            InternalError: an operator failed; its sentence is in the message.
+        """
+        if plan.shape != self._shape:
+            self._bind_step(plan)
+        for name, memory in self._inputs.items():
+            np.copyto(memory, getattr(plan, name))
+        try:
+            self._session.run_with_iobinding(self._binding, self._run_options)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            if _PEER_ENDED.search(text):
+                raise PeerError(f"a step failed: {text}") from error
+            raise InternalError(f"a step failed: {text}") from error
+        return self._logits
+
+    def spoil_cache(self) -> None:
+        """Put NaN into the first cache, for fault injection."""
+        self._caches[1][0] = np.nan
+
+    def _options(self, share: CoreShare) -> Any:
+        ort = self._ort
+        ort.set_default_logger_severity(_FATAL_ONLY)
+        options = ort.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.intra_op_num_threads = share.num_threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if share.cores else "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # no spinning between steps
+        if share.num_threads > 1 and share.cores:  # one group for each thread but the calling one; ids count from 1
+            groups = ";".join(str(core + 1) for core in share.cores[1:])
+            options.add_session_config_entry("session.intra_op_thread_affinities", groups)
+        return options
+
+    def _bind_caches(self, spec: KvCacheSpec, num_blocks: int) -> list[NDArray[Any]]:
+        """Bind key and value memory of each layer, zeroed by the system page by page when first touched."""
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads_per_rank, spec.head_dim)
+        caches: list[NDArray[Any]] = []
+        for layer in range(spec.num_layers):
+            for kind in ("key", "value"):
+                try:
+                    memory = _aligned_zeros(shape, np.dtype(spec.dtype))
+                except MemoryError:
+                    total = num_blocks * spec.block_size * spec.bytes_per_token
+                    raise ResourceError(
+                        f"KV cache: the system refuses {total} bytes. Use a shorter --max-seq-len.", code="E502"
+                    ) from None
+                caches.append(memory)
+                self._binding.bind_ortvalue_input(f"{kind}_cache.{layer}", self._value_of(memory))
+        return caches
+
+    def _bind_step(self, plan: StepPlan) -> None:
+        """Bind memory for the plan's shape; decode steps of a sequence mostly share one."""
+        self._inputs = {name: np.empty(getattr(plan, name).shape, np.int32) for name in FIELDS}
+        self._logits = np.empty((len(plan.logit_rows), self._vocab_size), np.float32)
+        values = {name: self._value_of(memory) for name, memory in self._inputs.items()}
+        output = self._value_of(self._logits)
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output("logits", output)
+        self._bound = [*values.values(), output]
+        self._shape = plan.shape
+
+    def _value_of(self, memory: NDArray[Any]) -> Any:
+        """Wrap CPU memory as an OrtValue that shares it."""
+        value = self._ort.OrtValue.ortvalue_from_numpy(memory)
+        if memory.size and value.data_ptr() != memory.ctypes.data:
+            raise InternalError("onnxruntime copied memory that it was to share")
+        return value
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return zeros at an aligned address; `np.zeros` leaves untouched pages to the system."""
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(num_bytes + _CACHE_ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _CACHE_ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)

@@ -1,0 +1,161 @@
+"""A thread per rank that ends the job when a rank makes no progress, is stopped, or is gone.
+
+Two things are watched. Progress: while a phase is armed (loading, a step), either the phase ends or the operator
+library's count of collectives moves within the deadline. Peers on the same host: a process that is stopped for as
+long as the deadline, also while nobody computes, or that is gone, is lost. The launcher usually notices a death
+first; it never notices a stop. Time counts only while this thread itself runs: a job suspended with Ctrl-Z and
+resumed later is not late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from llmrun import console, failstop
+from llmrun.comm import Peer, local_ranks, read_process_stat
+from llmrun.errors import UsageError
+
+DEFAULT_S = 30.0
+LOAD_S = 600.0
+POLL_S = 0.5
+GONE_S = 2.0  # the launcher's turn to end the job
+TOKENS_PER_DEADLINE = 256  # a step of this many tokens gets twice the deadline of a decode step
+
+CollectiveState = Callable[[], tuple[int, int]]
+
+
+def deadline_from_environment() -> float:
+    """Return LLMRUN_WATCHDOG_S, in seconds; 0 is off.
+
+    Raises:
+        UsageError: it is set to something that is not a number of seconds.
+    """
+    text = os.environ.get("LLMRUN_WATCHDOG_S", str(DEFAULT_S))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise UsageError(f"LLMRUN_WATCHDOG_S={text!r}: expected a number of seconds, 0 for off.")
+    return value
+
+
+class Watchdog:
+    """Watches one rank and its peers on the same host."""
+
+    def __init__(
+        self,
+        rank: int,
+        peers: tuple[Peer, ...],
+        deadline_s: float,
+        *,
+        on_lost: Callable[[str], None] | None = None,
+        peer_state: Callable[[Peer], str] | None = None,
+    ) -> None:
+        """`on_lost` is told in one sentence what is wrong, and by default ends the job; `peer_state` as the function."""
+        self._rank, self._size, self._deadline_s = rank, len(peers), deadline_s
+        self._peers = [peers[r] for r in local_ranks(peers, rank) if r != rank]
+        self._on_lost = on_lost or _end_job
+        self._peer_state = peer_state or process_state
+        self._collectives: CollectiveState = lambda: (0, 0)
+        self._unwell: dict[int, float] = {}  # seconds for which a peer has been seen stopped or gone
+        self._lock = threading.Lock()
+        self._phase: tuple[str, float] | None = None
+        self._seen: tuple[int, int] = (0, 0)
+        self._waited_s = 0.0
+        self._is_closed = threading.Event()
+
+    def start(self) -> None:
+        """Begin to watch; off if the deadline is 0."""
+        if self._deadline_s > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop watching: the ranks are about to leave in order."""
+        self._is_closed.set()
+
+    def count_collectives(self, state: CollectiveState) -> None:
+        """Take `state` (collectives begun, ended) as a sign of progress."""
+        self._collectives = state
+
+    def step_deadline(self, num_tokens: int) -> float:
+        """Return the seconds that a step may take from one collective to the next."""
+        return self._deadline_s * (1 + num_tokens // TOKENS_PER_DEADLINE)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, deadline_s: float | None = None) -> Iterator[None]:
+        """Watch progress inside this context; `deadline_s` None: the decode deadline."""
+        with self._lock:
+            self._phase, self._waited_s = (name, deadline_s or self._deadline_s), 0.0
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._phase = None
+
+    def tick(self, elapsed_s: float) -> None:
+        """Look once; `elapsed_s` since the last look."""
+        for peer in self._peers:
+            self._look_at(peer, elapsed_s)
+        with self._lock:
+            phase = self._phase
+            state = self._collectives()
+            self._waited_s = self._waited_s + elapsed_s if state == self._seen and phase else 0.0
+            self._seen = state
+            waited_s = self._waited_s
+        if phase is not None:
+            self._judge(phase, state, waited_s)
+
+    def _judge(self, phase: tuple[str, float], state: tuple[int, int], waited_s: float) -> None:
+        name, deadline_s = phase
+        begun, ended = state
+        if begun > ended:
+            # A rank that is stuck by itself reports first, then the lowest rank that waits for it.
+            if waited_s > deadline_s + 1 + 0.5 * self._rank:
+                who = f"rank {1 - self._rank}" if self._size == 2 else "another rank"
+                self._on_lost(
+                    f"{who} has not reached collective {begun} ({name}) for {waited_s:.0f} s; seen by rank {self._rank}"
+                )
+        elif waited_s > deadline_s:
+            self._on_lost(f"rank {self._rank} is stuck: no progress in {name} for {waited_s:.0f} s")
+
+    def _look_at(self, peer: Peer, elapsed_s: float) -> None:
+        state = self._peer_state(peer)
+        if state == "running":
+            self._unwell.pop(peer.rank, None)
+            return
+        seconds = self._unwell.get(peer.rank, 0.0) + elapsed_s
+        self._unwell[peer.rank] = seconds
+        if state == "stopped" and seconds > self._deadline_s:
+            self._on_lost(
+                f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}"
+            )
+        elif state == "gone" and seconds > GONE_S:
+            self._on_lost(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
+
+    def _watch(self) -> None:
+        poll_s = min(POLL_S, self._deadline_s / 4)
+        last = time.monotonic()
+        while not self._is_closed.wait(poll_s):
+            now = time.monotonic()
+            self.tick(min(now - last, 2 * poll_s))
+            last = now
+
+
+def process_state(peer: Peer) -> str:
+    """Return "running", "stopped" or "gone"."""
+    stat = read_process_stat(peer.pid)
+    if stat is None or stat[0] in "ZX" or int(stat[19]) != peer.started:
+        return "gone"
+    return "stopped" if stat[0] == "T" else "running"
+
+
+def _end_job(what: str) -> None:
+    console.say(
+        f"llmrun: error[E601]: {what}. The job has ended; LLMRUN_WATCHDOG_S changes the time allowed, 0 turns this off."
+    )
+    failstop.leave(6)

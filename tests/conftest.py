@@ -1,0 +1,58 @@
+"""Checkpoints and artifacts that tests share, made and packed on demand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpack.pack import Options, pack
+from models import DEMO, make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny model without a tokenizer: ids in, ids out."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny model with the demo model's tokenizer and template."""
+    vocab_size = json.loads((DEMO / "config.json").read_text())["vocab_size"]
+    folder = make_checkpoint(tmp_path_factory.mktemp("tiny-text") / "model", vocab_size=vocab_size)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Pack a checkpoint once per session and options; the artifact must not be changed (copy it to damage it)."""
+    root = tmp_path_factory.mktemp("packed")
+    done: dict[tuple[Any, ...], Path] = {}
+
+    def get(checkpoint: Path, shards: int = 1, quant: str = "f32", **options: Any) -> Path:
+        key = (checkpoint, shards, quant, *sorted(options.items()))
+        if key not in done:
+            target = root / f"{len(done)}-{quant}-tp{shards}"
+            pack(checkpoint, target, Options(shards=shards, scheme=quant, **options))
+            done[key] = target
+        return done[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def packed_tiny(packed: Callable[..., Path], tiny_text_checkpoint: Path) -> Callable[..., Path]:
+    """The random tiny model with a tokenizer, packed: packed_tiny(shards, quant)."""
+    return lambda shards=1, quant="f32", **options: packed(tiny_text_checkpoint, shards, quant, **options)
+
+
+@pytest.fixture(scope="session")
+def packed_demo(packed: Callable[..., Path]) -> Callable[..., Path]:
+    """The demo model, packed: packed_demo(shards, quant)."""
+    return lambda shards=1, quant="f32", **options: packed(DEMO, shards, quant, **options)

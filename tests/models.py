@@ -1,0 +1,42 @@
+"""Checkpoints that tests share: the demo model, and random tiny models of every variant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DEMO = Path(__file__).parent / "checkpoints" / "demo"
+HELDOUT = Path(__file__).parent / "checkpoints" / "heldout.txt"
+
+# A model that 8 ranks can share: in_features per rank stay multiples of group_size 32.
+TINY: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 259,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def make_checkpoint(folder: Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """Write a random checkpoint with transformers itself: the independent program decides names and layout."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**TINY, **overrides}, bos_token_id=1, eos_token_id=2)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif "norm" in name:
+                parameter.normal_(1, 0.1)
+            else:
+                parameter.normal_(0, 0.08)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder

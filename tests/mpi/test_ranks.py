@@ -1,0 +1,184 @@
+"""Several ranks: the same answers as one, however they are started, and a user's own script on every rank."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import Outcome, RunningJob, llmrun_command, mpirun_command, run_alone, run_ranks
+
+from llmrun import launcher
+
+Packed = Callable[..., Path]
+GREEDY = ("-n", 16, "--temperature", 0, "--ignore-eos", "--json")
+
+
+@pytest.fixture(scope="session")
+def golden(packed_tiny: Packed) -> str:
+    outcome = run_alone("generate", packed_tiny(1, "f32"), "-p", "The king", *GREEDY)
+    assert outcome.code == 0
+    return json.loads(outcome.stdout)["text"]
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_ranks_give_the_text_of_one(shards: int, packed_tiny: Packed, golden: str) -> None:
+    path = packed_tiny(shards, "f32")
+    for outcome in (run_ranks(shards, path, "-p", "The king", *GREEDY), run_alone(path, "-p", "The king", *GREEDY)):
+        assert (outcome.code, outcome.errors, outcome.leftovers) == (0, [], [])
+        assert json.loads(outcome.stdout)["text"] == golden
+
+
+@pytest.mark.parametrize("start", [run_alone, lambda *a, **k: run_ranks(2, *a, **k)], ids=["alone", "mpirun"])
+def test_standard_input_reaches_rank_0_and_ends(
+    start: Callable[..., Outcome], packed_tiny: Packed, golden: str
+) -> None:
+    outcome = start(packed_tiny(2, "f32"), *GREEDY, stdin="The king\n")
+    assert json.loads(outcome.stdout)["text"] == golden
+
+
+def test_standard_input_from_a_file_ends_too(packed_tiny: Packed, golden: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("The king\n")
+    shell = 'exec "$@" < ' + str(tmp_path / "prompt")
+    command = [*mpirun_command(2), *llmrun_command(packed_tiny(2, "f32"), *GREEDY)]
+    outcome = RunningJob(["sh", "-c", shell, "sh", *command]).finish()
+    assert json.loads(outcome.stdout)["text"] == golden
+
+
+def test_standard_input_is_left_alone_when_nobody_reads_it(packed_tiny: Packed) -> None:
+    command = llmrun_command(packed_tiny(2, "f32"), "-p", "a", "-n", 1)
+    outcome = RunningJob(["sh", "-c", '"$@" >&2; cat', "sh", *command], stdin="for the next command").finish()
+    assert outcome.stdout == "for the next command"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_wrong_number_of_ranks_is_refused_with_the_right_command(size: int, packed_tiny: Packed) -> None:
+    outcome = run_ranks(size, packed_tiny(2, "f32"), "-p", "a")
+    assert (outcome.code, outcome.stdout, outcome.leftovers) == (4, "", [])
+    assert len(outcome.errors) == 1
+    assert f"packed for 2 ranks, started with {size}" in outcome.errors[0]
+    assert "`mpirun -n 2 llmrun" in outcome.errors[0]
+
+
+def test_one_shard_under_two_ranks_is_refused(packed_tiny: Packed) -> None:
+    outcome = run_ranks(2, packed_tiny(1, "f32"), "-p", "a")
+    assert (outcome.code, len(outcome.errors)) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"PMI_RANK": "0", "PMI_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}]
+)
+def test_the_other_librarys_launcher_is_refused(variables: dict[str, str], packed_tiny: Packed) -> None:
+    if launcher.launcher_family(variables) == launcher.library_family():
+        pytest.skip("this is the environment's own launcher")
+    outcome = run_alone(packed_tiny(2, "f32"), "-p", "a", environment=variables)
+    assert outcome.code == 4
+    assert len(outcome.errors) == 1
+    assert "bin/mpirun" in outcome.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [(["-p", ""], 2), (["-p", "word " * 400], 2), (["-p", "a", "--bogus"], 2), (["-p", "a", "--max-seq-len", 9999], 2)],
+)
+def test_bad_input_is_one_line_from_all_ranks_together(
+    arguments: list[object], exit_code: int, packed_tiny: Packed
+) -> None:
+    for outcome in (run_ranks(2, packed_tiny(2, "f32"), *arguments), run_alone(packed_tiny(2, "f32"), *arguments)):
+        assert (outcome.code, outcome.stdout, len(outcome.errors)) == (exit_code, "", 1)
+
+
+def test_another_models_rank_folder_is_found_before_anything_runs(packed_tiny: Packed, tmp_path: Path) -> None:
+    """Each rank opens its own path, as on two hosts with different artifacts; both are sound by themselves."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from llmrun import Engine, errors\n"
+        "rank = int(os.environ.get('PMI_RANK') or os.environ['OMPI_COMM_WORLD_RANK'])\n"
+        "try: Engine(sys.argv[1 + rank])\n"
+        "except errors.IncompatibleError as error: os.write(1, f'{rank} {error.code} {error}\\n'.encode()); sys.exit(4)\n"
+    )
+    command = [sys.executable, script, packed_tiny(2, "f32"), packed_tiny(2, "q8")]
+    outcome = RunningJob([*mpirun_command(2), *map(str, command)]).finish()
+    assert outcome.code == 4
+    lines = sorted(line for line in outcome.stdout.splitlines() if "E413" in line)
+    assert [line[:2] for line in lines] == ["0 ", "1 "]
+    assert all("rank 1 disagrees with rank 0 about manifest" in line for line in lines)
+
+
+SCRIPT = """
+import os, sys
+from llmrun import Engine, UsageError
+from llmrun.errors import UsageError
+log = []
+with Engine(sys.argv[1], max_num_seqs=2) as engine:
+    options = dict(max_tokens=8, temperature=0.0, ignore_eos=True)
+    log.append("".join(engine.generate("The king", **options)))
+    for piece in engine.generate("The king", **options):
+        log.append(piece)
+        if engine.rank == int(sys.argv[2]): break
+    log.append([c.ids for c in engine.generate_batch(["O", "War"], **options)])
+    try: list(engine.generate(""))
+    except UsageError as error: log.append(error.code)
+    log.append(float(engine.logits([1, 2, 3]).sum()))
+    log.append(engine.selfcheck()[0])
+os.write(1, f"rank {engine.rank}: {log}\\n".encode())  # one call: mpirun mixes what ranks write
+""".replace("Engine, UsageError", "Engine")
+
+
+def run_script(text: str, tmp_path: Path, *arguments: object, deadline_s: float = 60.0) -> Outcome:
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    return RunningJob([*mpirun_command(2), sys.executable, str(script), *map(str, arguments)]).finish(deadline_s)
+
+
+@pytest.mark.parametrize("who_stops", [0, -1], ids=["rank 0 stops early", "nobody stops early"])
+def test_a_script_sees_the_same_on_every_rank(who_stops: int, packed_tiny: Packed, tmp_path: Path) -> None:
+    outcome = run_script(SCRIPT, tmp_path, packed_tiny(2, "f32"), who_stops)
+    assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
+    first, second = (line.partition(": ")[2] for line in sorted(outcome.stdout.splitlines()))
+    assert first == second
+
+
+def test_another_ranks_stopping_early_disturbs_nobody(packed_tiny: Packed, tmp_path: Path) -> None:
+    outcome = run_script(SCRIPT, tmp_path, packed_tiny(2, "f32"), 1)
+    assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", ["between", "inside"])
+def test_an_exception_in_a_script_ends_the_job(rank: int, where: str, packed_tiny: Packed, tmp_path: Path) -> None:
+    body = "for piece in engine.generate('a', max_tokens=50, ignore_eos=True):\n        " if where == "inside" else ""
+    outcome = run_script(
+        "import sys\nfrom llmrun import Engine\nwith Engine(sys.argv[1]) as engine:\n"
+        f"    {body}if engine.rank == {rank}: raise ValueError('mine')\n"
+        "    list(engine.generate('b', max_tokens=9))\n",
+        tmp_path,
+        packed_tiny(2, "f32"),
+    )
+    assert outcome.code != 0
+    assert outcome.leftovers == []
+    assert "ValueError: mine" in outcome.stderr
+
+
+def test_an_idle_rank_sleeps(packed_tiny: Packed) -> None:
+    """Rank 0 waits for a line; the others wait for rank 0: measured in CPU time, at most 2 % of a core."""
+    command = [*mpirun_command(2), *llmrun_command("chat", packed_tiny(2, "f32"))]
+    job = RunningJob(["sh", "-c", 'sleep 30 | exec "$@"', "sh", *command])
+    try:
+        pid = job.rank_pid(1)
+        time.sleep(4)
+
+        def cpu_s() -> float:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / 100
+
+        before = cpu_s()
+        time.sleep(4)
+        assert cpu_s() - before <= 0.02 * 4 + 0.01  # one tick of the clock
+    finally:
+        job.kill()
+        job.process.communicate()

@@ -1,0 +1,53 @@
+"""Where the operator library is, and a parameter for each instruction set of this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+if importlib.util.find_spec("llmpack_ops") is None:
+    sys.path.insert(0, str(ROOT / "custom_ops"))
+if importlib.util.find_spec("llmrun") is None:
+    sys.path.insert(0, str(ROOT / "runtime"))
+
+import helpers  # noqa: E402  (beside this file)
+
+helpers.LIBRARY_PATH = helpers.find_library()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ops-library", help="operator library to test, in place of the installed one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--ops-library", default=None)
+    if given:
+        helpers.LIBRARY_PATH = Path(given).resolve()
+
+
+@pytest.fixture(scope="session")
+def library_path() -> Path:
+    return helpers.LIBRARY_PATH
+
+
+@pytest.fixture(scope="session")
+def library(library_path: Path) -> ctypes.CDLL:
+    from llmrun.mpi_functions import load_library
+
+    return load_library(library_path)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest, library: ctypes.CDLL):
+    """Runs the test once on each instruction set that this machine has."""
+    before = library.llmpack_ops_isa()
+    if library.llmpack_ops_set_isa(request.param.encode()) != 0:
+        pytest.skip(library.llmpack_ops_last_error().decode())
+    yield request.param
+    library.llmpack_ops_set_isa(before)

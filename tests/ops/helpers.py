@@ -1,0 +1,190 @@
+"""One-node models, weights in kernel layout, and tolerances for the operator tests.
+
+The layout is written here a second time, straight from FORMAT.md 4.3 and independent of the packager, so that a
+misreading of that clause in either place turns a test red.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+ROOT = Path(__file__).parents[2]
+TILE_ROWS = 16
+
+# Set by conftest.py.
+LIBRARY_PATH = Path()
+
+ELEMENT_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int64): TensorProto.INT64,
+}
+
+# Largest difference from the float64 reference, relative to the size of what is summed (see each test).
+TOLERANCES = {
+    # A sum of K products in float32, in 2 chains of K / 2: the error grows like sqrt(K) * 2^-24 for random signs; 4096 terms.
+    "matmul": 2e-5,
+    # Integer dot products are exact; what remains is one float32 sum over at most 128 groups.
+    "quantized_matmul": 4e-6,
+    # A sum of squares in 16 lanes, one square root, two products.
+    "norm": 2e-6,
+    # e^x within 2 units in the last place (2.4e-7), one division, two products.
+    "swiglu": 2e-6,
+    # Scores are sums of up to 256 products, and an error of a score becomes a relative error of its weight. The
+    # reference reads the same cache, so its type adds nothing.
+    "attention": 1e-5,
+}
+
+
+def find_library() -> Path:
+    """The installed library beside llmrun's modules, or else the build folder's."""
+    spec = importlib.util.find_spec("llmrun")
+    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    for folder in [*folders, ROOT / ".build/ops"]:
+        if (path := folder / "libllmpack_ops.so").is_file():
+            return path
+    raise FileNotFoundError(
+        f"libllmpack_ops.so is neither beside llmrun nor in {ROOT / '.build/ops'}: build custom_ops"
+    )
+
+
+@dataclass
+class Node:
+    """One operator with the arrays it gets. `initializers` are stored in the model, the other inputs are fed."""
+
+    op: str
+    inputs: dict[str, np.ndarray]
+    outputs: tuple[str, ...] = ("y",)
+    initializers: tuple[str, ...] = ()
+    attributes: dict[str, Any] | None = None
+
+    def model(self, any_shape: bool = False) -> bytes:
+        values = {
+            n: helper.make_tensor_value_info(n, ELEMENT_TYPES[a.dtype], None if any_shape else a.shape)
+            for n, a in self.inputs.items()
+        }
+        node = helper.make_node(
+            self.op,
+            list(self.inputs),
+            list(self.outputs),
+            name="the_node",
+            domain="ai.llmpack",
+            **(self.attributes or {}),
+        )
+        graph = helper.make_graph(
+            [node],
+            "one_node",
+            [v for n, v in values.items() if n not in self.initializers],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in self.outputs],
+            [onnx.numpy_helper.from_array(self.inputs[n], n) for n in self.initializers],
+        )
+        return serialize(graph)
+
+    def run(self, threads: int = 1) -> list[np.ndarray]:
+        feeds = {n: a for n, a in self.inputs.items() if n not in self.initializers}
+        return session(self.model(), threads).run(None, feeds)
+
+
+def serialize(graph: onnx.GraphProto) -> bytes:
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.llmpack", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def session(model: bytes | str, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session with the library. Threads do not spin: tests share the machine."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # errors arrive as exceptions
+    options.register_custom_ops_library(str(LIBRARY_PATH))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def tile_rows(rows: np.ndarray, fill: int = 0) -> np.ndarray:
+    """[N, ...] to [ceil(N / 16), 16, ...], the last tile filled up."""
+    missing = -len(rows) % TILE_ROWS
+    padded = np.concatenate([rows, np.full((missing, *rows.shape[1:]), fill, rows.dtype)])
+    return padded.reshape(-1, TILE_ROWS, *rows.shape[1:])
+
+
+def layout_float(weight: np.ndarray) -> np.ndarray:
+    """[N, K] to [ceil(N / 16), K, 16]."""
+    return np.ascontiguousarray(tile_rows(weight).transpose(0, 2, 1))
+
+
+layout_scales = layout_float
+
+
+def layout_q8(quantized: np.ndarray) -> np.ndarray:
+    """[N, K] to [ceil(N / 16), K / 4, 16, 4]."""
+    tiles = tile_rows(quantized, 128)
+    return np.ascontiguousarray(tiles.reshape(len(tiles), TILE_ROWS, -1, 4).transpose(0, 2, 1, 3))
+
+
+def layout_q4(quantized: np.ndarray) -> np.ndarray:
+    """[N, K] in 0..15 to [ceil(N / 16), K / 8, 16, 4]: byte j is q[j] | q[4 + j] << 4 of eight input features."""
+    tiles = tile_rows(quantized, 8)
+    eights = tiles.reshape(len(tiles), TILE_ROWS, -1, 8)
+    return np.ascontiguousarray((eights[..., :4] | eights[..., 4:] << 4).transpose(0, 2, 1, 3))
+
+
+@dataclass
+class Projection:
+    """A matrix product of one scheme: its node, and the logical weight that the reference multiplies with."""
+
+    scheme: str
+    weight: np.ndarray  # [N, K], as float64
+    initializers: dict[str, np.ndarray]
+    attributes: dict[str, int]
+
+    def node(self, x: np.ndarray) -> Node:
+        return Node(
+            f"MatMul{self.scheme.upper()}",
+            {"x": x, **self.initializers},
+            ("y",),
+            tuple(self.initializers),
+            self.attributes,
+        )
+
+
+ZERO_POINTS = {"q4": 8, "q8": 128}
+
+
+def quantized_projection(scheme: str, quantized: np.ndarray, scales: np.ndarray) -> Projection:
+    from llmpack_ops.reference import dequantize
+
+    layout = layout_q4 if scheme == "q4" else layout_q8
+    group_size = quantized.shape[1] // scales.shape[1]
+    return Projection(
+        scheme,
+        dequantize(quantized, scales, ZERO_POINTS[scheme]),
+        {"weight": layout(quantized), "scales": layout_scales(scales)},
+        {"out_features": len(quantized), "group_size": group_size},
+    )
+
+
+@lru_cache(maxsize=64)
+def random_projection(scheme: str, N: int, K: int, group_size: int = 32, seed: int = 0) -> Projection:
+    rng = np.random.default_rng([seed, N, K, group_size])
+    if scheme in ("f32", "f16"):
+        weight = rng.standard_normal((N, K)).astype(np.float32 if scheme == "f32" else np.float16)
+        return Projection(scheme, weight.astype(np.float64), {"weight": layout_float(weight)}, {"out_features": N})
+    low, high = (0, 16) if scheme == "q4" else (1, 256)
+    quantized = rng.integers(low, high, (N, K)).astype(np.uint8)
+    scales = rng.uniform(0.001, 0.1, (N, K // group_size)).astype(np.float16)
+    return quantized_projection(scheme, quantized, scales)
+
+
+def random_x(M: int, K: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng([seed, M, K]).standard_normal((M, K)).astype(np.float32)

@@ -1,0 +1,99 @@
+"""Run each operator once in the interpreter that runs this: python smoke_old_ort.py LIBRARY
+
+For a release of ONNX Runtime other than the tests' own: it needs onnxruntime, onnx and numpy, and neither pytest nor mpi4py.
+Expected results are the float64 reference's. Prints one line per operator; the exit code says whether all agree.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), *[str(HERE.parents[1] / folder) for folder in ("custom_ops", "runtime")]]
+
+import helpers  # noqa: E402
+
+from llmpack_ops import reference  # noqa: E402
+from llmrun.mpi_functions import load_library  # noqa: E402
+
+
+def compare(name: str, y: np.ndarray, exact: np.ndarray, atol: float | np.ndarray) -> None:
+    worst = float(np.max(np.abs(y - exact) - atol))
+    print(f"{name}: shape {list(y.shape)}, {'agrees' if worst <= 0 else f'off by {worst} beyond the tolerance'}")
+    if not worst <= 0:
+        sys.exit(1)
+
+
+def attention(dtype: type) -> None:
+    rng = np.random.default_rng(3)
+    caches = [rng.standard_normal((4, 8, 2, 16)).astype(dtype) for _ in range(2)]
+    angles = rng.uniform(0, 6, (3, 8))
+    inputs = {
+        "qkv": rng.standard_normal((3, (4 + 2 * 2) * 16)).astype(np.float32),
+        "cos_sin": np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32),
+        "key_cache": caches[0],
+        "value_cache": caches[1],
+        "slot_mapping": np.array([3 * 8 + 1, 3 * 8 + 2, 1 * 8], np.int32),
+        "query_start": np.array([0, 2, 3], np.int32),
+        "seq_lens": np.array([11, 1], np.int32),
+        "block_table": np.array([[0, 3], [1, -1]], np.int32),
+    }
+    attributes = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.25}
+    exact, keys, values = reference.paged_attention(**inputs, **attributes)
+    node = helpers.Node("PagedAttention", inputs, ("out",), (), attributes)
+    session = helpers.session(node.model())
+    binding = session.io_binding()
+    bound = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+    for name, value in bound.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("out")
+    session.run_with_iobinding(binding)
+    name = np.dtype(dtype).name
+    compare(f"PagedAttention {name}", binding.get_outputs()[0].numpy(), exact, 1e-3)
+    compare(
+        "  key_cache",
+        bound["key_cache"].numpy().astype(np.float64),
+        keys.astype(np.float64),
+        4e-3 if dtype is np.float16 else 1e-6,
+    )
+    compare("  value_cache", bound["value_cache"].numpy(), values, 0)
+
+
+def main(path: str) -> None:
+    helpers.LIBRARY_PATH = Path(path)
+    print(f"onnxruntime {onnxruntime.__version__}, kernels {load_library(path).llmpack_ops_isa().decode()}")
+    x = helpers.random_x(5, 64)
+    for scheme in ("f32", "f16", "q8", "q4"):
+        projection = helpers.random_projection(scheme, 35, 64)
+        exact = reference.matmul(x, projection.weight)
+        atol: float | np.ndarray = 1e-4
+        if scheme in ("q8", "q4"):
+            atol = atol + reference.activation_quantization_bound(x, projection.weight, 32)
+        compare(f"MatMul{scheme.upper()}", projection.node(x).run(2)[0], exact, atol)
+    weight, residual = helpers.random_x(1, 64, 2)[0], helpers.random_x(5, 64, 3)
+    norm = helpers.Node("RMSNorm", {"x": x, "weight": weight}, attributes={"epsilon": 1e-5})
+    compare("RMSNorm", norm.run()[0], reference.rms_norm(x, weight, 1e-5), 1e-5)
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    y, total = helpers.Node("AddRMSNorm", inputs, ("y", "sum"), attributes={"epsilon": 1e-5}).run()
+    exact_y, exact_total = reference.add_rms_norm(x, residual, weight, 1e-5)
+    compare("AddRMSNorm", y, exact_y, 1e-5)
+    compare("  sum", total, exact_total, 1e-6)
+    compare("SwiGLU", helpers.Node("SwiGLU", {"gate_up": x}).run()[0], reference.swiglu(x), 1e-5)
+    attention(np.float32)
+    attention(np.float16)
+    for op, attributes in (("AllReduce", {}), ("AllGather", {"out_features": 64})):
+        try:
+            helpers.Node(op, {"x": x}, attributes=attributes).run()
+            sys.exit(f"{op} ran without a communicator")
+        except Exception as error:  # ONNX Runtime has a class per status code
+            if "no communicator is set" not in str(error):
+                raise
+            print(f"{op}: asks for a communicator")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,102 @@
+"""RMSNorm, AddRMSNorm and SwiGLU against float64 (FORMAT.md 5.2 to 5.4)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import TOLERANCES, Node, random_x
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmpack_ops import reference
+
+EPSILON = 1e-5
+SIZES = [1, 2, 15, 16, 17, 64, 2048, 4099]
+
+
+def assert_close(y: np.ndarray, exact: np.ndarray, tolerance: float) -> None:
+    assert y.shape == exact.shape
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, exact, rtol=tolerance, atol=tolerance * 1e-3)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, threads: int = 1) -> np.ndarray:
+    return Node("RMSNorm", {"x": x, "weight": weight}, initializers=("weight",), attributes={"epsilon": EPSILON}).run(
+        threads
+    )[0]
+
+
+def add_rms_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, threads: int = 1) -> list[np.ndarray]:
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    return Node("AddRMSNorm", inputs, ("y", "sum"), ("weight",), {"epsilon": EPSILON}).run(threads)
+
+
+def swiglu(gate_up: np.ndarray, threads: int = 1) -> np.ndarray:
+    return Node("SwiGLU", {"gate_up": gate_up}).run(threads)[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_rms_norm(isa: str, tokens: int, size: int) -> None:
+    x, weight = random_x(tokens, size), random_x(1, size, 2)[0]
+    assert_close(rms_norm(x, weight), reference.rms_norm(x, weight, EPSILON), TOLERANCES["norm"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_add_rms_norm(isa: str, tokens: int, size: int) -> None:
+    x, residual, weight = random_x(tokens, size), random_x(tokens, size, 3), random_x(1, size, 2)[0]
+    y, total = add_rms_norm(x, residual, weight)
+    np.testing.assert_array_equal(total, x + residual)
+    # Compared with the norm of the rounded sum: where x and residual cancel, little but rounding is left of the exact one.
+    assert_close(y, reference.rms_norm(total, weight, EPSILON), TOLERANCES["norm"])
+    exact_y, exact_total = reference.add_rms_norm(x, residual, weight, EPSILON)
+    np.testing.assert_allclose(total, exact_total, atol=1e-6)
+    np.testing.assert_allclose(y, exact_y, atol=1e-5)
+
+
+def test_rms_norm_of_zeros_is_zero(isa: str) -> None:
+    assert not rms_norm(np.zeros((2, 33), np.float32), np.ones(33, np.float32)).any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_swiglu(isa: str, tokens: int, size: int) -> None:
+    gate_up = random_x(tokens, 2 * size) * 4
+    assert_close(swiglu(gate_up), reference.swiglu(gate_up), TOLERANCES["swiglu"])
+
+
+def test_swiglu_of_every_size_of_gate(isa: str) -> None:
+    gates = np.concatenate([np.linspace(-200, 200, 40001), [-88.8, -87.0, 0.0, -0.0, 88.8, 3e38, -3e38, 1e-40]])
+    gate_up = np.stack([gates, np.ones_like(gates)]).T.astype(np.float32).reshape(-1, 2)
+    y = swiglu(gate_up)
+    np.testing.assert_allclose(y, reference.swiglu(gate_up), rtol=TOLERANCES["swiglu"], atol=1e-35)
+
+
+@pytest.mark.parametrize("column", [0, 16, 40])
+def test_nan_stays_in_its_token(isa: str, column: int) -> None:
+    x, weight = random_x(4, 41), np.ones(41, np.float32)
+    gate_up = random_x(4, 82)
+    x[2, column] = gate_up[2, column] = np.nan
+    y, total = add_rms_norm(x, np.ones_like(x), weight)
+    assert np.isnan(y[2]).all()
+    assert np.isnan(total[2]).sum() == 1
+    gated = swiglu(gate_up)
+    assert np.isnan(gated[2, column])
+    assert np.isnan(gated).sum() == 1
+    assert np.isfinite(np.delete(y, 2, 0)).all()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tokens=st.integers(1, 60), size=st.integers(1, 1200))
+def test_threads_and_batch_give_the_same_bits(isa: str, tokens: int, size: int) -> None:
+    x, residual, weight = random_x(tokens, size), random_x(tokens, size, 3), random_x(1, size, 2)[0]
+    one, two = add_rms_norm(x, residual, weight, 1), add_rms_norm(x, residual, weight, 2)
+    alone = add_rms_norm(x[-1:], residual[-1:], weight)
+    for a, b, c in zip(one, two, alone, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a[-1:], c)
+    np.testing.assert_array_equal(one[0], rms_norm(one[1], weight))
+    gate_up = random_x(tokens, 2 * size)
+    np.testing.assert_array_equal(swiglu(gate_up, 1), swiglu(gate_up, 2))
+    np.testing.assert_array_equal(swiglu(gate_up)[-1:], swiglu(gate_up[-1:]))

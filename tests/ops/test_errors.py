@@ -1,0 +1,246 @@
+"""Every documented error of every operator, with its sentence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Node, random_projection, random_x, session
+from test_attention import Sequence, World
+
+ZEROS = np.zeros
+
+
+def message(node: Node) -> str:
+    with pytest.raises(Exception, match="the_node") as caught:  # ONNX Runtime has a class per status code
+        node.run()
+    return str(caught.value)
+
+
+def assert_fails(node: Node, expected: str) -> None:
+    assert f"{node.op} 'the_node': {expected}." in message(node)
+
+
+def matmul(
+    op: str, x: tuple[int, ...], weight: np.ndarray, scales: np.ndarray | None = None, **attributes: Any
+) -> Node:
+    inputs = {"x": ZEROS(x, np.float32), "weight": weight}
+    if scales is not None:
+        inputs["scales"] = scales
+    return Node(op, inputs, initializers=tuple(inputs)[1:], attributes=attributes)
+
+
+U8, F16, F32 = np.uint8, np.float16, np.float32
+
+MATMUL_CASES = {
+    "x has three axes": (
+        matmul("MatMulF32", (1, 2, 8), ZEROS((1, 8, 16), F32), out_features=16),
+        "input x has shape [1, 2, 8], expected [any, any] = [tokens, in_features]",
+    ),
+    "weight of another in_features": (
+        matmul("MatMulF32", (2, 8), ZEROS((1, 9, 16), F32), out_features=16),
+        "input weight has shape [1, 9, 16], expected [1, 8, 16] = [ceil(out_features / 16), in_features, 16]",
+    ),
+    "a tile too few": (
+        matmul("MatMulF16", (2, 8), ZEROS((1, 8, 16), F16), out_features=17),
+        "input weight has shape [1, 8, 16], expected [2, 8, 16] = [ceil(out_features / 16), in_features, 16]",
+    ),
+    "out_features is not positive": (
+        matmul("MatMulF16", (2, 8), ZEROS((1, 8, 16), F16), out_features=0),
+        "attribute out_features is 0, expected a positive number",
+    ),
+    "out_features is missing": (
+        matmul("MatMulF16", (2, 8), ZEROS((1, 8, 16), F16)),
+        "attribute out_features is missing or no integer, expected an integer",
+    ),
+    "group_size is missing": (
+        matmul("MatMulQ4", (2, 32), ZEROS((1, 4, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16),
+        "attribute group_size is missing or no integer, expected an integer",
+    ),
+    "group_size is odd": (
+        matmul("MatMulQ4", (2, 32), ZEROS((1, 4, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=16),
+        "attribute group_size is 16, expected 32, 64 or 128",
+    ),
+    "in_features is no multiple of group_size": (
+        matmul("MatMulQ8", (2, 96), ZEROS((1, 24, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=64),
+        "input x has 96 in_features, expected a multiple of group_size 64",
+    ),
+    "q8 weight for q4": (
+        matmul("MatMulQ4", (2, 32), ZEROS((1, 8, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=32),
+        "input weight has shape [1, 8, 16, 4], expected [1, 4, 16, 4] = [ceil(out_features / 16), in_features / 8, 16, 4]",
+    ),
+    "q4 weight for q8": (
+        matmul("MatMulQ8", (2, 32), ZEROS((1, 4, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=32),
+        "input weight has shape [1, 4, 16, 4], expected [1, 8, 16, 4] = [ceil(out_features / 16), in_features / 4, 16, 4]",
+    ),
+    "too few scales": (
+        matmul("MatMulQ8", (2, 64), ZEROS((1, 16, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=32),
+        "input scales has shape [1, 1, 16], expected [1, 2, 16] = [ceil(out_features / 16), in_features / group_size, 16]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MATMUL_CASES)
+def test_matmul(case: str) -> None:
+    assert_fails(*MATMUL_CASES[case])
+
+
+def test_wrong_types_are_refused_when_the_model_loads() -> None:
+    node = matmul(
+        "MatMulQ4", (2, 32), ZEROS((1, 4, 16, 4), np.int32), ZEROS((1, 1, 16), F16), out_features=16, group_size=32
+    )
+    assert re.search("[Tt]ype", message(node))
+
+
+ELEMENTWISE_CASES = {
+    "RMSNorm weight": (
+        Node("RMSNorm", {"x": random_x(2, 8), "weight": random_x(1, 9)[0]}, attributes={"epsilon": 1e-5}),
+        "input weight has shape [9], expected [8] = [hidden_size]",
+    ),
+    "RMSNorm x": (
+        Node("RMSNorm", {"x": random_x(1, 8)[0], "weight": random_x(1, 8)[0]}, attributes={"epsilon": 1e-5}),
+        "input x has shape [8], expected [any, any] = [tokens, hidden_size]",
+    ),
+    "RMSNorm epsilon": (
+        Node("RMSNorm", {"x": random_x(2, 8), "weight": random_x(1, 8)[0]}),
+        "attribute epsilon is missing or no float, expected a float",
+    ),
+    "AddRMSNorm residual": (
+        Node(
+            "AddRMSNorm",
+            {"x": random_x(2, 8), "residual": random_x(3, 8), "weight": random_x(1, 8)[0]},
+            ("y", "sum"),
+            attributes={"epsilon": 1e-5},
+        ),
+        "input residual has shape [3, 8], expected [2, 8] = [tokens, hidden_size]",
+    ),
+    "SwiGLU odd": (Node("SwiGLU", {"gate_up": random_x(2, 7)}), "input gate_up has 7 columns, expected an even number"),
+    "SwiGLU axes": (
+        Node("SwiGLU", {"gate_up": random_x(1, 8)[0]}),
+        "input gate_up has shape [8], expected [any, any] = [tokens, 2 * intermediate_size]",
+    ),
+    "AllReduce alone": (
+        Node("AllReduce", {"x": random_x(2, 8)}),
+        "no communicator is set, expected llmpack_ops_set_communicator before the first run",
+    ),
+    "AllGather alone": (
+        Node("AllGather", {"x": random_x(2, 8)}, attributes={"out_features": 8}),
+        "no communicator is set, expected llmpack_ops_set_communicator before the first run",
+    ),
+    "AllGather out_features": (
+        Node("AllGather", {"x": random_x(2, 8)}, attributes={"out_features": -3}),
+        "attribute out_features is -3, expected a positive number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ELEMENTWISE_CASES)
+def test_elementwise_and_collectives(case: str) -> None:
+    assert_fails(*ELEMENTWISE_CASES[case])
+
+
+CACHE = "[num_blocks, block_size, num_kv_heads, head_dim]"
+TWO_SEQUENCES = {"seq_lens": np.array([11, 10], np.int32), "block_table": ZEROS((2, 3), np.int32)}
+
+# name: (inputs to replace, attributes to replace, sentence). The step: 10 tokens of sequence 0, blocks [2, 0, 1] of 4 slots.
+ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
+    "heads that do not divide": (
+        {}, {"num_heads": 5}, "num_heads is 5 and num_kv_heads 2, expected a positive multiple and a positive number",
+    ),
+    "no heads": (
+        {}, {"num_heads": 0}, "num_heads is 0 and num_kv_heads 2, expected a positive multiple and a positive number",
+    ),
+    "odd head_dim": (
+        {"cos_sin": ZEROS((10, 7), F32)}, {},
+        "input cos_sin has 7 columns (head_dim), expected an even number up to 256",
+    ),
+    "large head_dim": (
+        {"cos_sin": ZEROS((10, 258), F32)}, {},
+        "input cos_sin has 258 columns (head_dim), expected an even number up to 256",
+    ),
+    "qkv": (
+        {"qkv": ZEROS((10, 60), F32)}, {},
+        "input qkv has shape [10, 60], expected [10, 64] = [tokens, (num_heads + 2 * num_kv_heads) * head_dim]",
+    ),
+    "key_cache": (
+        {"key_cache": ZEROS((3, 4, 1, 8), F32)}, {},
+        f"input key_cache has shape [3, 4, 1, 8], expected [any, any, 2, 8] = {CACHE}",
+    ),
+    "value_cache": (
+        {"value_cache": ZEROS((2, 4, 2, 8), F32)}, {},
+        f"input value_cache has shape [2, 4, 2, 8], expected [3, 4, 2, 8] = {CACHE}",
+    ),
+    "cache of integers": (
+        {"key_cache": ZEROS((3, 4, 2, 8), np.int32), "value_cache": ZEROS((3, 4, 2, 8), np.int32)}, {},
+        "input key_cache is of neither float32 nor float16, expected one of them",
+    ),
+    "caches of two types": (
+        {"value_cache": ZEROS((3, 4, 2, 8), F16)}, {},
+        "inputs key_cache and value_cache are of different types, expected one type",
+    ),
+    "slot_mapping": (
+        {"slot_mapping": ZEROS(9, np.int32)}, {}, "input slot_mapping has shape [9], expected [10] = [tokens]",
+    ),
+    "query_start": (
+        {"query_start": np.array([10], np.int32)}, {}, "input query_start has shape [1], expected [2] = [sequences + 1]",
+    ),
+    "block_table": (
+        {"block_table": ZEROS((2, 3), np.int32)}, {},
+        "input block_table has shape [2, 3], expected [1, any] = [sequences, max_blocks]",
+    ),
+    "a slot beyond the cache": (
+        {"slot_mapping": np.array([0, 1, 2, 3, 4, 5, 12, 7, 8, 9], np.int32)}, {},
+        "slot_mapping[6] is 12, expected less than 12, the slots of the cache",
+    ),
+    "query_start does not begin at 0": (
+        {"query_start": np.array([1, 10], np.int32)}, {},
+        "query_start goes from 1 to 10, expected from 0 to 10, the number of tokens",
+    ),
+    "query_start does not end at T": (
+        {"query_start": np.array([0, 11], np.int32)}, {},
+        "query_start goes from 0 to 11, expected from 0 to 10, the number of tokens",
+    ),
+    "query_start falls": (
+        {"query_start": np.array([0, 11, 10], np.int32), **TWO_SEQUENCES}, {},
+        "query_start[1] is 11 after 0, expected no less, and at most 10",
+    ),
+    "query_start is negative": (
+        {"query_start": np.array([0, -4, 10], np.int32), **TWO_SEQUENCES}, {},
+        "query_start[1] is -4 after 0, expected no less, and at most 10",
+    ),
+    "seq_len below the step": (
+        {"seq_lens": np.array([9], np.int32)}, {},
+        "seq_lens[0] is 9, expected at least its 10 tokens of this step and at most the 12 positions of block_table",
+    ),
+    "seq_len beyond the table": (
+        {"seq_lens": np.array([13], np.int32)}, {},
+        "seq_lens[0] is 13, expected at least its 10 tokens of this step and at most the 12 positions of block_table",
+    ),
+    "negative block": (
+        {"block_table": np.array([[2, -1, 1]], np.int32)}, {}, "block_table[0, 1] is -1, expected a block from 0 to 2",
+    ),
+    "block beyond the cache": (
+        {"block_table": np.array([[2, 0, 3]], np.int32)}, {}, "block_table[0, 2] is 3, expected a block from 0 to 2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_attention(case: str) -> None:
+    inputs, attributes, expected = ATTENTION_CASES[case]
+    world = World(4, 2, 8, 4, [Sequence(10, [2, 0, 1])])
+    node = Node("PagedAttention", world.step([(0, 0, 10)]) | inputs, ("out",), (), world.attributes() | attributes)
+    assert_fails(node, expected)
+    assert (world.key_cache == 7.0).all(), "the caches changed before the error was found"
+
+
+def test_an_error_leaves_the_session_usable() -> None:
+    projection = random_projection("q4", 16, 32)
+    inputs = {"x": random_x(1, 32), **projection.initializers}
+    s = session(Node("MatMulQ4", inputs, attributes=projection.attributes).model(any_shape=True))
+    good = s.run(None, inputs)
+    with pytest.raises(Exception, match="input weight has shape"):
+        s.run(None, inputs | {"x": random_x(1, 64)})
+    np.testing.assert_array_equal(s.run(None, inputs)[0], good[0])

@@ -1,0 +1,155 @@
+"""Reading checkpoints: every dtype and layout of files, and damage that names the tensor."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from llmpack.checkpoint import open_checkpoint
+from llmpack.pack import Options, pack
+from llmrun.artifact import IncompatibleError, IntegrityError, LlmpackError, UsageError
+from models import make_checkpoint
+
+
+@pytest.fixture
+def model_dir(tmp_path, tiny_checkpoint):
+    for path in tiny_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_blocks_equal_the_tensors_bit_for_bit(tmp_path, dtype):
+    folder = make_checkpoint(tmp_path / "m", dtype=dtype)
+    with open_checkpoint(folder) as checkpoint, safe_open(folder / "model.safetensors", "pt") as truth:
+        for name in ("model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
+            whole = truth.get_tensor(name).to(torch.float32).numpy()
+            block = checkpoint.read(name, slice(3, 40), slice(8, 72))
+            assert np.array_equal(block.astype(np.float32), whole[3:40, 8:72])
+        norm = checkpoint.read("model.norm.weight", slice(0, 256), slice(0, 1))
+        assert np.array_equal(norm[:, 0].astype(np.float32), truth.get_tensor("model.norm.weight").float().numpy())
+
+
+def test_many_files_with_an_index_give_the_same_artifact_weights(tmp_path, tiny_checkpoint):
+    from transformers import LlamaForCausalLM
+
+    many = tmp_path / "many"
+    LlamaForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(many, max_shard_size="1MB")
+    assert len(list(many.glob("*.safetensors"))) > 2
+    pack(tiny_checkpoint, tmp_path / "a", Options(shards=2))
+    pack(many, tmp_path / "b", Options(shards=2))
+    for rank in (0, 1):
+        name = f"rank-{rank}/weights.bin"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_truncated_file_names_the_first_tensor_it_does_not_hold(model_dir):
+    path = model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4096])
+    data = path.read_bytes()
+    header_bytes = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + header_bytes])
+    header.pop("__metadata__", None)
+    ends = {name: 8 + header_bytes + entry["data_offsets"][1] for name, entry in header.items()}
+    first = min((name for name in ends if ends[name] > len(data)), key=ends.__getitem__)
+    with pytest.raises(IntegrityError, match=first.replace(".", r"\.")):
+        open_checkpoint(model_dir)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 100])
+def test_stumps_are_refused(model_dir, size):
+    path = model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        open_checkpoint(model_dir)
+
+
+def test_file_shortened_while_packing_names_the_tensor(model_dir):
+    with open_checkpoint(model_dir) as checkpoint:
+        name = max(checkpoint.tensors, key=lambda n: checkpoint.tensors[n].offset)
+        with open(model_dir / "model.safetensors", "r+b") as file:
+            file.truncate(checkpoint.tensors[name].offset)
+        with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
+            checkpoint.read(name, slice(0, 1), slice(0, 1))
+        with pytest.raises(IntegrityError, match="changed while"):
+            checkpoint.check_unchanged()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("quant", ["f32", "q4"])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(model_dir, tmp_path_factory, value, quant):
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, model_dir / "model.safetensors")
+    out = tmp_path_factory.mktemp("out") / "a"
+    with pytest.raises(IntegrityError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or infinity"):
+        pack(model_dir, out, Options(scheme=quant))
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_weight_beyond_float16_is_named(model_dir, tmp_path_factory):
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(tensors, model_dir / "model.safetensors")
+    with pytest.raises(IncompatibleError, match=r"up_proj.*float16.*--quant f32"):
+        pack(model_dir, tmp_path_factory.mktemp("out") / "a", Options(scheme="f16"))
+
+
+def test_wrong_shape_is_named(model_dir):
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:100].clone()
+    save_file(tensors, model_dir / "model.safetensors")
+    with pytest.raises(IntegrityError, match=r"model\.norm\.weight: shape \[100\].*\[256\]"):
+        pack(model_dir, None, Options())
+
+
+def test_integer_weights_are_refused(model_dir):
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+    save_file(tensors, model_dir / "model.safetensors")
+    with pytest.raises(IncompatibleError, match=r"model\.norm\.weight has dtype I32"):
+        open_checkpoint(model_dir)
+
+
+def test_pickles_are_refused(model_dir):
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="pickled"):
+        open_checkpoint(model_dir)
+
+
+def test_git_lfs_pointer_is_explained(model_dir):
+    (model_dir / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(IntegrityError, match="git lfs pull"):
+        open_checkpoint(model_dir)
+
+
+def test_index_that_names_a_missing_file(model_dir):
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(IntegrityError, match=r"gone\.safetensors"):
+        open_checkpoint(model_dir)
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd"])
+def test_index_cannot_leave_the_directory(model_dir, name):
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(LlmpackError):
+        open_checkpoint(model_dir)
+
+
+@pytest.mark.parametrize("keep", ["model.embed_tokens.weight", "lm_head.weight", "both"])
+def test_tied_pair_may_be_stored_under_either_name(tmp_path, keep):
+    folder = make_checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    weight = next(tensors.pop(n) for n in ("model.embed_tokens.weight", "lm_head.weight") if n in tensors)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if keep in (name, "both"):
+            tensors[name] = weight.clone()
+    save_file(tensors, folder / "model.safetensors")
+    pack(folder, tmp_path / "a", Options(scheme="f32"))
+    reference = make_checkpoint(tmp_path / "r", tie_word_embeddings=True)
+    pack(reference, tmp_path / "b", Options(scheme="f32"))
+    assert (tmp_path / "a/rank-0/weights.bin").read_bytes() == (tmp_path / "b/rank-0/weights.bin").read_bytes()

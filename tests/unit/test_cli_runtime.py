@@ -1,0 +1,204 @@
+"""The command line on one rank: what goes to standard output, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmrun import stdin
+from llmrun.errors import UsageError
+
+Packed = Callable[..., Path]
+
+
+def llmrun(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "llmrun", *(os.fsencode(str(argument)) for argument in arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, env={**os.environ, **environment}, timeout=120)
+
+
+def refused(done: subprocess.CompletedProcess[bytes], exit_code: int, message: str) -> None:
+    assert done.returncode == exit_code, done.stderr
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"llmrun: error[E{exit_code}")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bench", "--help"], ["generate", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from llmrun.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "print([m for m in ('numpy', 'onnxruntime', 'mpi4py', 'jinja2') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_standard_output_is_the_text_and_nothing_else(packed_tiny: Packed) -> None:
+    path = packed_tiny(1, "f32")
+    plain = llmrun(path, "-p", "The king", "-n", 8, "--temperature", 0)
+    assert (plain.returncode, plain.stderr) == (0, b"")
+    answer = json.loads(llmrun(path, "-p", "The king", "-n", 8, "--temperature", 0, "--json").stdout)
+    assert plain.stdout.decode() == answer["text"] + "\n"
+    assert set(answer) == {"text", "prompt_ids", "ids", "finish_reason", "timings"}
+    assert set(answer["timings"]) == {"prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "load_ms"}
+    assert answer["timings"]["prompt_n"] == len(answer["prompt_ids"])
+
+
+def test_the_prompt_may_come_from_anywhere(packed_tiny: Packed, tmp_path: Path) -> None:
+    path = packed_tiny(1, "f32")
+    (tmp_path / "prompt").write_text("The king\n")
+    options = ("-n", 4, "--temperature", 0)
+    outputs = {
+        llmrun(path, "-p", "The king", *options).stdout,
+        llmrun("generate", path, "-f", tmp_path / "prompt", *options).stdout,
+        llmrun(path, *options, stdin=b"The king\n").stdout,
+    }
+    assert len(outputs) == 1
+
+
+def test_a_seed_repeats_and_another_does_not(packed_tiny: Packed) -> None:
+    path = packed_tiny(1, "f32")
+    runs = [llmrun(path, "-p", "a", "-n", 20, "--temperature", 1, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_ids_in_ids_out_without_a_tokenizer(packed: Packed, tiny_checkpoint: Path) -> None:
+    path = packed(tiny_checkpoint, 1, "f32")
+    done = llmrun("generate", path, "--ids", "-p", "[1, 5, 6]", "-n", 4, "--temperature", 0)
+    answer = json.loads(
+        llmrun("generate", path, "--ids", "-p", "[1, 5, 6]", "-n", 4, "--temperature", 0, "--json").stdout
+    )
+    assert [int(i) for i in done.stdout.split()] == answer["ids"]
+    assert answer["text"] is None
+    refused(llmrun(path, "-p", "text"), 2, "no tokenizer")
+    refused(llmrun("chat", path, stdin=b"hello\n"), 2, "no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "exit_code", "message"),
+    [
+        (["-p", ""], b"", 2, "empty"),
+        ([], b"", 2, "empty"),
+        (["-p", "word " * 400], b"", 2, "context of 128"),
+        (["-p", "a", "-n", "1000"], b"", 2, "--max-tokens 12"),
+        (["-p", "a", "-n", "0"], b"", 2, "expected 1 or more"),
+        (["-p", "a", "--top-p", "2"], b"", 2, "top_p"),
+        (["-p", "a", "--stop", ""], b"", 2, "stop"),
+        (["-p", "a\udcff"], b"", 2, "not UTF-8: byte 0xff at offset 1"),
+        ([], b"abc\xe2\x82", 2, "not UTF-8: byte 0xe2 at offset 3"),
+        (["-f", "/nonexistent"], b"", 2, "/nonexistent"),
+        (["--ids", "-p", "[1, 99999]"], b"", 2, "99999 is not in the vocabulary"),
+        (["--ids", "-p", "{}"], b"", 2, "JSON list"),
+        (["-p", "a", "--bogus"], b"", 2, "--bogus"),
+        (["-p", "a", "--provider", "cuda"], b"", 4, "holds graphs for cpu only"),
+        (["-p", "a", "--max-seq-len", "100000"], b"", 2, "packed for 128"),
+        (["-p", "a", "--threads", "0"], b"", 2, "threads 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_no_output(
+    arguments: list[str], data: bytes, exit_code: int, message: str, packed_tiny: Packed
+) -> None:
+    done = llmrun("generate", packed_tiny(1, "f32"), *arguments, stdin=data)
+    refused(done, exit_code, message)
+    assert done.stdout == b""
+
+
+def test_no_artifact_is_one_sentence(tmp_path: Path) -> None:
+    refused(llmrun(tmp_path / "nothing", "-p", "a"), 2, "no such directory")
+    refused(llmrun("show", tmp_path), 2, "expected an artifact")
+
+
+def test_a_reader_that_leaves_ends_it_quietly(packed_tiny: Packed) -> None:
+    command = [sys.executable, "-m", "llmrun", str(packed_tiny(1, "f32")), "-p", "a", "-n", "100", "--ignore-eos"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, b"")
+    process.stderr.close()
+
+
+def test_perplexity_is_that_of_its_logits(packed_tiny: Packed, tmp_path: Path) -> None:
+    ids = [1, 20, 30, 40, 50, 60, 70]
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    done = llmrun(
+        "perplexity",
+        packed_tiny(1, "f32"),
+        tmp_path / "ids.json",
+        "--ids",
+        "--json",
+        "--logits-out",
+        tmp_path / "l.npy",
+    )
+    logits = np.load(tmp_path / "l.npy").astype(np.float64)
+    assert logits.shape[0] == len(ids)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    nll = -np.mean([log_probabilities[i, ids[i + 1]] for i in range(len(ids) - 1)])
+    result = json.loads(done.stdout)
+    assert result["tokens"] == len(ids) - 1
+    assert result["nll"] == pytest.approx(nll, rel=1e-6)
+    assert result["perplexity"] == pytest.approx(np.exp(nll), rel=1e-6)
+
+
+def test_windows_of_a_text_begin_with_bos(packed_tiny: Packed, tmp_path: Path) -> None:
+    path = packed_tiny(1, "f32")
+    (tmp_path / "text").write_text("To be, or not to be, that is the question: whether it is nobler in the mind")
+    ids = json.loads(llmrun("generate", path, "-f", tmp_path / "text", "-n", 1, "--json").stdout)["prompt_ids"]
+    one = json.loads(llmrun("perplexity", path, tmp_path / "text", "--json", "--logits-out", tmp_path / "a.npy").stdout)
+    many = json.loads(
+        llmrun(
+            "perplexity", path, tmp_path / "text", "--window", 4, "--json", "--logits-out", tmp_path / "b.npy"
+        ).stdout
+    )
+    assert one["tokens"] == many["tokens"] == len(ids) - 1  # BOS predicts the first token of each window
+    assert len(np.load(tmp_path / "b.npy")) == len(ids) - 1 + -(-(len(ids) - 1) // 3)
+
+
+def test_show_and_verify_and_doctor(packed_tiny: Packed) -> None:
+    path = packed_tiny(2, "q8")
+    facts = json.loads(llmrun("show", path, "--json").stdout)
+    assert (facts["shards"], facts["quantization"]["scheme"]) == (2, "q8")
+    assert json.loads(llmrun("verify", path, "--json").stdout)["ok"] is True
+    assert json.loads(llmrun("doctor", path, "--json").stdout)["ok"] is True
+
+
+def test_verify_deep_replays_the_packagers_examples(packed_tiny: Packed) -> None:
+    done = json.loads(llmrun("verify", packed_tiny(1, "f32"), "--deep", "--json").stdout)
+    assert done["max_logit_difference"] <= done["tolerance"]
+    assert done["golden_texts"] > 0
+
+
+def test_bench_speaks_llama_benchs_language(packed_tiny: Packed) -> None:
+    results = json.loads(llmrun("bench", packed_tiny(1, "f32"), "-p", 16, "-n", 8, "-r", 2, "--json").stdout)
+    assert [(r["n_prompt"], r["n_gen"]) for r in results] == [(16, 0), (0, 8)]
+    for result in results:
+        assert result["avg_ts"] == pytest.approx(sum(result["samples_ts"]) / 2)
+        assert result["weight_bytes_per_token"] > 0
+    assert results[1]["roofline_fraction"] > 0
+
+
+def test_chat_answers_line_by_line(packed_tiny: Packed) -> None:
+    done = llmrun(
+        "chat", packed_tiny(1, "f32"), "-n", 4, "--temperature", 0, "--json", stdin=b"hello\nagain\n\nnever\n"
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, len(answers)) == (0, 2)
+    first, second = (answer["prompt_ids"] for answer in answers)
+    assert len(second) > len(first)  # the second prompt holds the first turn and its answer
+
+
+@pytest.mark.parametrize(("data", "offset"), [(b"\xff", 0), (b"ab\xc3(", 2), ("é".encode()[:1], 0)])
+def test_the_offset_of_a_bad_byte_is_named(data: bytes, offset: int) -> None:
+    with pytest.raises(UsageError, match=f"offset {offset}"):
+        stdin.decode_utf8(data, "here")

@@ -1,0 +1,118 @@
+"""config.json: both spellings of RoPE, defaults, and refusals that name key and value. The oracle is transformers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llmpack.config import read_config
+from llmpack.export import rope_frequencies
+from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
+
+BASE = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def read(tmp_path, **changes):
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, **changes}))
+    return read_config(tmp_path)
+
+
+def test_defaults_are_transformers_defaults(tmp_path):
+    from transformers import LlamaConfig
+
+    ours, theirs = read(tmp_path), LlamaConfig(**{k: v for k, v in BASE.items() if k != "model_type"})
+    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 500000.0},
+        {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
+    ],
+    ids=["theta", "linear", "llama3", "parameters", "parameters-linear", "parameters-llama3"],
+)
+def test_frequencies_equal_transformers(tmp_path, changes):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    ours = rope_frequencies(read(tmp_path, **changes))
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path)).inv_freq.numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+
+
+def test_both_spellings_are_one(tmp_path):
+    old = read(tmp_path, rope_theta=500000.0, rope_scaling=LLAMA3)
+    assert old == read(tmp_path, rope_parameters={"rope_theta": 500000.0, **LLAMA3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mistral"}, "mistral"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": {**LLAMA3}},
+            "contradict",
+        ),
+    ],
+)
+def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
+    with pytest.raises(IncompatibleError, match=words):
+        read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"hidden_size": 1e99}, "hidden_size"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+    ],
+)
+def test_impossible_numbers_are_named(tmp_path, changes, words):
+    with pytest.raises(IntegrityError, match=words):
+        read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "version https://git-lfs.github.com/spec/v1\n"])
+def test_not_a_config_at_all(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_no_config_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.json: no such file"):
+        read_config(tmp_path)

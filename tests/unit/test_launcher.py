@@ -1,0 +1,83 @@
+"""Launchers: recognised by their environment, refused when they are another library's, started with the right options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmrun import launcher
+from llmrun.errors import IncompatibleError
+from llmrun.launcher import MPICH, OPEN_MPI
+
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "9", "MPI_LOCALNRANKS": "2"}
+PRTE = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "family", "size"),
+    [({}, None, None), (HYDRA, MPICH, 2), (PRTE, OPEN_MPI, 4), ({"PMIX_RANK": "0"}, OPEN_MPI, None)],
+)
+def test_launchers_are_known_by_their_environment(
+    environment: dict[str, str], family: str | None, size: int | None
+) -> None:
+    assert launcher.launcher_family(environment) == family
+    assert launcher.launcher_size(environment) == size
+
+
+@pytest.mark.parametrize(("environment", "library"), [(HYDRA, OPEN_MPI), (PRTE, MPICH)])
+def test_another_librarys_launcher_is_refused(
+    environment: dict[str, str], library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launcher, "library_family", lambda: library)
+    with pytest.raises(IncompatibleError, match=r"mpirun, but this environment's MPI library is .*bin/mpirun"):
+        launcher.check_launcher()
+
+
+@pytest.mark.parametrize("library", [MPICH, None])
+def test_the_right_launcher_passes(library: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in HYDRA.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launcher, "library_family", lambda: library)
+    launcher.check_launcher()
+
+
+def test_open_mpi_lets_root_start_more_ranks_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert launcher.mpirun_options(OPEN_MPI, 4)[:3] == ["--allow-run-as-root", "-n", "4"]
+    assert ":OVERSUBSCRIBE" in launcher.mpirun_options(OPEN_MPI, 4)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert "--allow-run-as-root" not in launcher.mpirun_options(OPEN_MPI, 4)
+    assert launcher.mpirun_options(MPICH, 4) == ["-n", "4"]
+
+
+def test_a_wrong_size_is_answered_with_the_right_command() -> None:
+    assert "`mpirun -n 4 llmrun a/b`" in launcher.wrong_size_message(Path("a/b"), 4, 2)
+    assert "mpirun" not in launcher.wrong_size_message(Path("a/b"), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("mpirun_code", "noted", "code"),
+    [(0, "0", 0), (7, "7", 7), (9, "6", 6), (9, None, 6), (137, None, 6), (-9, None, 6), (0, None, 6), (213, None, 6)],
+)
+def test_the_jobs_own_exit_code_wins(
+    mpirun_code: int, noted: str | None, code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if noted is not None:
+        launcher.note_exit_code(int(noted), {launcher.LAUNCH_VARIABLE: str(tmp_path)})
+        launcher.note_exit_code(5, {launcher.LAUNCH_VARIABLE: str(tmp_path)})  # the first is believed
+    if mpirun_code != 213:
+        (tmp_path / "started").touch()
+    (tmp_path / "mpirun.log").write_text("unrecognized option\n")
+    assert launcher._exit_code(mpirun_code, tmp_path / "exit-code", tmp_path / "mpirun.log") == code
+    err = capfd.readouterr().err
+    assert ("error[E602]" in err) == (noted is None)
+    assert ("unrecognized option" in err) == (mpirun_code == 213)  # mpirun's own words, if nobody explains the end
+
+
+def test_this_environments_mpirun_belongs_to_its_library() -> None:
+    path, family = launcher.find_mpirun()
+    assert Path(path).exists()
+    assert launcher.library_family() in (family, None)

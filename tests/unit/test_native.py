@@ -1,0 +1,216 @@
+"""The library packs the very bits of the numpy version, on every instruction set, and multiplies what it packed."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmpack import layout, native
+from llmpack.quantize import ZERO_POINT, quantize_q4, quantize_q8
+from llmpack_ops import reference
+
+
+def isas():
+    library = native.library()
+    library.llmpack_ops_set_isa.argtypes = [ctypes.c_char_p]
+    library.llmpack_ops_isa.restype = ctypes.c_char_p
+    names = ("portable", "avx2", "avx512")
+    found, best = [], library.llmpack_ops_isa()
+    for name in names:
+        if library.llmpack_ops_set_isa(name.encode()) == 0:
+            found.append(name)
+    library.llmpack_ops_set_isa(best)
+    return found
+
+
+@pytest.fixture(params=isas())
+def isa(request):
+    """Run a test once for each instruction set of this machine."""
+    library = native.library()
+    best = library.llmpack_ops_isa()
+    assert library.llmpack_ops_set_isa(request.param.encode()) == 0
+    yield request.param
+    library.llmpack_ops_set_isa(best)
+
+
+def empty_tiles(num_rows, num_columns, storage, group_size):
+    """Tiles full of something that must be overwritten."""
+    tiles = -(-num_rows // 16)
+    shape, dtype = {
+        "f32": ((tiles, num_columns, 16), np.float32),
+        "f16": ((tiles, num_columns, 16), np.float16),
+        "q8": ((tiles, num_columns // 4, 16, 4), np.uint8),
+        "q4": ((tiles, num_columns // 8, 16, 4), np.uint8),
+    }[storage]
+    scales = np.full((tiles, num_columns // group_size, 16), 77, np.float16) if storage in ("q8", "q4") else None
+    return np.full(shape, 77, dtype), scales
+
+
+def pack_with_numpy(values, storage, group_size):
+    """Rows of float32 -> tiles and scales, by quantize.py and layout.py."""
+    if storage in ("f32", "f16"):
+        return layout.tile_rows(values.astype({"f32": np.float32, "f16": np.float16}[storage])), None
+    if storage == "q8":
+        quantized, scales = quantize_q8(values, group_size)
+        return layout.tile_rows(quantized, 4, 128), layout.tile_rows(scales)
+    quantized, scales = quantize_q4(values, group_size)
+    return layout.tile_nibbles(quantized), layout.tile_rows(scales)
+
+
+def as_source(values, dtype):
+    """Float32 values -> (rows as a checkpoint has them, the same as float32)."""
+    if dtype == "bf16":
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+    rows = values.astype({"f32": np.float32, "f16": np.float16}[dtype])
+    return rows, rows.astype(np.float32)
+
+
+def assert_same_bits(a, b):
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[a.itemsize]
+    assert np.array_equal(a.view(unsigned), b.view(unsigned))
+
+
+def hard_values(seed, num_rows, num_columns, kind):
+    """Random, large, small (float32 and float16 subnormals), mixed, halves of steps, and signed zeros."""
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal((num_rows, num_columns))
+    exponent = rng.integers(-24, 4, (num_rows, num_columns))
+    values = {
+        "random": normal * 0.02,
+        "large": normal * 9e3,
+        "tiny": normal * 2.0**-20,
+        "subnormal": normal * 2.0**-135,
+        "mixed": normal * 2.0**exponent,
+        "ties": rng.integers(-16, 17, (num_rows, num_columns)) / 2,
+        "zeros": np.where(rng.random((num_rows, num_columns)) < 0.5, 0.0, -0.0),
+        "rows": normal * 2.0 ** rng.integers(-26, 10, (num_rows, 1)),
+    }[kind]
+    return values.astype(np.float32)
+
+
+KINDS = ("random", "large", "tiny", "subnormal", "mixed", "ties", "zeros", "rows")
+
+
+@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_the_bits_of_the_numpy_version(isa, storage, dtype):
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 1 << 20),
+        num_rows=st.sampled_from([1, 15, 16, 17, 40]),
+        num_groups=st.integers(1, 3),
+        group_size=st.sampled_from([32, 64, 128]),
+        kind=st.sampled_from(KINDS),
+    )
+    def check(seed, num_rows, num_groups, group_size, kind):
+        rows, values = as_source(hard_values(seed, num_rows, num_groups * group_size, kind), dtype)
+        weight, scales = empty_tiles(num_rows, values.shape[1], storage, group_size)
+        native.pack_rows(rows, storage, group_size, weight, scales, is_bfloat16=dtype == "bf16")
+        expected, expected_scales = pack_with_numpy(values, storage, group_size)
+        assert_same_bits(weight, expected)
+        if scales is not None:
+            assert_same_bits(scales, expected_scales)
+
+    check()
+
+
+def test_every_float16_is_read_and_written_as_numpy_does(isa):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    halves = bits[np.isfinite(bits.view(np.float16))].view(np.float16).reshape(-1, 64)
+    weight, _ = empty_tiles(len(halves), 64, "f32", 64)
+    native.pack_rows(halves, "f32", 64, weight)
+    assert_same_bits(weight, layout.tile_rows(halves.astype(np.float32)))
+    # Each float16 and the floats around the middle between it and the next: rounding to nearest even.
+    middles = ((halves[:, :-1].astype(np.float32) + halves[:, 1:].astype(np.float32)) / 2).ravel()
+    floats = np.concatenate([middles, np.nextafter(middles, np.float32(9)), np.nextafter(middles, np.float32(-9))])
+    floats = floats[: len(floats) // 64 * 64].reshape(-1, 64)
+    weight, _ = empty_tiles(len(floats), 64, "f16", 64)
+    native.pack_rows(floats, "f16", 64, weight)
+    assert_same_bits(weight, layout.tile_rows(floats.astype(np.float16)))
+
+
+@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+def test_columns_of_wider_rows(isa, storage):
+    wide = hard_values(3, 20, 256, "random").astype(np.float16)
+    weight, scales = empty_tiles(20, 96, storage, 32)
+    native.pack_rows(wide[:, 64:160], storage, 32, weight, scales)
+    expected, expected_scales = pack_with_numpy(wide[:, 64:160].astype(np.float32), storage, 32)
+    assert_same_bits(weight, expected)
+    if scales is not None:
+        assert_same_bits(scales, expected_scales)
+
+
+@pytest.mark.parametrize("storage", ["f16", "f32"])
+@pytest.mark.parametrize("num_columns", [1, 7, 33, 131])
+def test_odd_widths_of_what_is_not_quantized(isa, storage, num_columns):
+    values = hard_values(4, 18, num_columns, "random")
+    weight, _ = empty_tiles(18, num_columns, storage, 32)
+    native.pack_rows(values, storage, 32, weight)
+    assert_same_bits(weight, pack_with_numpy(values, storage, 32)[0])
+
+
+@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_what_is_not_finite_is_refused(isa, storage, value, dtype):
+    values = hard_values(5, 17, 64, "random")
+    values[16, 40] = value
+    weight, scales = empty_tiles(17, 64, storage, 32)
+    rows, _ = as_source(values, dtype)
+    with pytest.raises(native.NotFiniteError):
+        native.pack_rows(rows, storage, 32, weight, scales, is_bfloat16=dtype == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("storage", "value"), [("q4", 1e9), ("q4", 530e3), ("q8", 9e6), ("f16", 65520.0), ("f16", -1e9)]
+)
+def test_what_float16_cannot_hold_is_refused(isa, storage, value):
+    values = np.zeros((17, 64), np.float32)
+    values[16, 63] = value
+    weight, scales = empty_tiles(17, 64, storage, 32)
+    with pytest.raises(OverflowError, match="float16"):
+        native.pack_rows(values, storage, 32, weight, scales)
+
+
+@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+def test_product_is_that_of_the_numpy_reference_and_the_same_bits_everywhere(storage):
+    values = hard_values(6, 40, 256, "random")
+    weight, scales = empty_tiles(40, 256, storage, 64)
+    native.pack_rows(values, storage, 64, weight, scales)
+    x = np.random.default_rng(7).standard_normal((256, native.VECTORS))
+    if storage in ("f32", "f16"):
+        logical = layout.untile_rows(weight, 48)
+    else:
+        untile = layout.untile_nibbles if storage == "q4" else layout.untile_rows
+        logical = reference.dequantize(untile(weight, 48), layout.untile_rows(scales, 48), ZERO_POINT[storage])
+    library = native.library()
+    best, products = library.llmpack_ops_isa(), []
+    for name in isas():
+        library.llmpack_ops_set_isa(name.encode())
+        products.append(native.packed_product(weight, scales, storage, 64, x))
+    library.llmpack_ops_set_isa(best)
+    bound = 1e-14 * (np.abs(logical).astype(np.float64) @ np.abs(x))
+    assert (np.abs(products[0] - reference.matmul(x.T, logical).T) <= bound).all()
+    assert all(np.array_equal(products[0].view(np.uint64), y.view(np.uint64)) for y in products)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    values = np.zeros((16, 64), np.float32)
+    weight, scales = empty_tiles(16, 64, "q4", 32)
+    for bad in (
+        lambda: native.pack_rows(values[:, :32], "q4", 32, weight, scales),
+        lambda: native.pack_rows(values.T, "q4", 32, weight, scales),
+        lambda: native.pack_rows(values, "q8", 32, weight, scales),
+        lambda: native.packed_product(weight, scales, "q4", 32, np.zeros((32, native.VECTORS))),
+        lambda: native.packed_product(weight, scales, "q4", 32, np.zeros((64, 3))),
+    ):
+        with pytest.raises(TypeError):
+            bad()
+    arguments = native._Rows(ctypes.sizeof(native._Rows) - 8)
+    assert native.library().llmpack_ops_pack_rows(ctypes.byref(arguments)) == -1
+    assert native.library().llmpack_ops_packed_product(None) == -1

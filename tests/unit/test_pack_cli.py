@@ -1,0 +1,187 @@
+"""`pack` as people and programs use it: what goes to stdout, what to stderr, memory, dry runs."""
+
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from llmpack.checkpoint import Checkpoint
+from llmpack.pack import Options, pack
+from llmpack.weights import source_shape, weight_rows
+from llmrun.artifact import IntegrityError, open_artifact
+from models import DEMO
+
+PACK = [sys.executable, "-m", "llmpack.cli"]
+
+
+def run(*arguments, **keywords):
+    return subprocess.run([*PACK, *map(str, arguments)], capture_output=True, text=True, timeout=240, **keywords)
+
+
+def test_dry_run_reads_no_weights_and_tells_the_truth(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    pack(DEMO, out, Options(shards=2, scheme="q8"))
+
+    def read(*_):
+        raise AssertionError("a dry run read weights")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    summary = pack(DEMO, None, Options(shards=2, scheme="q8"))
+    manifest = open_artifact(out).manifest
+    for rank, entry in zip(summary["ranks"], manifest.ranks, strict=True):
+        assert rank["weight_bytes"] == entry.weight_bytes == manifest.files[entry.weights].size
+        assert rank["weight_bytes_per_token"] == entry.weight_bytes_per_token
+        assert rank["kv_cache_bytes"] == manifest.kv_cache.bytes_per_token * manifest.max_seq_len
+    assert summary["bits_per_weight"] == 8.5
+
+
+@pytest.mark.parametrize("name", ["tiny", "tied", "biased"])
+def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
+    from transformers import LlamaForCausalLM
+
+    from models import make_checkpoint
+
+    options = {"tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}}
+    folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
+    truth = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(folder).parameters())
+    assert pack(folder, None, Options())["parameters"] == truth
+
+
+def test_json_is_all_there_is_on_stdout_and_nothing_on_stderr(tmp_path):
+    result = run(DEMO, "-o", tmp_path / "a", "--shards", "2", "--json")
+    assert json.loads(result.stdout)["shards"] == 2
+    assert result.stderr == ""
+
+
+def test_without_a_terminal_progress_is_plain_lines_on_stderr(tmp_path):
+    result = run(DEMO, "-o", tmp_path / "a")
+    assert "\r" not in result.stderr
+    assert "pack: weights 100%" in result.stderr.splitlines()
+    assert result.stdout.splitlines()[-1] == f"packed {tmp_path / 'a'}"
+
+
+def test_on_a_terminal_progress_is_a_bar_that_is_cleared(tmp_path):
+    parent, child = pty.openpty()
+    process = subprocess.Popen([*PACK, str(DEMO), "-o", str(tmp_path / "a")], stdout=subprocess.DEVNULL, stderr=child)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            data = os.read(parent, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data
+    os.close(parent)
+    assert process.wait(60) == 0
+    assert b"[##############################] 100%" in shown
+    assert shown.endswith(b"\r\x1b[K")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shards", "0"], "--shards 0"),
+        (["--quant", "q3"], "--quant q3"),
+        (["--group-size", "48"], "--group-size 48"),
+        (["--max-seq-len", "100000"], "--max-seq-len 100000"),
+        (["--max-seq-len", "0"], "--max-seq-len 0"),
+        (["--shards", "3"], "--shards 3"),
+    ],
+)
+def test_bad_options_are_one_sentence_and_exit_2(tmp_path, arguments, words):
+    result = run(DEMO, "-o", tmp_path / "a", *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert not (tmp_path / "a").exists()
+
+
+def test_gpu_targets_are_refused_plainly(tmp_path):
+    result = run(DEMO, "-o", tmp_path / "a", "--targets", "cpu,sm_89")
+    assert result.returncode == 4
+    assert "--targets sm_89: not available" in result.stderr
+
+
+def test_help_needs_neither_numpy_nor_onnx():
+    code = (
+        "import sys; sys.modules['numpy'] = sys.modules['onnx'] = None\n"
+        "from llmpack.cli import main\nsys.exit(main(['--help']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "usage: pack" in result.stdout
+
+
+def test_without_the_packager_extra_it_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['onnx'] = None\nfrom llmpack.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(DEMO), "-o", str(tmp_path / "a")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 4
+    assert "llmpack[packager]" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def sparse_checkpoint(folder):
+    """A checkpoint of Llama-2-7B's widths, one layer, whose weights are a hole in a file: 0.9 GB to read, none on disk."""
+    folder.mkdir()
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1,
+        "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    from llmpack.config import read_config
+
+    model = read_config(folder)
+    header, offset = {}, 0
+    for row in weight_rows(model):
+        for source in row.sources:
+            shape = source_shape(model, source)
+            size = 2 * int(np.prod(shape))
+            header[source] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    return folder, offset
+
+
+@pytest.mark.slow
+def test_peak_memory_is_below_0_6_gb_for_widths_of_a_7b(tmp_path):
+    folder, size = sparse_checkpoint(tmp_path / "m")
+    assert size > 900e6
+    # getrusage would count the memory of this process too, as it was before exec.
+    code = (
+        "import sys\nfrom llmpack.cli import main\ncode = main()\n"
+        "print(*[line for line in open('/proc/self/status') if line.startswith('VmHWM')], file=sys.stderr)\nsys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, str(folder), "-o", str(tmp_path / "a"), "--shards", "2", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    assert 1024 * int(result.stderr.split()[1]) < 600e6
+
+
+def test_input_that_changes_while_it_is_packed_is_noticed(tmp_path, tiny_checkpoint):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for path in tiny_checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    touched = []
+
+    def touch(step, *_):
+        if step == "self-check" and not touched:
+            time.sleep(0.01)
+            touched.append((folder / "model.safetensors").touch())
+
+    with pytest.raises(IntegrityError, match="changed while it was being packed"):
+        pack(folder, tmp_path / "a", Options(), touch)
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,162 @@
+"""Every rank's graph is valid ONNX, holds only allowed operators, and its slices put together are the checkpoint."""
+
+from itertools import product
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file
+
+from llmpack.checkpoint import open_checkpoint
+from llmpack.layout import untile_rows
+from llmpack.weights import Quantization, check_split, plan_rank, weight_rows
+from llmrun.artifact import IntegrityError, ModelConfig, UsageError, open_artifact
+from models import TINY, make_checkpoint
+
+ALLOWED = {
+    "ai.llmpack": {
+        "MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ4", "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention",
+        "AllReduce", "AllGather",
+    },
+    "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
+}  # fmt: skip
+
+
+def graphs_of(artifact):
+    manifest = open_artifact(artifact).manifest
+    return [artifact / entry.graphs["cpu"] for entry in manifest.ranks]
+
+
+@pytest.fixture(scope="module")
+def biased_checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("bias") / "m", attention_bias=True, mlp_bias=True)
+
+
+@pytest.mark.parametrize(("shards", "quant"), list(product([1, 2, 4, 8], ["f32", "f16", "q8", "q4"])))
+def test_every_graph_passes_checker_and_shape_inference(packed, tiny_checkpoint, shards, quant):
+    for rank, path in enumerate(graphs_of(packed(tiny_checkpoint, shards, quant))):
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            assert node.op_type in ALLOWED[node.domain], node.name
+            assert node.name.startswith(("/model/", "/lm_head")), node.name
+        typed = {value.name for value in [*model.graph.value_info, *model.graph.output]}
+        assert not [name for node in model.graph.node for name in node.output if name not in typed]
+        assert {p.key: p.value for p in model.metadata_props} == {"rank": str(rank), "shards": str(shards)}
+
+
+def test_names_are_those_of_the_modules(packed, tiny_checkpoint):
+    model = onnx.load(graphs_of(packed(tiny_checkpoint, 2, "q4"))[0], load_external_data=False)
+    names = {node.name for node in model.graph.node}
+    assert {
+        "/model/layers.0/self_attn/qkv_proj",
+        "/model/layers.1/mlp/down_proj/all_reduce",
+        "/lm_head/all_gather",
+    } <= names
+
+
+def test_biases_are_added_once(packed, biased_checkpoint):
+    model = onnx.load(graphs_of(packed(biased_checkpoint, 2, "f32"))[1], load_external_data=False)
+    order = [node.name for node in model.graph.node if "layers.0/self_attn/o_proj" in node.name]
+    assert order == [f"/model/layers.0/self_attn/o_proj{s}" for s in ("", "/all_reduce", "/bias")]
+
+
+def test_collectives_appear_only_between_ranks(packed, tiny_checkpoint):
+    one = onnx.load(graphs_of(packed(tiny_checkpoint, 1, "f32"))[0], load_external_data=False)
+    two = onnx.load(graphs_of(packed(tiny_checkpoint, 2, "f32"))[0], load_external_data=False)
+    count = lambda model, op: sum(node.op_type == op for node in model.graph.node)  # noqa: E731
+    assert (count(one, "AllReduce"), count(one, "AllGather")) == (0, 0)
+    assert (count(two, "AllReduce"), count(two, "AllGather")) == (2 * TINY["num_hidden_layers"], 1)
+
+
+def load_weights(graph_path):
+    """Read initializers through onnx, not through our own plan."""
+    model = onnx.load(graph_path)
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("quant", ["f32", "f16"])
+def test_unquantized_shards_put_together_equal_the_checkpoint(
+    packed, tiny_checkpoint, biased_checkpoint, shards, bias, quant
+):
+    checkpoint = biased_checkpoint if bias else tiny_checkpoint
+    source = load_file(checkpoint / "model.safetensors")
+    if quant == "f16":
+        source = {name: value if value.ndim == 1 else value.astype(np.float16) for name, value in source.items()}
+    ranks = [load_weights(path) for path in graphs_of(packed(checkpoint, shards, quant))]
+    heads, kv, dim = TINY["num_attention_heads"] // shards, TINY["num_key_value_heads"], 32
+    kv_rows = max(1, kv // shards) * dim
+    copies = max(1, shards // kv)
+    for i in range(TINY["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        qkv = [untile_rows(r[f"{layer}.self_attn.qkv_proj.weight"], heads * dim + 2 * kv_rows) for r in ranks]
+        whole = {
+            "self_attn.q_proj.weight": np.concatenate([m[: heads * dim] for m in qkv]),
+            "self_attn.k_proj.weight": np.concatenate([m[heads * dim : heads * dim + kv_rows] for m in qkv[::copies]]),
+            "self_attn.v_proj.weight": np.concatenate([m[heads * dim + kv_rows :] for m in qkv[::copies]]),
+        }
+        share = TINY["intermediate_size"] // shards
+        gate_up = [untile_rows(r[f"{layer}.mlp.gate_up_proj.weight"], 2 * share) for r in ranks]
+        whole["mlp.gate_proj.weight"] = np.concatenate([m[:share] for m in gate_up])
+        whole["mlp.up_proj.weight"] = np.concatenate([m[share:] for m in gate_up])
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            parts = [untile_rows(r[f"{layer}.{name}.weight"], TINY["hidden_size"]) for r in ranks]
+            whole[f"{name}.weight"] = np.concatenate(parts, axis=1)
+        if bias:
+            biases = [r[f"{layer}.self_attn.qkv_proj.bias"] for r in ranks]
+            whole["self_attn.q_proj.bias"] = np.concatenate([b[: heads * dim] for b in biases])
+            whole["self_attn.v_proj.bias"] = np.concatenate([b[heads * dim + kv_rows :] for b in biases[::copies]])
+            whole["mlp.down_proj.bias"] = ranks[-1][f"{layer}.mlp.down_proj.bias"]
+        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            whole[name] = ranks[-1][f"{layer}.{name}"]
+        for name, value in whole.items():
+            assert np.array_equal(value, source[f"{layer}.{name}"]), name
+    per_rank = -(-TINY["vocab_size"] // shards)
+    head = np.concatenate([untile_rows(r["lm_head.weight"], per_rank) for r in ranks])
+    assert np.array_equal(head[: TINY["vocab_size"]], source["lm_head.weight"])
+    assert not head[TINY["vocab_size"] :].any()
+    assert all(np.array_equal(r["model.embed_tokens.weight"], source["model.embed_tokens.weight"]) for r in ranks)
+
+
+def config_of(**changes):
+    numbers = {**TINY, "head_dim": 32, **changes}
+    return ModelConfig(
+        architecture="LlamaForCausalLM", attention_bias=False, mlp_bias=False, rope={}, dtype="float32", **numbers
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "group_size", "shards", "advice"),
+    [
+        ({}, 32, 3, "--shards 1 or 2 or 4 or 8 works"),
+        ({"intermediate_size": 320}, 64, 2, "--group-size 32 works"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 192}, 32, 4, "--shards 1 or 2 works"),
+        ({"hidden_size": 80, "head_dim": 10}, 32, 1, "--quant f16 or f32"),
+    ],
+)
+def test_a_split_that_does_not_divide_names_what_would(changes, group_size, shards, advice):
+    with pytest.raises(UsageError, match=advice):
+        check_split(config_of(**changes), Quantization("q4", group_size), shards)
+
+
+def test_every_source_is_used_once_by_every_plan(tiny_checkpoint):
+    with open_checkpoint(tiny_checkpoint) as checkpoint:
+        used = [source for row in weight_rows(checkpoint.config) for source in row.sources]
+        assert sorted(used) == sorted(checkpoint.tensors)
+        for weight in plan_rank(checkpoint.config, Quantization("q4", 32), 8, 7):
+            assert all(item.offset % 64 == 0 for item in weight.initializers)
+
+
+def test_missing_and_unknown_tensors_are_both_listed(tmp_path, tiny_checkpoint):
+    from safetensors.numpy import save_file
+
+    from llmpack.pack import Options, pack
+
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_norm.weight"] = tensors.pop("model.norm.weight")
+    (tmp_path / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(IntegrityError, match=r"missing: model\.norm\.weight; .*q_norm"):
+        pack(tmp_path, None, Options())

@@ -1,0 +1,386 @@
+"""Both tokenizer backends against transformers and against the libraries themselves."""
+
+import io
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrun.artifact import TokenizerSpec
+from llmrun.errors import IncompatibleError, IntegrityError, UsageError
+from llmrun.text_stream import TextStream
+from llmrun.tokenizer import load_tokenizer
+
+CORPUS = [
+    "It was the best of times, it was the worst of times.",
+    "User: Where is the house? Assistant: The house is in the street, system.",
+    "She sold 12 shells and 345 stones by the sea shore; he said: 'No!'",
+    "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ [INST] <|/|> _",
+] * 20
+TEXTS = [
+    "",
+    "a",
+    "Hello house",
+    "the  sea \n\n shore\t\r\n",
+    "trailing  ",
+    "12 + 345 = 357",
+    "é漢🦙 naïve",
+    "\x00\x7f\ufeff",
+    "User: x",
+]
+
+
+def make_artifact(folder, kind, file, **spec):
+    """Stand for an opened artifact: what `load_tokenizer` reads of one."""
+    template = spec.pop("chat_template", None)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, "utf-8")
+    fields = {
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+        "add_bos_token": True,
+        "special_tokens": {"<unk>": 0, "<s>": 1, "</s>": 2},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    } | spec
+    tokenizer = TokenizerSpec(
+        kind=kind, file=file, chat_template="chat_template.jinja" if template else None, golden="golden.json", **fields
+    )
+    return SimpleNamespace(
+        manifest=SimpleNamespace(tokenizer=tokenizer), resolve=lambda relative: Path(folder) / relative
+    )
+
+
+def train_sentencepiece(folder, **options):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        minloglevel=2,
+        num_threads=1,
+        **{
+            "vocab_size": 420,
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True,
+            "split_digits": True,
+        }
+        | options,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | tokens))
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+BYTE_LEVEL_SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+
+
+def train_byte_level(folder, special=BYTE_LEVEL_SPECIAL):
+    """Train a tokenizer.json like Llama 3's: byte-level BPE, the pattern of tiktoken, BOS from the post-processor."""
+    tokenizers = pytest.importorskip("tokenizers")
+    split = tokenizers.Regex(
+        r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(split, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
+    bos = special[0]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": special[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return tokenizer
+
+
+def byte_level_spec(tokenizer, special=BYTE_LEVEL_SPECIAL, **more):
+    ids = {text: tokenizer.token_to_id(text) for text in special}
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "special_tokens": ids,
+        "bos_token": special[0],
+        "bos_token_id": ids[special[0]],
+        "eos_token": special[1],
+        "eos_token_ids": (ids[special[1]],),
+    } | more
+
+
+@pytest.fixture(scope="module")
+def sp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    library = train_sentencepiece(folder)
+    artifact = make_artifact(folder, "sentencepiece", "tokenizer.model", vocab_size=420)
+    return SimpleNamespace(folder=folder, library=library, ours=load_tokenizer(artifact))
+
+
+@pytest.fixture(scope="module")
+def bl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("byte_level")
+    library = train_byte_level(folder)
+    artifact = make_artifact(folder, "tokenizers", "tokenizer.json", **byte_level_spec(library))
+    return SimpleNamespace(folder=folder, library=library, ours=load_tokenizer(artifact))
+
+
+@pytest.fixture(params=["sp", "bl"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def _theirs(case):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(case.folder)
+
+
+def test_an_artifact_without_tokenizer_has_none():
+    assert load_tokenizer(SimpleNamespace(manifest=SimpleNamespace(tokenizer=None))) is None
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_ordinary_text_has_the_ids_of_transformers(either, parse_special):
+    theirs = _theirs(either)
+    for text in TEXTS:
+        expected = theirs.encode(text, add_special_tokens=True)
+        assert either.ours.encode(text, parse_special=parse_special) == expected, text
+        assert either.ours.encode(text, add_bos=False, parse_special=parse_special) == expected[1:], text
+
+
+def test_parsed_special_tokens_have_the_ids_of_transformers_sentencepiece(sp):
+    theirs = _theirs(sp)
+    for text in [
+        "<s>a",
+        "<s> a",
+        "x <s> y",
+        "<s>",
+        "</s><s>",
+        "a</s>\n<s>b </s> ",
+        "<s>[INST] x [/INST] y </s><s>z",
+        "<unk>z",
+    ]:
+        assert sp.ours.encode(text, add_bos=False, parse_special=True) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_parsed_special_tokens_have_the_ids_of_transformers_byte_level(bl):
+    theirs = _theirs(bl)
+    for text in [
+        "<|eot_id|>a",
+        "x <|eot_id|> <tool>\n\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+    ]:
+        assert bl.ours.encode(text, add_bos=False, parse_special=True) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_sentencepiece_text_has_the_ids_of_the_library(sp):
+    for text in [*TEXTS, " a", "  a", "\u2581a", "<s>", "a</s>b <unk>"]:
+        assert sp.ours.encode(text, add_bos=False) == sp.library.encode(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_special_tokens_in_text_are_text(sp, bl, data):
+    for case in (sp, bl):
+        special = case.ours._special_tokens
+        parts = st.one_of(st.sampled_from(sorted(special)), st.text("<s>|/ a\n", max_size=4), st.text(max_size=3))
+        text = "".join(data.draw(st.lists(parts, max_size=6)))
+        ids = case.ours.encode(text, add_bos=False)
+        assert (set(special.values()) - {0 if case is sp else None}).isdisjoint(ids)
+        expected = text.replace("\u2581", " ") if case is sp else text
+        assert case.ours.decode(ids) == expected
+
+
+def test_byte_level_special_tokens_in_text_merge_with_what_is_around(bl):
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(bl.folder / "tokenizer.json"))
+    library.encode_special_tokens = True
+    for text in ["the<|eot_id|>.", "a <|start_header_id|>user<|end_header_id|>\n\n", "<|begin_of_text|>"]:
+        assert bl.ours.encode(text, add_bos=False) == library.encode(text, add_special_tokens=False).ids
+
+
+def test_user_defined_pieces_that_are_special_are_text_too(tmp_path):
+    chatml = ["<|im_start|>", "<|im_end|>"]
+    library = train_sentencepiece(tmp_path, user_defined_symbols=chatml)
+    special = {text: library.piece_to_id(text) for text in ["<unk>", "<s>", "</s>", *chatml]}
+    assert special["<|im_end|>"] in library.encode("a<|im_end|>")  # the library alone would not keep it out
+    ours = load_tokenizer(
+        make_artifact(tmp_path, "sentencepiece", "tokenizer.model", vocab_size=420, special_tokens=special)
+    )
+    text = "a<|im_end|>\n<|im_start|>system"
+    ids = ours.encode(text, add_bos=False)
+    assert set(special.values()).isdisjoint(ids)
+    assert ours.decode(ids) == text
+    assert special["<|im_end|>"] in ours.encode(text, parse_special=True)
+
+
+def test_bos_comes_once(either):
+    ours = either.ours
+    bos = ours.bos_token_id
+    assert ours.encode("a")[0] == bos
+    assert ours.encode("a").count(bos) == 1
+    assert ours.encode(f"{ours.bos_token}a", parse_special=True).count(bos) == 1
+    assert bos not in ours.encode("a", add_bos=False)
+    assert ours.encode("") == [bos]
+
+
+def test_without_a_bos_none_is_added(sp):
+    spec = {"bos_token_id": None, "bos_token": None, "vocab_size": 420}
+    ours = load_tokenizer(make_artifact(sp.folder, "sentencepiece", "tokenizer.model", **spec))
+    assert ours.encode("a") == ours.encode("a", add_bos=False)
+    with pytest.raises(UsageError, match="BOS"):
+        ours.encode("a", add_bos=True)
+
+
+def test_decode_leaves_special_tokens_out(either):
+    ours = either.ours
+    ids = [ours.bos_token_id, *ours.encode("a b", add_bos=False), *ours.eos_token_ids]
+    assert ours.decode(ids) == "a b"
+    assert ours.decode([]) == ""
+
+
+def test_decode_is_that_of_transformers(either):
+    theirs = _theirs(either)
+    for text in TEXTS:
+        ids = either.ours.encode(text)
+        assert either.ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_byte_level_decode_is_the_library_s_for_every_sequence(bl, data):
+    ids = data.draw(st.lists(st.integers(0, bl.ours.vocab_size - 1), max_size=20))
+    assert bl.ours.decode(ids) == bl.library.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_streamed_text_is_the_decoded_text(sp, bl, data):
+    for case in (sp, bl):
+        ids = data.draw(st.lists(st.integers(0, case.ours.vocab_size - 1), max_size=25))
+        stream = TextStream(case.ours)
+        assert "".join([*map(stream.push, ids), stream.finish()]) == case.ours.decode(ids)
+
+
+def test_segments_are_encoded_where_they_stand(either):
+    ours = either.ours
+    (eos,) = ours.eos_token_ids
+    whole = f"ab{ours.eos_token} c\n\n{ours.eos_token}\nd"
+    segments = ours.split_special(whole)
+    assert segments == ["ab", eos, " c\n\n", eos, "\nd"]
+    assert ours.encode_segments(segments) == ours.encode(whole, add_bos=False, parse_special=True)
+    ids = ours.encode_segments([eos, f"x{ours.eos_token}"])
+    assert ids.count(eos) == 1
+    assert ours.decode(ids[1:]) == f"x{ours.eos_token}"
+    assert ours.decode(ours.encode_segments(["a", "b"])) == "ab"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
+def test_lone_surrogates_are_refused(either, text):
+    for call in (either.ours.encode, lambda text: either.ours.encode_segments([text])):
+        with pytest.raises(UsageError, match="lone surrogate"):
+            call(text)
+
+
+@pytest.mark.parametrize("text", [None, 1, b"a", ["a"]])
+def test_what_is_no_text_is_refused(either, text):
+    with pytest.raises(UsageError, match="expected str"):
+        either.ours.encode(text)
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**6])
+def test_ids_outside_are_refused(either, token_id):
+    with pytest.raises(UsageError, match="there is no token"):
+        either.ours.decode([token_id])
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"{}", b"\xff\x00" * 50, b"[1]"])
+@pytest.mark.parametrize(("kind", "file"), [("sentencepiece", "tokenizer.model"), ("tokenizers", "tokenizer.json")])
+def test_a_damaged_file_is_an_integrity_error(tmp_path, kind, file, data):
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(IntegrityError, match=file):
+        load_tokenizer(make_artifact(tmp_path, kind, file, vocab_size=420))
+
+
+def test_a_missing_file_is_an_integrity_error(tmp_path):
+    with pytest.raises(IntegrityError):
+        load_tokenizer(make_artifact(tmp_path, "tokenizers", "tokenizer.json", vocab_size=420))
+
+
+def test_a_file_that_disagrees_with_the_manifest_is_an_integrity_error(sp, bl):
+    for case, kind, file in ((sp, "sentencepiece", "tokenizer.model"), (bl, "tokenizers", "tokenizer.json")):
+        with pytest.raises(IntegrityError, match="manifest"):
+            load_tokenizer(make_artifact(case.folder, kind, file, vocab_size=100))
+        spec = {"vocab_size": 1000, "special_tokens": {"<no>": 5}}
+        with pytest.raises(IntegrityError, match="special token"):
+            load_tokenizer(make_artifact(case.folder, kind, file, **spec))
+
+
+def test_an_unknown_kind_or_decoder_is_incompatible(bl, tmp_path):
+    with pytest.raises(IncompatibleError, match="kind"):
+        load_tokenizer(make_artifact(bl.folder, "tiktoken", "tokenizer.json", vocab_size=420))
+    document = json.loads((bl.folder / "tokenizer.json").read_text("utf-8"))
+    for decoder in ({"type": "WordPiece", "prefix": "##", "cleanup": True}, None):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(document | {"decoder": decoder}))
+        with pytest.raises(IncompatibleError, match="decoder"):
+            load_tokenizer(make_artifact(tmp_path, "tokenizers", "tokenizer.json", **byte_level_spec(bl.library)))
+
+
+def test_a_panic_of_the_library_is_one_of_our_errors(bl, tmp_path):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_args, **_kwargs):
+        raise PanicException("regex")
+
+    ours = load_tokenizer(make_artifact(bl.folder, "tokenizers", "tokenizer.json", **byte_level_spec(bl.library)))
+    ours._backend._tokenizer = SimpleNamespace(encode=panic)
+    with pytest.raises(UsageError, match="PanicException: regex"):
+        ours.encode("a")
+
+
+def test_llama_2_s_tokenizer_json_has_the_ids_of_transformers(sp, tmp_path):
+    theirs = _theirs(sp)
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(make_artifact(tmp_path, "tokenizers", "tokenizer.json", vocab_size=420))
+    assert ours.strips_leading_space
+    for text in [*TEXTS, "<s>[INST] a [/INST]</s>"]:
+        ids = ours.encode(text, add_bos=False, parse_special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.encode_segments(["ab", 2, " c", 2, "d"]) == ours.encode(
+        "ab</s> c</s>d", add_bos=False, parse_special=True
+    )
+    assert set(ours.encode("a</s>", add_bos=False)).isdisjoint([1, 2])
+
+
+def test_threads_do_not_disturb_each_other(bl):
+    text = "x<|eot_id|>" * 5
+    expected = {flag: bl.ours.encode(text, parse_special=flag) for flag in (False, True)}
+    wrong = []
+
+    def work(flag):
+        wrong.extend(flag for _ in range(300) if bl.ours.encode(text, parse_special=flag) != expected[flag])
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

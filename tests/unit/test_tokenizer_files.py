@@ -1,0 +1,331 @@
+"""What the packager finds in a model directory, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_tokenizer import BYTE_LEVEL_SPECIAL, make_artifact, train_byte_level, train_sentencepiece
+
+from llmpack.tokenizer_files import GOLDEN_TEXTS, read_generation, read_tokenizer
+from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError, LlmpackError, TokenizerSpec
+from llmrun.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("sp", "bl")}
+    train_sentencepiece(folders["sp"])
+    train_byte_level(folders["bl"])
+    return folders
+
+
+@pytest.fixture
+def sp(originals, tmp_path):
+    return Path(shutil.copytree(originals["sp"], tmp_path / "model"))
+
+
+@pytest.fixture
+def bl(originals, tmp_path):
+    return Path(shutil.copytree(originals["bl"], tmp_path / "model"))
+
+
+def _edit(folder, name, **changes):
+    path = folder / name
+    members = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(members | changes), "utf-8")
+
+
+def _load(files):
+    """Open the tokenizer as the runtime will."""
+    names = {field.name for field in dataclasses.fields(TokenizerSpec)} - {"kind", "file", "chat_template", "golden"}
+    spec = {name: getattr(files, name) for name in names}
+    return load_tokenizer(make_artifact(files.source_file.parent, files.kind, files.source_file.name, **spec))
+
+
+def test_a_model_without_tokenizer_has_none(tmp_path):
+    assert read_tokenizer(tmp_path, 100) is None
+    assert read_generation(tmp_path).defaults == GenerationDefaults()
+    assert read_generation(tmp_path).eos_token_ids == ()
+
+
+def test_sentencepiece(sp):
+    files = read_tokenizer(sp, 420)
+    assert (files.kind, files.source_file.name, files.vocab_size) == ("sentencepiece", "tokenizer.model", 420)
+    assert files.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert (files.bos_token, files.bos_token_id, files.eos_token, files.eos_token_ids) == ("<s>", 1, "</s>", (2,))
+    assert files.add_bos_token
+    assert files.chat_template is None
+    assert files.sources == ("config.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def test_a_lone_tokenizer_model_speaks_for_itself(sp):
+    expected = read_tokenizer(sp, 420)
+    (sp / "tokenizer_config.json").unlink()
+    (sp / "config.json").unlink()
+    assert read_tokenizer(sp, 420) == dataclasses.replace(expected, sources=("tokenizer.model",))
+
+
+def test_tokenizers(bl):
+    files = read_tokenizer(bl, 500)
+    assert (files.kind, files.source_file.name) == ("tokenizers", "tokenizer.json")
+    assert sorted(files.special_tokens) == sorted(BYTE_LEVEL_SPECIAL)  # "<tool>" was added, but is not special
+    assert files.bos_token_id == files.special_tokens["<|begin_of_text|>"]
+    assert files.eos_token_ids == (files.special_tokens["<|eot_id|>"],)
+    assert files.add_bos_token  # its post-processor does
+    _edit(bl, "tokenizer_config.json", add_bos_token=False)
+    assert not read_tokenizer(bl, 500).add_bos_token
+    _edit(bl, "tokenizer_config.json", add_bos_token=None)
+    _edit(bl, "tokenizer.json", post_processor=None)
+    assert not read_tokenizer(bl, 500).add_bos_token
+
+
+@pytest.mark.parametrize("kind", ["sp", "bl"])
+def test_the_runtime_gives_the_golden_ids(kind, request):
+    files = read_tokenizer(request.getfixturevalue(kind), 500)
+    ours = _load(files)
+    assert len(files.golden) == len(GOLDEN_TEXTS) == 24
+    for vector in files.golden:
+        assert ours.encode(vector["text"], add_bos=False) == vector["ids"], vector
+        expected = vector["text"].replace("\u2581", " ") if kind == "sp" else vector["text"]
+        assert ours.decode(vector["ids"]) == expected
+
+
+@pytest.mark.parametrize("kind", ["sp", "bl"])
+def test_the_runtime_begins_a_text_as_transformers_does(kind, request):
+    folder = request.getfixturevalue(kind)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    assert _load(read_tokenizer(folder, 500)).encode("Hello house") == theirs.encode("Hello house")
+
+
+def test_of_both_files_the_one_that_gives_transformers_ids_is_taken(sp):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(sp)
+    theirs.backend_tokenizer.save(str(sp / "tokenizer.json"))
+    files = read_tokenizer(sp, 420)
+    assert files.kind == "sentencepiece"
+    theirs = transformers.AutoTokenizer.from_pretrained(sp)
+    text = "<s>[INST] a [/INST] b </s><s> c"
+    ours = _load(files).encode(text, add_bos=False, parse_special=True)
+    assert ours == theirs.encode(text, add_special_tokens=False)
+
+    _edit(sp, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert read_tokenizer(sp, 420).kind == "tokenizers"
+
+
+def test_added_tokens_that_are_not_special_need_tokenizer_json(sp):
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(sp)
+    theirs.add_tokens(["<tool>"])
+    theirs.backend_tokenizer.save(str(sp / "tokenizer.json"))
+    files = read_tokenizer(sp, 421)
+    assert files.kind == "tokenizers"
+    assert "<tool>" not in files.special_tokens
+
+
+def test_a_tokenizer_model_that_is_not_sentencepiece_s_gives_way_to_tokenizer_json(bl):
+    (bl / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    _edit(bl, "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    assert read_tokenizer(bl, 500).kind == "tokenizers"
+
+
+def test_added_tokens_of_sentencepiece_get_ids_after_its_pieces(sp):
+    added = {"420": {"content": "<|im_end|>", "special": True}, "421": {"content": "<|im_start|>", "special": True}}
+    _edit(sp, "tokenizer_config.json", added_tokens_decoder=added, eos_token={"content": "<|im_end|>"})
+    files = read_tokenizer(sp, 422)
+    assert files.vocab_size == 422
+    assert (files.eos_token, files.eos_token_ids) == ("<|im_end|>", (420,))
+    ours = _load(files)
+    assert ours.encode("a<|im_end|>", add_bos=False, parse_special=True)[-1] == 420
+    assert 420 not in ours.encode("a<|im_end|>")
+    assert ours.decode([420, 421]) == ""
+    with pytest.raises(IncompatibleError, match=r"ids up to 421.*vocab_size is 421"):
+        read_tokenizer(sp, 421)
+
+
+def test_eos_comes_from_the_first_file_that_names_it(sp):
+    def eos():
+        assert read_generation(sp).eos_token_ids in ((), read_tokenizer(sp, 420).eos_token_ids)
+        return read_tokenizer(sp, 420).eos_token_ids
+
+    assert eos() == (2,)
+    _edit(sp, "config.json", eos_token_id=7)
+    assert eos() == (7,)
+    _edit(sp, "generation_config.json", eos_token_id=[9, 2, 9])
+    assert eos() == (9, 2)
+    _edit(sp, "generation_config.json", eos_token_id=None)
+    assert eos() == (7,)
+
+
+def test_bos_of_the_tokenizer_comes_before_that_of_the_configs(bl):
+    _edit(bl, "config.json", bos_token_id=1)
+    assert read_tokenizer(bl, 500).bos_token == "<|begin_of_text|>"
+    _edit(bl, "tokenizer_config.json", bos_token=None)
+    files = read_tokenizer(bl, 500)
+    assert (files.bos_token, files.bos_token_id, files.add_bos_token) == (None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, GenerationDefaults()),
+        ({"temperature": 0.6, "top_p": 0.9}, GenerationDefaults(top_p=0.9)),
+        ({"do_sample": False, "temperature": 0.6}, GenerationDefaults()),
+        ({"do_sample": True}, GenerationDefaults(temperature=1.0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 40, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1},
+            GenerationDefaults(0.6, 40, 0.9, 0.1, 1.1),
+        ),
+        ({"do_sample": True, "temperature": None, "top_k": None}, GenerationDefaults(temperature=1.0)),
+    ],
+)
+def test_sampling_defaults(tmp_path, config, expected):
+    _edit(tmp_path, "generation_config.json", **config)
+    assert read_generation(tmp_path).defaults == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", "0.6"),
+        ("top_k", 1.5),
+        ("top_k", True),
+        ("top_p", 0),
+        ("min_p", 1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("nan")),
+        ("eos_token_id", -1),
+        ("eos_token_id", "2"),
+        ("eos_token_id", [2, None]),
+        ("eos_token_id", True),
+    ],
+)
+def test_bad_generation_settings_are_refused_by_file_and_key(tmp_path, key, value):
+    _edit(tmp_path, "generation_config.json", do_sample=True, **{key: value})
+    with pytest.raises(IncompatibleError, match=rf"generation_config.json: {key}: found"):
+        read_generation(tmp_path)
+
+
+def test_chat_template_from_each_place(sp):
+    _edit(sp, "tokenizer_config.json", chat_template="{{ 'config' }}")
+    assert read_tokenizer(sp, 420).chat_template == "{{ 'config' }}"
+    several = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
+    _edit(sp, "tokenizer_config.json", chat_template=several)
+    assert read_tokenizer(sp, 420).chat_template == "d"
+    (sp / "chat_template.jinja").write_text("{{ 'é' }}{% for m in messages %}{% break %}{% endfor %}", "utf-8")
+    files = read_tokenizer(sp, 420)
+    assert files.chat_template.startswith("{{ 'é' }}")
+    assert "chat_template.jinja" in files.sources
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ x", "{% nosuchtag %}", "{{ " + "(" * 5000 + "}}"])
+def test_a_template_that_does_not_parse_is_refused(sp, template):
+    (sp / "chat_template.jinja").write_text(template)
+    with pytest.raises(IncompatibleError, match=r"chat_template.jinja: chat template"):
+        read_tokenizer(sp, 420)
+
+
+def test_a_template_of_another_type_is_refused(sp):
+    _edit(sp, "tokenizer_config.json", chat_template=5)
+    with pytest.raises(IncompatibleError, match=r"chat_template: found int"):
+        read_tokenizer(sp, 420)
+
+
+@pytest.mark.parametrize("kind", ["sp", "bl"])
+def test_ids_beyond_the_model_are_refused(kind, request):
+    with pytest.raises(IncompatibleError, match=r"tokenizer\.(model|json): found ids up to .*vocab_size is 300"):
+        read_tokenizer(request.getfixturevalue(kind), 300)
+
+
+def test_eos_beyond_the_model_is_refused(sp):
+    _edit(sp, "config.json", eos_token_id=128001)
+    with pytest.raises(IncompatibleError, match="eos_token_id: found 128001"):
+        read_tokenizer(sp, 420)
+
+
+def test_a_bos_that_the_tokenizer_does_not_have_is_refused(sp):
+    _edit(sp, "tokenizer_config.json", bos_token="<nosuch>")
+    with pytest.raises(IncompatibleError, match="<nosuch>"):
+        read_tokenizer(sp, 420)
+
+
+def test_an_id_that_means_two_things_is_refused(sp):
+    _edit(sp, "tokenizer_config.json", added_tokens_decoder={"300": {"content": "<x>", "special": True}})
+    with pytest.raises(IncompatibleError, match=r"id 300: found .* expected '<x>'"):
+        read_tokenizer(sp, 420)
+
+
+def test_an_unknown_decoder_is_refused(bl):
+    _edit(bl, "tokenizer.json", decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
+    with pytest.raises(IncompatibleError, match="decoder: found WordPiece"):
+        read_tokenizer(bl, 500)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 499723\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+)
+def test_git_lfs_pointers_are_refused(sp, name):
+    (sp / name).write_bytes(POINTER)
+    with pytest.raises(IntegrityError, match=f"{name}.*git lfs pull"):
+        read_tokenizer(sp, 420)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+def test_json_that_is_no_object_is_refused(bl, name, data):
+    if name == "special_tokens_map.json":
+        (bl / "tokenizer_config.json").unlink()
+    (bl / name).write_bytes(data)
+    with pytest.raises(IntegrityError, match=name):
+        read_tokenizer(bl, 500)
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", b"\x00" * 100])
+def test_a_damaged_tokenizer_model_is_refused(sp, data):
+    (sp / "tokenizer.model").write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"tokenizer\.model"):
+        read_tokenizer(sp, 420)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"added_tokens_decoder": {"x": {"content": "a"}}},
+        {"added_tokens_decoder": {"5": "a"}},
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"-7": {"content": "<x>"}}},
+        {"bos_token": 5},
+        {"eos_token": ["</s>"]},
+        {"chat_template": [{"name": "default", "template": 5}]},
+        {"chat_template": {"default": "x"}},
+        {"add_bos_token": "yes"},
+    ],
+    ids=str,
+)
+def test_malformed_tokenizer_configs_are_refused(sp, changes):
+    _edit(sp, "tokenizer_config.json", **changes)
+    with pytest.raises(LlmpackError, match=r"model"):
+        read_tokenizer(sp, 420)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": None},
+        {"model": {"type": "Nope"}},
+        {"added_tokens": 5},
+        {"decoder": 5},
+        {"decoder": {"type": "Sequence", "decoders": 5}},
+    ],
+    ids=str,
+)
+def test_malformed_tokenizer_jsons_are_refused(bl, changes):
+    _edit(bl, "tokenizer.json", **changes)
+    with pytest.raises(LlmpackError, match=r"model"):
+        read_tokenizer(bl, 500)

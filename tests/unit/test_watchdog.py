@@ -1,0 +1,142 @@
+"""The watchdog's judgement, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from llmrun.comm import Peer, process_started
+from llmrun.errors import UsageError
+from llmrun.watchdog import GONE_S, Watchdog, deadline_from_environment, process_state
+
+PEERS = (Peer(0, "here", 10, 1), Peer(1, "here", 11, 1), Peer(2, "there", 12, 1))
+
+
+class Case:
+    """Rank 0's watchdog with a deadline of 10 s."""
+
+    def __init__(self, peers: tuple[Peer, ...] = PEERS) -> None:
+        self.lost: list[str] = []
+        self.states: dict[int, str] = {}
+        self.collectives: tuple[int, int] = (0, 0)
+        self.asked: set[int] = set()
+        self.dog = Watchdog(0, peers, 10.0, on_lost=self.lost.append, peer_state=self._state)
+        self.dog.count_collectives(lambda: self.collectives)
+
+    def _state(self, peer: Peer) -> str:
+        self.asked.add(peer.rank)
+        return self.states.get(peer.rank, "running")
+
+    def wait(self, seconds: float) -> None:
+        for _ in range(int(seconds * 2)):
+            self.dog.tick(0.5)
+
+
+def test_a_phase_without_progress_is_stuck() -> None:
+    case = Case()
+    with case.dog.phase("decode step"):
+        case.wait(9)
+        assert not case.lost
+        case.wait(3)
+    assert "rank 0 is stuck: no progress in decode step" in case.lost[0]
+
+
+def test_collectives_are_progress() -> None:
+    case = Case()
+    with case.dog.phase("prefill step"):
+        for count in range(1, 6):
+            case.collectives = (count, count)
+            case.wait(8)
+    assert not case.lost
+
+
+def test_waiting_in_a_collective_blames_the_other_rank() -> None:
+    case = Case(PEERS[:2])
+    case.collectives = (7, 6)
+    with case.dog.phase("decode step"):
+        case.wait(10.5)
+        assert not case.lost  # the stuck rank itself reports first
+        case.wait(3)
+    assert "rank 1 has not reached collective 7 (decode step)" in case.lost[0]
+
+
+def test_idle_is_not_stuck() -> None:
+    case = Case()
+    case.wait(100)
+    assert not case.lost
+
+
+def test_a_phase_begins_with_a_fresh_clock() -> None:
+    case = Case()
+    for _ in range(5):
+        with case.dog.phase("decode step"):
+            case.wait(9)
+    assert not case.lost
+
+
+def test_a_stopped_peer_is_lost_also_while_idle() -> None:
+    case = Case()
+    case.states[1] = "stopped"
+    case.wait(9)
+    assert not case.lost
+    case.wait(2)
+    assert "rank 1 (pid 11) is stopped" in case.lost[0]
+
+
+def test_a_peer_that_goes_on_is_forgiven() -> None:
+    case = Case()
+    for _ in range(4):
+        case.states[1] = "stopped"
+        case.wait(8)
+        case.states[1] = "running"
+        case.wait(1)
+    assert not case.lost
+
+
+def test_the_launcher_may_end_the_job_before_a_death_is_reported() -> None:
+    case = Case()
+    case.states[1] = "gone"
+    case.wait(GONE_S)
+    assert not case.lost
+    case.wait(1)
+    assert "rank 1 (pid 11) is gone" in case.lost[0]
+
+
+def test_pids_of_another_host_are_not_looked_at() -> None:
+    case = Case()
+    case.wait(1)
+    assert case.asked == {1}
+
+
+def test_long_steps_get_more_time() -> None:
+    dog = Watchdog(0, PEERS[:1], 30.0)
+    assert dog.step_deadline(1) == 30.0
+    assert dog.step_deadline(512) == 90.0
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan", "1e9", ""])
+def test_a_deadline_that_is_no_number_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMRUN_WATCHDOG_S", text)
+    with pytest.raises(UsageError, match="LLMRUN_WATCHDOG_S"):
+        deadline_from_environment()
+
+
+def test_process_states_are_those_of_the_kernel() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = process_started(process.pid)
+    assert started is not None
+    peer = Peer(1, "here", process.pid, started)
+    assert process_state(peer) == "running"
+    assert process_state(Peer(1, "here", process.pid, started + 1)) == "gone"  # a reused pid
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    assert process_state(peer) == "stopped"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert process_state(peer) == "gone"  # a zombie
+    process.communicate()
+    assert process_state(peer) == "gone"
