@@ -17,9 +17,10 @@ int64_t positive_attribute(const NodeInfo& node, const char* name) {
 }
 
 // Tiles that are worth a call of their own: about 32 KB of weights, or, with many tokens, as much work.
+// Never one alone: the kernels take tiles in pairs.
 int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
     const int64_t work = tile_bytes * (1 + tokens / 8);
-    return work >= 32768 ? 1 : 32768 / (work < 1 ? 1 : work);
+    return 2 * (work >= 16384 ? 1 : 16384 / (work < 1 ? 1 : work));
 }
 
 // With one or two tokens a call is bound by memory and reads its range as two streams, of which each must be
