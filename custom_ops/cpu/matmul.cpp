@@ -344,14 +344,19 @@ LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t*
         LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) sum[i][t] = set1_i32(-Scheme::kZero * x_sums[t]);
         }
-        for (int64_t j = 0; j < in.group_size; j += 4) {
-            Bytes w[tiles];
-            LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] = load_bytes(decoded + i * kStretch * 16);
-            LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
-                LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) Scheme::dot4(w[i], x + 4 * t, sum[i][t]);
+        // Unrolled, or else the compiler copies every sum once for each dot product.
+        for (int64_t j = 0; j < in.group_size; j += 16) {
+            LLMPACK_UNROLL_16 for (int s = 0; s < 4; s++) {
+                Bytes w[tiles];
+                LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] =
+                    load_bytes(decoded + i * kStretch * 16 + 64 * s);
+                LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
+                    LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++)
+                        Scheme::dot4(w[i], x + 4 * (s * m + t), sum[i][t]);
+                }
             }
-            decoded += 64;
-            x += 4 * m;
+            decoded += 256;
+            x += 16 * m;
         }
         LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
             const F32x16 scale = load_f16(scales + i * groups * kTileRows);
