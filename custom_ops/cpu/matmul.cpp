@@ -319,17 +319,17 @@ constexpr int kTilesTogether = 2;
 constexpr int kTilesTogether = 1;
 #endif
 
-// `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch /
-// 4, 16, 4], of which last - first features are used.
+// `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch
+// / 4, 16, 4], of which last - first features are used.
 template <class Scheme, int tiles, int m>
 LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
                                      int64_t first, int64_t last, int64_t first_token) {
     const QuantizedActivations& in = *args.x;
     const int64_t groups = in.K / in.group_size, first_group = first / in.group_size;
     const uint16_t* scales = args.scales + (tile * groups + first_group) * kTileRows;
-    const int8_t* x = in.values + first_token * in.K + first * m;                    // [features / 4, m, 4]
-    const float* x_scales = in.scales + first_token * groups + first_group * m;      // [groups, m]
-    const int32_t* x_sums = in.sums + first_token * groups + first_group * m;        // [groups, m]
+    const int8_t* x = in.values + first_token * in.K + first * m;                // [features / 4, m, 4]
+    const float* x_scales = in.scales + first_token * groups + first_group * m;  // [groups, m]
+    const int32_t* x_sums = in.sums + first_token * groups + first_group * m;    // [groups, m]
 
     F32x16 y[tiles][m];
     for (int i = 0; i < tiles; i++) {
