@@ -53,7 +53,7 @@ def import_onnxruntime() -> Any:
         IncompatibleError: it is missing, broken or older than 1.22.
     """
     needed = ".".join(str(n) for n in MIN_ORT_VERSION)
-    # Since 1.32 the wheel starts threads at import that send usage to Microsoft, and leaves an identifier in the home folder.
+    # Since 1.32 the wheel holds a telemetry client with a thread of its own; nothing here needs it.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
