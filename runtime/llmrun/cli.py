@@ -101,7 +101,7 @@ def _connect_streams(*, is_spokesman: bool) -> None:
         except OSError:
             os.open(os.devnull, os.O_RDONLY)
     folder = os.environ.get(launcher.LAUNCH_VARIABLE)
-    is_launched = folder is not None and console.is_under_mpirun()
+    is_launched = folder is not None and (console.is_under_mpirun() or launcher.CHAT_VARIABLE in os.environ)
     if folder is not None and is_launched:
         os.dup2(os.open(os.path.join(folder, "stderr"), os.O_WRONLY), 2)
         open(os.path.join(folder, "started"), "w").close()
