@@ -1,18 +1,21 @@
-"""A server of OpenAI's chat protocol that plays parts of a text, for the tests of the chat page: no model, no llmrun but the page.
+"""A server of OpenAI's chat protocol that plays parts of a text, for the tests of the chat page: no model, no llmrun but its page.
 
 The last message chooses the part: `PARTS`. What was asked is kept in `requests`.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-from llmrun import page
-
+PAGE = Path(__file__).parents[2] / "runtime" / "llmrun" / "page" / "index.html"
 HOSTILE = """\
 # <script>window.hacked = 1</script>
 
@@ -64,6 +67,19 @@ Done.
 NASTY = "[" * 5000 + "*" * 5000 + "`" * 4999 + " ``x" * 1000 + "![" * 3000 + "_a" * 4000 + "\n" + "> " * 3000 + "x\n" + "|" * 4000
 
 
+def content_security_policy(page: bytes) -> str:
+    """Return a policy that admits the page's own script and style by digest, its own server, and nothing else."""
+
+    def digests(element: str) -> str:
+        texts = re.findall(f"<{element}>(.*?)</{element}>".encode(), page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts)
+
+    return (
+        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
 class Server(ThreadingHTTPServer):
     """Listens on a free port of the loopback."""
 
@@ -89,8 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/":
-            body, policy = page.read_page()
-            self._send(200, body, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+            body = PAGE.read_bytes()
+            headers = {"Content-Security-Policy": content_security_policy(body)}
+            self._send(200, body, "text/html; charset=utf-8", headers)
         elif self.path == "/v1/models" and self._is_allowed():
             self._send_json(200, {"object": "list", "data": [{"id": "demo-q4-tp2", "object": "model"}]})
         elif self.path != "/v1/models":
