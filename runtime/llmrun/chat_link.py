@@ -43,9 +43,7 @@ class ChatJob:
         """Start `llmrun ARGUMENTS`; use as a context manager, which ends the job."""
         self._folder = tempfile.TemporaryDirectory(prefix="llmrun-")
         try:
-            self._child = launcher.start_ranks(
-                num_ranks, arguments, self._folder.name, {launcher.CHAT_VARIABLE: "1"}
-            )
+            self._child = launcher.start_ranks(num_ranks, arguments, self._folder.name, {launcher.CHAT_VARIABLE: "1"})
         except BaseException:
             self._folder.cleanup()
             raise

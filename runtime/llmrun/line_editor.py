@@ -51,7 +51,9 @@ class LineEditor:
         readline.set_completer(self._complete)
         readline.parse_and_bind("tab: complete")
         if os.environ.get("TERM", "dumb") != "dumb":
-            readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message; Python turns it off
+            readline.parse_and_bind(
+                "set enable-bracketed-paste on"
+            )  # pasted lines are one message; Python turns it off
         for message in _load(history):
             readline.add_history(message)
 

@@ -1,4 +1,4 @@
-"""A server of OpenAI's chat protocol that plays parts of a text, for the tests of the chat page: no model, no llmrun but its page.
+"""A server of OpenAI's chat protocol that plays parts of a text, for the tests of the chat page: no model behind it.
 
 The last message chooses the part: `PARTS`. What was asked is kept in `requests`.
 """
@@ -63,8 +63,19 @@ if a < b:
 
 ---
 Done.
-"""  # noqa: W291
-NASTY = "[" * 5000 + "*" * 5000 + "`" * 4999 + " ``x" * 1000 + "![" * 3000 + "_a" * 4000 + "\n" + "> " * 3000 + "x\n" + "|" * 4000
+"""
+NASTY = (
+    "[" * 5000
+    + "*" * 5000
+    + "`" * 4999
+    + " ``x" * 1000
+    + "![" * 3000
+    + "_a" * 4000
+    + "\n"
+    + "> " * 3000
+    + "x\n"
+    + "|" * 4000
+)
 
 
 def content_security_policy(page: bytes) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from browser.openai_server import MARKDOWN, Server
 
 PAGE = Path(__file__).parents[2] / "runtime" / "llmrun" / "page" / "index.html"
@@ -118,7 +119,8 @@ def test_a_script_that_gets_into_the_page_all_the_same_does_not_run(tab: Any, se
     tab.allowed.append("Content Security Policy")
     tab.goto(server.url)
     tab.evaluate("""() => {
-        document.querySelector('#chat').innerHTML = '<img src=x onerror="window.hacked = 1"><a href="javascript:window.hacked=2">x</a>';
+        document.querySelector('#chat').innerHTML =
+            '<img src=x onerror="window.hacked = 1"><a href="javascript:window.hacked=2">x</a>';
         const script = document.createElement('script');
         script.textContent = 'window.hacked = 3';
         document.body.append(script);
@@ -135,7 +137,18 @@ def test_markdown_becomes_elements(tab: Any, server: Server) -> None:
     wait_until_done(tab)
     texts = {
         name: tab.eval_on_selector_all(f"{LAST} {name}", "all => all.map(e => e.textContent)")
-        for name in ("h2", "strong", "em", "del", "p code", "ol > li", "ol ul > li", "blockquote blockquote", "th", "td")
+        for name in (
+            "h2",
+            "strong",
+            "em",
+            "del",
+            "p code",
+            "ol > li",
+            "ol ul > li",
+            "blockquote blockquote",
+            "th",
+            "td",
+        )
     }
     assert texts["h2"] == ["Two ways"]
     assert texts["strong"] == ["bold", "Both\nlines", "one"]

@@ -8,7 +8,6 @@ and its server. Needs root, `ip` (iproute2), `unshare` and `nsenter` (util-linux
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import os
 import select
 import shlex

@@ -60,7 +60,17 @@ def mpirun(hosts: Hosts, size: int, *arguments: str) -> list[str]:
     if family == launcher.MPICH:
         options = ["-launcher", "ssh", "-launcher-exec", str(hosts.agent), "-hosts", where, "-n", str(size)]
     else:
-        options = ["--host", where, "-n", str(size), "--prtemca", "plm_ssh_agent", str(hosts.agent), "--bind-to", "none"]
+        options = [
+            "--host",
+            where,
+            "-n",
+            str(size),
+            "--prtemca",
+            "plm_ssh_agent",
+            str(hosts.agent),
+            "--bind-to",
+            "none",
+        ]
         options += ["--prefix", str(Path(path).parent.parent), "--allow-run-as-root"]
     program = [sys.executable, "-m", "llmrun", *arguments]
     return hosts.command(0, path, *options, *program)

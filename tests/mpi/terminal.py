@@ -79,7 +79,9 @@ class Terminal:
             if time.monotonic() > until or not self.pump(0.05):
                 if holds():
                     return
-                raise AssertionError(f"{condition!r} did not happen; on the screen:\n{self.text}\nraw: {self.raw[-500:]!r}")
+                raise AssertionError(
+                    f"{condition!r} did not happen; on the screen:\n{self.text}\nraw: {self.raw[-500:]!r}"
+                )
 
     def pump(self, seconds: float) -> bool:
         """Take what the program writes; false if it has closed the terminal."""

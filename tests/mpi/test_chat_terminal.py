@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import LEFTOVER_S, _MARK
+from harness import _MARK, LEFTOVER_S
 from terminal import Terminal
 
 Packed = Callable[..., Path]
@@ -48,7 +48,9 @@ class Chat(Terminal):
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                if entry.name.isdigit() and f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(
+                    b"\0"
+                ):
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -125,7 +127,11 @@ def test_history_is_recalled_kept_and_private(tmp_path: Path, packed_demo: Packe
         chat.type(CTRL_D)
         assert chat.finish() == 0
     file = tmp_path / "state" / "llmrun" / "history"
-    assert [json.loads(line) for line in file.read_text().splitlines()] == ["first question", "one\ntwo", "my first question"]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        "first question",
+        "one\ntwo",
+        "my first question",
+    ]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     with Chat(tmp_path, path, "-n", "2") as chat:
