@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from browser.test_page import LAST, ask, wait, wait_until_done
 
 pytestmark = pytest.mark.skipif(
