@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_artifact(parser)
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="prompt tokens (512)")
     parser.add_argument("-n", "--n-gen", type=int, default=128, metavar="N", help="generated tokens (128)")
-    parser.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens in the cache when generating (0)")
+    parser.add_argument(
+        "-d", "--depth", type=int, default=0, metavar="N", help="tokens in the cache when generating (0)"
+    )
     parser.add_argument("-b", "--batch", type=int, default=1, metavar="N", help="sequences at the same time (1)")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="times each is measured (5)")
     parser.add_argument("--profile", action="store_true", help="also tell where the time of rank 0's steps goes")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from benchmarks.peers import programs, report
 from benchmarks.peers.environment import (
+    GENAI,
     HERE,
     LLAMA_CPP_PYTHON,
-    GENAI,
     Peers,
     build_peers,
     call,
@@ -29,7 +29,7 @@ from benchmarks.peers.environment import (
 )
 from benchmarks.peers.programs import Cost, GenAi, LlamaCpp, Llmpack, Program
 from benchmarks.peers.report import OURS, PEERS, Figure, Missing, Row
-from benchmarks.peers.shapes import SHAPES, Shape
+from benchmarks.peers.shapes import SHAPES
 
 ROOT = HERE.parents[2]
 THREADS = 2  # of every program, ranks times threads
@@ -45,7 +45,9 @@ def arguments_of(typed: list[str] | None = None) -> argparse.Namespace:
         "--shapes", default=default, help=f"of {','.join(SHAPES)} (default {default}; llama-2-7b needs 45 GB of disk)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every program (5)")
-    parser.add_argument("--no-peers", action="store_true", help="llmpack alone: nothing is installed or compiled for peers")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="llmpack alone: nothing is installed or compiled for peers"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / ".build" / "bench", help="where models are kept")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers", help="where the peers are built")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every sample")
@@ -172,9 +174,7 @@ class Comparison:
         }
         if (peers := self.peers) is not None:
             driver = peers.llama_cpp
-            ways[PEERS[0]] = (
-                driver if isinstance(driver, str) else LlamaCpp(driver, self.folder / "q4_0.gguf", THREADS)
-            )
+            ways[PEERS[0]] = driver if isinstance(driver, str) else LlamaCpp(driver, self.folder / "q4_0.gguf", THREADS)
             ways[PEERS[1]] = GenAi(peers.python, self.folder / "genai", THREADS)
         for name, figure in self.made.figures.items():
             if figure.reason:

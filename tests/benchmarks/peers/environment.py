@@ -20,7 +20,13 @@ HERE = Path(__file__).resolve().parent
 # One source of llama.cpp that package indexes carry: the C++ tree inside llama-cpp-python's sdist, built as it stands.
 LLAMA_CPP_PYTHON = "llama-cpp-python==0.3.36"
 CONVERTER = ("gguf==0.19.0", "safetensors==0.8.0", "numpy==2.4.6")
-GENAI = ("torch==2.13.0", "transformers==TRANSFORMERS", "onnxruntime==ORT", "onnxruntime-genai==GENAI", "onnx-ir==ONNXIR")
+GENAI = (
+    "torch==2.13.0",
+    "transformers==TRANSFORMERS",
+    "onnxruntime==ORT",
+    "onnxruntime-genai==GENAI",
+    "onnx-ir==ONNXIR",
+)
 _BUILD_S = 4 * 3600
 
 

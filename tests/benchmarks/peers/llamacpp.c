@@ -1,12 +1,12 @@
 // Drives llama.cpp through its C API, with nothing else in the process. Prints one number, or fails.
 //
 //   llamacpp prompt MODEL THREADS N            tokens/s of a prompt of N tokens
-//   llamacpp generate MODEL THREADS N DEPTH B  tokens/s of N steps of B sequences, DEPTH tokens in the cache of each
-//   llamacpp first MODEL THREADS               the likeliest token after one token: time the process from outside
-//   llamacpp quantize IN OUT THREADS           GGUF F16 -> Q4_0
+//   llamacpp generate MODEL THREADS N DEPTH B  tokens/s of N steps of B sequences, DEPTH tokens in the cache
+//   of each llamacpp first MODEL THREADS               the likeliest token after one token: time the process
+//   from outside llamacpp quantize IN OUT THREADS           GGUF F16 -> Q4_0
 //
-// Defaults of llama.cpp throughout: mapped weights, repacked for the CPU at load, f16 KV cache, automatic flash
-// attention, batches of 2048 and 512. A repetition that is not timed comes first, as in llama-bench.
+// Defaults of llama.cpp throughout: mapped weights, repacked for the CPU at load, f16 KV cache, automatic
+// flash attention, batches of 2048 and 512. A repetition that is not timed comes first, as in llama-bench.
 #include <llama.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,7 +48,8 @@ static struct llama_context* context(struct llama_model* model, int threads, int
 static llama_token token(int i, int run) { return 3 + (7919 * i + 31 * run) % 30000; }
 
 // Appends `count` tokens to each of `sequences`, from position `at` on; logits for the last of each.
-static void decode(struct llama_context* ctx, struct llama_batch* batch, int at, int count, int sequences, int run) {
+static void decode(struct llama_context* ctx, struct llama_batch* batch, int at, int count, int sequences,
+                   int run) {
     batch->n_tokens = 0;
     for (int s = 0; s < sequences; s++) {
         for (int i = 0; i < count; i++) {
@@ -78,7 +79,8 @@ static double prompt(struct llama_context* ctx, struct llama_batch* batch, int n
     return n / (now() - began);
 }
 
-static double generate(struct llama_context* ctx, struct llama_batch* batch, int n, int depth, int sequences, int run) {
+static double generate(struct llama_context* ctx, struct llama_batch* batch, int n, int depth, int sequences,
+                       int run) {
     llama_memory_clear(llama_get_memory(ctx), true);
     fill(ctx, batch, depth, sequences, run);
     const double began = now();

@@ -13,25 +13,30 @@ enum { kRepeats = 9, kMostThreads = 256 };
 static const size_t kBytes = (size_t)1 << 30;  // of all threads together: far beyond any cache
 static const long kRounds = 20000000;
 
-// Eight independent sums hide the latency of the instruction; each instruction makes `kOps` multiplications and
-// additions.
+// Eight independent sums hide the latency of the instruction; each instruction makes `kOps` multiplications
+// and additions.
 #if defined(__AVX512VNNI__)
-#define NAME "vpdpbusd zmm"
-#define CHAIN(n) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #n "\n"
-#define DOT asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7) ::: \
-    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7")
+#    define NAME "vpdpbusd zmm"
+#    define CHAIN(n) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #n "\n"
+#    define DOT                                                                                \
+        asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7):: \
+                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7")
 static const double kOps = 8 * 128;
 #elif defined(__AVX2__)
-#define NAME "vpmaddubsw + vpmaddwd + vpaddd ymm"
-#define CHAIN(n) "vpmaddubsw %%ymm15, %%ymm14, %%ymm8\nvpmaddwd %%ymm13, %%ymm8, %%ymm8\nvpaddd %%ymm8, %%ymm" #n ", %%ymm" #n "\n"
-#define DOT asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7) ::: \
-    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8")
+#    define NAME "vpmaddubsw + vpmaddwd + vpaddd ymm"
+#    define CHAIN(n)                                                                                     \
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm8\nvpmaddwd %%ymm13, %%ymm8, %%ymm8\nvpaddd %%ymm8, %%ymm" #n \
+        ", %%ymm" #n "\n"
+#    define DOT                                                                                \
+        asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7):: \
+                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8")
 static const double kOps = 8 * 64;
 #elif defined(__ARM_FEATURE_DOTPROD)
-#define NAME "sdot"
-#define CHAIN(n) "sdot v" #n ".4s, v30.16b, v31.16b\n"
-#define DOT asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7) ::: \
-    "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7")
+#    define NAME "sdot"
+#    define CHAIN(n) "sdot v" #n ".4s, v30.16b, v31.16b\n"
+#    define DOT                                                                                \
+        asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7):: \
+                         : "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7")
 static const double kOps = 8 * 32;
 #endif
 
@@ -90,7 +95,8 @@ static void* run(void* argument) {
 int main(int argc, char** argv) {
     const int threads = argc > 1 ? atoi(argv[1]) : 2;
     cpu_set_t allowed;
-    if (threads < 1 || threads > kMostThreads || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+    if (threads < 1 || threads > kMostThreads || sched_getaffinity(0, sizeof allowed, &allowed) != 0)
+        return 1;
     static Thread all[kMostThreads];
     pthread_t ids[kMostThreads];
     pthread_barrier_t barrier;
@@ -103,7 +109,8 @@ int main(int argc, char** argv) {
         uint64_t* data = aligned_alloc(64, bytes);
         if (data == NULL) return 1;
         for (size_t j = 0; j < bytes / 8; j++) data[j] = j;
-        all[i] = (Thread){.barrier = &barrier, .core = core, .data = (const Vector*)data, .count = bytes / 64};
+        all[i] =
+            (Thread){.barrier = &barrier, .core = core, .data = (const Vector*)data, .count = bytes / 64};
         pthread_create(&ids[i], NULL, run, &all[i]);
     }
     uint64_t sum = 0;
@@ -123,9 +130,11 @@ int main(int argc, char** argv) {
     }
     printf("{\"read_bytes_per_s\": %.6g, ", (double)bytes * threads / read_s);
 #ifdef NAME
-    printf("\"int8_ops_per_s\": %.6g, \"int8_instruction\": \"%s\"", (double)kRounds * kOps * threads / dot_s, NAME);
+    printf("\"int8_ops_per_s\": %.6g, \"int8_instruction\": \"%s\"", (double)kRounds * kOps * threads / dot_s,
+           NAME);
 #else
-    printf("\"int8_ops_per_s\": null, \"int8_instruction\": \"no 8-bit dot product that this program knows\"");
+    printf(
+        "\"int8_ops_per_s\": null, \"int8_instruction\": \"no 8-bit dot product that this program knows\"");
 #endif
     printf(", \"checksum\": %llu}\n", (unsigned long long)sum);
     return 0;

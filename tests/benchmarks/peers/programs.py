@@ -180,7 +180,9 @@ def build_genai(peers: Peers, shape: Shape, source: Path, target: Path) -> Cost:
     python = _need(peers.genai)
     need, free = _GENAI_BYTES_PER_PARAMETER * shape.num_parameters, _available_bytes()
     if free < need:
-        raise Missing(f"onnxruntime-genai's builder needs about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free")
+        raise Missing(
+            f"onnxruntime-genai's builder needs about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free"
+        )
     shutil.rmtree(target, ignore_errors=True)
     folder = target.with_name(target.name + "-source")
     shutil.rmtree(folder, ignore_errors=True)
