@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,10 @@ LLAMA_CPP_PYTHON = "llama-cpp-python==0.3.36"
 CONVERTER = ("gguf==0.19.0", "safetensors==0.8.0", "numpy==2.4.6")
 GENAI = (
     "torch==2.13.0",
-    "transformers==TRANSFORMERS",
-    "onnxruntime==ORT",
-    "onnxruntime-genai==GENAI",
-    "onnx-ir==ONNXIR",
+    "transformers==5.23.0",
+    "onnxruntime==1.32.0",
+    "onnxruntime-genai==0.18.0",
+    "onnx-ir==1.1.0",
 )
 _BUILD_S = 4 * 3600
 
@@ -102,9 +102,9 @@ def build_peers(folder: Path, cores: int) -> Peers:
     return Peers(python, llama_cpp, converter, genai)
 
 
-def _part(make: object) -> Path | str:
+def _part(make: Callable[[], Path]) -> Path | str:
     try:
-        return make()  # type: ignore[operator]
+        return make()
     except Missing as error:
         return str(error)
 
