@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-browser fuzz test-openmpi test-asan lint format bench clean
+.PHONY: demo test test-browser fuzz test-openmpi test-asan lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -34,6 +34,14 @@ test-asan: $(VENV)/.test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/pytest tests/ops --ops-library .build/asan/libllmpack_ops.so $(ARGS)
 
+# Beside llama.cpp and onnxruntime-genai, which it builds in .venv-peers (ten minutes on two cores, once).
+# ARGS="--shapes llama-2-7b --rounds 3 --json FILE" and the like: tests/benchmarks/peers/__main__.py.
+bench: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-quick: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers --shapes 110m --rounds 3 --no-peers $(ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -47,7 +55,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $$(git ls-files 'custom_ops/*.cpp' 'custom_ops/*.h')
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-ort122 .build
+	rm -rf .venv .venv-openmpi .venv-ort122 .venv-peers .build
 
 # The environments are made anew when what they hold has changed. The library is part of the wheel: installing builds it.
 SOURCES := pyproject.toml $(shell find custom_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class Job:
         self._session: RankSession | None = None
         self._wants_digests: bool | None = None  # not known yet
         self._hashed: set[str] = set()
+        self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
         self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
         self._shake_hands(facts)
         self.manifest = self.artifact.manifest
@@ -130,8 +132,12 @@ class Job:
     def run(self, plan: StepPlan) -> NDArray[np.float32]:
         """Run a step on all ranks; rank 0 only. Returns the logits, [R, vocab_size]."""
         self.is_broken = True
+        started = time.perf_counter()
         self.comm.send(plan.pack())
+        sent = time.perf_counter()
         logits = self._run(plan)
+        self.run_s += time.perf_counter() - sent
+        self.send_s += sent - started
         self.is_broken = False
         return logits
 
@@ -347,10 +353,21 @@ class Job:
         return self._ops.llmpack_ops_last_error().decode("utf-8", "replace")
 
     @property
+    def ops(self) -> ctypes.CDLL:
+        """The operator library."""
+        assert self._ops is not None
+        return self._ops
+
+    @property
+    def session(self) -> RankSession:
+        """The loaded graph."""
+        assert self._session is not None
+        return self._session
+
+    @property
     def isa(self) -> str:
         """Instruction set of the CPU kernels."""
-        assert self._ops is not None
-        return self._ops.llmpack_ops_isa().decode()
+        return self.ops.llmpack_ops_isa().decode()
 
     def _error_of(self, rank: int, status: dict[str, Any]) -> LlmpackError:
         """Rebuild another rank's error; a file's path shows whose it is, unless the ranks are on several hosts."""

@@ -95,12 +95,14 @@ class Sampler:
         params = self.params
         if params.repeat_penalty != 1.0 and len(context_ids) > 0:
             logits = _penalize(logits, context_ids, params.repeat_penalty)
-        # max() carries a NaN through, so one pass finds NaN, +inf and "all -inf".
-        highest = float(logits.max())
+        # A NaN is the maximum of everything, and of equals the first is, so one pass finds the likeliest, NaN, +inf and
+        # "all -inf".
+        likeliest = int(logits.argmax())
+        highest = float(logits[likeliest])
         if not math.isfinite(highest):
             raise NumericError(f"sampling: the largest logit is {highest}: the model computed NaN or infinity")
         if params.temperature == 0:
-            return int(logits.argmax())
+            return likeliest
         return self._draw(logits, highest)
 
     def _draw(self, logits: NDArray[np.float32], highest: float) -> int:

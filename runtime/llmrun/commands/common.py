@@ -116,6 +116,7 @@ class RankWork:
     main: Callable[[Engine, failstop.Signals], int]
     prepare: Callable[[Engine], None] | None = None
     every_rank: Callable[[Engine], None] | None = None
+    max_num_seqs: int = 1
 
 
 def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
@@ -154,7 +155,7 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             provider=arguments.provider,
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
-            max_num_seqs=1,
+            max_num_seqs=work.max_num_seqs,
             verify=arguments.verify,
             isa=arguments.isa,
             prepare=work.prepare,
