@@ -134,10 +134,10 @@ class EngineLoop:
         try:
             while self._wait():
                 self._admit()
-                if self._core.has_work:
-                    for event in self._core.step(raises=False):
-                        self._deliver(event)
-                self._stats = self._core.stats()
+                events = self._core.step(raises=False) if self._core.has_work else []
+                self._stats = self._core.stats()  # who has got the last event sees what it did
+                for event in events:
+                    self._deliver(event)
         except BaseException as error:
             self._fail(error)
             return
@@ -169,7 +169,8 @@ class EngineLoop:
 
     def _end(self, request: Request) -> None:
         self._core.cancel(request)
-        self._deliver(Event(request, None, "", finish_reason=request.finish_reason or "cancelled"))
+        request.finish_reason = request.finish_reason or "cancelled"  # one that was never queued, too
+        self._deliver(Event(request, None, "", finish_reason=request.finish_reason))
 
     def _deliver(self, event: Event) -> None:
         ticket = self._open.get(event.request)
