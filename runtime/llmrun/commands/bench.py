@@ -183,6 +183,7 @@ class _Bench:
                 max_tokens=load.max_tokens,
                 ignore_eos=True,
                 temperature=0.0,
+                reuse_prefix=False,
             )
             for _ in range(load.batch)
         ]

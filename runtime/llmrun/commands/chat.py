@@ -82,7 +82,7 @@ class _Chat:
                 write = (lambda _: None) if arguments.json else common.write
                 completion = self._answer(engine, messages, write, signals.stop_answer.is_set)
             if arguments.json:
-                common.write_json(vars(completion))
+                common.write_json(completion.as_json())
             else:
                 common.write("\n")
             messages.append({"role": "assistant", "content": completion.text or ""})

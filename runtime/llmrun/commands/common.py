@@ -33,6 +33,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
     group.add_argument(
+        "--kv-cache-mb", type=int, metavar="MB", help="memory for keys and values, a rank (what is needed)"
+    )
+    group.add_argument(
+        "--speculate", type=int, default=0, metavar="K", help="guess K tokens ahead from the text (0: off)"
+    )
+    group.add_argument(
         "--verify",
         choices=("auto", "full", "size", "off"),
         default="auto",
@@ -156,6 +162,8 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
             max_num_seqs=work.max_num_seqs,
+            kv_cache_mb=arguments.kv_cache_mb,
+            speculate=arguments.speculate,
             verify=arguments.verify,
             isa=arguments.isa,
             prepare=work.prepare,
