@@ -10,21 +10,20 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmrun import failstop
-from llmrun.errors import LlmpackError, NumericError, UsageError
+from llmrun.constraint import Constraint
+from llmrun.core import Core, Stats
+from llmrun.errors import LlmpackError, UsageError
 from llmrun.job import Job, JobOptions
-from llmrun.kv_cache import BlockAllocator
 from llmrun.mirror import Mirror
-from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check_prompt
-from llmrun.sampler import Sampler, SamplingParams
-from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, Piece, Scheduler
+from llmrun.requests import Completion, Event, Prompt, Request, check_prompt
+from llmrun.sampler import SamplingParams
 from llmrun.step_plan import MessageKind
-from llmrun.text_stream import TextStream
 from llmrun.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -87,9 +86,7 @@ class Engine:
         except BaseException:
             job.watchdog.close()
             raise
-        self._allocator = BlockAllocator(job.num_blocks, block_size)
-        self._scheduler = self._new_scheduler(DEFAULT_TOKEN_BUDGET)
-        self._requests: dict[int, Request] = {}
+        self._core = Core(job, self.tokenizer, max_seq_len=self.max_seq_len, max_num_seqs=max_num_seqs)
         self.load_ms = (time.perf_counter() - started) * 1e3
         atexit.register(self.close)
 
@@ -193,24 +190,7 @@ class Engine:
         """Return the logits of several sequences, run together; see `logits`."""
 
         def results() -> Iterator[list[NDArray[np.float32]]]:
-            previous = self._scheduler
-            if previous.has_work:
-                raise UsageError("logits: other requests are still running.")
-            self._scheduler = self._new_scheduler(chunk or DEFAULT_TOKEN_BUDGET)
-            requests: list[Request] = []
-            try:
-                for ids in sequences:
-                    checked = check_ids(ids, self.manifest.model.vocab_size)
-                    sequence = self._scheduler.submit(checked, 0, wants_all_logits=True)
-                    requests.append(Request(sequence, checked))
-                    self._requests[sequence.id] = requests[-1]
-                while any(request.finish_reason is None for request in requests):
-                    self.step()
-            finally:
-                for request in requests:
-                    self.cancel(request)
-                self._scheduler = previous
-            yield [np.concatenate(request.rows) for request in requests]
+            yield self._core.logits(sequences, chunk)
 
         return self._mirror.result(results)
 
@@ -228,19 +208,40 @@ class Engine:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        constraint: Constraint | None = None,
         **sampling: Any,
     ) -> Request:
-        """Queue a prompt; arguments and errors as in `generate`. Rank 0 only."""
-        prompt_ids, max_tokens = self.check_prompt(prompt, max_tokens)
-        params = self.sampling_params(**sampling)
-        if stop and self.tokenizer is None:
-            raise UsageError("stop texts need a tokenizer, and the artifact has none.", code="E205")
-        is_text = isinstance(prompt, str)
-        stream = TextStream(self.tokenizer, stop, is_continuation=is_text) if self.tokenizer else None
-        end_ids = frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids)
-        sequence = self._scheduler.submit(prompt_ids, max_tokens)
-        request = Request(sequence, prompt_ids, Sampler(params), stream, end_ids)
-        self._requests[sequence.id] = request
+        """Queue a prompt. Rank 0 only.
+
+        Args:
+            prompt: text, or token ids taken as they are.
+            max_tokens: None: 256, or what the context has room for; 0 with `prompt_logprobs`: the prompt alone.
+            stop: texts that end the answer and are not part of it.
+            ignore_eos: go on after the model's end token.
+            logprobs: report log-probabilities, of this many alternatives beside the sampled token; None: none.
+            prompt_logprobs: the same for each token of the prompt; there before the first event.
+            logit_bias: numbers to add to the logits of these ids; -inf: never.
+            constraint: which tokens may come (structured output); the object is this request's alone.
+            sampling: fields of `SamplingParams`; the artifact's defaults fill the rest.
+        Raises:
+            UsageError: empty prompt, no room in the context, no tokenizer, bad parameters.
+            ResourceError: it needs more cache than there is.
+        """
+        request = self._core.prepare(
+            prompt,
+            max_tokens=max_tokens,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            logit_bias=logit_bias,
+            constraint=constraint,
+            **sampling,
+        )
+        self._core.enqueue(request)
         return request
 
     def step(self) -> list[Event]:
@@ -249,40 +250,19 @@ class Engine:
         Raises:
             NumericError: a logit is NaN or infinite; nothing is sampled from such a step.
         """
-        plan, pieces = self._scheduler.plan()
-        logits = self._job.run(plan)
-        if not np.isfinite(logits).all():
-            raise NumericError(
-                "the model computed NaN or infinity. `llmrun verify --deep` tells whether the artifact or this machine is"
-                " at fault."
-            )
-        sampled: dict[int, int] = {}
-        for piece in pieces:
-            request = self._requests[piece.sequence.id]
-            if piece.sequence.wants_all_logits:
-                request.rows.append(logits[piece.rows].copy())
-            elif piece.is_last and request.sampler is not None:
-                sampled[piece.sequence.id] = request.sampler.sample(logits[piece.rows.stop - 1], piece.sequence.tokens)
-        self._scheduler.advance(pieces, sampled)
-        return [event for piece in pieces if (event := self._record(piece, sampled)) is not None]
+        return self._core.step()
 
     def cancel(self, request: Request) -> None:
         """End a request, whatever its state, and free its cache blocks."""
-        if self._requests.pop(request.sequence.id, None) is not None:
-            self._scheduler.finish(request.sequence)
+        self._core.cancel(request)
 
     def completion(self, request: Request) -> Completion:
         """Return a finished (or cancelled) request as a result."""
-        prompt_s = request.first_token_s - request.submitted_s if request.first_token_s else 0.0
-        timings = {
-            "prompt_n": len(request.prompt_ids),
-            "prompt_ms": round(prompt_s * 1e3, 3),
-            "predicted_n": len(request.sequence.tokens) - len(request.prompt_ids),
-            "predicted_ms": round((request.last_token_s - request.first_token_s) * 1e3, 3),
-            "load_ms": round(self.load_ms, 3),
-        }
-        text = None if request.stream is None else request.text
-        return Completion(text, request.prompt_ids, request.ids, request.finish_reason or "stop", timings)
+        return self._core.completion(request, self.load_ms)
+
+    def stats(self) -> Stats:
+        """Return the engine's numbers of now. Rank 0 only."""
+        return self._core.stats()
 
     def check_prompt(self, prompt: Prompt, max_tokens: int | None) -> tuple[list[int], int]:
         """Return the prompt's ids, and how many tokens to sample at most.
@@ -295,8 +275,7 @@ class Engine:
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """Return the given parameters (None: not given), completed with the artifact's defaults."""
-        defaults = vars(self.manifest.generation)
-        return SamplingParams(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+        return self._core.sampling_params(**given)
 
     # Ranks
 
@@ -320,19 +299,14 @@ class Engine:
             self.follow()
 
     @property
+    def core(self) -> Core:
+        """Requests and steps without conveniences, for `EngineLoop`."""
+        return self._core
+
+    @property
     def job(self) -> Job:
         """The rank's job: its threads, instruction set and artifact."""
         return self._job
-
-    def _new_scheduler(self, token_budget: int) -> Scheduler:
-        return Scheduler(
-            self._allocator,
-            max_seq_len=self.max_seq_len,
-            max_num_seqs=self._job.options.max_num_seqs
-            if token_budget >= self._job.options.max_num_seqs
-            else token_budget,
-            token_budget=token_budget,
-        )
 
     def _prepare(self, prepare: Callable[[Engine], None] | None) -> None:
         if self.rank != 0:
@@ -351,32 +325,3 @@ class Engine:
                 yield from (event for event in self.step() if event.request is request)
         finally:
             self.cancel(request)
-
-    def _record(self, piece: Piece, sampled: dict[int, int]) -> Event | None:
-        """Take a sampled token into its request; decide whether the request ends."""
-        sequence, request = piece.sequence, self._requests[piece.sequence.id]
-        if sequence.wants_all_logits:
-            if sequence.num_pending == 0:
-                request.finish_reason = "length"
-                self.cancel(request)
-            return None
-        if sequence.id not in sampled:
-            return None
-        token_id = sampled[sequence.id]
-        request.last_token_s = time.perf_counter()
-        request.first_token_s = request.first_token_s or request.last_token_s
-        is_end = token_id in request.end_ids
-        text = ""
-        if not is_end:
-            request.ids.append(token_id)
-            if request.stream is not None and self.tokenizer is not None and token_id < self.tokenizer.vocab_size:
-                text = request.stream.push(token_id)
-        if is_end or (request.stream is not None and request.stream.stopped):
-            request.finish_reason = "stop"
-        elif len(request.ids) >= sequence.max_tokens:
-            request.finish_reason = "length"
-        if request.finish_reason is not None:
-            text += request.stream.finish() if request.stream is not None else ""
-            self.cancel(request)
-        request.text += text
-        return Event(request, None if is_end else token_id, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmrun.errors import UsageError
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from llmrun.constraint import Constraint
+    from llmrun.logprobs import TokenLogprobs
     from llmrun.sampler import Sampler
     from llmrun.scheduler import RunningSequence
     from llmrun.text_stream import TextStream
@@ -22,31 +24,59 @@ DEFAULT_MAX_TOKENS = 256
 Prompt = str | Sequence[int]
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """A prompt on its way to a completion; `finish_reason` is None until it ends with "stop" or "length"."""
+    """A prompt on its way to a completion.
+
+    `finish_reason` is None until it ends: "stop", "length", "cancelled", or "error" (then `error` says why).
+    `logprobs` is what each token of `ids` had, `prompt_logprobs` what each prompt token had (the first: None); both
+    None unless asked for.
+    """
 
     sequence: RunningSequence
     prompt_ids: list[int]
     sampler: Sampler | None = None
     stream: TextStream | None = None
     end_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
+    num_top: int | None = None  # alternatives to report of each sampled token
+    num_prompt_top: int | None = None  # and of each prompt token
     ids: list[int] = field(default_factory=list)
     text: str = ""
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
+    error: Exception | None = None
     rows: list[NDArray[np.float32]] = field(default_factory=list)
     submitted_s: float = field(default_factory=time.perf_counter)
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 
+    @property
+    def num_cached_prompt(self) -> int:
+        """Prompt tokens that were not computed because an earlier request had left them in the cache."""
+        return self.sequence.num_reused
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Event:
-    """What a step added to a request: a token, and the text that is safe to show now (may be empty)."""
+    """What a step added to a request.
+
+    Attributes:
+        request: whose.
+        token_id: None for the end token, and for an event that only ends the request.
+        text: the text that is safe to show now; may be empty.
+        logprobs: of the token, if the request asked (the end token's too).
+        finish_reason: as in `Request`, on a request's last event; there is exactly one.
+        error: why, if `finish_reason` is "error".
+    """
 
     request: Request
     token_id: int | None
     text: str
+    logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,12 @@ class Completion:
     ids: list[int]
     finish_reason: str
     timings: dict[str, float]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the members that the command line prints."""
+        return {name: getattr(self, name) for name in ("text", "prompt_ids", "ids", "finish_reason", "timings")}
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -73,9 +109,17 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
 
 
 def check_prompt(
-    prompt: Prompt, max_tokens: int | None, tokenizer: Tokenizer | None, vocab_size: int, max_seq_len: int
+    prompt: Prompt,
+    max_tokens: int | None,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    max_seq_len: int,
+    *,
+    least_tokens: int = 1,
 ) -> tuple[list[int], int]:
     """Return the prompt's ids, and how many tokens to sample at most.
+
+    `least_tokens`: 0 where a request may be about its prompt alone.
 
     Raises:
         UsageError: the prompt is empty, holds an id that is not in the vocabulary, or leaves no room.
@@ -89,7 +133,7 @@ def check_prompt(
     if not ids:
         raise UsageError("the prompt is empty.", code="E203")
     room = max_seq_len - len(ids)
-    if room < 1:
+    if room < least_tokens:
         raise UsageError(
             f"the prompt has {len(ids)} tokens and fills the context of {max_seq_len}. Shorten it, or pack with a"
             " longer --max-seq-len.",
@@ -102,6 +146,6 @@ def check_prompt(
             f" {max_seq_len}. Use --max-tokens {room} or less.",
             code="E204",
         )
-    if wanted < 1:
-        raise UsageError(f"max-tokens {wanted}: expected 1 or more.")
+    if wanted < least_tokens:
+        raise UsageError(f"max-tokens {wanted}: expected {least_tokens} or more.")
     return ids, wanted

@@ -2,9 +2,10 @@
 
 In: the logits of one position, [vocab_size] float32, and the ids so far. Out: one token id. The order is that
 of transformers (`GenerationMixin._get_logits_processor`), because a checkpoint's `generation_config.json` was
-written for it:
+written for it, after what is allowed at all:
 
-    repeat penalty -> temperature -> top-k -> top-p -> min-p -> draw
+    constraint -> logit bias -> repeat penalty -> presence and frequency penalty -> temperature -> top-k -> top-p
+    -> min-p -> draw
 
 llama.cpp applies temperature last, so its top-p and min-p see the distribution at temperature 1; ours, like
 transformers', see the one that is drawn from. Ties are broken by the lower id, so that top-k keeps exactly k
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ class SamplingParams:
         top_p: in (0, 1]; keep the most likely tokens until their probabilities add up to this.
         min_p: in [0, 1); drop tokens less likely than this times the most likely one.
         repeat_penalty: in (0, 10]; logits of ids seen before are divided (if positive) or multiplied by it.
+        presence_penalty: -2 to 2; subtracted from the logit of each id generated before (OpenAI's).
+        frequency_penalty: -2 to 2; subtracted once for each time that the id was generated (OpenAI's).
         seed: 0 to 2**63 - 1; None draws one from the operating system.
     Raises:
         UsageError: a value is out of its range, not a number or of the wrong type (names it and its range).
@@ -54,6 +57,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +67,8 @@ class SamplingParams:
         _check("top_p", self.top_p, "a number above 0, at most 1 (1: off)", lambda x: 0 < x <= 1)
         _check("min_p", self.min_p, "a number from 0 (0: off) to below 1", lambda x: 0 <= x < 1)
         _check("repeat_penalty", self.repeat_penalty, "a number above 0, at most 10 (1: off)", lambda x: 0 < x <= 10)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), "a number from -2 to 2 (0: off)", lambda x: -2 <= x <= 2)
         if self.seed is not None:
             _check("seed", self.seed, "a whole number from 0 to 2**63 - 1", lambda x: 0 <= x < _SEED_LIMIT, whole=True)
 
@@ -76,25 +83,50 @@ def _check(name: str, value: Any, expected: str, holds: Callable[[Any], bool], *
 class Sampler:
     """Samples one sequence: it holds the random state, so the same seed and logits give the same tokens."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, logit_bias: Mapping[int, float] | None = None) -> None:
+        """`logit_bias`: numbers added to the logits of these ids; -inf: never.
+
+        Raises:
+            UsageError: a bias is NaN, +inf or not a number, or an id is negative.
+        """
         self.params = params
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
+        self._bias_ids, self._biases = _check_bias(logit_bias or {})
 
-    def sample(self, logits: NDArray[np.float32], context_ids: Sequence[int]) -> int:
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        context_ids: Sequence[int],
+        num_prompt: int = 0,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> int:
         """Return the next token id.
 
         Args:
             logits: [vocab_size], float32; -inf means never. Not changed.
-            context_ids: prompt and generated ids so far, for the repeat penalty.
+            context_ids: prompt and generated ids so far, for the penalties.
+            num_prompt: how many of them are the prompt's, which presence and frequency do not count.
+            allowed: [vocab_size]; the ids that may be sampled; None: all.
         Raises:
             NumericError: the logits hold NaN or +inf, or are all -inf.
-            UsageError: the logits are not one row, or a context id lies outside of it.
+            UsageError: the logits are not one row, or a context id lies outside of it; or nothing is allowed.
         """
         if logits.ndim != 1 or logits.shape[0] == 0:
             raise UsageError(f"sampling: logits have shape {logits.shape}: expected [vocab_size]")
         params = self.params
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
+            if not allowed.any():
+                raise UsageError("sampling: the constraint allows no token")
+        if len(self._bias_ids):
+            if self._bias_ids[-1] >= logits.shape[0]:
+                raise UsageError(f"sampling: logit_bias has id {self._bias_ids[-1]}: the logits have {logits.shape[0]}")
+            logits = logits.copy()
+            logits[self._bias_ids] += self._biases
         if params.repeat_penalty != 1.0 and len(context_ids) > 0:
             logits = _penalize(logits, context_ids, params.repeat_penalty)
+        if (params.presence_penalty or params.frequency_penalty) and len(context_ids) > num_prompt:
+            logits = _subtract(logits, context_ids[num_prompt:], params.presence_penalty, params.frequency_penalty)
         # max() carries a NaN through, so one pass finds NaN, +inf and "all -inf".
         highest = float(logits.max())
         if not math.isfinite(highest):
@@ -140,6 +172,28 @@ def _penalize(logits: NDArray[np.float32], context_ids: Sequence[int], penalty: 
     with np.errstate(over="ignore"):
         logits[seen] = np.where(values < 0, values * penalty, values / penalty)
     return logits
+
+
+def _subtract(
+    logits: NDArray[np.float32], generated: Sequence[int], presence: float, frequency: float
+) -> NDArray[np.float32]:
+    """Subtract presence + frequency * count from each id that was generated (OpenAI's API reference)."""
+    ids, counts = np.unique(np.asarray(generated, dtype=np.int64), return_counts=True)
+    if ids[0] < 0 or ids[-1] >= logits.shape[0]:
+        raise UsageError(f"sampling: context ids run from {ids[0]} to {ids[-1]}: the logits have {logits.shape[0]}")
+    logits = logits.copy()
+    logits[ids] -= (presence + frequency * counts).astype(np.float32)
+    return logits
+
+
+def _check_bias(logit_bias: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the ids, ascending, and what is added to their logits."""
+    for token_id, bias in logit_bias.items():
+        if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or token_id < 0:
+            raise UsageError(f"sampling: logit_bias has the id {token_id!r}: expected a whole number from 0")
+        _check(f"logit_bias of {token_id}", bias, "a number", lambda x: x < math.inf)
+    ids = np.array(sorted(logit_bias), np.int64)
+    return ids, np.array([logit_bias[int(i)] for i in ids], np.float32)
 
 
 def _top_k(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:

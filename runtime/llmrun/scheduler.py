@@ -22,7 +22,7 @@ from llmrun.step_plan import StepPlan
 DEFAULT_TOKEN_BUDGET = 512
 
 
-@dataclass
+@dataclass(eq=False)
 class RunningSequence:
     """One sequence from submission to its end; `tokens` are the prompt's and then the sampled ones."""
 
@@ -32,6 +32,7 @@ class RunningSequence:
     max_tokens: int
     wants_all_logits: bool = False
     num_cached: int = 0  # tokens whose keys and values are in the cache
+    num_reused: int = 0  # of the prompt, found in the cache
     blocks: list[int] = field(default_factory=list)
 
     @property
@@ -75,32 +76,39 @@ class Scheduler:
         """True while a sequence waits or runs."""
         return bool(self._waiting or self._running)
 
-    def submit(self, prompt_ids: Sequence[int], max_tokens: int, *, wants_all_logits: bool = False) -> RunningSequence:
-        """Queue a sequence.
+    def counts(self) -> tuple[int, int]:
+        """Return how many sequences run, and how many wait."""
+        return len(self._running), len(self._waiting)
+
+    def check(self, num_prompt: int, max_tokens: int, *, least_tokens: int = 0) -> None:
+        """Refuse a sequence that can never run.
 
         Args:
-            prompt_ids: at least one id.
-            max_tokens: tokens to sample at most; may be 0 with `wants_all_logits`.
-            wants_all_logits: ask for the logits of each prompt token.
+            num_prompt: prompt tokens.
+            max_tokens: tokens to sample at most.
+            least_tokens: what `max_tokens` must be at least.
         Raises:
             UsageError: an empty prompt, or prompt and max_tokens do not fit the context.
+            ResourceError: they need more cache blocks than there are.
         """
-        total = len(prompt_ids) + max_tokens
-        if not prompt_ids:
+        total = num_prompt + max_tokens
+        if num_prompt < 1:
             raise UsageError("the prompt is empty.", code="E203")
-        if max_tokens < (0 if wants_all_logits else 1):
-            raise UsageError(f"max_tokens {max_tokens}: expected 1 or more.")
+        if max_tokens < least_tokens:
+            raise UsageError(f"max_tokens {max_tokens}: expected {least_tokens} or more.")
         if total > self.max_seq_len:
             raise UsageError(
-                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}; together {total} do not fit the"
+                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together {total} do not fit the"
                 f" context of {self.max_seq_len}. Shorten the prompt or lower --max-tokens.",
                 code="E204",
             )
-        sequence = RunningSequence(next(self._ids), list(prompt_ids), len(prompt_ids), max_tokens, wants_all_logits)
         if self._allocator.blocks_for(total) > self._allocator.num_blocks:
             self._allocator.allocate(total)  # can never be admitted: raises and says how many blocks there are
+
+    def submit(self, sequence: RunningSequence) -> None:
+        """Queue a sequence that `check` let pass."""
+        sequence.id = next(self._ids)
         self._waiting.append(sequence)
-        return sequence
 
     def plan(self) -> tuple[StepPlan, list[Piece]]:
         """Decide the next step: sequences with one pending token first, then prompts within the token budget.
@@ -120,12 +128,10 @@ class Scheduler:
             raise ValueError("nothing to plan")
         return self._build(chosen)
 
-    def advance(self, pieces: Sequence[Piece], sampled: dict[int, int]) -> None:
-        """Record that a step ran; `sampled` maps the id of a sequence to its next token."""
-        for piece in pieces:
-            piece.sequence.num_cached += piece.num_tokens
-            if piece.sequence.id in sampled:
-                piece.sequence.tokens.append(sampled[piece.sequence.id])
+    def advance(self, piece: Piece, sampled: Sequence[int]) -> None:
+        """Record that a step ran for a sequence, and the tokens sampled from it."""
+        piece.sequence.num_cached += piece.num_tokens
+        piece.sequence.tokens += sampled
 
     def finish(self, sequence: RunningSequence) -> None:
         """End a sequence, wherever it is, and free its blocks; one that has ended stays ended."""

@@ -68,7 +68,7 @@ def test_leaving_a_generator_early_frees_its_blocks(engine: Engine) -> None:
         pieces = engine.generate("The king", max_tokens=100, ignore_eos=True)
         next(pieces)
         pieces.close()
-    assert engine._allocator.num_free == engine._allocator.num_blocks
+    assert engine.core._allocator.num_free == engine.core._allocator.num_blocks
 
 
 def test_stop_texts_end_the_answer(engine: Engine) -> None:
@@ -105,7 +105,7 @@ def test_an_end_token_ends_without_being_text(engine: Engine, monkeypatch: pytes
     ids = list(engine.generate_ids("The king", max_tokens=6, temperature=0.0, ignore_eos=True))
     import dataclasses
 
-    monkeypatch.setattr(engine, "manifest", dataclasses.replace(engine.manifest, eos_token_ids=(ids[3],)))
+    monkeypatch.setattr(engine.core, "manifest", dataclasses.replace(engine.manifest, eos_token_ids=(ids[3],)))
     (completion,) = engine.generate_batch(["The king"], max_tokens=6, temperature=0.0)
     assert (completion.ids, completion.finish_reason) == (ids[: ids.index(ids[3])], "stop")
 

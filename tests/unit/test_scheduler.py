@@ -23,6 +23,20 @@ def make_scheduler(num_blocks: int = 64, **options: int) -> tuple[Scheduler, Blo
     return Scheduler(allocator, **settings), allocator
 
 
+def submit(
+    scheduler: Scheduler, prompt: list[int], max_tokens: int, *, wants_all_logits: bool = False
+) -> RunningSequence:
+    scheduler.check(len(prompt), max_tokens, least_tokens=0 if wants_all_logits else 1)
+    sequence = RunningSequence(-1, list(prompt), len(prompt), max_tokens, wants_all_logits)
+    scheduler.submit(sequence)
+    return sequence
+
+
+def advance(scheduler: Scheduler, pieces: list[Piece], sampled: dict[int, int]) -> None:
+    for piece in pieces:
+        scheduler.advance(piece, [sampled[piece.sequence.id]] if piece.sequence.id in sampled else [])
+
+
 class CacheModel:
     """Runs plans on a dictionary: slot -> token; checks that each sequence finds its own tokens at its own positions."""
 
@@ -53,7 +67,7 @@ def run_all(scheduler: Scheduler, sequences: list[RunningSequence], budget: int)
         assert len({piece.sequence.id for piece in pieces}) == len(pieces)
         cache.run(plan, pieces)
         sampled = {p.sequence.id: 1000 * p.sequence.id + len(p.sequence.tokens) for p in pieces if p.is_last}
-        scheduler.advance(pieces, sampled)
+        advance(scheduler, pieces, sampled)
         for piece in pieces:
             if len(piece.sequence.tokens) - piece.sequence.num_prompt >= piece.sequence.max_tokens:
                 scheduler.finish(piece.sequence)
@@ -67,7 +81,7 @@ def run_all(scheduler: Scheduler, sequences: list[RunningSequence], budget: int)
 )
 def test_each_sequence_finds_its_own_tokens(shapes: list[tuple[int, int]], max_num_seqs: int, budget: int) -> None:
     scheduler, allocator = make_scheduler(12, max_num_seqs=max_num_seqs, token_budget=budget)
-    sequences = [scheduler.submit([100 * i + k for k in range(n)], m) for i, (n, m) in enumerate(shapes)]
+    sequences = [submit(scheduler, [100 * i + k for k in range(n)], m) for i, (n, m) in enumerate(shapes)]
     run_all(scheduler, sequences, max(budget, max_num_seqs))
     assert allocator.num_free == allocator.num_blocks
     for sequence, (num_prompt, max_tokens) in zip(sequences, shapes, strict=True):
@@ -76,21 +90,21 @@ def test_each_sequence_finds_its_own_tokens(shapes: list[tuple[int, int]], max_n
 
 def test_a_long_prompt_goes_in_chunks() -> None:
     scheduler, _ = make_scheduler(token_budget=8)
-    sequence = scheduler.submit(list(range(20)), 1)
+    sequence = submit(scheduler, list(range(20)), 1)
     sizes = []
     while sequence.num_pending:
         plan, pieces = scheduler.plan()
         sizes.append((plan.num_tokens, pieces[0].is_last))
-        scheduler.advance(pieces, {})
+        advance(scheduler, pieces, {})
     assert sizes == [(8, False), (8, False), (4, True)]
 
 
 def test_decoding_goes_on_beside_a_long_prompt() -> None:
     scheduler, _ = make_scheduler(token_budget=8)
-    first = scheduler.submit([1], 5)
+    first = submit(scheduler, [1], 5)
     _, pieces = scheduler.plan()
-    scheduler.advance(pieces, {first.id: 7})
-    scheduler.submit(list(range(50)), 1)
+    advance(scheduler, pieces, {first.id: 7})
+    submit(scheduler, list(range(50)), 1)
     plan, pieces = scheduler.plan()
     assert [(piece.sequence.id, piece.num_tokens) for piece in pieces] == [(first.id, 1), (first.id + 1, 7)]
     assert list(plan.input_ids[:2]) == [7, 0]
@@ -98,7 +112,7 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
 
 def test_a_request_waits_until_its_blocks_are_free() -> None:
     scheduler, allocator = make_scheduler(4)
-    first, second = scheduler.submit([1] * 8, 4), scheduler.submit([2] * 8, 4)
+    first, second = submit(scheduler, [1] * 8, 4), submit(scheduler, [2] * 8, 4)
     _, pieces = scheduler.plan()
     assert [piece.sequence for piece in pieces] == [first]
     scheduler.finish(first)
@@ -110,13 +124,13 @@ def test_a_request_waits_until_its_blocks_are_free() -> None:
 def test_what_can_never_fit_is_refused_at_once() -> None:
     scheduler, _ = make_scheduler(4)
     with pytest.raises(ResourceError, match="6 blocks needed"):
-        scheduler.submit([1] * 20, 4)
+        submit(scheduler, [1] * 20, 4)
 
 
 def test_all_logits_asks_for_each_row() -> None:
     scheduler, _ = make_scheduler()
-    scheduler.submit([5, 6, 7], 0, wants_all_logits=True)
-    scheduler.submit([8, 9], 1)
+    submit(scheduler, [5, 6, 7], 0, wants_all_logits=True)
+    submit(scheduler, [8, 9], 1)
     plan, pieces = scheduler.plan()
     assert list(plan.logit_rows) == [0, 1, 2, 4]
     assert [piece.rows for piece in pieces] == [slice(0, 3), slice(3, 4)]
@@ -124,7 +138,7 @@ def test_all_logits_asks_for_each_row() -> None:
 
 def test_waiting_and_ended_sequences_can_be_ended() -> None:
     scheduler, allocator = make_scheduler(max_num_seqs=1)
-    running, waiting = scheduler.submit([1], 1), scheduler.submit([2], 1)
+    running, waiting = submit(scheduler, [1], 1), submit(scheduler, [2], 1)
     scheduler.plan()
     for sequence in (waiting, running, running):
         scheduler.finish(sequence)
@@ -138,7 +152,7 @@ def test_waiting_and_ended_sequences_can_be_ended() -> None:
 )
 def test_bad_requests_are_refused(ids: list[int], max_tokens: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        make_scheduler()[0].submit(ids, max_tokens)
+        submit(make_scheduler()[0], ids, max_tokens)
 
 
 def test_no_work_is_no_plan() -> None:
@@ -148,8 +162,8 @@ def test_no_work_is_no_plan() -> None:
 
 def test_a_plan_survives_packing() -> None:
     scheduler, _ = make_scheduler()
-    scheduler.submit([5, 6, 7], 0, wants_all_logits=True)
-    scheduler.submit([8, 9, 10, 11, 12], 1)
+    submit(scheduler, [5, 6, 7], 0, wants_all_logits=True)
+    submit(scheduler, [8, 9, 10, 11, 12], 1)
     plan, _ = scheduler.plan()
     again = StepPlan.unpack(plan.pack())
     for name in FIELDS:
@@ -159,7 +173,7 @@ def test_a_plan_survives_packing() -> None:
 
 def test_a_cut_message_is_refused() -> None:
     scheduler, _ = make_scheduler()
-    scheduler.submit([5, 6], 1)
+    submit(scheduler, [5, 6], 1)
     packed = scheduler.plan()[0].pack()
     with pytest.raises(ValueError, match="numbers"):
         StepPlan.unpack(packed[:-1])

@@ -96,7 +96,7 @@ class _Chat:
         finally:
             engine.cancel(request)
         if arguments.json:
-            common.write_json(vars(engine.completion(request)))
+            common.write_json(engine.completion(request).as_json())
         else:
             common.write("\n")
         self._messages.append({"role": "assistant", "content": request.text.strip()})

@@ -74,7 +74,7 @@ class _Generate:
                 elif event.token_id is not None:
                     common.write(f"{event.token_id} ")
         if arguments.json:
-            common.write_json(vars(engine.completion(request)))
+            common.write_json(engine.completion(request).as_json())
         else:
             common.write("\n")
         return 0
