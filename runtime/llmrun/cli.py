@@ -13,12 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from llmrun import __version__, console, launcher
-from llmrun.commands import bench, chat, doctor, generate, perplexity, show, verify
+from llmrun.commands import bench, chat, doctor, generate, perplexity, serve, show, verify
 from llmrun.errors import UsageError
 
 COMMANDS = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "perplexity": perplexity,
     "bench": bench,
     "verify": verify,

@@ -8,19 +8,32 @@ end the other ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn
 
 from llmrun import console, launcher
 
 
+_last_actions: list[Callable[[int], None]] = []
+
+
+def before_leaving(action: Callable[[int], None]) -> None:
+    """Have `leave` call `action` with the exit code; it must be quick."""
+    _last_actions.append(action)
+
+
 def leave(code: int) -> NoReturn:
-    """End this process at once, without running anything else; a job's other ranks end with it."""
+    """End this process at once, but for what `before_leaving` asked; a job's other ranks end with it."""
     launcher.note_exit_code(code or 1)
+    while _last_actions:
+        with contextlib.suppress(Exception):
+            _last_actions.pop()(code or 1)
     os._exit(code or 1)
 
 
@@ -60,6 +73,8 @@ class Signals:
         """Prepare; `install` takes effect."""
         self.stop_answer = threading.Event()
         self._is_answering = False
+        self._drain: Callable[[], None] | None = None
+        self._is_deaf = False
 
     def install(self) -> None:
         """Take over SIGINT, SIGTERM and SIGHUP; from the main thread."""
@@ -75,11 +90,33 @@ class Signals:
         """Return a context in which SIGINT stops the answer and not the program."""
         return _Answering(self)
 
+    @contextlib.contextmanager
+    def draining(self, drain: Callable[[], None], seconds: float) -> Iterator[None]:
+        """In this context the first SIGINT or SIGTERM calls `drain`; the process then ends by itself, within `seconds`.
+
+        Tells the launching llmrun, if there is one, whom to signal and how long to wait.
+        """
+        self._drain = drain
+        folder = os.environ.get(launcher.LAUNCH_VARIABLE)
+        if folder:
+            launcher.note_draining(folder, os.getpid(), seconds)
+        yield
+        self._drain = None
+
+    def ignore(self) -> None:
+        """Leave SIGINT and SIGTERM to rank 0, whom the same signal reaches."""
+        self._is_deaf = True
+
     def _watch(self, reader: int) -> None:
         while data := os.read(reader, 1):
             number = data[0]
             if number == signal.SIGINT and self._is_answering and not self.stop_answer.is_set():
                 self.stop_answer.set()
+            elif number in (signal.SIGINT, signal.SIGTERM) and self._is_deaf:
+                continue
+            elif number in (signal.SIGINT, signal.SIGTERM) and self._drain is not None:
+                drain, self._drain = self._drain, None
+                drain()
             elif number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os._exit(128 + number)  # without a note: a launcher also sends SIGTERM to the survivors of a lost rank
 

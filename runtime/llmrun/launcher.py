@@ -5,7 +5,8 @@ environment. Facts measured on MPICH 5.0.2 and Open MPI 5.0.11: another library'
 each, with exit code 0; a rank killed by a signal gives 9 (MPICH) or 137 (Open MPI); MPICH gives 0 if a rank vanishes
 with 0, and writes its reports to standard output; Open MPI never passes the end of standard input on. Hence the ranks
 of a job that we start talk to us directly, through the files of a folder: `stdin`, `stdout` and `stderr` (pipes),
-`started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only) and `exit-code` (the job's own). What
+`started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only), `draining` (rank 0's pid, and the seconds
+that it may take to end in order) and `exit-code` (the job's own). What
 mpirun itself has to say is shown only if no rank explained the end.
 """
 
@@ -134,10 +135,13 @@ def find_mpirun() -> tuple[str, str]:
     return path, family
 
 
-def mpirun_options(family: str, num_ranks: int) -> list[str]:
-    """Return the options that let `num_ranks` ranks start on this host, as they are; llmrun pins threads itself."""
+def mpirun_options(family: str, num_ranks: int, *, keeps_survivors: bool = False) -> list[str]:
+    """Return the options that let `num_ranks` ranks start on this host, as they are; llmrun pins threads itself.
+
+    `keeps_survivors`: the launcher leaves it to the ranks to end when one of them is lost (MPICH only).
+    """
     if family == MPICH:
-        return ["-n", str(num_ranks)]
+        return ["-n", str(num_ranks), *(["-disable-auto-cleanup"] if keeps_survivors else [])]
     options = ["-n", str(num_ranks), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
     return ["--allow-run-as-root", *options] if os.geteuid() == 0 else options
 
@@ -165,10 +169,18 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
-def launch(num_ranks: int, arguments: Sequence[str]) -> int:
+def note_draining(folder: str, pid: int, seconds: float) -> None:
+    """Tell the launching llmrun which process ends the job in order when it gets SIGTERM, and within what time."""
+    place = os.path.join(folder, "draining")
+    with open(place + ".new", "w") as file:
+        file.write(f"{pid} {seconds}")
+    os.rename(place + ".new", place)
+
+
+def launch(num_ranks: int, arguments: Sequence[str], *, keeps_survivors: bool = False) -> int:
     """Run `llmrun ARGUMENTS` on `num_ranks` ranks of this host and wait.
 
-    SIGINT and SIGTERM end the job, or only the answer while rank 0 of a chat says so.
+    SIGINT and SIGTERM end the job, or only the answer while rank 0 of a chat says so, or let rank 0 of a server end it.
 
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
@@ -179,7 +191,7 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
             os.mkfifo(os.path.join(folder, name), 0o600)
         streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
         environment = {**os.environ, "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
-        command = [mpirun, *mpirun_options(family, num_ranks), sys.executable, "-m", "llmrun", *arguments]
+        command = [mpirun, *mpirun_options(family, num_ranks, keeps_survivors=keeps_survivors), sys.executable, "-m", "llmrun", *arguments]
         pumps = [_OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         with open(os.path.join(folder, "mpirun.log"), "wb") as log:
             # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
@@ -195,12 +207,12 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
         for pump in pumps:
             pump.start()
         threading.Thread(target=_pump_stdin, args=(os.path.join(folder, "stdin"),), daemon=True).start()
-        signals = _SignalForwarder(child, Path(folder, "answering"))
+        signals = _SignalForwarder(child, Path(folder))
         with signals:
             code = child.wait()
             for pump in pumps:
                 pump.finish()
-        if signals.received is not None:
+        if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
             return 128 + signals.received
         code = _exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
         if (failure := pumps[0].failure) is not None and code == 0:
@@ -290,8 +302,9 @@ def _pump_stdin(pipe: str) -> None:
 class _SignalForwarder:
     """While entered, passes SIGINT and SIGTERM on to the job; remembers the one that ended it."""
 
-    def __init__(self, child: subprocess.Popen[bytes], answering: Path) -> None:
-        self._child, self._answering = child, answering
+    def __init__(self, child: subprocess.Popen[bytes], folder: Path) -> None:
+        self._child, self._folder = child, folder
+        self.is_draining = False
         self._previous: dict[int, object] = {}
         self.received: int | None = None
 
@@ -306,15 +319,23 @@ class _SignalForwarder:
     def _forward(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.received is None:
             with contextlib.suppress(OSError, ValueError):  # rank 0 stops its answer, nothing else ends
-                os.kill(int(self._answering.read_text()), signal.SIGINT)
+                os.kill(int((self._folder / "answering").read_text()), signal.SIGINT)
+                return
+        if self.received is None and number != signal.SIGHUP:
+            with contextlib.suppress(OSError, ValueError):
+                pid, seconds = (self._folder / "draining").read_text().split()
+                os.kill(int(pid), signal.SIGTERM)
+                self.received, self.is_draining = number, True
+                late = float(seconds) + KILL_AFTER_S
+                threading.Thread(target=self._kill_late, args=(late,), daemon=True).start()
                 return
         if self.received is None:
             self.received = number
-            threading.Thread(target=self._kill_late, daemon=True).start()
+            threading.Thread(target=self._kill_late, args=(KILL_AFTER_S,), daemon=True).start()
         self._child.send_signal(signal.SIGTERM)
 
-    def _kill_late(self) -> None:
+    def _kill_late(self, seconds: float) -> None:
         try:
-            self._child.wait(KILL_AFTER_S)
+            self._child.wait(seconds)
         except subprocess.TimeoutExpired:
             self._child.kill()

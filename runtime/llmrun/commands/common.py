@@ -111,6 +111,7 @@ class RankWork:
     main: Callable[[Engine, failstop.Signals], int]
     prepare: Callable[[Engine], None] | None = None
     every_rank: Callable[[Engine], None] | None = None
+    drains: bool = False  # rank 0 ends in order after SIGTERM, and says farewell when another rank is lost
 
 
 def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
@@ -124,10 +125,12 @@ def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
 
         shards = open_artifact(arguments.artifact, ranks=[]).manifest.shards
         if shards > 1:
-            return launcher.launch(shards, arguments.typed)
+            return launcher.launch(shards, arguments.typed, keeps_survivors=work.drains)
     rank, size = console.environment_rank(), launcher.launcher_size() or 1
     signals = failstop.Signals()
     signals.install()
+    if work.drains:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # MPICH's word for a lost rank; the watchdog sees it
     failstop.install_hooks(rank, size, keep_traceback=False)
     if console.is_under_mpirun():
         launcher.die_with_parent(signal.SIGKILL)
@@ -135,6 +138,8 @@ def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
     if work.every_rank is not None:
         work.every_rank(engine)
     if engine.rank != 0:
+        if work.drains:
+            signals.ignore()
         return _follow(engine)
     return _lead(engine, work, signals)
 
@@ -149,7 +154,7 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             provider=arguments.provider,
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
-            max_num_seqs=1,
+            max_num_seqs=getattr(arguments, "max_num_seqs", 1),
             verify=arguments.verify,
             isa=arguments.isa,
             prepare=work.prepare,

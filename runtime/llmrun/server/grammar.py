@@ -115,7 +115,7 @@ class Grammars:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         tokenizer = self._tokenizer
-        special = sorted(tokenizer.special_ids)
+        special = sorted(tokenizer.special_tokens.values())
         names = {token_id: text.encode() for text, token_id in tokenizer.special_tokens.items()}
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else next(iter(special), None)
 

@@ -25,6 +25,7 @@ class Limits:
     write_timeout: float = _limit(30, "S", "a client that reads nothing for so long is cut off")
     request_timeout: float = _limit(600, "S", "from the body to the end of the answer (408, or an error event)")
     ping_interval: float = _limit(30, "S", "a comment keeps a silent stream open")
+    health_timeout: float = _limit(30, "S", "work but no step for so long: /health says stuck")
     drain_timeout: float = _limit(30, "S", "after SIGTERM, for the answers under way")
     max_connections: int = _limit(128, "N", "open connections (more are closed with 503)")
     max_queue: int = _limit(64, "N", "sequences that wait beside those that run (429 with Retry-After)")
