@@ -21,6 +21,7 @@ from llmrun import console, launcher
 
 
 _last_actions: list[Callable[[int], None]] = []
+_leaving = threading.RLock()  # taken once and for all: whoever else would leave waits for the end
 
 
 def before_leaving(action: Callable[[int], None]) -> None:
@@ -30,11 +31,39 @@ def before_leaving(action: Callable[[int], None]) -> None:
 
 def leave(code: int) -> NoReturn:
     """End this process at once, but for what `before_leaving` asked; a job's other ranks end with it."""
+    _leaving.acquire()
     launcher.note_exit_code(code or 1)
     while _last_actions:
         with contextlib.suppress(Exception):
             _last_actions.pop()(code or 1)
     os._exit(code or 1)
+
+
+def outlive_launcher() -> None:
+    """Go on in a child process, out of the launcher's reach, so that rank 0 of a server can say its last words.
+
+    When a rank is lost, MPICH's proxy kills the others at once, by their process groups, which they lead and cannot
+    leave. So the rank's own process only waits: it passes signals on, and ends as its child does. If it is killed, the
+    child is told by SIGUSR1 (`Signals`). To be called before threads, MPI and ONNX Runtime.
+    """
+    parent = os.getpid()
+    launcher.die_with_parent(signal.SIGKILL)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        launcher.die_with_parent(signal.SIGUSR1)
+        if os.getppid() != parent:
+            leave(6)
+        return
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: os.kill(child, received))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(parent, -code)
+    os._exit(code)
 
 
 def install_hooks(rank: int, size: int, *, keep_traceback: bool) -> None:
@@ -110,6 +139,9 @@ class Signals:
     def _watch(self, reader: int) -> None:
         while data := os.read(reader, 1):
             number = data[0]
+            if number == signal.SIGUSR1:
+                console.say("llmrun: error[E602]: another rank, or the launcher of this one, is gone; the job has ended.")
+                leave(6)
             if number == signal.SIGINT and self._is_answering and not self.stop_answer.is_set():
                 self.stop_answer.set()
             elif number in (signal.SIGINT, signal.SIGTERM) and self._is_deaf:

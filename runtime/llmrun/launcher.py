@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from llmrun.errors import IncompatibleError, ResourceError
 
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
 KILL_AFTER_S = 5.0
+FAREWELL_S = 3.0
 _PR_SET_PDEATHSIG = 1
 LAUNCH_VARIABLE = "LLMRUN_LAUNCH"  # the folder
 _FATAL_SIGNALS = {
@@ -135,13 +137,10 @@ def find_mpirun() -> tuple[str, str]:
     return path, family
 
 
-def mpirun_options(family: str, num_ranks: int, *, keeps_survivors: bool = False) -> list[str]:
-    """Return the options that let `num_ranks` ranks start on this host, as they are; llmrun pins threads itself.
-
-    `keeps_survivors`: the launcher leaves it to the ranks to end when one of them is lost (MPICH only).
-    """
+def mpirun_options(family: str, num_ranks: int) -> list[str]:
+    """Return the options that let `num_ranks` ranks start on this host, as they are; llmrun pins threads itself."""
     if family == MPICH:
-        return ["-n", str(num_ranks), *(["-disable-auto-cleanup"] if keeps_survivors else [])]
+        return ["-n", str(num_ranks)]
     options = ["-n", str(num_ranks), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
     return ["--allow-run-as-root", *options] if os.geteuid() == 0 else options
 
@@ -177,7 +176,7 @@ def note_draining(folder: str, pid: int, seconds: float) -> None:
     os.rename(place + ".new", place)
 
 
-def launch(num_ranks: int, arguments: Sequence[str], *, keeps_survivors: bool = False) -> int:
+def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     """Run `llmrun ARGUMENTS` on `num_ranks` ranks of this host and wait.
 
     SIGINT and SIGTERM end the job, or only the answer while rank 0 of a chat says so, or let rank 0 of a server end it.
@@ -191,7 +190,7 @@ def launch(num_ranks: int, arguments: Sequence[str], *, keeps_survivors: bool = 
             os.mkfifo(os.path.join(folder, name), 0o600)
         streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
         environment = {**os.environ, "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
-        command = [mpirun, *mpirun_options(family, num_ranks, keeps_survivors=keeps_survivors), sys.executable, "-m", "llmrun", *arguments]
+        command = [mpirun, *mpirun_options(family, num_ranks), sys.executable, "-m", "llmrun", *arguments]
         pumps = [_OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         with open(os.path.join(folder, "mpirun.log"), "wb") as log:
             # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
@@ -210,6 +209,7 @@ def launch(num_ranks: int, arguments: Sequence[str], *, keeps_survivors: bool = 
         signals = _SignalForwarder(child, Path(folder))
         with signals:
             code = child.wait()
+            _wait_for_server(folder)
             for pump in pumps:
                 pump.finish()
         if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
@@ -220,6 +220,19 @@ def launch(num_ranks: int, arguments: Sequence[str], *, keeps_survivors: bool = 
             console.say(console.error_line(lost))
             return lost.exit_code
         return code
+
+
+def _wait_for_server(folder: str) -> None:
+    """Give rank 0 of a server, which outlives its launcher, the time for its last words; then end it."""
+    until = time.monotonic() + FAREWELL_S
+    with contextlib.suppress(OSError, ValueError, ProcessLookupError):
+        pid = int(Path(folder, "draining").read_text().split()[0])
+        mark = f"{LAUNCH_VARIABLE}={folder}".encode()
+        while mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):  # empty for one that has ended
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.02)
 
 
 def _exit_code(code: int, note: Path, log: Path) -> int:

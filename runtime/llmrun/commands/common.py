@@ -125,14 +125,14 @@ def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
 
         shards = open_artifact(arguments.artifact, ranks=[]).manifest.shards
         if shards > 1:
-            return launcher.launch(shards, arguments.typed, keeps_survivors=work.drains)
+            return launcher.launch(shards, arguments.typed)
     rank, size = console.environment_rank(), launcher.launcher_size() or 1
+    if work.drains and rank == 0 and console.is_under_mpirun():
+        failstop.outlive_launcher()
     signals = failstop.Signals()
     signals.install()
-    if work.drains:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # MPICH's word for a lost rank; the watchdog sees it
     failstop.install_hooks(rank, size, keep_traceback=False)
-    if console.is_under_mpirun():
+    if console.is_under_mpirun() and not (work.drains and rank == 0):
         launcher.die_with_parent(signal.SIGKILL)
     engine = _start(arguments, work)
     if work.every_rank is not None:

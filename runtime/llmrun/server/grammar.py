@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CACHE_ENTRIES = 32
 _MAX_LEXER_STATES = 10_000  # 1 to 2 kB each
+# Between the tokens of JSON: a space, or a line break and its indentation. Without a bound a weak model never stops.
+_JSON_OPTIONS = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
 
 
 def is_available() -> bool:
@@ -71,7 +73,7 @@ class Grammars:
 
         try:
             if kind == "json":
-                return LLMatcher.grammar_from_json_schema(json.dumps(self._checked_schema(source)))
+                return LLMatcher.grammar_from_json_schema(json.dumps(self._checked_schema(source)), defaults=_JSON_OPTIONS)
             if kind == "regex":
                 return LLMatcher.grammar_from_regex(source)
             if kind == "choice":
