@@ -109,7 +109,9 @@ def encode_chat(
             return {mark(key): mark(item) for key, item in value.items()}
         return [mark(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    prompt = _render(tokenizer, mark(list(messages)), add_generation_prompt, None if tools is None else mark(list(tools)))
+    prompt = _render(
+        tokenizer, mark(list(messages)), add_generation_prompt, None if tools is None else mark(list(tools))
+    )
     if opening not in prompt and closing not in prompt:
         return tokenizer.encode(prompt, add_bos=False, parse_special=True)
     segments: list[str | int] = []

@@ -19,7 +19,6 @@ from typing import NoReturn
 
 from llmrun import console, launcher
 
-
 _last_actions: list[Callable[[int], None]] = []
 _leaving = threading.RLock()  # taken once and for all: whoever else would leave waits for the end
 
@@ -140,7 +139,9 @@ class Signals:
         while data := os.read(reader, 1):
             number = data[0]
             if number == signal.SIGUSR1:
-                console.say("llmrun: error[E602]: another rank, or the launcher of this one, is gone; the job has ended.")
+                console.say(
+                    "llmrun: error[E602]: another rank, or the launcher of this one, is gone; the job has ended."
+                )
                 leave(6)
             if number == signal.SIGINT and self._is_answering and not self.stop_answer.is_set():
                 self.stop_answer.set()

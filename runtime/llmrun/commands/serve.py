@@ -33,12 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("listening")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen on ADDRESS (127.0.0.1)")
     group.add_argument("--port", type=int, default=DEFAULT_PORT, metavar="N", help="0: any free one (8000)")
-    group.add_argument("--served-model-name", action="append", metavar="NAME", help="the model's name (the directory's)")
+    group.add_argument(
+        "--served-model-name", action="append", metavar="NAME", help="the model's name (the directory's)"
+    )
     group.add_argument("--api-key", metavar="KEY", help=f"ask for KEY; better: --api-key-file, or {KEY_VARIABLE}")
     group.add_argument("--api-key-file", metavar="FILE", help="ask for one of the keys in FILE, one a line")
     group.add_argument("--allow-unauthenticated", action="store_true", help="beyond loopback without a key")
-    group.add_argument("--allowed-host", action="append", default=[], metavar="NAME", help="a Host to answer; repeatable")
-    group.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="an origin whose pages may ask")
+    group.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME", help="a Host to answer; repeatable"
+    )
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help="an origin whose pages may ask"
+    )
     group.add_argument("--max-num-seqs", type=int, default=8, metavar="N", help="sequences that run together (8)")
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
     limits_of_server.add_options(parser)
@@ -116,7 +122,9 @@ def _read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
         try:
             lines = Path(arguments.api_key_file).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{arguments.api_key_file}: {getattr(error, 'strerror', 'not UTF-8')}.", code="E209") from None
+            raise UsageError(
+                f"{arguments.api_key_file}: {getattr(error, 'strerror', 'not UTF-8')}.", code="E209"
+            ) from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise UsageError(f"{arguments.api_key_file}: holds no key.", code="E209")

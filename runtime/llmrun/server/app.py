@@ -98,7 +98,10 @@ class _Routes:
         gauges = {
             "num_requests_running": (stats.running, "Sequences that run."),
             "num_requests_waiting": (stats.waiting, "Sequences that wait."),
-            "kv_cache_usage_perc": (stats.kv_blocks_used / max(stats.kv_blocks_total, 1), "Used share of the cache, 0 to 1."),
+            "kv_cache_usage_perc": (
+                stats.kv_blocks_used / max(stats.kv_blocks_total, 1),
+                "Used share of the cache, 0 to 1.",
+            ),
         }
         counters = {
             "prompt_tokens_total": (stats.prompt_tokens, "Prompt tokens computed."),
@@ -168,5 +171,3 @@ def _read_page() -> tuple[bytes, bytes] | None:
         " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return body, policy.encode()
-
-

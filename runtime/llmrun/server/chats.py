@@ -135,7 +135,11 @@ async def _whole(answer: Answer, writer: _Writer) -> dict[str, Any]:
     choices = []
     for index, (texts, calls, entries, reasons) in sorted(found.items()):
         content = "".join(texts)
-        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None, "refusal": None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content if content or not calls else None,
+            "refusal": None,
+        }
         if calls:
             message["tool_calls"] = calls
         choices.append(

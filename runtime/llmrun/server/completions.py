@@ -175,6 +175,3 @@ def report(error: Exception) -> ApiError:
         console.show_traceback(error)
         console.say(console.error_line(error))
     return known
-
-
-

@@ -187,7 +187,7 @@ class Only:
 class Anything:
     """A field that is accepted and has no effect."""
 
-    def check(self, value: Any, where: str) -> Any:  # noqa: ARG002 - the protocol's
+    def check(self, value: Any, where: str) -> Any:
         """See `Kind`."""
         return value
 
@@ -234,5 +234,9 @@ def _shown(value: Any) -> str:
     """Return a value for a message: short, whatever it is."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = repr(value) if not isinstance(value, bool) and value is not None else {True: "true", False: "false"}.get(value, "null")
+    text = (
+        repr(value)
+        if not isinstance(value, bool) and value is not None
+        else {True: "true", False: "false"}.get(value, "null")
+    )
     return text if len(text) <= 60 else text[:57] + "..."

@@ -56,7 +56,9 @@ class Grammars:
             ApiError: 400, with what is wrong with the source.
         """
         if not is_available():
-            raise bad("structured output needs llguidance: `pip install 'llmpack[serve]'` on the server.", "response_format")
+            raise bad(
+                "structured output needs llguidance: `pip install 'llmpack[serve]'` on the server.", "response_format"
+            )
         grammar = self._grammar(kind, source)
         with self._lock:
             base = self._compiled.get(grammar)
@@ -73,7 +75,9 @@ class Grammars:
 
         try:
             if kind == "json":
-                return LLMatcher.grammar_from_json_schema(json.dumps(self._checked_schema(source)), defaults=_JSON_OPTIONS)
+                return LLMatcher.grammar_from_json_schema(
+                    json.dumps(self._checked_schema(source)), defaults=_JSON_OPTIONS
+                )
             if kind == "regex":
                 return LLMatcher.grammar_from_regex(source)
             if kind == "choice":
@@ -133,7 +137,9 @@ class Grammars:
             def __call__(self, data: bytes | str) -> list[int]:
                 text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
                 # After another token, because the answer goes on after a prompt: no prefix space.
-                return tokenizer.encode_segments([text] if first is None else [first, text])[0 if first is None else 1 :]
+                return tokenizer.encode_segments([text] if first is None else [first, text])[
+                    0 if first is None else 1 :
+                ]
 
         return LLTokenizer(TokenizerWrapper(Vocabulary()), n_vocab=self._vocab_size, eos_token=self._eos or None)
 
@@ -145,7 +151,7 @@ class TokenConstraint:
         self._matcher = matcher
         self._bits = np.zeros((1, -(-vocab_size // 32)), np.int32)
 
-    def mask(self, tokens: Sequence[int]) -> NDArray[Any]:  # noqa: ARG002 - the protocol's
+    def mask(self, tokens: Sequence[int]) -> NDArray[Any]:
         """Return the tokens that may follow, as bits.
 
         Raises:
@@ -200,7 +206,9 @@ def check_schema(schema: Any, limits: Limits) -> None:
                     raise bad(f"an enum of {len(values)}: at most {limits.max_enum} are allowed.", "response_format")
                 target = item.get("$ref")
                 if isinstance(target, str) and not target.startswith("#"):
-                    raise bad(f"$ref {target[:100]!r}: only references within the schema are allowed.", "response_format")
+                    raise bad(
+                        f"$ref {target[:100]!r}: only references within the schema are allowed.", "response_format"
+                    )
                 deeper += item.values()
             elif isinstance(item, list):
                 deeper += item

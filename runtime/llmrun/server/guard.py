@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health")  # no key: a page without secrets, and whether the server lives
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
+
+
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:@/\[\]]+)(?::[0-9]{1,5})?")
 
 
 class ClientGoneError(Exception):
@@ -92,7 +96,9 @@ class Guard:
             known = as_api_error(error)
             if known.status >= 500:
                 console.show_traceback(error)
-                console.say(console.error_line(error) if known is not error else f"llmrun: {known.status}: {known.message}")
+                console.say(
+                    console.error_line(error) if known is not error else f"llmrun: {known.status}: {known.message}"
+                )
             if not has_started:
                 await send_error(sending, known)
             else:
@@ -104,9 +110,12 @@ class Guard:
         if len(scope["headers"]) > limits.max_headers or size + len(scope["query_string"]) > limits.max_header_bytes:
             raise ApiError(431, "too many headers, or too long ones.", code="headers_too_large")
         host = headers.get("host", "")
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if self._access.hosts is not None and name.lower().rstrip(".") not in self._access.hosts:
-            raise ApiError(403, f"the Host {host[:100]!r} is not this server's: --allowed-host adds a name.", code="bad_host")
+        parts = _HOST.fullmatch(host)
+        name = "" if parts is None else parts[1].lower().rstrip(".")
+        if self._access.hosts is not None and name not in self._access.hosts:
+            raise ApiError(
+                403, f"the Host {host[:100]!r} is not this server's: --allowed-host adds a name.", code="bad_host"
+            )
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host and not self._is_allowed(origin):
             raise ApiError(403, f"pages of {origin[:100]!r} may not ask: --cors-origin allows them.", code="bad_origin")
@@ -118,7 +127,9 @@ class Guard:
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
-                raise ApiError(415, f"the body is {kind[:60] or 'of no type'!r}: expected application/json.", code="bad_type")
+                raise ApiError(
+                    415, f"the body is {kind[:60] or 'of no type'!r}: expected application/json.", code="bad_type"
+                )
             if headers.get("content-encoding", "identity").lower() != "identity":
                 raise ApiError(415, "the body is compressed: send it as it is.", code="bad_encoding")
 

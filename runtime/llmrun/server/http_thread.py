@@ -27,7 +27,9 @@ def listen(host: str, port: int) -> socket.socket:
         ResourceError: the port is taken, or not ours to take.
     """
     try:
-        ((family, _, _, _, address), *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        ((family, _, _, _, address), *_) = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
     except OSError as error:
         raise UsageError(f"--host {host}: {error.strerror}.") from None
     sock = socket.socket(family, socket.SOCK_STREAM)

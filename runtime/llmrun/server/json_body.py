@@ -68,7 +68,7 @@ def _check(value: Any, max_depth: int) -> None:
     depth = 0
     while level:
         depth += 1
-        if depth > max_depth + 1:
+        if depth > max_depth and any(isinstance(item, (dict, list)) for item in level):
             raise bad(f"the body is nested more than {max_depth} deep.", code="invalid_json")
         deeper: list[Any] = []
         for item in level:
@@ -87,4 +87,6 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ApiError(400, "a string holds half of a surrogate pair: not valid Unicode.", code="invalid_json") from None
+        raise ApiError(
+            400, "a string holds half of a surrogate pair: not valid Unicode.", code="invalid_json"
+        ) from None

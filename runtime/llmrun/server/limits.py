@@ -61,8 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             type=float if isinstance(entry.default, float) or entry.metadata["unit"] == "S" else int,
             default=entry.default,
             metavar=entry.metadata["unit"],
-            help=f"{entry.metadata['help']} ({entry.default:g})" if entry.default < 1 << 13 else
-            f"{entry.metadata['help']} ({entry.default >> 10} KiB)",
+            help=f"{entry.metadata['help']} ({entry.default:g})"
+            if entry.default < 1 << 13
+            else f"{entry.metadata['help']} ({entry.default >> 10} KiB)",
         )
 
 

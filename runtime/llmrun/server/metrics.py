@@ -9,7 +9,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-LATENCY_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+LATENCY_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+)
 REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
@@ -83,7 +105,9 @@ class Metrics:
         for short, (histogram, text) in self._histograms.items():
             full = f"{self._prefix}:{short}"
             family(full, "histogram", text, histogram.lines(full, self._labels))
-        samples = [f'llmrun:http_responses_total{{status="{status}"}} {n}' for status, n in sorted(self._responses.items())]
+        samples = [
+            f'llmrun:http_responses_total{{status="{status}"}} {n}' for status, n in sorted(self._responses.items())
+        ]
         family("llmrun:http_responses_total", "counter", "Responses, by status.", samples)
         for name, kind, value, text in process_numbers():
             family(name, kind, text, [f"{name} {value!r}"])

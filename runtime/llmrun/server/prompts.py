@@ -36,7 +36,8 @@ def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
         for i, part in enumerate(content):
             if part["type"] != "text" or "text" not in part:
                 raise bad(
-                    f"{where}.content[{i}] is of type {part['type'][:40]!r}: this model only reads text.", f"{where}.content"
+                    f"{where}.content[{i}] is of type {part['type'][:40]!r}: this model only reads text.",
+                    f"{where}.content",
                 )
             texts.append(part["text"])
         content = "".join(texts)
@@ -60,5 +61,7 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise bad(f"{where}.tool_calls: the arguments of {function['name']!r} are not a JSON object.", f"{where}.tool_calls")
+        raise bad(
+            f"{where}.tool_calls: the arguments of {function['name']!r} are not a JSON object.", f"{where}.tool_calls"
+        )
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -37,9 +37,13 @@ class BoundedProtocol(H11Protocol):
         """Take a connection, or refuse it."""
         if len(self.connections) >= self._limits.max_connections:
             self.transport = transport
-            error = ApiError(503, f"{self._limits.max_connections} connections are open already.", code="too_many_connections")
+            error = ApiError(
+                503, f"{self._limits.max_connections} connections are open already.", code="too_many_connections"
+            )
             body = json.dumps(error.body()).encode()
-            head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            head = (
+                f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            )
             transport.write(head.encode() + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body)
             self._end()
             return
@@ -51,9 +55,8 @@ class BoundedProtocol(H11Protocol):
         if self.flow is None or self.transport.is_closing():
             return
         super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.DONE):
-            self._stop_header_timer()
-        elif self.conn.their_state is h11.DONE and self.cycle is not None and not self.cycle.response_complete:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or self.conn.their_state is not h11.IDLE:
             self._stop_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -70,7 +70,9 @@ class Schemas:
         common = _common(limits)
         part = Record({"type": Text(64), "text": text}, required=("type",))
         function = Record({"name": Text(64, 1), "arguments": text}, required=("name", "arguments"))
-        call = Record({"id": Text(256), "type": Text(choices=("function",)), "function": function}, required=("function",))
+        call = Record(
+            {"id": Text(256), "type": Text(choices=("function",)), "function": function}, required=("function",)
+        )
         message = Record(
             {
                 "role": Text(choices=("system", "developer", "user", "assistant", "tool")),
@@ -139,7 +141,9 @@ class Schemas:
         """
         given = self.completion.check(body, "")
         prompt = given["prompt"]
-        prompts: list[str | list[int]] = [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], (str, list)) else prompt
+        prompts: list[str | list[int]] = (
+            [prompt] if isinstance(prompt, str) or not isinstance(prompt[0], (str, list)) else prompt
+        )
         sampled = self._sampled(given, given.get("max_tokens", 16))
         if given.get("best_of", sampled.n) != sampled.n:
             raise bad(f"best_of is {given['best_of']}: this server only supports the value of n.", "best_of")
@@ -173,7 +177,9 @@ class Schemas:
         max_tokens = given.get("max_completion_tokens", given.get("max_tokens"))
         sampled = self._sampled(given, max_tokens)
         if sampled.grammar is not None and choice not in ("none", "auto"):
-            raise bad("tool_choice already decides the form of the answer: leave response_format out.", "response_format")
+            raise bad(
+                "tool_choice already decides the form of the answer: leave response_format out.", "response_format"
+            )
         return ChatCall(
             given.get("model"),
             given["messages"],
@@ -277,7 +283,9 @@ def _common(limits: Limits) -> dict[str, Kind]:
         "stop_token_ids": Only(([],)),
         "use_beam_search": Only((False,)),
         # Accepted without effect: they say who asks, or where the answer is to be kept.
-        **dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), _NOTHING),
+        **dict.fromkeys(
+            ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), _NOTHING
+        ),
     }
 
 

@@ -200,7 +200,9 @@ class Service:
         """
         if name is not None and name not in self.names:
             known = ", ".join(self.names)
-            raise ApiError(404, f"the model {name[:100]!r} does not exist: this is {known}.", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"the model {name[:100]!r} does not exist: this is {known}.", param="model", code="model_not_found"
+            )
 
     def empty_prompt(self) -> list[int]:
         """Return the ids that stand for no prompt: the token that begins a text.

@@ -78,7 +78,9 @@ class Answer:
         self._timer = self._loop.call_later(seconds, self.fail, late)
         return self
 
-    async def __aexit__(self, _kind: type[BaseException] | None, error: BaseException | None, _t: TracebackType | None) -> None:
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _t: TracebackType | None
+    ) -> None:
         """Cancel what still runs, and leave the queue."""
         self._timer.cancel()
         self._watch.cancel()
@@ -136,7 +138,9 @@ class Answer:
         return found
 
     def _callback(self, choice: Choice) -> Callable[[Event], None]:
-        def on_event(event: Event) -> None:  # on the engine's thread; if the server's loop is gone, this raises: cancelled
+        def on_event(
+            event: Event,
+        ) -> None:  # on the engine's thread; if the server's loop is gone, this raises: cancelled
             self._loop.call_soon_threadsafe(self._queue.put_nowait, _Arrival(choice, event, time.monotonic()))
 
         return on_event

@@ -38,7 +38,7 @@ def _names_in(template: str) -> frozenset[str]:
     from jinja2 import Environment, TemplateError, meta
 
     try:
-        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # parsed, never rendered  # noqa: S701
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # parsed, never rendered
         return frozenset(meta.find_undeclared_variables(environment.parse(template)))
     except (TemplateError, RecursionError):
         return frozenset()
@@ -96,7 +96,9 @@ def may_be_call(form: ToolForm, text: str) -> bool:
     return not start or start.startswith("{") or _OPEN.startswith(start[: len(_OPEN)])
 
 
-def find_calls(form: ToolForm, tools: Sequence[Mapping[str, Any]], text: str) -> tuple[str | None, list[dict[str, Any]]]:
+def find_calls(
+    form: ToolForm, tools: Sequence[Mapping[str, Any]], text: str
+) -> tuple[str | None, list[dict[str, Any]]]:
     """Return what an answer says beside its calls, and the calls, as OpenAI has them; no call: all of the text.
 
     Only calls of tools that the request offered count: anything else is text.
@@ -129,7 +131,8 @@ def _calls_in(text: str, names: set[str]) -> list[dict[str, Any]]:
             value, end = decoder.raw_decode(text, end)
         except (ValueError, RecursionError):
             return []
-        if not isinstance(value, dict) or value.get("name") not in names or not isinstance(value.get("name"), str):
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in names:
             return []
         arguments = value.get("parameters", value.get("arguments", {}))
         if isinstance(arguments, str):
@@ -138,7 +141,7 @@ def _calls_in(text: str, names: set[str]) -> list[dict[str, Any]]:
             arguments_text = json.dumps(arguments, ensure_ascii=False)
         else:
             return []
-        function = {"name": value["name"], "arguments": arguments_text}
+        function = {"name": name, "arguments": arguments_text}
         calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
         while end < len(text) and text[end] in " \t\r\n;,":
             end += 1
@@ -161,8 +164,14 @@ class ToolStream:
         self._is_text = True
         at = self._held.find(_OPEN)
         if at < 0:  # keep an end that may be the beginning of a tag
-            at = next((i for i in range(max(0, len(self._held) - len(_OPEN) + 1), len(self._held))
-                       if _OPEN.startswith(self._held[i:])), len(self._held))
+            at = next(
+                (
+                    i
+                    for i in range(max(0, len(self._held) - len(_OPEN) + 1), len(self._held))
+                    if _OPEN.startswith(self._held[i:])
+                ),
+                len(self._held),
+            )
         piece, self._held = self._held[:at], self._held[at:]
         return piece
 
