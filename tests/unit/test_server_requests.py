@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrun.core import Stats
 from llmrun.server.errors import ApiError
 from llmrun.server.guard import Access, ClientGoneError, Guard, read_body, send_json
 from llmrun.server.json_body import parse_json
 from llmrun.server.limits import Limits
 from llmrun.server.openapi import document
 from llmrun.server.schemas import ChatCall, CompletionCall, Schemas
+from llmrun.server.service import Service
 
 LIMITS = Limits()
 SCHEMAS = Schemas(LIMITS)
@@ -355,3 +357,40 @@ def test_a_body_is_bounded_in_size_and_time() -> None:
     assert caught.value.status == 408
     with pytest.raises(ClientGoneError):
         read(small, part(b"ab"), {"type": "http.disconnect"})
+
+
+# Health
+
+
+class FakeLoop:
+    """An engine's loop of which only the numbers matter."""
+
+    def __init__(self) -> None:
+        self.numbers = Stats()
+
+    def stats(self) -> Stats:
+        return self.numbers
+
+
+def test_health_is_stuck_when_there_is_work_and_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("llmrun.server.service.time.monotonic", lambda: now[0])
+    service = Service(Limits(health_timeout=5), ["m"], "vllm", 8)
+    assert service.health() == "loading"
+    service.loop = loop = FakeLoop()  # type: ignore[assignment]
+    service.state = "ready"
+
+    def after(seconds: float, **numbers: int) -> str:
+        now[0] += seconds
+        loop.numbers = Stats(**numbers)
+        service.watch()
+        return service.health()
+
+    assert after(60) == "ok"  # idle
+    assert after(4, running=1, steps=1) == "ok"
+    assert after(4, running=1, steps=2) == "ok"
+    assert after(4, running=1, steps=2) == "ok"
+    assert after(2, running=1, steps=2) == "stuck"
+    assert after(1, running=1, steps=3) == "ok"
+    assert after(6, waiting=1, steps=3) == "stuck"
+    assert after(1, steps=3) == "ok"

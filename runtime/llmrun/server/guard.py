@@ -94,11 +94,9 @@ class Guard:
             return
         except Exception as error:
             known = as_api_error(error)
-            if known.status >= 500:
+            if known.status == 500:
                 console.show_traceback(error)
-                console.say(
-                    console.error_line(error) if known is not error else f"llmrun: {known.status}: {known.message}"
-                )
+                console.say(console.error_line(error))
             if not has_started:
                 await send_error(sending, known)
             else:
@@ -109,6 +107,8 @@ class Guard:
         size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"])
         if len(scope["headers"]) > limits.max_headers or size + len(scope["query_string"]) > limits.max_header_bytes:
             raise ApiError(431, "too many headers, or too long ones.", code="headers_too_large")
+        if "transfer-encoding" in headers and "content-length" in headers:  # two lengths: a proxy may believe the other
+            raise ApiError(400, "the request has both Transfer-Encoding and Content-Length.", code="bad_framing")
         host = headers.get("host", "")
         parts = _HOST.fullmatch(host)
         name = "" if parts is None else parts[1].lower().rstrip(".")
