@@ -8,22 +8,25 @@ from __future__ import annotations
 import typing
 
 if typing.TYPE_CHECKING:
+    from llmrun.async_engine import AsyncEngine
     from llmrun.constraint import Constraint
     from llmrun.core import Stats
     from llmrun.engine import Engine
     from llmrun.engine_loop import EngineLoop, Ticket
     from llmrun.logprobs import TokenLogprobs
-    from llmrun.requests import Completion, Event, Request
+    from llmrun.requests import Completion, Event, Request, RequestOptions
     from llmrun.sampler import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncEngine",
     "Completion",
     "Constraint",
     "Engine",
     "EngineLoop",
     "Event",
     "Request",
+    "RequestOptions",
     "SamplingParams",
     "Stats",
     "Ticket",
@@ -32,12 +35,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "llmrun.async_engine",
     "Completion": "llmrun.requests",
     "Constraint": "llmrun.constraint",
     "Engine": "llmrun.engine",
     "EngineLoop": "llmrun.engine_loop",
     "Event": "llmrun.requests",
     "Request": "llmrun.requests",
+    "RequestOptions": "llmrun.requests",
     "SamplingParams": "llmrun.sampler",
     "Stats": "llmrun.core",
     "Ticket": "llmrun.engine_loop",

@@ -14,11 +14,13 @@ import numpy as np
 
 from llmrun.constraint import Constraint, allowed_tokens
 from llmrun.errors import InternalError, LlmpackError, NumericError, UsageError
-from llmrun.kv_cache import BlockAllocator
+from llmrun.kv_cache import BlockPool
 from llmrun.logprobs import TokenLogprobs, token_logprobs
+from llmrun.lookup import PromptLookup
 from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check_prompt
-from llmrun.sampler import Sampler, SamplingParams
-from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, Piece, RunningSequence, Scheduler
+from llmrun.sampler import Sampler, SamplingParams, TokenHistory
+from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, Scheduler
+from llmrun.sequence import Piece, RunningSequence
 from llmrun.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from llmrun.job import Job
     from llmrun.manifest import Manifest
     from llmrun.tokenizer import Tokenizer
+
+MAX_DRAFTS = 16
+_MAX_ROW_BYTES = 64 << 20  # logits of prompt tokens that one step may ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,37 @@ class Stats:
 class Core:
     """Holds the open requests and runs them, step by step."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None, *, max_seq_len: int, max_num_seqs: int) -> None:
-        """`job`: loaded."""
+    def __init__(
+        self,
+        job: Job,
+        tokenizer: Tokenizer | None,
+        *,
+        max_seq_len: int,
+        max_num_seqs: int,
+        speculate: int = 0,
+        num_blocks: int | None = None,
+    ) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            job: loaded.
+            tokenizer: None: ids in, ids out.
+            max_seq_len: positions of one sequence at most.
+            max_num_seqs: sequences that run at the same time.
+            speculate: tokens that are guessed ahead, at most, unless a request says otherwise.
+            num_blocks: blocks of the cache to use; None: all.
+        """
         self._job = job
         self.tokenizer = tokenizer
         self.manifest: Manifest = job.manifest
         self.max_seq_len = max_seq_len
         self._max_num_seqs = max_num_seqs
-        self._allocator = BlockAllocator(job.num_blocks, self.manifest.kv_cache.block_size)
+        self._speculate = speculate
+        identity = f"{job.artifact.digest} {self.manifest.kv_cache.dtype}".encode()
+        self._pool = BlockPool(num_blocks or job.num_blocks, self.manifest.kv_cache.block_size, identity)
         self._scheduler = self._new_scheduler(DEFAULT_TOKEN_BUDGET)
         self._requests: dict[int, Request] = {}
-        self._num_prompt_tokens = self._num_generated = self._num_steps = 0
+        self._num_prompt_tokens = self._num_generated = self._num_drafts = self._num_accepted = self._num_steps = 0
         self._last_step_s = 0.0
 
     @property
@@ -85,10 +110,15 @@ class Core:
         return Stats(
             running=running,
             waiting=waiting,
-            kv_blocks_used=self._allocator.num_blocks - self._allocator.num_free,
-            kv_blocks_total=self._allocator.num_blocks,
+            kv_blocks_used=self._pool.num_blocks - self._pool.num_free,
+            kv_blocks_total=self._pool.num_blocks,
+            prefix_hits=self._scheduler.prefix_hits,
+            prefix_queries=self._scheduler.prefix_queries,
             prompt_tokens=self._num_prompt_tokens,
             generated_tokens=self._num_generated,
+            draft_tokens=self._num_drafts,
+            accepted_tokens=self._num_accepted,
+            preemptions=self._scheduler.num_preemptions,
             steps=self._num_steps,
             last_step_s=self._last_step_s,
         )
@@ -104,6 +134,8 @@ class Core:
         prompt_logprobs: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
         constraint: Constraint | None = None,
+        speculate: int | None = None,
+        reuse_prefix: bool = True,
         **sampling: Any,
     ) -> Request:
         """Check and tokenize; arguments and errors as in `Engine.submit`. Changes nothing, so any thread may call it."""
@@ -118,20 +150,31 @@ class Core:
         for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
             if value is not None and (isinstance(value, bool) or not 0 <= value <= vocab_size):
                 raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {vocab_size}.")
+        speculate = self._speculate if speculate is None else speculate
+        if not 0 <= speculate <= MAX_DRAFTS:
+            raise UsageError(f"speculate {speculate}: expected 0 (off) to {MAX_DRAFTS} tokens.")
         if stop and self.tokenizer is None:
             raise UsageError("stop texts need a tokenizer, and the artifact has none.", code="E205")
         self._scheduler.check(len(prompt_ids), max_tokens)
         is_text = isinstance(prompt, str)
         sequence = RunningSequence(
-            -1, list(prompt_ids), len(prompt_ids), max_tokens, wants_all_logits=prompt_logprobs is not None
+            -1,
+            list(prompt_ids),
+            len(prompt_ids),
+            max_tokens,
+            num_rows_taken=len(prompt_ids) if prompt_logprobs is None else 0,
+            can_share=reuse_prefix,
         )
+        sampler = Sampler(params, logit_bias)
         return Request(
             sequence,
             prompt_ids,
-            Sampler(params, logit_bias),
+            sampler,
             TextStream(self.tokenizer, stop, is_continuation=is_text) if self.tokenizer else None,
             frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
             constraint,
+            TokenHistory(prompt_ids) if sampler.needs_history else None,
+            PromptLookup(speculate) if speculate else None,
             num_top=logprobs,
             num_prompt_top=prompt_logprobs,
             logprobs=None if logprobs is None else [],
@@ -142,6 +185,7 @@ class Core:
         """Queue a prepared request."""
         self._scheduler.submit(request.sequence)
         self._requests[request.sequence.id] = request
+        self._num_prompt_tokens += request.sequence.num_prompt
 
     def step(self, *, raises: bool = True) -> list[Event]:
         """Run one step of whatever is queued; return what it added.
@@ -153,7 +197,7 @@ class Core:
             LlmpackError: the step failed, and with it every request.
         """
         started = time.perf_counter()
-        plan, pieces = self._scheduler.plan()
+        plan, pieces = self._scheduler.plan(self._propose)
         logits = self._job.run(plan)
         is_finite = bool(np.isfinite(logits).all())
         events: list[Event] = []
@@ -161,7 +205,7 @@ class Core:
             request = self._requests[piece.sequence.id]
             try:
                 if not is_finite and not np.isfinite(logits[piece.rows]).all():
-                    raise NumericError(  # noqa: TRY301
+                    raise NumericError(
                         "the model computed NaN or infinity. `llmrun verify --deep` tells whether the artifact or this"
                         " machine is at fault."
                     )
@@ -178,7 +222,7 @@ class Core:
     def cancel(self, request: Request) -> None:
         """End a request, whatever its state, and free its cache blocks; one that has ended stays as it is."""
         if self._requests.pop(request.sequence.id, None) is not None:
-            self._scheduler.finish(request.sequence)
+            self._scheduler.finish(request.sequence, is_sound=not isinstance(request.error, NumericError))
             request.finish_reason = request.finish_reason or "cancelled"
 
     def logits(self, sequences: Sequence[Sequence[int]], chunk: int | None) -> list[NDArray[np.float32]]:
@@ -192,7 +236,7 @@ class Core:
             for ids in sequences:
                 checked = check_ids(ids, self.manifest.model.vocab_size)
                 self._scheduler.check(len(checked), 0, least_tokens=0)
-                request = Request(RunningSequence(-1, checked, len(checked), 0, wants_all_logits=True), checked)
+                request = Request(RunningSequence(-1, list(checked), len(checked), 0, num_rows_taken=0), checked)
                 requests.append(request)
                 self.enqueue(request)
             while any(request.finish_reason is None for request in requests):
@@ -209,7 +253,7 @@ class Core:
         timings = {
             "prompt_n": len(request.prompt_ids),
             "prompt_ms": round(prompt_s * 1e3, 3),
-            "predicted_n": len(request.sequence.tokens) - len(request.prompt_ids),
+            "predicted_n": request.num_generated,
             "predicted_ms": round((request.last_token_s - request.first_token_s) * 1e3, 3),
             "load_ms": round(load_ms, 3),
         }
@@ -232,47 +276,79 @@ class Core:
 
     def _new_scheduler(self, token_budget: int) -> Scheduler:
         return Scheduler(
-            self._allocator,
+            self._pool,
             max_seq_len=self.max_seq_len,
             max_num_seqs=min(self._max_num_seqs, token_budget),
             token_budget=token_budget,
+            max_rows=max(1, _MAX_ROW_BYTES // (4 * self.manifest.model.vocab_size)),
         )
+
+    def _propose(self, sequence: RunningSequence, limit: int) -> Sequence[int]:
+        lookup = self._requests[sequence.id].lookup
+        return () if lookup is None else lookup.propose(sequence.tokens, limit)
 
     def _record(self, request: Request, piece: Piece, rows: NDArray[np.float32]) -> list[Event]:
         """Take a step's logits into a request; return its events."""
-        sequence = request.sequence
-        if sequence.wants_all_logits:
-            self._take_prompt_rows(request, piece, rows)
+        if piece.num_prompt_rows:
+            self._take_prompt_rows(request, piece, rows[: piece.num_prompt_rows])
         if not piece.is_last:
             self._scheduler.advance(piece, [])
             return []
-        if len(request.ids) >= sequence.max_tokens:
+        if len(request.ids) >= request.sequence.max_tokens:
             self._scheduler.advance(piece, [])
             return [self._end(request, "length")]
+        sampled, scored = self._sample(request, piece, rows[len(rows) - 1 - len(piece.drafts) :])
+        self._scheduler.advance(piece, sampled)
+        events: list[Event] = []
+        for token_id, logprobs in zip(sampled, scored, strict=True):
+            events.append(self._take_token(request, token_id, logprobs))
+            if request.finish_reason is not None:
+                break
+        return events
+
+    def _sample(
+        self, request: Request, piece: Piece, rows: NDArray[np.float32]
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Sample a token from each row, as long as the rows before it were computed from the very tokens sampled.
+
+        So the tokens are those that would have been sampled one by one, random numbers included.
+        """
         assert request.sampler is not None
-        if request.constraint is None:
-            allowed = None
-        else:
-            allowed = allowed_tokens(request.constraint.mask(request.ids), rows.shape[1])
-        token_id = request.sampler.sample(rows[-1], sequence.tokens, sequence.num_prompt, allowed)
-        self._scheduler.advance(piece, [token_id])
-        scored = None
+        sampled: list[int] = []
+        constraint, allowed = request.constraint, None
+        for row, draft in zip(rows, [*piece.drafts, None], strict=True):
+            if constraint is not None:
+                allowed = allowed_tokens(constraint.mask(request.ids + sampled), rows.shape[1])
+            token_id = request.sampler.sample(row, request.history or (), allowed)
+            sampled.append(token_id)
+            is_over = token_id != draft or token_id in request.end_ids
+            if request.history is not None:
+                request.history.append(token_id)
+            if constraint is not None and token_id not in request.end_ids:
+                constraint.accept(token_id)
+                is_over = is_over or constraint.is_done
+            if is_over:
+                break
+        scored: list[TokenLogprobs | None] = [None] * len(sampled)
         if request.num_top is not None:
-            (scored,) = token_logprobs(rows[-1:], [token_id], request.num_top)
-        return [self._take_token(request, token_id, scored)]
+            scored = [*token_logprobs(rows[: len(sampled)], sampled, request.num_top)]
+        if request.lookup is not None:
+            request.lookup.learn(len(piece.drafts), len(sampled) - 1)
+            self._num_drafts += len(piece.drafts)
+            self._num_accepted += len(sampled) - 1
+        return sampled, scored
 
     def _take_token(self, request: Request, token_id: int, scored: TokenLogprobs | None) -> Event:
         """Add a sampled token to a request; decide whether the request ends."""
         request.last_token_s = time.perf_counter()
         request.first_token_s = request.first_token_s or request.last_token_s
         self._num_generated += 1
+        request.num_generated += 1
         if token_id in request.end_ids:
             return self._end(request, "stop", logprobs=scored)
         request.ids.append(token_id)
         if request.logprobs is not None and scored is not None:
             request.logprobs.append(scored)
-        if request.constraint is not None:
-            request.constraint.accept(token_id)
         text = ""
         if request.stream is not None and self.tokenizer is not None and token_id < self.tokenizer.vocab_size:
             text = request.stream.push(token_id)
@@ -295,8 +371,9 @@ class Core:
     ) -> Event:
         text += request.stream.finish() if request.stream is not None else ""
         request.text += text
-        request.finish_reason, request.error = reason, error
+        request.error = error
         self.cancel(request)
+        request.finish_reason = reason
         return Event(request, token_id, text, logprobs, reason, error)
 
     def _take_prompt_rows(self, request: Request, piece: Piece, rows: NDArray[np.float32]) -> None:
@@ -304,6 +381,6 @@ class Core:
         if request.prompt_logprobs is None:
             request.rows.append(rows.copy())
             return
-        first = len(request.prompt_logprobs)
+        first = piece.first_prompt_row + 1
         following = request.prompt_ids[first : first + len(rows)]  # the prompt's last row predicts no prompt token
         request.prompt_logprobs += token_logprobs(rows[: len(following)], following, request.num_prompt_top or 0)

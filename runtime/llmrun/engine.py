@@ -8,20 +8,20 @@ those of rank 0.
 from __future__ import annotations
 
 import atexit
+import collections
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from llmrun import failstop
-from llmrun.constraint import Constraint
 from llmrun.core import Core, Stats
 from llmrun.errors import LlmpackError, UsageError
 from llmrun.job import Job, JobOptions
 from llmrun.mirror import Mirror
-from llmrun.requests import Completion, Event, Prompt, Request, check_prompt
+from llmrun.requests import Completion, Event, Message, Prompt, Request, RequestOptions, check_prompt
 from llmrun.sampler import SamplingParams
 from llmrun.step_plan import MessageKind
 from llmrun.tokenizer import load_tokenizer
@@ -48,6 +48,8 @@ class Engine:
         threads: int | None = None,
         max_seq_len: int | None = None,
         max_num_seqs: int = 8,
+        kv_cache_mb: int | None = None,
+        speculate: int = 0,
         verify: str = "full",
         isa: str | None = None,
         prepare: Callable[[Engine], None] | None = None,
@@ -61,6 +63,9 @@ class Engine:
             threads: threads a rank; None: this rank's share of the host's cores.
             max_seq_len: positions of one sequence at most; None: as packed.
             max_num_seqs: sequences that run at the same time.
+            kv_cache_mb: MiB of each rank's cache of keys and values, whose free part remembers prefixes; None: enough
+                for `max_num_seqs` sequences of full length, or what fits 90 % of the free memory.
+            speculate: tokens to guess ahead at most, by looking the last ones up in the sequence itself; 0: off.
             verify: "full" compares all digests; "size" and "off" only what the manifest and the sizes show.
             isa: instruction set of the CPU kernels; None: the best.
             prepare: called on rank 0 when the tokenizer is there and no weight has been read; its errors end the start.
@@ -70,7 +75,7 @@ class Engine:
         """
         started = time.perf_counter()
         self._closed = False
-        options = JobOptions(provider, threads, max_seq_len, max_num_seqs, verify, isa)
+        options = JobOptions(provider, threads, max_seq_len, max_num_seqs, verify, isa, kv_cache_mb)
         self._job = job = Job(path, options)
         try:
             self.rank, self.size = job.rank, job.size
@@ -81,12 +86,17 @@ class Engine:
             self.max_seq_len = job.max_seq_len
             self.tokenizer = None
             job.stage("preparing", lambda: self._prepare(prepare), deadline_s=None)
-            block_size = self.manifest.kv_cache.block_size
-            job.load(max_num_seqs * -(-self.max_seq_len // block_size))
+            spec = self.manifest.kv_cache
+            if kv_cache_mb is None:
+                job.load(max_num_seqs * -(-self.max_seq_len // spec.block_size))
+            else:
+                job.load((kv_cache_mb << 20) // (spec.block_size * spec.bytes_per_token), is_exact=True)
         except BaseException:
             job.watchdog.close()
             raise
-        self._core = Core(job, self.tokenizer, max_seq_len=self.max_seq_len, max_num_seqs=max_num_seqs)
+        self._core = Core(
+            job, self.tokenizer, max_seq_len=self.max_seq_len, max_num_seqs=max_num_seqs, speculate=speculate
+        )
         self.load_ms = (time.perf_counter() - started) * 1e3
         atexit.register(self.close)
 
@@ -103,23 +113,12 @@ class Engine:
 
     # Generating
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        **sampling: Any,
-    ) -> Generator[str, None, None]:
-        """Continue a prompt, yielding text as it becomes certain: never half a character, never the start of a stop string.
+    def generate(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[str, None, None]:
+        """Answer a prompt, yielding text as it becomes certain: never half a character, never the start of a stop text.
 
         Args:
-            prompt: text, or token ids taken as they are.
-            max_tokens: None: 256, or what the context has room for.
-            stop: texts that end the answer and are not part of it.
-            ignore_eos: go on after the model's end token.
-            sampling: fields of `SamplingParams`; the artifact's defaults fill the rest.
+            prompt: text to continue, token ids taken as they are, or the messages of a chat.
+            options: see `RequestOptions`.
         Raises:
             UsageError: before any work: empty prompt, no room in the context, no tokenizer, bad parameters.
             NumericError: the model computed NaN or infinity.
@@ -128,46 +127,43 @@ class Engine:
         def pieces() -> Iterator[str]:
             if self.tokenizer is None:
                 raise UsageError("the artifact has no tokenizer: use generate_ids (--ids).", code="E205")
-            request = self.submit(prompt, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, **sampling)
+            request = self.submit(prompt, **options)
             yield from (event.text for event in self._run(request) if event.text)
 
         return self._mirror.iterate(pieces)
 
-    def generate_ids(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        **sampling: Any,
-    ) -> Generator[int, None, None]:
+    def generate_ids(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Generator[int, None, None]:
         """Like `generate`, but yield token ids; needs no tokenizer if the prompt is ids."""
 
         def ids() -> Iterator[int]:
-            request = self.submit(prompt, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, **sampling)
+            request = self.submit(prompt, **options)
             yield from (event.token_id for event in self._run(request) if event.token_id is not None)
 
         return self._mirror.iterate(ids)
 
-    def generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        **sampling: Any,
-    ) -> list[Completion]:
-        """Complete several prompts together; arguments as in `generate`. Returns the completions in order."""
+    def chat(self, messages: Sequence[Message], **options: Unpack[RequestOptions]) -> Generator[str, None, None]:
+        """Answer the last of some messages, yielding text as `generate` does.
+
+        Args:
+            messages: each a role ("system", "user", "assistant") and a content; the artifact's template makes them a
+                prompt, and what it knows of earlier turns is found in the cache.
+            options: see `RequestOptions`.
+        Raises:
+            UsageError: as `generate`; or no template, or it refuses the messages.
+        """
+        return self.generate(messages, **options)
+
+    def complete(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Completion:
+        """Return the whole answer to a prompt; see `generate`."""
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[RequestOptions]) -> list[Completion]:
+        """Answer several prompts together, each as it would be alone; return the completions in order."""
 
         def completions() -> Iterator[list[Completion]]:
             requests: list[Request] = []
             try:
-                for prompt in prompts:
-                    requests.append(
-                        self.submit(prompt, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, **sampling)
-                    )
+                requests += (self.submit(prompt, **options) for prompt in prompts)
                 while any(request.finish_reason is None for request in requests):
                     self.step()
             finally:
@@ -180,7 +176,7 @@ class Engine:
     def logits(self, ids: Sequence[int], *, chunk: int | None = None) -> NDArray[np.float32]:
         """Return the logits after each of `ids`: [len(ids), vocab_size], float32.
 
-        `chunk`: tokens in one step at most; None: 512. The result does not depend on it, but for rounding.
+        `chunk`: tokens in one step at most; None: 512. The result does not depend on it.
         """
         return self.logits_batch([ids], chunk=chunk)[0]
 
@@ -201,46 +197,17 @@ class Engine:
 
     # The steps underneath; rank 0 only
 
-    def submit(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        prompt_logprobs: int | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        constraint: Constraint | None = None,
-        **sampling: Any,
-    ) -> Request:
+    def submit(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> Request:
         """Queue a prompt. Rank 0 only.
 
         Args:
-            prompt: text, or token ids taken as they are.
-            max_tokens: None: 256, or what the context has room for; 0 with `prompt_logprobs`: the prompt alone.
-            stop: texts that end the answer and are not part of it.
-            ignore_eos: go on after the model's end token.
-            logprobs: report log-probabilities, of this many alternatives beside the sampled token; None: none.
-            prompt_logprobs: the same for each token of the prompt; there before the first event.
-            logit_bias: numbers to add to the logits of these ids; -inf: never.
-            constraint: which tokens may come (structured output); the object is this request's alone.
-            sampling: fields of `SamplingParams`; the artifact's defaults fill the rest.
+            prompt: text to continue, token ids taken as they are, or the messages of a chat.
+            options: see `RequestOptions`.
         Raises:
             UsageError: empty prompt, no room in the context, no tokenizer, bad parameters.
             ResourceError: it needs more cache than there is.
         """
-        request = self._core.prepare(
-            prompt,
-            max_tokens=max_tokens,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            logit_bias=logit_bias,
-            constraint=constraint,
-            **sampling,
-        )
+        request = self._core.prepare(prompt, **options)
         self._core.enqueue(request)
         return request
 
@@ -319,9 +286,17 @@ class Engine:
             prepare(self)
 
     def _run(self, request: Request) -> Iterator[Event]:
-        """Step until a request ends, yielding its events."""
+        """Step until a request ends, yielding its events; those of other requests wait for whoever runs them."""
+        events = request.events = collections.deque()
         try:
-            while request.finish_reason is None:
-                yield from (event for event in self.step() if event.request is request)
+            while events or request.finish_reason is None:
+                while not events:
+                    for event in self._core.step(raises=False):
+                        if event.request.events is not None:
+                            event.request.events.append(event)
+                event = events.popleft()
+                if event.error is not None:
+                    raise event.error
+                yield event
         finally:
             self.cancel(request)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
-from llmrun.constraint import Constraint
 from llmrun.core import Stats
 from llmrun.errors import LlmpackError, PeerError, ResourceError
-from llmrun.requests import Event, Prompt, Request
+from llmrun.requests import Event, Prompt, Request, RequestOptions
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -76,42 +74,21 @@ class EngineLoop:
         """What ended the loop; None while it is sound. Nothing can be submitted any more."""
         return self._failed
 
-    def submit(
-        self,
-        prompt: Prompt,
-        *,
-        on_event: OnEvent,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        prompt_logprobs: int | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        constraint: Constraint | None = None,
-        **sampling: Any,
-    ) -> Ticket:
-        """Queue a prompt; other arguments as in `Engine.submit`. Tokenizes on the caller's thread.
+    def submit(self, prompt: Prompt, *, on_event: OnEvent, **options: Unpack[RequestOptions]) -> Ticket:
+        """Queue a prompt. Tokenizes on the caller's thread.
 
         Args:
+            prompt: as in `Engine.submit`.
             on_event: called on the loop's thread for each event, so it must be quick; the last event has a
                 `finish_reason`, and comes whatever happens ("cancelled", "error" included). If it raises, the request
                 is cancelled.
+            options: see `RequestOptions`.
         Raises:
-            UsageError, ResourceError: as in `Engine.submit`.
-            ResourceError: the loop is draining or closed.
+            UsageError: as in `Engine.submit`.
+            ResourceError: as in `Engine.submit`; or the loop is draining or closed.
             PeerError: the engine has failed (see `failed`).
         """
-        request = self._core.prepare(
-            prompt,
-            max_tokens=max_tokens,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            logit_bias=logit_bias,
-            constraint=constraint,
-            **sampling,
-        )
+        request = self._core.prepare(prompt, **options)
         ticket = Ticket(request, on_event)
         with self._wakeup:
             if self._failed is not None:
@@ -157,10 +134,10 @@ class EngineLoop:
         try:
             while self._wait():
                 self._admit()
-                if self._core.has_work:
-                    for event in self._core.step(raises=False):
-                        self._deliver(event)
-                self._stats = self._core.stats()
+                events = self._core.step(raises=False) if self._core.has_work else []
+                self._stats = self._core.stats()  # who has got the last event sees what it did
+                for event in events:
+                    self._deliver(event)
         except BaseException as error:
             self._fail(error)
             return
@@ -192,7 +169,8 @@ class EngineLoop:
 
     def _end(self, request: Request) -> None:
         self._core.cancel(request)
-        self._deliver(Event(request, None, "", finish_reason=request.finish_reason or "cancelled"))
+        request.finish_reason = request.finish_reason or "cancelled"  # one that was never queued, too
+        self._deliver(Event(request, None, "", finish_reason=request.finish_reason))
 
     def _deliver(self, event: Event) -> None:
         ticket = self._open.get(event.request)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from llmrun.errors import UsageError
 
@@ -15,13 +16,51 @@ if TYPE_CHECKING:
 
     from llmrun.constraint import Constraint
     from llmrun.logprobs import TokenLogprobs
-    from llmrun.sampler import Sampler
-    from llmrun.scheduler import RunningSequence
+    from llmrun.lookup import PromptLookup
+    from llmrun.sampler import Sampler, TokenHistory
+    from llmrun.sequence import RunningSequence
     from llmrun.text_stream import TextStream
     from llmrun.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
-Prompt = str | Sequence[int]
+Message = Mapping[str, Any]  # of a chat: "role" and "content"
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class RequestOptions(TypedDict, total=False):
+    """What may be asked of a request beside its prompt; what is not given is the artifact's default, or off.
+
+    Attributes:
+        max_tokens: tokens to sample at most; not given: 256, or what the context has room for; 0 with
+            `prompt_logprobs`: the prompt alone.
+        stop: texts that end the answer and are not part of it.
+        ignore_eos: go on after the model's end token.
+        logprobs: report log-probabilities, of this many alternatives beside the sampled token.
+        prompt_logprobs: the same for each token of the prompt; there before the first event.
+        logit_bias: numbers to add to the logits of these ids; -inf: never.
+        constraint: which tokens may come (structured output); the object is this request's alone.
+        speculate: tokens to guess ahead at most (prompt look-up); the answer stays the same; not given: the engine's.
+        reuse_prefix: False computes the whole prompt, even if the cache holds its beginning.
+        temperature, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, seed: see `SamplingParams`.
+    """
+
+    max_tokens: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    logit_bias: Mapping[int, float] | None
+    constraint: Constraint | None
+    speculate: int | None
+    reuse_prefix: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repeat_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
 
 
 @dataclass(eq=False)
@@ -39,14 +78,18 @@ class Request:
     stream: TextStream | None = None
     end_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
+    history: TokenHistory | None = None  # for penalties
+    lookup: PromptLookup | None = None  # for speculation
     num_top: int | None = None  # alternatives to report of each sampled token
     num_prompt_top: int | None = None  # and of each prompt token
     ids: list[int] = field(default_factory=list)
     text: str = ""
+    num_generated: int = 0  # tokens sampled, the end token too
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
     error: Exception | None = None
+    events: collections.deque[Event] | None = None  # not yet taken, where somebody takes them one by one
     rows: list[NDArray[np.float32]] = field(default_factory=list)
     submitted_s: float = field(default_factory=time.perf_counter)
     first_token_s: float = 0.0
@@ -124,12 +167,17 @@ def check_prompt(
     Raises:
         UsageError: the prompt is empty, holds an id that is not in the vocabulary, or leaves no room.
     """
-    if isinstance(prompt, str):
+    if len(prompt) > 0 and isinstance(prompt[0], str | Mapping):
         if tokenizer is None:
             raise UsageError("the artifact has no tokenizer: give token ids.", code="E205")
-        ids = tokenizer.encode(prompt) if prompt else []
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        else:
+            from llmrun.chat import encode_chat  # brings the template engine, which nobody else needs
+
+            ids = encode_chat(tokenizer, cast("Sequence[Message]", prompt))
     else:
-        ids = check_ids(prompt, vocab_size)
+        ids = check_ids(cast("Sequence[int]", prompt), vocab_size)
     if not ids:
         raise UsageError("the prompt is empty.", code="E203")
     room = max_seq_len - len(ids)

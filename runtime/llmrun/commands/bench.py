@@ -110,7 +110,7 @@ def _tokens_per_s(engine: Engine, n_prompt: int, n_gen: int) -> float:
     vocab_size = engine.manifest.model.vocab_size
     prompt = [(7919 * i + 1) % vocab_size for i in range(max(n_prompt, 1))]
     started = time.perf_counter()
-    request = engine.submit(prompt, max_tokens=max(n_gen, 1), ignore_eos=True, temperature=0.0)
+    request = engine.submit(prompt, max_tokens=max(n_gen, 1), ignore_eos=True, temperature=0.0, reuse_prefix=False)
     while request.finish_reason is None:
         engine.step()
     return (n_prompt or n_gen) / (time.perf_counter() - started)

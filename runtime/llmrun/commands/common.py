@@ -32,6 +32,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--provider", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
+    group.add_argument(
+        "--kv-cache-mb", type=int, metavar="MB", help="memory for keys and values, a rank (what is needed)"
+    )
+    group.add_argument(
+        "--speculate", type=int, default=0, metavar="K", help="guess K tokens ahead from the text (0: off)"
+    )
     group.add_argument("--verify", choices=("full", "size", "off"), default="full", help="what to check before loading")
     group.add_argument("--isa", choices=("portable", "avx2", "avx512"), help="instruction set of the CPU kernels")
 
@@ -154,7 +160,9 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             provider=arguments.provider,
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
-            max_num_seqs=getattr(arguments, "max_num_seqs", 1),
+max_num_seqs=getattr(arguments, "max_num_seqs", 1),
+            kv_cache_mb=arguments.kv_cache_mb,
+            speculate=arguments.speculate,
             verify=arguments.verify,
             isa=arguments.isa,
             prepare=work.prepare,
