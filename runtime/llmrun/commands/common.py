@@ -160,7 +160,7 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             provider=arguments.provider,
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
-max_num_seqs=getattr(arguments, "max_num_seqs", 1),
+            max_num_seqs=getattr(arguments, "max_num_seqs", 1),
             kv_cache_mb=arguments.kv_cache_mb,
             speculate=arguments.speculate,
             verify=arguments.verify,
