@@ -22,24 +22,10 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
-WORDS = [
-    "king",
-    "queen",
-    "evening",
-    "house",
-    "river",
-    "stone",
-    "garden",
-    "winter",
-    "letter",
-    "horse",
-    "window",
-    "bread",
-    "mountain",
-    "sister",
-    "morning",
-    "road",
-]
+WORDS = (
+    *("king", "queen", "evening", "house", "river", "stone", "garden", "winter"),
+    *("letter", "horse", "window", "bread", "mountain", "sister", "morning", "road"),
+)
 
 
 @dataclass

@@ -234,9 +234,5 @@ def _shown(value: Any) -> str:
     """Return a value for a message: short, whatever it is."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = (
-        repr(value)
-        if not isinstance(value, bool) and value is not None
-        else {True: "true", False: "false"}.get(value, "null")
-    )
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

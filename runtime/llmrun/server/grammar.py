@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CACHE_ENTRIES = 32
 _MAX_LEXER_STATES = 10_000  # 1 to 2 kB each
 # Between the tokens of JSON: a space, or a line break and its indentation. Without a bound a weak model never stops.
-_JSON_OPTIONS = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
 
 
 def is_available() -> bool:

@@ -56,14 +56,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each limit."""
     group = parser.add_argument_group("limits")
     for entry in fields(Limits):
+        default, unit = Limits.__dict__[entry.name], entry.metadata["unit"]
+        shown = f"{default >> 10} KiB" if unit == "BYTES" else f"{default:g}"
         group.add_argument(
             f"--{entry.name.replace('_', '-')}",
-            type=float if isinstance(entry.default, float) or entry.metadata["unit"] == "S" else int,
-            default=entry.default,
-            metavar=entry.metadata["unit"],
-            help=f"{entry.metadata['help']} ({entry.default:g})"
-            if entry.default < 1 << 13
-            else f"{entry.metadata['help']} ({entry.default >> 10} KiB)",
+            type=float if unit == "S" else int,
+            default=default,
+            metavar=unit,
+            help=f"{entry.metadata['help']} ({shown})",
         )
 
 
