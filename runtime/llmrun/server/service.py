@@ -137,7 +137,7 @@ class Service:
 
     def watch(self) -> None:
         """Note whether the engine makes progress; called once a second."""
-        if self.state not in ("ready", "draining"):
+        if self.state != "ready":
             return
         stats = self.loop.stats()
         if stats.steps != self._progress[0] or not (stats.running or stats.waiting):
