@@ -18,8 +18,9 @@ fuzz: $(VENV)/.test
 	LLMPACK_HYPOTHESIS=fuzz $(BIN)/pytest $$(grep -rl hypothesis tests --include='test_*.py') $(ARGS)
 
 # lm-evaluation-harness against `llmrun serve`, in an environment of its own: 800 MB.
-test-clients: $(VENV)/.test .venv-clients/.done $(DEMO)
-	.venv-clients/bin/python tests/clients/lm_eval_local.py $(CURDIR)/$(BIN)/python $(DEMO)
+test-clients: $(VENV)/.test .venv-clients/.done
+	$(BIN)/pack tests/checkpoints/demo -o .build/demo-f32-tp2 --shards 2 --quant f32 --force
+	.venv-clients/bin/python tests/clients/lm_eval_local.py $(CURDIR)/$(BIN)/python .build/demo-f32-tp2
 
 # Ten minutes of requests of every kind: memory and descriptors of the server stay flat.
 soak: $(VENV)/.test $(DEMO)
