@@ -6,6 +6,7 @@ any thread, but one at a time). Between requests the thread sleeps, and the othe
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
 import threading
@@ -60,6 +61,7 @@ class EngineLoop:
         self._stats = self._core.stats()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # before the engine's own, which needs MPI for itself
 
     def __enter__(self) -> EngineLoop:
         """Return the loop."""
@@ -127,6 +129,7 @@ class EngineLoop:
             self._wakeup.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
 
     # The thread
 

@@ -9,6 +9,7 @@ the least recently used first.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import heapq
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ class BlockPool:
         self._root = hashlib.sha256(identity).digest()
         self._holders = [0] * num_blocks
         self._blank = list(range(num_blocks))  # a heap, so that memory never used is never touched
-        self._idle: dict[int, None] = {}  # published blocks that nobody holds, least recently used first
+        # Published blocks that nobody holds, least recently used first.
+        self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
         self._block_of: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
 
@@ -88,8 +90,7 @@ class BlockPool:
             if self._blank:
                 block = heapq.heappop(self._blank)
             else:
-                block = next(iter(self._idle))
-                del self._idle[block]
+                block, _ = self._idle.popitem(last=False)
                 self._forget(block)
             self._holders[block] = 1
             blocks.append(block)

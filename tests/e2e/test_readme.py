@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from mpi.harness import mpirun_command
 
 README = Path(__file__).parents[2] / "README.md"
