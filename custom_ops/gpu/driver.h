@@ -68,6 +68,9 @@ constexpr unsigned kTimingEvent = 0;         // CU_EVENT_DEFAULT, hipEventDefaul
       (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,               \
        unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters,          \
        void** extra))                                                                                        \
+    X(launch_cooperative, "cuLaunchCooperativeKernel", "hipModuleLaunchCooperativeKernel",                   \
+      (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,               \
+       unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream, void** parameters))         \
     X(stream_create, "cuStreamCreate", "hipStreamCreateWithFlags", (Stream * stream, unsigned flags))        \
     X(stream_destroy, "cuStreamDestroy_v2", "hipStreamDestroy", (Stream stream))                             \
     X(stream_synchronize, "cuStreamSynchronize", "hipStreamSynchronize", (Stream stream))                    \

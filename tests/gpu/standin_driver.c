@@ -507,3 +507,9 @@ EXPORT int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Object* function, unsigne
     if (!stream->is_capturing) counts[LAUNCHES]++;
     return enqueue(stream, &launch);
 }
+EXPORT int NAME(cuLaunchCooperativeKernel, hipModuleLaunchCooperativeKernel)(Object* function, unsigned gx, unsigned gy,
+                                                                             unsigned gz, unsigned bx, unsigned by,
+                                                                             unsigned bz, unsigned shared, Object* stream,
+                                                                             void** parameters) {
+    return NAME(cuLaunchKernel, hipModuleLaunchKernel)(function, gx, gy, gz, bx, by, bz, shared, stream, parameters, NULL);
+}
