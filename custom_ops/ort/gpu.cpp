@@ -1,4 +1,4 @@
-// The operators of a GPU's graph (FORMAT.md 5.8), for ONNX Runtime's CUDA and ROCm providers: checks of shapes, and the
+// The operators of a GPU's graph (FORMAT.md 5.9), for ONNX Runtime's CUDA and ROCm providers: checks of shapes, and the
 // launches of 8.4. A node's kernels are found and loaded when its session is made; a step launches and nothing else.
 // Tables of indices stay on the device and are not checked here: rank 0's scheduler makes them.
 #include <algorithm>
@@ -73,7 +73,7 @@ struct EmbeddingQ {
 
     explicit EmbeddingQ(const NodeInfo& node)
         : width(node.int_attribute("in_features")),
-          num_rows(node.int_attribute("num_rows")),
+          num_rows(node.int_attribute("num_embeddings")),
           embed(Launcher::current().operation(
               storage == Storage::kQ8 ? "embed_q8" : "embed_q6",
               {{"in_features", width}, {"group_size", node.int_attribute("group_size")}},
@@ -92,7 +92,7 @@ struct EmbeddingQ {
 };
 
 struct GpuRMSNorm {
-    static constexpr const char* kName = "RMSNorm";
+    static constexpr const char* kName = "RMSNormF16";
     static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kFloat}};
     static constexpr Port kOutputs[] = {{"y", kFloat16}};
 
@@ -174,10 +174,11 @@ struct GpuSwiGLU {
     Operation swiglu;
 };
 
-// y is float16 between operators and float32 for logits: the same operator, registered for both types.
+// y is float16 between operators and float32 for logits. ONNX Runtime tells operators of one name apart by the types
+// of their inputs only, so the name says the type of y where the inputs do not.
 template <ElementType type>
 struct GpuMatMulF16 {
-    static constexpr const char* kName = "MatMulF16";
+    static constexpr const char* kName = type == kFloat ? "MatMulF16F32" : "MatMulF16";
     static constexpr Port kInputs[] = {{"x", kFloat16}, {"weight", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", type}};
 
@@ -203,9 +204,13 @@ struct GpuMatMulF16 {
 
 template <Storage storage, ElementType type>
 struct GpuMatMulQ {
-    static constexpr const char* kName = storage == Storage::kQ8   ? "MatMulQ8"
-                                         : storage == Storage::kQ6 ? "MatMulQ6"
-                                                                   : "MatMulQ4";
+    static constexpr const char* kName =
+        type == kFloat ? (storage == Storage::kQ8   ? "MatMulQ8F32"
+                          : storage == Storage::kQ6 ? "MatMulQ6F32"
+                                                    : "MatMulQ4F32")
+                       : (storage == Storage::kQ8   ? "MatMulQ8"
+                          : storage == Storage::kQ6 ? "MatMulQ6"
+                                                    : "MatMulQ4");
     static constexpr Port kInputs[] = {{"x", kFloat16}, {"weight", kUInt8}, {"scales", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", type}};
 
