@@ -26,6 +26,7 @@ from llmpack.weights import (
     Quantization,
     check_options,
     check_split,
+    choose_group_size,
     heads_per_rank,
     plan_rank,
     resolve_sources,
@@ -53,7 +54,7 @@ class Options:
 
     shards: int = 1
     scheme: str = "q4"
-    group_size: int = 32
+    group_size: int | None = None  # None: the first of weights.DEFAULT_GROUP_SIZES that divides
     targets: tuple[str, ...] = TARGETS
     max_seq_len: int | None = None
     force: bool = False
@@ -90,6 +91,8 @@ def pack(
             names = resolve_sources(config, {name: info.shape for name, info in checkpoint.tensors.items()})
         except IntegrityError as error:
             raise IntegrityError(f"{model_dir}: {error}", code=error.code) from None
+        if options.group_size is None:
+            quantization = choose_group_size(config, quantization, options.shards)
         check_split(config, quantization, options.shards)
         max_seq_len = config.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
         if not 1 <= max_seq_len <= config.max_position_embeddings:
@@ -114,15 +117,13 @@ def pack(
             sources = background.submit(checkpoint.hash_sources, used, stopped.is_set)
             logical = export(config, kv_dtype, BLOCK_SIZE)
             for rank, plan in enumerate(plans):
-                graph = split(logical, config, plan, rank, options.shards, quantization.group_size, "weights.bin")
+                graph = split(logical, config, plan, rank, options.shards, "weights.bin")
                 staging.add(f"rank-{rank}/cpu.onnx", graph.SerializeToString(deterministic=True))
-            write_weights(checkpoint, names, plans, quantization, staging, on_progress)
+            write_weights(checkpoint, names, plans, staging, on_progress)
             on_progress("self-check", 0, 1)
             with contextlib.ExitStack() as files:
                 packed = [
-                    files.enter_context(
-                        PackedRank(staging.partial / f"rank-{r}/weights.bin", plan, quantization.group_size)
-                    )
+                    files.enter_context(PackedRank(staging.partial / f"rank-{r}/weights.bin", plan))
                     for r, plan in enumerate(plans)
                 ]
                 check = selfcheck(
@@ -155,7 +156,7 @@ def pack(
 
 def _describe(quantization: Quantization, summary: dict[str, Any]) -> dict[str, Any]:
     roles = {role: quantization.of_role(role) for role in ("linear", "head", "embedding", "norm", "bias")}
-    figures = {key: summary[key] for key in ("scheme", "group_size", "bits_per_weight")}
+    figures = {key: summary[key] for key in ("scheme", "group_size", "bits_per_weight", "bits_per_weight_of_file")}
     return {**figures, "roles": roles}
 
 
@@ -168,6 +169,7 @@ def _describe_rank(rank: dict[str, Any]) -> dict[str, Any]:
         "weights": f"{folder}/weights.bin",
         "weight_bytes": rank["weight_bytes"],
         "weight_bytes_per_token": rank["weight_bytes_per_token"],
+        "weight_bytes_by_role": rank["weight_bytes_by_role"],
     }
 
 
