@@ -39,7 +39,7 @@ gpu::Collectives& collectives() {
     return *made;
 }
 
-// Embedding: storage as in FORMAT.md 4.5.
+// How weights are stored (FORMAT.md 4.3).
 enum class Storage { kF16, kQ8, kQ6, kQ4 };
 
 struct EmbeddingF16 {
@@ -73,21 +73,20 @@ struct EmbeddingQ {
 
     explicit EmbeddingQ(const NodeInfo& node)
         : width(node.int_attribute("in_features")),
-          num_rows(node.int_attribute("num_embeddings")),
           embed(Launcher::current().operation(
               storage == Storage::kQ8 ? "embed_q8" : "embed_q6",
               {{"in_features", width}, {"group_size", node.int_attribute("group_size")}},
-              {{"ids", kPointer}, {"weight", kPointer}, {"scales", kPointer}, {"y", kPointer}, {"num_rows", kInteger}})) {}
+              {{"ids", kPointer}, {"weight", kPointer}, {"scales", kPointer}, {"y", kPointer}})) {}
 
     void compute(Context& context) const {
         const Tensor ids = context.input(0), weight = context.input(1), scales = context.input(2);
         ids.expect_shape({-1}, "[tokens]");
         const int64_t T = ids.shape[0];
         float* y = context.output(0, {T, width});
-        embed.launch({T}, {ids.data, weight.data, scales.data, y, narrow(num_rows)}, context.gpu_stream());
+        embed.launch({T}, {ids.data, weight.data, scales.data, y}, context.gpu_stream());
     }
 
-    int64_t width, num_rows;
+    int64_t width;
     Operation embed;
 };
 
@@ -476,8 +475,7 @@ struct GpuAllGather {
              {"buffers", kPointer},
              {"flags", kPointer},
              {"epochs", kPointer},
-             {"rank", kInteger},
-             {"num_rows", kInteger}},
+             {"rank", kInteger}},
             columns * 4);
         Launcher& launcher = Launcher::current();
         launcher.reserve(collectives().gather_bytes(launcher.settings.max_rows, columns));
@@ -497,7 +495,7 @@ struct GpuAllGather {
             return ranks.all_gather(x.data, y, R, columns, out_features, context.gpu_stream());
         }
         const gpu::Meeting& m = *one_shot.meeting;
-        one_shot.operation.launch({R}, {x.data, y, m.buffers, m.flags, m.epochs, narrow(ranks.rank), narrow(R)},
+        one_shot.operation.launch({R}, {x.data, y, m.buffers, m.flags, m.epochs, narrow(ranks.rank)},
                                   context.gpu_stream());
     }
 

@@ -1,14 +1,13 @@
 """One rank's graph for the CPU -> the same rank's graph for a GPU (FORMAT 5.9): the same weights, other activations.
 
 In: what `split.py` made. Out: a graph whose operators are the launcher's, with every number that chooses a kernel as an
-attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce fused with the norm behind it; and
-the likeliest tokens beside the logits. Initializers stay as they are: both graphs map one weights.bin. Requires: no weight is
-float32 but norms and biases. It knows no kernel and no chip.
+attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce fused with the norm behind
+it; and the likeliest tokens beside the logits. Initializers stay as they are: both graphs map one weights.bin. Requires: no
+weight is float32 but norms and biases. It knows no kernel and no chip.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import onnx
@@ -16,7 +15,7 @@ from onnx import TensorProto, helper
 
 from llmrun.artifact import OPS_DOMAIN
 
-TOP_K = 64  # likeliest tokens that a step gives beside the logits
+TOP_K = 64  # likeliest tokens that a step gives beside the logits; kernel_plan.py compiles the kernel
 _MATMULS = ("MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4")
 _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -70,15 +69,12 @@ class _Rewrite:
             "/top_k",
             domain=OPS_DOMAIN,
             vocab_size=self.vocab_size,
-            k=self._k(),
+            k=TOP_K,
         )
         rows = self.shapes["logits"][0]
         for name, kind in (("top_values", _FLOAT), ("top_ids", TensorProto.INT32)):
-            self.graph.output.append(helper.make_tensor_value_info(name, kind, [rows, self._k()]))
+            self.graph.output.append(helper.make_tensor_value_info(name, kind, [rows, TOP_K]))
         return [*nodes, top]
-
-    def _k(self) -> int:
-        return min(TOP_K, 1 << int(math.log2(self.vocab_size)))
 
     def set_types(self) -> None:
         """Give every intermediate value its type; those of removed nodes go."""
