@@ -34,7 +34,7 @@ class _Shape:
 
     binding: Any
     inputs: dict[str, Any]
-    logits: Any
+    outputs: list[Any]  # logits first
     options: Any
     sent: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
@@ -63,7 +63,6 @@ class GpuSession:
         assert placement.gpu is not None
         self._ort = import_onnxruntime()
         self._device = placement.gpu.ordinal
-        # ROCm's provider goes by the name of CUDA's memory in OrtValue.
         self._vocab_size, self._gives_logits, self._captures = vocab_size, gives_logits, captures
         self._columns = -(-max_seq_len // kv_cache.block_size)
         options = self._ort.SessionOptions()
@@ -84,6 +83,7 @@ class GpuSession:
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error
         check_session(graph, self._session, kv_cache, vocab_size)
+        self._top_k = next(node.shape[1] for node in self._session.get_outputs() if node.name == "top_values")
         self._caches = self._make_caches(kv_cache, num_blocks)
         self._shapes: dict[tuple[Any, ...], _Shape] = {}
 
@@ -110,7 +110,7 @@ class GpuSession:
             raise InternalError(f"a step failed: {' '.join(str(error).split())}") from error
         if not self._gives_logits:
             return np.zeros((len(plan.logit_rows), self._vocab_size), np.float32)
-        return shape.logits.numpy()
+        return shape.outputs[0].numpy()
 
     def spoil_cache(self) -> None:
         """Put NaN into a cache, for fault injection."""
@@ -124,6 +124,7 @@ class GpuSession:
         return options
 
     def _value(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        # ROCm's build, too, calls the memory of its GPU "cuda".
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", self._device)
 
     def _make_caches(self, spec: KvCacheSpec, num_blocks: int) -> dict[str, Any]:
@@ -144,12 +145,14 @@ class GpuSession:
             binding.bind_ortvalue_input(name, value)
         logits = self._value((len(values["logit_rows"]), self._vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", logits)
-        for name in ("top_values", "top_ids"):
-            binding.bind_output(name, "cuda", self._device)
+        kept = [logits]
+        for name, dtype in (("top_values", np.float32), ("top_ids", np.int32)):
+            kept.append(self._value((len(values["logit_rows"]), self._top_k), dtype))
+            binding.bind_ortvalue_output(name, kept[-1])
         options = self._ort.RunOptions()
         options.log_severity_level = FATAL_ONLY
         if self._captures:
             # One graph for each number of sequences; 0 is ORT's own.
             options.add_run_config_entry("gpu_graph_id", str(len(values["seq_lens"])) if is_captured else _EAGER)
-        self._shapes[key] = _Shape(binding, inputs, logits, options)
+        self._shapes[key] = _Shape(binding, inputs, kept, options)
         return self._shapes[key]
