@@ -112,7 +112,7 @@ Tensor Context::input(size_t index) const {
     return tensor;
 }
 
-float* Context::output(size_t index, std::initializer_list<int64_t> shape) {
+void* Context::output_memory(size_t index, std::initializer_list<int64_t> shape) {
     OrtValue* value = nullptr;
     void* data = nullptr;
     auto what = [&] {
@@ -121,7 +121,14 @@ float* Context::output(size_t index, std::initializer_list<int64_t> shape) {
     };
     require(api_, KernelContext_GetOutput(api_, context_, index, shape.begin(), shape.size(), &value), what);
     require(api_, GetTensorMutableData(api_, value, &data), what);
-    return static_cast<float*>(data);
+    return data;
+}
+
+void* Context::gpu_stream() const {
+    void* stream = nullptr;
+    require(api_, KernelContext_GetGPUComputeStream(api_, context_, &stream),
+            [] { return "ONNX Runtime gives no compute stream, expected that of a GPU's provider"; });
+    return stream;
 }
 
 int64_t Context::ranges_for(int64_t count, int64_t grain) {

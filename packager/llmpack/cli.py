@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         "--group-size", metavar="N", type=int, default=32, help="weights per scale: 32, 64, 128 (default: 32)"
     )
     parser.add_argument(
+        "--kv-dtype", metavar="TYPE", help="keys and values in f16 or f32 (default: f32 with --quant f32, else f16)"
+    )
+    parser.add_argument(
         "--targets", metavar="LIST", default="cpu", help="comma-separated; this release: cpu (default: cpu)"
     )
     parser.add_argument(
@@ -152,6 +155,7 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
         targets=tuple(args.targets.split(",")),
         max_seq_len=args.max_seq_len,
         force=args.force,
+        kv_dtype=args.kv_dtype,
     )
     summary = pack(args.model_dir, None if args.dry_run else args.output, options, progress)
     progress.end()

@@ -7,6 +7,7 @@ place. Plans nothing, knows no other rank: the collectives inside the graph are 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrun.cores import CoreShare
+from llmrun.device import PROVIDERS
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.graph_check import check_session
 from llmrun.step_plan import FIELDS, StepPlan
@@ -24,25 +26,9 @@ if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
 MIN_ORT_VERSION = (1, 22)
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rocm": "ROCMExecutionProvider"}
 _CACHE_ALIGNMENT = 64  # bytes: a vector register, a cache line
 _PEER_ENDED = re.compile(r"rank \d+ (\(pid \d+\) )?has (ended|left)")  # custom_ops/cpu/collectives_shared.cpp
-_FATAL_ONLY = 4  # ORT's log level: its errors come to us as exceptions
-
-
-def choose_target(provider: str, targets: tuple[str, ...]) -> str:
-    """Return the artifact's target that `provider` ("auto", "cpu", "cuda", "rocm") runs.
-
-    Raises:
-        IncompatibleError: the artifact holds no graph for it.
-    """
-    if provider in ("auto", "cpu") and "cpu" in targets:
-        return "cpu"
-    raise IncompatibleError(
-        f"--provider {provider}: the artifact holds graphs for {', '.join(targets)} only"
-        f"{' and this llmrun runs cpu' if provider != 'cpu' else ''}. Use --provider cpu, or pack for that target.",
-        code="E415",
-    )
+FATAL_ONLY = 4  # ORT's log level: its errors come to us as exceptions
 
 
 def import_onnxruntime() -> Any:
@@ -52,6 +38,8 @@ def import_onnxruntime() -> Any:
         IncompatibleError: it is missing, broken or older than 1.22.
     """
     needed = ".".join(str(n) for n in MIN_ORT_VERSION)
+    # Since 1.32 the wheel holds a telemetry client with a thread of its own; nothing here needs it.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -79,7 +67,6 @@ class RankSession:
         num_blocks: int,
         vocab_size: int,
         share: CoreShare,
-        provider: str = "cpu",
     ) -> None:
         """Load `graph`, and reserve `num_blocks` cache blocks, whose memory is taken as they are used.
 
@@ -93,7 +80,7 @@ class RankSession:
         try:
             options.register_custom_ops_library(str(library))
             self._session = self._ort.InferenceSession(
-                str(graph), sess_options=options, providers=[PROVIDERS[provider]]
+                str(graph), sess_options=options, providers=[PROVIDERS["cpu"]]
             )
         except MemoryError:
             raise
@@ -104,7 +91,7 @@ class RankSession:
             ) from error
         check_session(graph, self._session, kv_cache, vocab_size)
         self._run_options = self._ort.RunOptions()
-        self._run_options.log_severity_level = _FATAL_ONLY
+        self._run_options.log_severity_level = FATAL_ONLY
         self._binding = self._session.io_binding()
         self._caches = self._bind_caches(kv_cache, num_blocks)
         self._shape: tuple[int, ...] = ()
@@ -140,9 +127,9 @@ class RankSession:
 
     def _options(self, share: CoreShare) -> Any:
         ort = self._ort
-        ort.set_default_logger_severity(_FATAL_ONLY)
+        ort.set_default_logger_severity(FATAL_ONLY)
         options = ort.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
+        options.log_severity_level = FATAL_ONLY
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads = share.num_threads

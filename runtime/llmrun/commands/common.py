@@ -30,9 +30,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add what `Engine` takes."""
     group = parser.add_argument_group("running")
     group.add_argument("--provider", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+    group.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU where there are too few")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
-    group.add_argument("--verify", choices=("full", "size", "off"), default="full", help="what to check before loading")
+    group.add_argument(
+        "--verify",
+        choices=("auto", "full", "size", "off"),
+        default="auto",
+        help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
+    )
     group.add_argument("--isa", choices=("portable", "avx2", "avx512"), help="instruction set of the CPU kernels")
 
 
@@ -152,6 +158,7 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             max_num_seqs=1,
             verify=arguments.verify,
             isa=arguments.isa,
+            share_gpu=arguments.share_gpu,
             prepare=work.prepare,
             is_mirroring=False,
         )
