@@ -123,6 +123,12 @@ class GpuModel:
         ]
         self.vocab_size = self.infos["logits"].type.tensor_type.shape.dim[1].dim_value
 
+    def close(self) -> None:
+        """Free weights and cache."""
+        for _, _, address in self.tensors.values():
+            self.device.free(address)
+        self.tensors = {}
+
     def step(self, feeds: dict[str, np.ndarray]) -> Step:
         """Lay out a step of these shapes; `feeds` as in FORMAT 3.2."""
         return Step(self, feeds)

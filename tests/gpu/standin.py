@@ -27,6 +27,7 @@ SOURCES = {
     "libmini_ort.so": (["g++", "-std=c++17", f"-I{ROOT / 'custom_ops'}"], "mini_ort.cpp"),
 }
 KINDS = {"i32": "i", "fp32": "f"}
+_callbacks: list[Any] = []  # the driver holds their addresses
 
 
 def build(folder: Path, *names: str) -> Path:
@@ -113,6 +114,6 @@ def serve_launches(specs: list[KernelSpec], *, is_hip: bool = False) -> ctypes.C
             os._exit(70)
 
     kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))
-    driver.keep_alive = kind(launched)  # type: ignore[attr-defined]
-    driver.standin_callback(driver.keep_alive)  # type: ignore[attr-defined]
+    _callbacks.append(kind(launched))
+    driver.standin_callback(_callbacks[-1])
     return driver
