@@ -139,8 +139,8 @@ def attention(
     piece = tl.program_id(0)
     head = tl.program_id(1)
     # The sequence whose pieces `piece` is among; num_sequences: none.
-    sequence = 0
-    before = 0
+    sequence = piece * 0
+    before = piece * 0
     pieces = (tl.load(query_start + 1) - tl.load(query_start) + BLOCK_M - 1) // BLOCK_M
     while (sequence < num_sequences) & (piece >= before + pieces):
         before += pieces
@@ -203,7 +203,8 @@ def attention_split(
     d = tl.arange(0, WIDTH)
     head = kv_head * HEADS_HERE + g
     real = g < HEADS_HERE
-    for token in range(first, end_token):
+    for i in range(end_token - first):
+        token = first + i
         position = length - (end_token - token)
         row = (token + g * 0)[:, None]
         mask = real[:, None] & (j < D // 2)[None, :]

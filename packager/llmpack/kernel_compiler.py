@@ -51,7 +51,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     function = getattr(importlib.import_module(f"llmpack_kernels.{module}"), name)
     decode = importlib.import_module("llmpack_kernels.decode")
     own = {"cuda": decode.CUDA.value, "hip": decode.HIP.value}[backend]
-    other = spec.on_amd if backend == "hip" else {}
+    other = spec.on(arch)
     constexprs = {n: own if v == BACKEND else other.get(n, v) for n, v in spec.constexprs.items()}
     names = list(function.arg_names)
     if set(names) != set(spec.types) | set(constexprs):
@@ -68,7 +68,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     options = {
         "num_warps": max(1, spec.threads // warp_size),
         # AMD's shared memory is small and its pipelines hold one stage in registers.
-        "num_stages": spec.stages if backend == "cuda" else other.get("stages", min(2, spec.stages)),
+        "num_stages": other.get("stages", spec.stages if backend == "cuda" else min(2, spec.stages)),
         "enable_fp_fusion": True,
     }
     compiled = triton.compile(source, target=target, options=options)

@@ -44,7 +44,12 @@ class KernelSpec:
     grid: Grid
     threads: int
     stages: int = 2
-    on_amd: dict[str, int] = dataclasses.field(default_factory=dict)  # constexprs, and "stages", that differ there
+    # Constexprs, and "stages", that differ on chips whose name starts like this.
+    chips: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    def on(self, chip: str) -> dict[str, int]:
+        """Return what differs on a chip."""
+        return {name: v for prefix, own in self.chips.items() if chip.startswith(prefix) for name, v in own.items()}
 
 
 def _power_of_two(number: int) -> int:
@@ -69,11 +74,14 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
     """
     if any(w.storage == "f32" for w in weights if w.row.role in ("linear", "head")):
         raise IncompatibleError("--quant f32 has no GPU kernels: choose --targets cpu, or --quant f16, q8 or q4.")
-    specs = [*_products(weights), _embedding(next(w for w in weights if w.row.role == "embedding"))]
-    specs += [*_elementwise(config, shards), *_attention(config, shards, block_size), *_sampling(config.vocab_size)]
+    table = next(w for w in weights if w.row.role == "embedding")
+    specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
+    specs += elementwise(config.hidden_size, config.intermediate_size // shards)
+    specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
+    specs += sampling(config.vocab_size)
     if shards > 1:
         head = next(w for w in weights if w.row.role == "head")
-        specs += _collectives(config, shards, head.num_rows)
+        specs += collectives(config.hidden_size, config.vocab_size, head.num_rows, shards)
     return specs
 
 
@@ -85,10 +93,11 @@ def _products(weights: list[RankWeight]) -> Iterator[KernelSpec]:
     }
     for storage, out_features, in_features, group_size, y_bits in sorted(matrices):
         for max_rows in ROWS:
-            yield _product(storage, out_features, in_features, group_size, y_bits, max_rows)
+            yield product(storage, out_features, in_features, group_size, y_bits, max_rows)
 
 
-def _product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows: int) -> KernelSpec:
+def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows: int) -> KernelSpec:
+    """A matrix of n output and k input features, for up to `max_rows` tokens; group_size 0: none."""
     constants = {"in_features": k, "out_features": n, "y_bits": y_bits, "max_rows": max_rows}
     constexprs: dict[str, int | str] = {"K": k, "N": n}
     is_f16 = storage == "f16"
@@ -116,14 +125,13 @@ def _product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_row
     return KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_blocks", constexprs, types, grid, threads, stages)
 
 
-def _embedding(weight: RankWeight) -> KernelSpec:
-    hidden, storage = weight.num_columns, weight.storage
+def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
+    """Rows of the embedding."""
     if storage == "f16":
         types = {"ids": "*i32", "weight": "*fp16", "y": "*fp32"}
         constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
         function, constants = "elementwise.embed_f16", {"in_features": hidden}
     else:
-        group_size = weight.group_size or 0
         types = {"ids": "*i32", "weight": "*u8", "scales": "*fp16", "y": "*fp32"}
         chunks = _power_of_two(hidden // FEATURES_PER_CHUNK[storage])
         constexprs = {"STORAGE": storage, "H": hidden, "GROUP": group_size, "CHUNKS": chunks}
@@ -131,8 +139,8 @@ def _embedding(weight: RankWeight) -> KernelSpec:
     return KernelSpec(f"embed_{storage}", constants, function, constexprs, types, (_ROW, _ONE, _ONE), 128)
 
 
-def _elementwise(config: ModelConfig, shards: int) -> Iterator[KernelSpec]:
-    hidden, intermediate = config.hidden_size, config.intermediate_size // shards
+def elementwise(hidden: int, intermediate: int) -> Iterator[KernelSpec]:
+    """Norms of hidden_size, and SwiGLU of intermediate_size per rank."""
     constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
     threads = _clamp(_power_of_two(hidden) // 16, 64, 512)
     grid, constants = (_ROW, _ONE, _ONE), {"in_features": hidden}
@@ -146,8 +154,8 @@ def _elementwise(config: ModelConfig, shards: int) -> Iterator[KernelSpec]:
     yield KernelSpec("swiglu", constants, "elementwise.swiglu", {"F": intermediate, "BLOCK": 1024}, types, grid, 128)
 
 
-def _attention(config: ModelConfig, shards: int, block_size: int) -> Iterator[KernelSpec]:
-    (heads, kv_heads), d = heads_per_rank(config, shards), config.head_dim
+def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[KernelSpec]:
+    """Cache writes and attention of heads per rank and head_dim d."""
     half, width = max(16, _power_of_two(d // 2)), max(16, _power_of_two(d))
     shape: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "HALF": half}
     constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
@@ -159,6 +167,9 @@ def _attention(config: ModelConfig, shards: int, block_size: int) -> Iterator[Ke
     types = {name: type for name, type in types.items() if name != "slot_mapping"} | sequences
     constants = {**constants, "block_size": block_size}
     block_m, block_n = 64, 64 if width <= 128 else 32
+    # Matrix operands take more registers there, on RDNA 3 twice as many.
+    chips = {"gfx": {"BLOCK_N": 32, "stages": 1}}
+    narrow = {**chips, "gfx11": {"BLOCK_N": 16}}
     constexprs = {**shape, "WIDTH": width, "BLOCK_SIZE": block_size}
     yield KernelSpec(
         "attention",
@@ -168,6 +179,7 @@ def _attention(config: ModelConfig, shards: int, block_size: int) -> Iterator[Ke
         {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32"},
         (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), _ONE),
         128,
+        chips=narrow,
     )
     yield KernelSpec(
         "attention_split",
@@ -177,6 +189,7 @@ def _attention(config: ModelConfig, shards: int, block_size: int) -> Iterator[Ke
         {"partial": "*fp32", **types, "num_splits": "i32", "scale": "fp32"},
         (GridAxis("sequences"), GridAxis(factor=kv_heads), GridAxis("splits")),
         128,
+        chips=chips,
     )
     yield KernelSpec(
         "attention_combine",
@@ -189,7 +202,8 @@ def _attention(config: ModelConfig, shards: int, block_size: int) -> Iterator[Ke
     )
 
 
-def _sampling(vocab_size: int) -> Iterator[KernelSpec]:
+def sampling(vocab_size: int) -> Iterator[KernelSpec]:
+    """The largest logits."""
     for k in TOP_K:
         chunk = min(4096 if k == 1 else 2048, max(k, _power_of_two(vocab_size)))
         parts = -(-vocab_size // chunk)
@@ -204,8 +218,8 @@ def _sampling(vocab_size: int) -> Iterator[KernelSpec]:
         yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (_ROW, _ONE, _ONE), threads)
 
 
-def _collectives(config: ModelConfig, shards: int, vocab_per_rank: int) -> Iterator[KernelSpec]:
-    hidden = config.hidden_size
+def collectives(hidden: int, vocab_size: int, vocab_per_rank: int, shards: int) -> Iterator[KernelSpec]:
+    """One-shot collectives."""
     constants = {"in_features": hidden, "ranks": shards, "max_rows": ONE_SHOT_ROWS}
     meeting = {"buffers": "*i64", "flags": "*i64", "epochs": "*i32", "rank": "i32"}
     constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden), "RANKS": shards}
@@ -219,10 +233,10 @@ def _collectives(config: ModelConfig, shards: int, vocab_per_rank: int) -> Itera
     yield KernelSpec("all_reduce", constants, "collectives.all_reduce", constexprs, types, grid, threads)
     constants = {
         "in_features": vocab_per_rank,
-        "out_features": config.vocab_size,
+        "out_features": vocab_size,
         "ranks": shards,
         "max_rows": GATHER_ROWS,
     }
-    constexprs = {"C": vocab_per_rank, "N": config.vocab_size, "BLOCK": 4096, "RANKS": shards, "MAX_ROWS": GATHER_ROWS}
+    constexprs = {"C": vocab_per_rank, "N": vocab_size, "BLOCK": 4096, "RANKS": shards, "MAX_ROWS": GATHER_ROWS}
     types = {"x": "*fp32", "y": "*fp32", **meeting}
     yield KernelSpec("all_gather", constants, "collectives.all_gather", constexprs, types, grid, 1024)

@@ -19,13 +19,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from llmpack import kernel_file
 from llmpack.kernel_compiler import compile_kernel, prepare_worker, triton_version
 from llmpack.kernel_file import Kernel, KernelFile
 from llmpack.kernel_plan import KernelSpec
-from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
+from llmrun.artifact import IncompatibleError, IntegrityError, ResourceError, UsageError
 
 CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 ROCM_TARGETS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
@@ -115,6 +116,10 @@ def build(
                         done[chip, index] = future.result()
                         _write_cache(path, done[chip, index])
                         on_progress(len(done), total)
+                except BrokenProcessPool:
+                    raise ResourceError(
+                        "a compiler process of the GPU kernels was killed, most likely for memory (1 GB each)."
+                    ) from None
                 finally:
                     pool.shutdown(cancel_futures=True)
     files = {}
