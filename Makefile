@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test fuzz test-openmpi test-asan lint format bench clean
+.PHONY: demo test test-gpu fuzz test-openmpi test-asan lint format bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -12,6 +12,11 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
+
+# On a machine with a GPU: checks every operator on it, then times it. Needs torch, triton, onnx, numpy and a C++ compiler, and no
+# network; without a GPU it says so and exits with 2. ARGS=--dry: the same program on a stand-in driver.
+test-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/hardware.py $(ARGS)
 
 # The property tests over fresh random examples. `make test` draws the same ones every time.
 fuzz: $(VENV)/.test

@@ -30,7 +30,8 @@ namespace llmpack::ort {
 struct Port {
     const char* name;
     ElementType type;
-    bool is_on_host = false;  // an input of a GPU's operator that the host reads: small, and no copy is captured
+    bool is_on_host =
+        false;  // an input of a GPU's operator that the host reads: small, and no copy is captured
 };
 
 struct InPlace {
@@ -163,8 +164,8 @@ constexpr const char* kCpuProvider = "CPUExecutionProvider";
 constexpr const char* kCudaProvider = "CUDAExecutionProvider";
 constexpr const char* kRocmProvider = "ROCMExecutionProvider";
 
-// The OrtCustomOp of a description, for one execution provider: ONNX Runtime takes the one of the provider that a
-// node is placed on. One static object each; ONNX Runtime keeps a pointer to it.
+// The OrtCustomOp of a description, for one execution provider: ONNX Runtime takes the one of the provider
+// that a node is placed on. One static object each; ONNX Runtime keeps a pointer to it.
 template <class Op>
 struct CustomOp : OrtCustomOp {
     const char* const provider;

@@ -125,6 +125,11 @@ class Job:
         """
         num_blocks = self.stage("memory", lambda: self._num_blocks(num_blocks_wanted))
         self.num_blocks = min(s["num_blocks"] for s in self.comm.agree({"num_blocks": num_blocks}))
+        self.join()
+        self.stage("loading", self._load)
+
+    def join(self) -> None:
+        """Join the ranks: their communicator, shared memory, GPUs. Reads no weight."""
         if self.comm.op_communicator is not None:
             # A stage each: the second waits inside MPI, so it begins only where no rank has failed the first.
             self.stage("communicator", self._set_communicator)
@@ -133,7 +138,6 @@ class Job:
             self.stage("opening the GPU", self._open_gpu)
             if self.size > 1:
                 self.gpu_transport, self._captures = self.stage("joining GPUs", self._join_gpus)
-        self.stage("loading", self._load)
 
     def run(self, plan: StepPlan) -> NDArray[np.float32]:
         """Run a step on all ranks; rank 0 only. Returns the logits, [R, vocab_size]."""

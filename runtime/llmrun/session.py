@@ -79,9 +79,7 @@ class RankSession:
         options = self._options(share)
         try:
             options.register_custom_ops_library(str(library))
-            self._session = self._ort.InferenceSession(
-                str(graph), sess_options=options, providers=[PROVIDERS["cpu"]]
-            )
+            self._session = self._ort.InferenceSession(str(graph), sess_options=options, providers=[PROVIDERS["cpu"]])
         except MemoryError:
             raise
         except Exception as error:  # ORT's exception types have no common base

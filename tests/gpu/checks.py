@@ -12,10 +12,10 @@ import numpy as np
 import shapes
 from device import Device
 from executor import MiniOrt
-from llmpack_ops import reference
 
 from llmpack.kernel_plan import KernelSpec
 from llmpack.weights import Quantization, plan_rank
+from llmpack_ops import reference
 
 ELEMENT = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.int32): 6, np.dtype(np.float16): 10}
 N, K, VOCABULARY = 256, 512, 512
@@ -48,7 +48,13 @@ class Checks:
         self.rng = np.random.default_rng(0)
         self.config = shapes.config_of("dry")
 
-    def run(self, node: Any, inputs: list[np.ndarray], outputs: list[tuple[tuple[int, ...], Any]], shared: dict[int, int] | None = None) -> list[np.ndarray]:
+    def run(
+        self,
+        node: Any,
+        inputs: list[np.ndarray],
+        outputs: list[tuple[tuple[int, ...], Any]],
+        shared: dict[int, int] | None = None,
+    ) -> list[np.ndarray]:
         """Run a node; `shared`: output -> input whose memory it has."""
         given = [(ELEMENT[a.dtype], a.shape, self.device.put(a)) for a in inputs]
         made = []
@@ -74,7 +80,13 @@ class Checks:
         """Every storage, every variant of rows, both types of y."""
         worst = 0.0
         hidden = self.config.hidden_size
-        cases = [("q4", 64, 512, ""), ("q8", 32, 512, ""), ("f16", 0, 512, ""), ("q6", 128, 512, "F32"), ("q8", 32, 512, "F32")]
+        cases = [
+            ("q4", 64, 512, ""),
+            ("q8", 32, 512, ""),
+            ("f16", 0, 512, ""),
+            ("q6", 128, 512, "F32"),
+            ("q8", 32, 512, "F32"),
+        ]
         for scheme, group, _, suffix in cases:
             n = self.config.vocab_size if suffix else 2 * self.config.intermediate_size
             projection = helpers.random_projection(scheme, n, hidden, group or 32)
@@ -84,7 +96,10 @@ class Checks:
                 x = self.rng.standard_normal((rows, hidden)).astype(np.float16)
                 dtype = np.float32 if suffix else np.float16
                 (y,) = self.run(node, [x, *projection.initializers.values()], [((rows, n), dtype)])
-                worst = max(worst, self.close_to(y, reference.matmul(x, projection.weight), "matmul", f"MatMul {scheme}, {rows} rows"))
+                worst = max(
+                    worst,
+                    self.close_to(y, reference.matmul(x, projection.weight), "matmul", f"MatMul {scheme}, {rows} rows"),
+                )
         return worst
 
     def norms(self) -> float:
@@ -100,7 +115,10 @@ class Checks:
                 outputs = [((rows, hidden), np.float16), ((rows, hidden), np.float32)]
                 y, total = self.run(added, [x.astype(np.float16), x * 3, weight], outputs, shared)
                 expected = reference.add_rms_norm(x.astype(np.float16), x * 3, weight, 1e-5)
-                worst = max(worst, *(self.close_to(f, e, "norm", "AddRMSNorm") for f, e in zip((y, total), expected, strict=True)))
+                worst = max(
+                    worst,
+                    *(self.close_to(f, e, "norm", "AddRMSNorm") for f, e in zip((y, total), expected, strict=True)),
+                )
         return worst
 
     def swiglu(self) -> float:
@@ -116,7 +134,12 @@ class Checks:
             table = helpers.random_projection(scheme, n, hidden, group)
             node = self.ort.node(f"Embedding{scheme.upper()}", in_features=hidden, num_embeddings=n, group_size=group)
             (y,) = self.run(node, [ids, *table.initializers.values()], [((4, hidden), np.float32)])
-            worst = max(worst, self.close_to(y, reference.embedding(ids, table.weight).astype(np.float32), "exact", f"Embedding {scheme}"))
+            worst = max(
+                worst,
+                self.close_to(
+                    y, reference.embedding(ids, table.weight).astype(np.float32), "exact", f"Embedding {scheme}"
+                ),
+            )
         plain = self.rng.standard_normal((n, hidden)).astype(np.float16)
         (y,) = self.run(self.ort.node("EmbeddingF16", in_features=hidden), [ids, plain], [((4, hidden), np.float32)])
         return max(worst, self.close_to(y, plain[ids].astype(np.float64), "exact", "Embedding f16"))
@@ -126,13 +149,27 @@ class Checks:
         config, size = self.config, shapes.BLOCK_SIZE
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         scale = dim**-0.5
-        node = self.ort.node("PagedAttention", num_heads=heads, num_kv_heads=kv, head_dim=dim, block_size=size, scale=scale)
+        node = self.ort.node(
+            "PagedAttention", num_heads=heads, num_kv_heads=kv, head_dim=dim, block_size=size, scale=scale
+        )
         worst = 0.0
-        for queries, lengths in (([20], [20]), ([1], [150]), ([1, 1, 1], [1, 40, 70]), ([1, 9, 1], [33, 20, 5]), ([70], [100])):
+        for queries, lengths in (
+            ([20], [20]),
+            ([1], [150]),
+            ([1, 1, 1], [1, 40, 70]),
+            ([1, 9, 1], [33, 20, 5]),
+            ([70], [100]),
+        ):
             tokens, blocks = sum(queries), 12
             table = self.rng.permutation(len(queries) * blocks).reshape(-1, blocks).astype(np.int32)
-            slots = [table[b][p // size] * size + p % size for b, (q, n) in enumerate(zip(queries, lengths, strict=True)) for p in range(n - q, n)]
-            caches = [self.rng.standard_normal((len(queries) * blocks, size, kv, dim)).astype(np.float16) for _ in range(2)]
+            slots = [
+                table[b][p // size] * size + p % size
+                for b, (q, n) in enumerate(zip(queries, lengths, strict=True))
+                for p in range(n - q, n)
+            ]
+            caches = [
+                self.rng.standard_normal((len(queries) * blocks, size, kv, dim)).astype(np.float16) for _ in range(2)
+            ]
             angles = self.rng.uniform(0, 6, (tokens, dim // 2))
             given = [
                 self.rng.standard_normal((tokens, (heads + 2 * kv) * dim)).astype(np.float16),

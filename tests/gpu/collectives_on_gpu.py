@@ -20,10 +20,13 @@ import standin  # noqa: E402
 from checks import Checks  # noqa: E402
 from device import Device  # noqa: E402
 from executor import MiniOrt  # noqa: E402
+
 from llmpack_ops import reference  # noqa: E402
 
 
-def main(operators: str, mini: str, kernels: str, folder: str, rank_text: str, size_text: str, model: str, dry: str) -> None:
+def main(
+    operators: str, mini: str, kernels: str, folder: str, rank_text: str, size_text: str, model: str, dry: str
+) -> None:
     rank, size = int(rank_text), int(size_text)
     processes = collectives_processes.Rank(operators, Path(folder), rank, size)
     library = processes.library
@@ -53,7 +56,9 @@ def main(operators: str, mini: str, kernels: str, folder: str, rank_text: str, s
         checks.close_to(total, expected.astype(np.float64) + residual, "norm", f"AllReduceAddRMSNorm of {rows} rows")
         logits = [rng.standard_normal((rows, columns)).astype(np.float32) for _ in range(size)]
         (z,) = checks.run(gather, [logits[rank]], [((rows, vocabulary), np.float32)])
-        checks.close_to(z, reference.all_gather(list(logits), vocabulary).astype(np.float64), "exact", f"AllGather of {rows} rows")
+        checks.close_to(
+            z, reference.all_gather(list(logits), vocabulary).astype(np.float64), "exact", f"AllGather of {rows} rows"
+        )
         digest.update(y.tobytes() + total.tobytes() + z.tobytes())
     microseconds = ctypes.c_double()
     if library.llmpack_ops_gpu_time_all_reduce(1, hidden, 3 if int(dry) else 200, ctypes.byref(microseconds)) != 0:

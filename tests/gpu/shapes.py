@@ -1,4 +1,4 @@
-"""Llama's published shapes as graphs for one GPU, with weights nobody trained: what the benchmark runs. Built here by hand, node by node."""
+"""Llama's published shapes as graphs for one GPU, with weights nobody trained: what the benchmark runs; node by node."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from llmpack.kernel_plan import KernelSpec, plan_kernels
-from llmpack.weights import Quantization, RankWeight, heads_per_rank, plan_rank
 from onnx import TensorProto, helper
 
+from llmpack.kernel_plan import KernelSpec, plan_kernels
+from llmpack.weights import Quantization, RankWeight, heads_per_rank, plan_rank
 from llmrun.manifest import OPS_DOMAIN, ModelConfig
 
 BLOCK_SIZE, TOP_K = 16, 64
@@ -71,9 +71,23 @@ def write_graph(config: ModelConfig, path: Path) -> None:
     heads, kv_heads = heads_per_rank(config, 1)
     half, full = TensorProto.FLOAT16, TensorProto.FLOAT
 
-    def add(op: str, inputs: list[str], *outputs: tuple[str, int, int], rows: str = "T", domain: str = OPS_DOMAIN, name: str = "", **attributes: float) -> str:
-        nodes.append(helper.make_node(op, inputs, [o[0] for o in outputs], name or outputs[0][0], domain=domain, **attributes))
-        infos.extend(helper.make_tensor_value_info(o, kind, [rows, width]) for o, kind, width in outputs if o not in ("logits", "top_values", "top_ids"))
+    def add(
+        op: str,
+        inputs: list[str],
+        *outputs: tuple[str, int, int],
+        rows: str = "T",
+        domain: str = OPS_DOMAIN,
+        name: str = "",
+        **attributes: float,
+    ) -> str:
+        nodes.append(
+            helper.make_node(op, inputs, [o[0] for o in outputs], name or outputs[0][0], domain=domain, **attributes)
+        )
+        infos.extend(
+            helper.make_tensor_value_info(o, kind, [rows, width])
+            for o, kind, width in outputs
+            if o not in ("logits", "top_values", "top_ids")
+        )
         return outputs[0][0]
 
     def product(weight: str, x: str, output: str, rows: str = "T", suffix: str = "") -> str:
@@ -93,7 +107,10 @@ def write_graph(config: ModelConfig, path: Path) -> None:
         group_size=embedding.group_size or 0,
     )
     frequencies = (1e4 ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)[None]
-    constants = [onnx.numpy_helper.from_array(frequencies, "frequencies"), onnx.numpy_helper.from_array(np.array([1]), "axis")]
+    constants = [
+        onnx.numpy_helper.from_array(frequencies, "frequencies"),
+        onnx.numpy_helper.from_array(np.array([1]), "axis"),
+    ]
     for op, inputs, output, width, extra in (
         ("Cast", ["positions"], "float", 1, {"to": full}),
         ("Unsqueeze", ["float", "axis"], "column", 1, {}),
@@ -114,12 +131,28 @@ def write_graph(config: ModelConfig, path: Path) -> None:
         if i == 0:
             y = add("RMSNormF16", [residual, norm], (f"n{i}", half, hidden), epsilon=epsilon, in_features=hidden)
         else:
-            y = add("AddRMSNorm", [x, residual, norm], (f"n{i}", half, hidden), (f"r{i}", full, hidden), epsilon=epsilon, in_features=hidden)
+            y = add(
+                "AddRMSNorm",
+                [x, residual, norm],
+                (f"n{i}", half, hidden),
+                (f"r{i}", full, hidden),
+                epsilon=epsilon,
+                in_features=hidden,
+            )
             residual = f"r{i}"
         qkv = product(f"{layer}.self_attn.qkv_proj", y, f"qkv{i}")
         attended = add(
             "PagedAttention",
-            [qkv, "cos_sin", f"key_cache.{i}", f"value_cache.{i}", "slot_mapping", "query_start", "seq_lens", "block_table"],
+            [
+                qkv,
+                "cos_sin",
+                f"key_cache.{i}",
+                f"value_cache.{i}",
+                "slot_mapping",
+                "query_start",
+                "seq_lens",
+                "block_table",
+            ],
             (f"a{i}", half, heads * dim),
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -129,20 +162,46 @@ def write_graph(config: ModelConfig, path: Path) -> None:
         )
         x = product(f"{layer}.self_attn.o_proj", attended, f"o{i}")
         norm = f"{layer}.post_attention_layernorm.weight"
-        y = add("AddRMSNorm", [x, residual, norm], (f"m{i}", half, hidden), (f"s{i}", full, hidden), epsilon=epsilon, in_features=hidden)
+        y = add(
+            "AddRMSNorm",
+            [x, residual, norm],
+            (f"m{i}", half, hidden),
+            (f"s{i}", full, hidden),
+            epsilon=epsilon,
+            in_features=hidden,
+        )
         residual = f"s{i}"
         gate_up = product(f"{layer}.mlp.gate_up_proj", y, f"g{i}")
         act = add("SwiGLU", [gate_up], (f"w{i}", half, config.intermediate_size), in_features=config.intermediate_size)
         x = product(f"{layer}.mlp.down_proj", act, f"d{i}")
-    y = add("AddRMSNorm", [x, residual, "model.norm.weight"], ("final", half, hidden), ("last", full, hidden), epsilon=epsilon, in_features=hidden)
-    chosen = add("Gather", [y, "logit_rows"], ("chosen", half, hidden), rows="R", domain="", name="/model/logit_rows", axis=0)
+    y = add(
+        "AddRMSNorm",
+        [x, residual, "model.norm.weight"],
+        ("final", half, hidden),
+        ("last", full, hidden),
+        epsilon=epsilon,
+        in_features=hidden,
+    )
+    chosen = add(
+        "Gather", [y, "logit_rows"], ("chosen", half, hidden), rows="R", domain="", name="/model/logit_rows", axis=0
+    )
     product("lm_head", chosen, "logits", "R", "F32")
-    add("TopK", ["logits"], ("top_values", full, TOP_K), ("top_ids", TensorProto.INT32, TOP_K), rows="R", vocab_size=config.vocab_size, k=TOP_K)
-    outputs = [helper.make_tensor_value_info(name, kind, ["R", width]) for name, kind, width in
-               (("logits", full, config.vocab_size), ("top_values", full, TOP_K), ("top_ids", TensorProto.INT32, TOP_K))]  # fmt: skip
+    add(
+        "TopK",
+        ["logits"],
+        ("top_values", full, TOP_K),
+        ("top_ids", TensorProto.INT32, TOP_K),
+        rows="R",
+        vocab_size=config.vocab_size,
+        k=TOP_K,
+    )
+    results = (("logits", full, config.vocab_size), ("top_values", full, TOP_K), ("top_ids", TensorProto.INT32, TOP_K))
+    outputs = [helper.make_tensor_value_info(name, kind, ["R", width]) for name, kind, width in results]
     for w in weights.values():
         for item in w.initializers:
-            tensor = onnx.TensorProto(name=item.name, dims=item.shape, data_type=helper.np_dtype_to_tensor_dtype(item.dtype))
+            tensor = onnx.TensorProto(
+                name=item.name, dims=item.shape, data_type=helper.np_dtype_to_tensor_dtype(item.dtype)
+            )
             tensor.data_location = TensorProto.EXTERNAL
             constants.append(tensor)
     graph = helper.make_graph(nodes, "benchmark", inputs, outputs, constants, value_info=infos)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from llmrun import __version__, console, launcher, library
+from llmrun import __version__, console, gpu_report, launcher, library
 from llmrun.commands import common
 from llmrun.errors import IncompatibleError, LlmpackError
 
@@ -22,15 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check one thing after the other; the exit code is that of the worst."""
+    joined = None if arguments.artifact is None else gpu_report.of_artifact(arguments.artifact)  # on every rank
     if console.environment_rank() != 0:
         return 0
+
+    def gpu_collectives() -> str:
+        if isinstance(joined, LlmpackError):
+            raise joined
+        return joined or ""
+
     checks: dict[str, Callable[[], str]] = {
         "python": lambda: f"{platform.python_version()}, llmrun {__version__}, {sys.prefix}",
         "machine": _machine,
         "onnxruntime": _onnxruntime,
         "operators": _operators,
         "mpi": _mpi,
+        "gpus": _gpus,
     }
+    if joined is not None:
+        checks["gpu ranks"] = gpu_collectives
     if arguments.artifact is not None:
         checks["artifact"] = lambda: _artifact(arguments.artifact)
     findings: list[dict[str, Any]] = []
@@ -82,6 +92,12 @@ def _operators() -> str:
     except OSError as error:
         raise IncompatibleError(f"{place}: cannot be loaded: {error}.", code="E416") from None
     return f"version {ops.llmpack_ops_version()}, {ops.llmpack_ops_isa().decode()}, {place}"
+
+
+def _gpus() -> str:
+    from llmrun.session import import_onnxruntime
+
+    return gpu_report.describe(import_onnxruntime().get_available_providers())
 
 
 def _mpi() -> str:
