@@ -1,4 +1,4 @@
-"""Kernel files as Triton compiles them, on the stand-in driver: every parameter bound, every launch allowed; computes nothing."""
+"""Kernel files as Triton compiles them, on the stand-in driver: parameters bound, launches allowed; computes nothing."""
 
 from __future__ import annotations
 
