@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-browser fuzz test-clients soak test-openmpi test-asan lint format bench bench-quick clean
+.PHONY: demo test test-browser test-gpu fuzz test-clients soak test-openmpi test-asan lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -19,6 +19,11 @@ test-browser: $(VENV)/.test
 	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pip install -q -e '.[browser]'
 	$(BIN)/pytest tests/browser $(ARGS)
+
+# On a machine with a GPU: checks every operator on it, then times it. Needs torch, triton, onnx, numpy and a C++ compiler, and no
+# network; without a GPU it says so and exits with 2. ARGS=--dry: the same program on a stand-in driver.
+test-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/hardware.py $(ARGS)
 
 # The property tests over fresh random examples. `make test` draws the same ones every time.
 fuzz: $(VENV)/.test

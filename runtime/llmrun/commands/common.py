@@ -30,6 +30,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add what `Engine` takes."""
     group = parser.add_argument_group("running")
     group.add_argument("--provider", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+    group.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU where there are too few")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
     group.add_argument(
@@ -171,6 +172,7 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             speculate=arguments.speculate,
             verify=arguments.verify,
             isa=arguments.isa,
+            share_gpu=arguments.share_gpu,
             prepare=work.prepare,
             is_mirroring=False,
         )
