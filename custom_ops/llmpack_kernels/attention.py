@@ -1,9 +1,10 @@
 """Paged attention (FORMAT.md 5.5, 8.4): `cache_write`, then `attention`, or `attention_split` and `attention_combine`.
 
-`attention`: any step. A program takes BLOCK_M queries of one sequence and head, and passes over the keys that they see with a running
-maximum and sum (Milakov and Gimelshein 2018; FlashAttention-2's order of loops).
-`attention_split`: meant for one query a sequence. The query heads of a KV head are the rows of one product; the keys of a sequence are
-cut into S equal parts, a program each, so that a long context fills the device (flash-decoding); `attention_combine` joins the parts.
+`attention`: any step. A program takes BLOCK_M queries of one sequence and head, and passes over the keys that they see with a
+running maximum and sum (Milakov and Gimelshein 2018; FlashAttention-2's order of loops).
+`attention_split`: meant for one query a sequence. The query heads of a KV head are the rows of one product; the keys of a
+sequence are cut into S equal parts, a program each, so that a long context fills the device (flash-decoding);
+`attention_combine` joins the parts.
 
 Keys and queries are held as two halves: element j is rotated with j + D / 2, and a score is the sum of two products.
 Queries are rotated in float32 and rounded to float16 for the matrix units. Exponents are of base 2.
@@ -29,7 +30,7 @@ def cache_write(
     D: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Rotate k and write k and v of token `axis 0`, KV head `axis 1` to its slot; negative: nowhere. HALF >= D / 2, a power of two."""
+    """Rotate k, write k and v of token `axis 0`, KV head `axis 1` to its slot; negative: nowhere. HALF >= D / 2, power of 2."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slot_mapping + token)
@@ -51,7 +52,7 @@ def cache_write(
 
 @triton.jit
 def _rotated(qkv, cos_sin, token, head, mask, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, j):
-    """Queries [rows, 1] of `token` and `head`, rotated: the two halves, float16 [rows, HALF]."""
+    """Return queries [rows, 1] of `token` and `head`, rotated: the two halves, float16 [rows, HALF]."""
     source = qkv + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D) + head * D + j
     cos = tl.load(cos_sin + token * D + j, mask=mask, other=0.0)
     sin = tl.load(cos_sin + token * D + D // 2 + j, mask=mask, other=0.0)
@@ -135,7 +136,7 @@ def attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries, more than there can be; axis 1: heads."""
+    """Write out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries, as many as can be; axis 1: heads."""
     piece = tl.program_id(0)
     head = tl.program_id(1)
     # The sequence whose pieces `piece` is among; num_sequences: none.
@@ -189,7 +190,7 @@ def attention_split(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """partial float32 [T, H, num_splits, D + 2]: values, maximum, sum; axes: sequences, KV heads, splits. GROUP >= H / KV, at least 16."""
+    """Write partial float32 [T, H, num_splits, D + 2]: values, maximum, sum; axes: sequences, KV heads, splits; GROUP >= H / KV."""
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)

@@ -1,7 +1,7 @@
 """Stored weights -> numbers, on the device: words of a row tile (FORMAT.md 4.3) to float32, with no table in memory.
 
-A word holds some input features of one row. `unpack_*` gives a tuple of float32 tensors v, one for each input feature in order, and
-level = v * FACTOR + OFFSET exactly, with the constants of `factor` and `offset`: a kernel folds them into sums that it does
+A word holds some input features of one row. `unpack_*` gives a tuple of float32 tensors v, one for each input feature in order,
+and level = v * FACTOR + OFFSET exactly, with the constants of `factor` and `offset`: a kernel folds them into sums that it does
 anyway, instead of two more instructions for each weight.
 
 Sixteen levels are four registers of bytes; the two vendors pick bytes by `prmt` (PTX ISA) and `v_perm_b32` (CDNA and RDNA ISA).
@@ -28,7 +28,7 @@ _SIGN_BITS = tl.constexpr(0x80808080)
 
 @triton.jit
 def _constant(like, value: tl.constexpr):
-    """An int32 tensor of a 32-bit pattern."""
+    """Return an int32 tensor of a 32-bit pattern."""
     return tl.full(like.shape, value if value < 0x80000000 else value - 0x100000000, tl.int32)
 
 

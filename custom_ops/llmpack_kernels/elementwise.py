@@ -18,7 +18,7 @@ def normalise(value, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def rms_norm(x, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
-    """x float32 [rows, H], weight float32 [H], y float16 [rows, H]."""
+    """X float32 [rows, H], weight float32 [H], y float16 [rows, H]."""
     start = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     value = tl.load(x + start + column, mask=column < H, other=0.0)
@@ -27,7 +27,7 @@ def rms_norm(x, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_rms_norm(x, residual, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
-    """residual += x, y = norm(residual): x float16 [rows, H], residual float32, weight float32 [H], y float16."""
+    """Residual += x, y = norm(residual): x float16 [rows, H], residual float32, weight float32 [H], y float16."""
     start = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     inside = column < H
@@ -49,7 +49,7 @@ def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def embed_f16(ids, weight, y, H: tl.constexpr, BLOCK: tl.constexpr):
-    """y float32 [rows, H] = rows `ids` int32 [rows] of weight float16 [vocabulary, H]."""
+    """Y float32 [rows, H] = rows `ids` int32 [rows] of weight float16 [vocabulary, H]."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     value = tl.load(weight + tl.load(ids + row).to(tl.int64) * H + column, mask=column < H, other=0.0)
@@ -60,7 +60,7 @@ def embed_f16(ids, weight, y, H: tl.constexpr, BLOCK: tl.constexpr):
 def embed_tiles(
     ids, weight, scales, y, STORAGE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """The same for q6 and q8 rows in tiles (FORMAT.md 4.3): level times scale, rounded once to float32."""
+    """Do the same for q6 and q8 rows in tiles (FORMAT.md 4.3): level times scale, rounded once to float32."""
     FEATURES: tl.constexpr = 16 if STORAGE == "q6" else 4
     WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16
     row = tl.program_id(0)

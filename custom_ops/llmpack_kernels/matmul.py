@@ -50,7 +50,7 @@ def _unpack(words, at, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
 
 @triton.jit
 def _partial(values, x, chunk, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
-    """Sums over the input features of each chunk: [chunks, 16], of levels times x."""
+    """Return sums over the input features of each chunk: [chunks, 16], of levels times x."""
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
     quads = x.to(tl.pointer_type(tl.int64)) + chunk * (FEATURES // 4)
     product = values[0] * 0.0
@@ -79,7 +79,7 @@ def matmul_rows(
     CHUNKS: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """x float16 [num_rows <= ROWS <= 4, K], weight and scales of FORMAT.md 4.3, y [num_rows, N]; a program per tile."""
+    """X float16 [num_rows <= ROWS <= 4, K], weight and scales of FORMAT.md 4.3, y [num_rows, N]; a program per tile."""
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
     WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16  # of all rows of one chunk
     COUNT: tl.constexpr = K // FEATURES
@@ -113,10 +113,8 @@ def matmul_rows(
 
 
 @triton.jit
-def matmul_f16_rows(
-    x, weight, y, num_rows, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """The same for float16 weights [ceil(N / 16), K, 16]."""
+def matmul_f16_rows(x, weight, y, num_rows, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Do the same for float16 weights [ceil(N / 16), K, 16]."""
     tile = tl.program_id(0)
     row = tl.arange(0, 16)[None, :]
     weight += tile.to(tl.int64) * (K * 16)
@@ -235,7 +233,7 @@ def matmul_f16_blocks(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The same for float16 weights [ceil(N / 16), K, 16]."""
+    """Do the same for float16 weights [ceil(N / 16), K, 16]."""
     TILES: tl.constexpr = (N + 15) // 16
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

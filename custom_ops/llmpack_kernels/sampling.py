@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _largest(keys, K: tl.constexpr):
-    """The K largest of a power of two of keys, in descending order."""
+    """Return the K largest of a power of two of keys, in descending order."""
     if K == 1:
         return tl.max(keys, 0) + tl.zeros([1], tl.int64)
     else:
@@ -19,7 +19,7 @@ def _largest(keys, K: tl.constexpr):
 
 @triton.jit
 def top_k_first(logits, keys, V: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
-    """logits float32 [rows, V] -> keys int64 [rows, ceil(V / CHUNK), K]; axis 0 chunks, axis 1 rows."""
+    """Logits float32 [rows, V] -> keys int64 [rows, ceil(V / CHUNK), K]; axis 0 chunks, axis 1 rows."""
     PARTS: tl.constexpr = (V + CHUNK - 1) // CHUNK
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -34,7 +34,7 @@ def top_k_first(logits, keys, V: tl.constexpr, K: tl.constexpr, CHUNK: tl.conste
 
 @triton.jit
 def top_k_last(keys, values, ids, COUNT: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr):
-    """keys int64 [rows, COUNT] -> values float32 [rows, K], ids int32 [rows, K]; COUNT is parts times K, BLOCK a power of two."""
+    """Turn keys int64 [rows, COUNT] into values float32 [rows, K], ids int32 [rows, K]; COUNT: parts times K; BLOCK: power of 2."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     key = _largest(tl.load(keys + row * COUNT + at, mask=at < COUNT, other=-0x7FFFFFFFFFFFFFFF), K)

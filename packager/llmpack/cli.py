@@ -51,8 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-dtype", metavar="TYPE", help="keys and values in f16 or f32 (default: f32 with --quant f32, else f16)"
     )
     parser.add_argument(
-        "--targets", metavar="LIST", default="cpu", help="comma-separated: cpu (always), sm_80 sm_86 sm_89 sm_90 sm_100 sm_120, gfx90a gfx942 gfx1100 gfx1201, or the names"
-        " cuda, rocm, all (default: cpu)"
+        "--targets",
+        metavar="LIST",
+        default="cpu",
+        help="comma-separated: cpu (always), sm_80 sm_86 sm_89 sm_90 sm_100 sm_120, gfx90a gfx942 gfx1100 gfx1201, or the names"
+        " cuda, rocm, all (default: cpu)",
     )
     parser.add_argument(
         "--max-seq-len", metavar="N", type=int, help="longest sequence (default: max_position_embeddings)"

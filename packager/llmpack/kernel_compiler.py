@@ -1,6 +1,6 @@
 """One `KernelSpec` and one chip -> code, by Triton's own compilers: no GPU, driver or toolkit is needed.
 
-Runs in worker processes of `kernels.py`. Triton is imported inside the functions: only a packer that asks for GPU targets needs it.
+Runs in worker processes of `kernels.py`. Triton is imported inside the functions: only who packs for GPU targets needs it.
 The same specification gives the same bytes on every machine: line information, which holds paths, is left out, and
 fused multiply-add is pinned.
 """
@@ -71,7 +71,9 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         "num_stages": other.get("stages", spec.stages if backend == "cuda" else min(2, spec.stages)),
         "enable_fp_fusion": True,
     }
-    compiled = triton.compile(source, target=target, options=options)
+    with triton.knobs.amd.scope():
+        triton.knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
+        compiled = triton.compile(source, target=target, options=options)
     metadata: Any = compiled.metadata
     parameters = [
         Parameter(n, spec.types[n], _SIZES.get(spec.types[n], 8), POINTER_DIVISOR if spec.types[n][0] == "*" else 1)

@@ -1,7 +1,7 @@
 """Writer and reader of a kernel file: the GPU code of one target in one file (FORMAT.md 8.2).
 
-In: `Kernel`s, compiled. Out: bytes, the same for the same kernels. Little-endian records of fixed size, so that the launcher reads
-them with no parser. It compiles nothing and knows no kernel.
+In: `Kernel`s, compiled. Out: bytes, the same for the same kernels. Little-endian records of fixed size, so that the launcher
+reads them with no parser. It compiles nothing and knows no kernel.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def from_bytes(data: bytes, name: str) -> KernelFile:
 
 
 def _read(data: bytes) -> KernelFile:
-    magic, version, num_kernels, num_constants, num_parameters, backend, arch, kind, warp_size = _HEADER.unpack_from(data)
+    magic, version, num_kernels, num_constants, num_parameters, backend, arch, kind, warp_size = _HEADER.unpack_from(
+        data
+    )
     if (magic, version) != (MAGIC, VERSION):
         raise ValueError(f"found {magic!r} version {version}")
     at = _HEADER.size
@@ -172,9 +174,7 @@ def _read(data: bytes) -> KernelFile:
         kernels.append(
             Kernel(
                 op=_string(op),
-                constants={
-                    _string(n): v for n, v in constants[first_constant : first_constant + count_constants]
-                },
+                constants={_string(n): v for n, v in constants[first_constant : first_constant + count_constants]},
                 function=_string(function),
                 code=data[offset : offset + size],
                 num_warps=num_warps,

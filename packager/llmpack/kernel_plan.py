@@ -1,7 +1,7 @@
-"""Which GPU kernels a model needs: one `KernelSpec` per operation and variant, specialised to the model's own shapes (FORMAT.md 8.4).
+"""Which GPU kernels a model needs: one `KernelSpec` per operation and variant, for the model's own shapes (FORMAT.md 8.4).
 
-In: the architecture, one rank's weights, the number of ranks. Out: pure data, for any target: functions of `llmpack_kernels` by name,
-their compile-time constants, the types of their parameters, and grids. It compiles and imports no kernel.
+In: the architecture, one rank's weights, the number of ranks. Out: pure data, for any target: functions of `llmpack_kernels` by
+name, their compile-time constants, the types of their parameters, and grids. It compiles and imports no kernel.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class KernelSpec:
     grid: Grid
     threads: int
     stages: int = 2
-    # Constexprs, and "stages", that differ on chips whose name starts like this.
+    # Constexprs, "stages" and "buffer_ops" (AMD's, default 1) that differ on chips whose name starts like this.
     chips: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
     def on(self, chip: str) -> dict[str, int]:
@@ -97,7 +97,7 @@ def _products(weights: list[RankWeight]) -> Iterator[KernelSpec]:
 
 
 def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows: int) -> KernelSpec:
-    """A matrix of n output and k input features, for up to `max_rows` tokens; group_size 0: none."""
+    """Plan a matrix of n output and k input features, for up to `max_rows` tokens; group_size 0: none."""
     constants = {"in_features": k, "out_features": n, "y_bits": y_bits, "max_rows": max_rows}
     constexprs: dict[str, int | str] = {"K": k, "N": n}
     is_f16 = storage == "f16"
@@ -126,7 +126,7 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
 
 
 def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
-    """Rows of the embedding."""
+    """Plan rows of the embedding."""
     if storage == "f16":
         types = {"ids": "*i32", "weight": "*fp16", "y": "*fp32"}
         constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
@@ -140,7 +140,7 @@ def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
 
 
 def elementwise(hidden: int, intermediate: int) -> Iterator[KernelSpec]:
-    """Norms of hidden_size, and SwiGLU of intermediate_size per rank."""
+    """Plan norms of hidden_size, and SwiGLU of intermediate_size per rank."""
     constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
     threads = _clamp(_power_of_two(hidden) // 16, 64, 512)
     grid, constants = (_ROW, _ONE, _ONE), {"in_features": hidden}
@@ -155,7 +155,7 @@ def elementwise(hidden: int, intermediate: int) -> Iterator[KernelSpec]:
 
 
 def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[KernelSpec]:
-    """Cache writes and attention of heads per rank and head_dim d."""
+    """Plan cache writes and attention of heads per rank and head_dim d."""
     half, width = max(16, _power_of_two(d // 2)), max(16, _power_of_two(d))
     shape: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "HALF": half}
     constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
@@ -203,7 +203,7 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
 
 
 def sampling(vocab_size: int) -> Iterator[KernelSpec]:
-    """The largest logits."""
+    """Plan the choice of the largest logits."""
     for k in TOP_K:
         chunk = min(4096 if k == 1 else 2048, max(k, _power_of_two(vocab_size)))
         parts = -(-vocab_size // chunk)
@@ -219,24 +219,33 @@ def sampling(vocab_size: int) -> Iterator[KernelSpec]:
 
 
 def collectives(hidden: int, vocab_size: int, vocab_per_rank: int, shards: int) -> Iterator[KernelSpec]:
-    """One-shot collectives."""
+    """Plan the one-shot collectives."""
     constants = {"in_features": hidden, "ranks": shards, "max_rows": ONE_SHOT_ROWS}
     meeting = {"buffers": "*i64", "flags": "*i64", "epochs": "*i32", "rank": "i32"}
     constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden), "RANKS": shards}
-    constexprs["MAX_ROWS"] = ONE_SHOT_ROWS
+    constexprs |= {"MAX_ROWS": ONE_SHOT_ROWS, "DRAIN": 0}
+    # Addresses come from memory: where the compiler would make buffers of them, it would loop over the lanes.
+    chips = {"gfx": {"buffer_ops": 0}, "gfx9": {"DRAIN": 1}}
     threads = _clamp(_power_of_two(hidden) // 8, 64, 1024)
     grid = (_ROW, _ONE, _ONE)
     types = {"x": "*fp16", "residual": "*fp32", "weight": "*fp32", "y": "*fp16", **meeting, "epsilon": "fp32"}
     name = "all_reduce_add_rms_norm"
-    yield KernelSpec(name, constants, f"collectives.{name}", constexprs, types, grid, threads)
+    yield KernelSpec(name, constants, f"collectives.{name}", constexprs, types, grid, threads, chips=chips)
     types = {"x": "*fp16", "y": "*fp16", **meeting}
-    yield KernelSpec("all_reduce", constants, "collectives.all_reduce", constexprs, types, grid, threads)
+    yield KernelSpec("all_reduce", constants, "collectives.all_reduce", constexprs, types, grid, threads, chips=chips)
     constants = {
         "in_features": vocab_per_rank,
         "out_features": vocab_size,
         "ranks": shards,
         "max_rows": GATHER_ROWS,
     }
-    constexprs = {"C": vocab_per_rank, "N": vocab_size, "BLOCK": 4096, "RANKS": shards, "MAX_ROWS": GATHER_ROWS}
+    constexprs = {
+        "C": vocab_per_rank,
+        "N": vocab_size,
+        "BLOCK": 4096,
+        "RANKS": shards,
+        "MAX_ROWS": GATHER_ROWS,
+        "DRAIN": 0,
+    }
     types = {"x": "*fp32", "y": "*fp32", **meeting}
-    yield KernelSpec("all_gather", constants, "collectives.all_gather", constexprs, types, grid, 1024)
+    yield KernelSpec("all_gather", constants, "collectives.all_gather", constexprs, types, grid, 1024, chips=chips)

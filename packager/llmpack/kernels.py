@@ -1,7 +1,7 @@
 """GPU code for the targets asked for: every kernel of the plan, compiled in parallel, cached by content, one file per target.
 
-In: the plan (`kernel_plan.py`) and target names. Out: kernel files (FORMAT.md 8), the same bytes whatever the number of processes
-and whatever the cache held. It writes no artifact.
+In: the plan (`kernel_plan.py`) and target names. Out: kernel files (FORMAT.md 8), the same bytes whatever the number of
+processes and whatever the cache held. It writes no artifact.
 
 The cache holds one small kernel file per kernel and chip under `$LLMPACK_CACHE`, else `$XDG_CACHE_HOME/llmpack`, else
 `~/.cache/llmpack`; deleting it costs time only. A name is the digest of all that the code depends on.

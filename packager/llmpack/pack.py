@@ -107,7 +107,9 @@ def pack(
         kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
         specs = plan_kernels(config, plans[0], options.shards, BLOCK_SIZE) if has_gpu else []
         if has_gpu and kv_dtype != "float16":
-            raise IncompatibleError("GPU kernels read a float16 cache: choose --targets cpu, or leave out --kv-dtype f32.")
+            raise IncompatibleError(
+                "GPU kernels read a float16 cache: choose --targets cpu, or leave out --kv-dtype f32."
+            )
         kv_heads = heads_per_rank(config, options.shards)[1]
         kv_cache = KvCacheSpec(kv_dtype, BLOCK_SIZE, config.num_hidden_layers, kv_heads, config.head_dim)
         summary = report.summarise(
@@ -131,7 +133,11 @@ def pack(
                 if has_gpu:
                     graph = gpu_graph(graph, config.head_dim, BLOCK_SIZE)
                     staging.add(f"rank-{rank}/gpu.onnx", graph.SerializeToString(deterministic=True))
-            code = kernels.build(specs, targets, lambda done, total: on_progress("kernels", done, total)) if has_gpu else {}
+            code = (
+                kernels.build(specs, targets, lambda done, total: on_progress("kernels", done, total))
+                if has_gpu
+                else {}
+            )
             for name, file in code.items():
                 staging.add(kernels.file_name(name), kernel_file.to_bytes(file))
             write_weights(checkpoint, names, plans, staging, on_progress)

@@ -54,7 +54,9 @@ def loop_of(chip: str, code: bytes, assembly: str) -> list[str]:
             labels[found[1]] = i
         if (found := re.search(branch, line)) and found[1] in labels and i - labels[found[1]] > best[1] - best[0]:
             best = (labels[found[1]], i)
-    pattern = r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)" if chip.startswith("sm_") else r"^\t([vsdg]\w+)"
+    pattern = (
+        r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)" if chip.startswith("sm_") else r"^\t([vsdg]\w+)"
+    )
     return [found[1] for line in lines[best[0] : best[1] + 1] if (found := re.match(pattern, line))]
 
 
@@ -79,10 +81,14 @@ def main() -> int:
             name, units, lanes, clock, bandwidth = CHIPS[chip]
             budget = units * lanes * clock / (bandwidth / (BITS[args.storage] / 8))
             per_weight = len(loop) / weights
-            loads = Counter(m for m in loop if m.startswith(("LDG", "global_load")))
+            loads = Counter(m for m in loop if m.startswith(("LDG", "global_load", "buffer_load")))
             groups = Counter(re.split(r"[._]", m)[0] if backend == "cuda" else "_".join(m.split("_")[:3]) for m in loop)
-            print(f"{chip} ({name}): {len(loop)} instructions for {weights:g} weights: {per_weight:.2f} each, budget {budget:.1f}")
-            print(f"    {per_weight / budget:.0%} of the issue slots at full bandwidth; {kernel.registers} registers; loads {dict(loads)}")
+            print(
+                f"{chip} ({name}): {len(loop)} instructions for {weights:g} weights: {per_weight:.2f} each, budget {budget:.1f}"
+            )
+            print(
+                f"    {per_weight / budget:.0%} of the issue slots at full bandwidth; {kernel.registers} registers; {dict(loads)}"
+            )
             print(f"    {dict(groups.most_common(9))}")
     return 0
 

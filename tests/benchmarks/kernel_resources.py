@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from shapes import SHAPES, SHARED_MEMORY_LIMITS, specs_of  # noqa: E402
+from shapes import SHAPES, SHARED_MEMORY_LIMITS, specs_of
 
-from llmpack import kernels  # noqa: E402
+from llmpack import kernels
 
 
 def main() -> int:

@@ -66,7 +66,10 @@ CONTEXT = 264  # tokens: prompt of 8, 256 generated, as MLC's
 ALL_REDUCES_PER_LAYER = 2
 # qkv, cache_write, attention_split, attention_combine, o, all_reduce+norm, gate_up, swiglu, down, all_reduce+norm
 KERNELS_PER_LAYER = 10
-ONCE_PER_TOKEN = (150, 60)  # us: head's gather over host memory, choice of the token, ONNX Runtime's and the host's step; ASSUMED
+ONCE_PER_TOKEN = (
+    150,
+    60,
+)  # us: head's gather over host memory, choice of the token, ONNX Runtime's and the host's step; ASSUMED
 
 
 def bytes_per_gpu(model: Model) -> float:
@@ -94,7 +97,7 @@ def table(model: Model) -> list[str]:
     lines = [
         f"## {model.name}: {gigabytes:.2f} GB a token and GPU",
         "",
-        "| GPUs | roofline tok/s | expected tok/s | of the roofline | ms: memory, all-reduces, gaps, once | MLC's tok/s |",
+        "| GPUs | roofline, tok/s | expected | of the roofline | ms: memory, all-reduces, gaps, once | MLC |",
         "|---|---|---|---|---|---|",
     ]
     for pair in PAIRS:
@@ -114,15 +117,16 @@ def page() -> str:
     """The whole of PROJECTION.md."""
     head = f"""# What two GPUs should reach
 
-**A projection, not a measurement.** Our kernels are compiled for these chips and run by Triton's interpreter; they have not run on
-any of them. Made by `python tests/benchmarks/projection.py` from the tables in that file; change it there.
+**A projection, not a measurement.** Our kernels are compiled for these chips and run by Triton's interpreter; they have not
+run on any of them. Made by `python tests/benchmarks/projection.py` from the tables in that file; change it there.
 
     time of a token = bytes / (bandwidth * fraction)               products and attention, the weights read once
-                    + layers * {ALL_REDUCES_PER_LAYER} * all-reduce                    one-shot over pinned host memory, 16 KB, fused with the norm
-                    + layers * {KERNELS_PER_LAYER} * gap                          from the end of a kernel to the next one's first load
-                    + once                                         head's gather, choice of the token, the host's step
+                    + layers * {ALL_REDUCES_PER_LAYER} * all-reduce          one-shot over pinned host memory, with the norm
+                    + layers * {KERNELS_PER_LAYER} * gap                from the end of a kernel to the next one's first load
+                    + once                               head's gather, choice of the token, the host's step
 
-bytes: q4 at {LINEAR_BITS:g} bits a weight, the head as q6 at {HEAD_BITS:g}, and the cache of {CONTEXT} tokens, over {RANKS} ranks. Batch 1.
+bytes: q4 at {LINEAR_BITS:g} bits a weight, the head as q6 at {HEAD_BITS:g}, and the cache of {CONTEXT} tokens, over
+{RANKS} ranks. Batch 1; an all-reduce is of 16 KB.
 """
     assumed = [
         "## What is assumed",
@@ -136,14 +140,14 @@ bytes: q4 at {LINEAR_BITS:g} bits a weight, the head as q6 at {HEAD_BITS:g}, and
     tail = f"""
 Once a token: {ONCE_PER_TOKEN[0]} to {ONCE_PER_TOKEN[1]} us. Where the ranges come from:
 
-* fraction: MLC's own figures imply 0.76 to 0.81 on one RTX 4090; counted instructions (LOG.md) leave the q4 product bound by memory
-  on the 4090 and the 7900 XTX, but with little to spare on the A100, hence its wide range;
+* fraction: MLC's own figures imply 0.76 to 0.81 on one RTX 4090; counted instructions (LOG.md) leave the q4 product bound by
+  memory on the 4090 and the 7900 XTX, but with nothing to spare on the A100, hence its wide range;
 * all-reduce: the aim is 15 us; two PCIe round trips and 16 KB each way are 5 us at best;
 * gap: common figures for captured CUDA graphs; AMD's are larger and MLC ran without graphs there too.
 
-**Uncertainty.** The two ends combine all pessimistic and all optimistic inputs, so the truth should lie inside; the middle means nothing.
-One missing effect would break it: a product that is not bound by memory at batch 1, or an all-reduce that waits for a late rank.
-MLC's figures are of October 2023 at 4.5 bits a weight; a like-for-like comparison needs both on one machine.
+**Uncertainty.** The two ends combine all pessimistic and all optimistic inputs, so the truth should lie inside; the middle
+means nothing. One missing effect would break it: a product that is not bound by memory at batch 1, or an all-reduce that waits
+for a late rank. MLC's figures are of October 2023 at 4.5 bits a weight; a like-for-like comparison needs both on one machine.
 """
     bodies = [line for model in MODELS for line in table(model)]
     return "\n".join([head, *bodies, *assumed]) + "\n" + tail

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here: it must be chosen before Triton is imported. Compilers run in processes of their own."""
+"""Kernels run in Triton's interpreter here: it is chosen before Triton is imported. Compilers run in processes of their own."""
 
 from __future__ import annotations
 

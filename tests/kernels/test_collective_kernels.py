@@ -46,9 +46,7 @@ class Meeting:
 
 def parts_of(step: int, ranks: int) -> list[np.ndarray]:
     rows = (1, 3, 1, 2)[step % 4]
-    return [
-        np.random.default_rng([step, r]).standard_normal((rows, HIDDEN)).astype(np.float16) for r in range(ranks)
-    ]
+    return [np.random.default_rng([step, r]).standard_normal((rows, HIDDEN)).astype(np.float16) for r in range(ranks)]
 
 
 def run_rank(folder: Path, ranks: int, rank: int, steps: int) -> None:

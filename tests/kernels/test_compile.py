@@ -1,4 +1,4 @@
-"""Every kind of kernel compiles for every target, without spills and within its shared memory; the bytes depend on nothing else.
+"""Every kind of kernel compiles for every target, without spills, within its shared memory, and to the same bytes anywhere.
 
 `make kernels` does the same for every variant and several published shapes, and prints the table.
 """
@@ -19,6 +19,7 @@ from llmpack.kernel_file import Kernel, KernelFile
 from llmpack.kernel_plan import KernelSpec
 
 ROOT = Path(__file__).parents[2]
+LIKE_OTHERS = ("all_reduce", "all_gather", "rms_norm", "swiglu", "top_k_last", "attention_combine")
 CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 
@@ -30,9 +31,8 @@ def representative() -> list[KernelSpec]:
             rows = (1, 4, 0) if spec.op == "matmul_q4" else (1,)
             if spec.constants["max_rows"] in rows and spec.constants["out_features"] in (5120, 16000):
                 chosen.append(spec)
-        elif spec.op not in ("all_reduce", "all_gather", "rms_norm", "swiglu", "top_k_last", "attention_combine"):
-            if spec.constants.get("k", 64) == 64:
-                chosen.append(spec)
+        elif spec.op not in LIKE_OTHERS and spec.constants.get("k", 64) == 64:
+            chosen.append(spec)
     return chosen
 
 
@@ -84,7 +84,14 @@ def test_files_read_back_as_written(files: dict[str, KernelFile]) -> None:
 
 
 def _key(kernel: Kernel) -> tuple[object, ...]:
-    return (kernel.op, sorted(kernel.constants.items()), kernel.code, kernel.grid, kernel.parameters, kernel.shared_bytes)
+    return (
+        kernel.op,
+        sorted(kernel.constants.items()),
+        kernel.code,
+        kernel.grid,
+        kernel.parameters,
+        kernel.shared_bytes,
+    )
 
 
 # Compiles without the cache, from a copy of the kernels in another directory.

@@ -28,7 +28,9 @@ def assert_half(y: np.ndarray, exact: np.ndarray) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_norms(hidden: int, rows: int) -> None:
     rng = np.random.default_rng([hidden, rows])
-    residual = (rng.standard_normal((rows, hidden)) * 1e4).astype(np.float32)  # beyond what float16 could hold when squared
+    residual = (rng.standard_normal((rows, hidden)) * 1e4).astype(
+        np.float32
+    )  # beyond what float16 could hold when squared
     weight = rng.standard_normal(hidden).astype(np.float32)
     y = np.zeros((rows, hidden), np.float16)
     launch(spec_of("rms_norm", hidden), x=residual, weight=weight, y=y, epsilon=1e-5)

@@ -77,7 +77,9 @@ def test_targets_come_once_in_order_and_with_the_cpu() -> None:
 
 
 def test_an_unknown_target_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(UsageError, match=r"--targets sm_88: unknown; choose from cpu, sm_80, .*gfx1201, cuda, rocm, all"):
+    with pytest.raises(
+        UsageError, match=r"--targets sm_88: unknown; choose from cpu, sm_80, .*gfx1201, cuda, rocm, all"
+    ):
         kernels.parse_targets(["sm_88"])
 
 
