@@ -308,9 +308,7 @@ def main() -> None:
     print(f"{head}\n{versions}; {arguments.rounds} rounds; median (range); x: times better than\n")
     print(report.format_table(rows), end="")
     if os.getloadavg()[0] > THREADS + 1:  # ours, and a little
-        print(
-            f"\nThe load average is {os.getloadavg()[0]:.1f}: other work ran beside this. Ratios then favour whoever spins less."
-        )
+        print(f"\nThe load average is {os.getloadavg()[0]:.1f}: other work ran too, which is hardest on what spins.")
     if arguments.json is not None:
         written = {"machine": facts, "versions": versions, "rounds": arguments.rounds, "rows": report.as_json(rows)}
         arguments.json.write_text(json.dumps(written, indent=1))
