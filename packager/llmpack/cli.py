@@ -22,6 +22,7 @@ from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError
 _EXAMPLES = """examples:
   pack models/Llama-2-7b-hf -o artifacts/llama-q4-tp2 --shards 2 --quant q4
   pack models/Llama-2-7b-hf --shards 2 --dry-run
+  pack models/Llama-2-7b-hf -o artifacts/llama-q4 --targets sm_89,gfx1100
 
 exit codes: 0 ok, 1 internal, 2 usage, 3 damaged input, 4 not supported, 5 disk or memory, 130/143 interrupted
 """
@@ -41,10 +42,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
     parser.add_argument("--quant", metavar="SCHEME", default="q4", help="q4, q8, f16 or f32 (default: q4)")
     parser.add_argument(
-        "--group-size", metavar="N", type=int, default=32, help="weights per scale: 32, 64, 128 (default: 32)"
+        "--group-size",
+        metavar="N",
+        type=int,
+        help="weights per scale: 32, 64, 128 (default: 64, or 32 if 64 does not divide)",
     )
     parser.add_argument(
-        "--targets", metavar="LIST", default="cpu", help="comma-separated; this release: cpu (default: cpu)"
+        "--kv-dtype", metavar="TYPE", help="keys and values in f16 or f32 (default: f32 with --quant f32, else f16)"
+    )
+    parser.add_argument(
+        "--targets",
+        metavar="LIST",
+        default="cpu",
+        help="comma-separated: cpu (always), sm_80 sm_86 sm_89 sm_90 sm_100 sm_120, gfx90a gfx942 gfx1100 gfx1201, or the names"
+        " cuda, rocm, all (default: cpu)",
     )
     parser.add_argument(
         "--max-seq-len", metavar="N", type=int, help="longest sequence (default: max_position_embeddings)"
@@ -152,6 +163,7 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
         targets=tuple(args.targets.split(",")),
         max_seq_len=args.max_seq_len,
         force=args.force,
+        kv_dtype=args.kv_dtype,
     )
     summary = pack(args.model_dir, None if args.dry_run else args.output, options, progress)
     progress.end()

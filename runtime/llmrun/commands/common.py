@@ -30,6 +30,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add what `Engine` takes."""
     group = parser.add_argument_group("running")
     group.add_argument("--provider", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+    group.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU where there are too few")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
     group.add_argument(
@@ -38,7 +39,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculate", type=int, default=0, metavar="K", help="guess K tokens ahead from the text (0: off)"
     )
-    group.add_argument("--verify", choices=("full", "size", "off"), default="full", help="what to check before loading")
+    group.add_argument(
+        "--verify",
+        choices=("auto", "full", "size", "off"),
+        default="auto",
+        help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
+    )
     group.add_argument("--isa", choices=("portable", "avx2", "avx512"), help="instruction set of the CPU kernels")
 
 
@@ -117,6 +123,7 @@ class RankWork:
     main: Callable[[Engine, failstop.Signals], int]
     prepare: Callable[[Engine], None] | None = None
     every_rank: Callable[[Engine], None] | None = None
+    max_num_seqs: int = 1
     drains: bool = False  # rank 0 ends in order after SIGTERM, and says farewell when another rank is lost
 
 
@@ -160,11 +167,12 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             provider=arguments.provider,
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
-            max_num_seqs=getattr(arguments, "max_num_seqs", 1),
+            max_num_seqs=getattr(arguments, "max_num_seqs", work.max_num_seqs),
             kv_cache_mb=arguments.kv_cache_mb,
             speculate=arguments.speculate,
             verify=arguments.verify,
             isa=arguments.isa,
+            share_gpu=arguments.share_gpu,
             prepare=work.prepare,
             is_mirroring=False,
         )
