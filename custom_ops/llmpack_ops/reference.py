@@ -21,15 +21,23 @@ Float64 = NDArray[np.float64]
 Array = NDArray[Any]
 
 
-def dequantize(quantized: Array, scales: Array, zero_point: int) -> Float64:
+# What a quantized number stands for, in units of its scale (FORMAT.md 4.3).
+LEVELS: dict[str, NDArray[np.int64]] = {
+    "q4": np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56]),
+    "q6": np.arange(64) - 32,
+    "q8": np.arange(256) - 128,
+}
+
+
+def dequantize(quantized: Array, scales: Array, storage: str) -> Float64:
     """Restore the weights that quantized numbers stand for (FORMAT.md 4.3).
 
     Args:
         quantized: [out_features, in_features], uint8.
         scales: [out_features, in_features / group_size], float16.
-        zero_point: 8 for q4, 128 for q8.
+        storage: "q4", "q6" or "q8".
     Returns:
-        [out_features, in_features]: (quantized - zero_point) * scale.
+        [out_features, in_features]: level of the number * scale.
     Raises:
         ValueError: the number of scales does not divide in_features, or the rows differ.
     """
@@ -37,7 +45,12 @@ def dequantize(quantized: Array, scales: Array, zero_point: int) -> Float64:
     if scales.shape[0] != rows or in_features % scales.shape[1]:
         raise ValueError(f"scales {scales.shape} do not fit quantized {quantized.shape}")
     group_size = in_features // scales.shape[1]
-    return (quantized.astype(np.float64) - zero_point) * np.repeat(scales.astype(np.float64), group_size, axis=1)
+    return LEVELS[storage][quantized] * np.repeat(scales.astype(np.float64), group_size, axis=1)
+
+
+def embedding(ids: Array, weight: Array) -> Float64:
+    """Return rows ids [T] of weight [num_embeddings, hidden_size], dequantized: [T, hidden_size] (5.8)."""
+    return weight.astype(np.float64)[ids]
 
 
 def matmul(x: Array, weight: Array) -> Float64:

@@ -158,6 +158,7 @@ struct CustomOp : OrtCustomOp {
     struct Kernel {
         const OrtApi& api;
         std::string node;
+        OpTime& time;
         Op op;
     };
 
@@ -193,7 +194,7 @@ struct CustomOp : OrtCustomOp {
         std::string name;
         try {
             name = node.name();
-            *kernel = new Kernel{*api, name, Op(node)};
+            *kernel = new Kernel{*api, name, OpTime::named(profile_name(Op::kName, name)), Op(node)};
             return nullptr;
         } catch (const std::exception& error) {
             return to_status(*api, Op::kName, name, error);
@@ -202,8 +203,7 @@ struct CustomOp : OrtCustomOp {
 
     static OrtStatus* compute(void* kernel, OrtKernelContext* ort_context) {
         const Kernel& k = *static_cast<const Kernel*>(kernel);
-        static OpTime time(Op::kName);
-        const ProfileScope scope(time);
+        const ProfileScope scope(k.time);
         try {
             Context context(k.api, ort_context, Op::kInputs);
             k.op.compute(context);

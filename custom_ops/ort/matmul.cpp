@@ -1,4 +1,5 @@
-// MatMulF32, MatMulF16, MatMulQ8, MatMulQ4: checks of FORMAT.md 4.3 and 5.1, and the division of work.
+// MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, EmbeddingQ8, EmbeddingQ6: checks of FORMAT.md 4.3
+// and 5.1, and the division of work.
 #include <algorithm>
 
 #include "cpu/isa.h"
@@ -17,9 +18,10 @@ int64_t positive_attribute(const NodeInfo& node, const char* name) {
 }
 
 // Tiles that are worth a call of their own: about 32 KB of weights, or, with many tokens, as much work.
+// Never one alone: the kernels take tiles in pairs.
 int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
     const int64_t work = tile_bytes * (1 + tokens / 8);
-    return work >= 32768 ? 1 : 32768 / (work < 1 ? 1 : work);
+    return 2 * (work >= 16384 ? 1 : 16384 / (work < 1 ? 1 : work));
 }
 
 // With one or two tokens a call is bound by memory and reads its range as two streams, of which each must be
@@ -54,21 +56,41 @@ struct FloatMatMulOp {
     int64_t out_features;
 };
 
+int64_t group_size_attribute(const NodeInfo& node) {
+    const int64_t group_size = node.int_attribute("group_size");
+    if (group_size != 32 && group_size != 64 && group_size != 128) {
+        throw OpError("attribute group_size is " + std::to_string(group_size) + ", expected 32, 64 or 128");
+    }
+    return group_size;
+}
+
+// Refuses weights and scales that are not those of [N, K] (FORMAT.md 4.3).
+void check_quantized(WeightType type, const Tensor& weight, const Tensor& scales, int64_t N, int64_t K,
+                     int64_t group_size) {
+    const int64_t tiles = (N + kTileRows - 1) / kTileRows;
+    if (type == WeightType::kQ4) {
+        weight.expect_shape({tiles, K / 8, kTileRows, 4},
+                            "[ceil(out_features / 16), in_features / 8, 16, 4]");
+    } else if (type == WeightType::kQ6) {
+        weight.expect_shape({tiles, K / 16, 3, kTileRows, 4},
+                            "[ceil(out_features / 16), in_features / 16, 3, 16, 4]");
+    } else {
+        weight.expect_shape({tiles, K / 4, kTileRows, 4},
+                            "[ceil(out_features / 16), in_features / 4, 16, 4]");
+    }
+    scales.expect_shape({tiles, K / group_size, kTileRows},
+                        "[ceil(out_features / 16), in_features / group_size, 16]");
+}
+
 template <WeightType type>
 struct QuantizedMatMulOp {
-    static constexpr bool kIsQ4 = type == WeightType::kQ4;
-    static constexpr const char* kName = kIsQ4 ? "MatMulQ4" : "MatMulQ8";
+    static constexpr int64_t kBits = type == WeightType::kQ4 ? 4 : type == WeightType::kQ6 ? 6 : 8;
+    static constexpr const char* kName = kBits == 4 ? "MatMulQ4" : kBits == 6 ? "MatMulQ6" : "MatMulQ8";
     static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kUInt8}, {"scales", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit QuantizedMatMulOp(const NodeInfo& node)
-        : out_features(positive_attribute(node, "out_features")),
-          group_size(node.int_attribute("group_size")) {
-        if (group_size != 32 && group_size != 64 && group_size != 128) {
-            throw OpError("attribute group_size is " + std::to_string(group_size) +
-                          ", expected 32, 64 or 128");
-        }
-    }
+        : out_features(positive_attribute(node, "out_features")), group_size(group_size_attribute(node)) {}
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = context.input(1), scales = context.input(2);
@@ -79,15 +101,7 @@ struct QuantizedMatMulOp {
                           " in_features, expected a multiple of group_size " + std::to_string(group_size));
         }
         const int64_t tiles = (N + kTileRows - 1) / kTileRows, groups = K / group_size;
-        if (kIsQ4) {
-            weight.expect_shape({tiles, K / 8, kTileRows, 4},
-                                "[ceil(out_features / 16), in_features / 8, 16, 4]");
-        } else {
-            weight.expect_shape({tiles, K / 4, kTileRows, 4},
-                                "[ceil(out_features / 16), in_features / 4, 16, 4]");
-        }
-        scales.expect_shape({tiles, groups, kTileRows},
-                            "[ceil(out_features / 16), in_features / group_size, 16]");
+        check_quantized(type, weight, scales, N, K, group_size);
         float* y = context.output(0, {M, N});
         if (M == 0) return;
 
@@ -106,7 +120,7 @@ struct QuantizedMatMulOp {
             k.quantize(x.as<float>(), activations, begin, end);
         });
         const QuantizedMatMul args{&activations, weight.as<uint8_t>(), scales.as<uint16_t>(), y, N};
-        const int64_t bytes = K * kTileRows / (kIsQ4 ? 2 : 1);
+        const int64_t bytes = K * kTileRows * kBits / 8;
         context.parallel_for(tiles, std::max(tile_grain(bytes, M), stream_grain(tiles, M)),
                              [&](int64_t begin, int64_t end) { k.matmul_quantized(type, args, begin, end); });
     }
@@ -114,11 +128,45 @@ struct QuantizedMatMulOp {
     int64_t out_features, group_size;
 };
 
+template <WeightType type>
+struct EmbeddingOp {
+    static constexpr const char* kName = type == WeightType::kQ6 ? "EmbeddingQ6" : "EmbeddingQ8";
+    static constexpr Port kInputs[] = {{"ids", kInt32}, {"weight", kUInt8}, {"scales", kFloat16}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit EmbeddingOp(const NodeInfo& node)
+        : num_embeddings(positive_attribute(node, "num_embeddings")),
+          group_size(group_size_attribute(node)) {}
+
+    void compute(Context& context) const {
+        const Tensor ids = context.input(0), weight = context.input(1), scales = context.input(2);
+        ids.expect_shape({-1}, "[tokens]");
+        scales.expect_shape({-1, -1, kTileRows}, "[ceil(num_embeddings / 16), groups, 16]");
+        const int64_t T = ids.shape[0], K = scales.shape[1] * group_size;
+        check_quantized(type, weight, scales, num_embeddings, K, group_size);
+        const QuantizedEmbedding args{
+            ids.as<int32_t>(), weight.as<uint8_t>(), scales.as<uint16_t>(), context.output(0, {T, K}), K,
+            group_size};
+        for (int64_t t = 0; t < T; t++) {
+            if (args.ids[t] < 0 || args.ids[t] >= num_embeddings) {
+                throw OpError("input ids has " + std::to_string(args.ids[t]) + " at " + std::to_string(t) +
+                              ", expected 0 to " + std::to_string(num_embeddings - 1));
+            }
+        }
+        const Kernels& k = kernels();
+        context.parallel_for(T, 16, [&](int64_t begin, int64_t end) { k.embedding(type, args, begin, end); });
+    }
+
+    int64_t num_embeddings, group_size;
+};
+
 }  // namespace
 
 std::vector<const OrtCustomOp*> matmul_ops() {
-    return {custom_op<FloatMatMulOp<WeightType::kF32>>(), custom_op<FloatMatMulOp<WeightType::kF16>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ8>>(), custom_op<QuantizedMatMulOp<WeightType::kQ4>>()};
+    return {custom_op<FloatMatMulOp<WeightType::kF32>>(),    custom_op<FloatMatMulOp<WeightType::kF16>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ8>>(), custom_op<QuantizedMatMulOp<WeightType::kQ6>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ4>>(), custom_op<EmbeddingOp<WeightType::kQ8>>(),
+            custom_op<EmbeddingOp<WeightType::kQ6>>()};
 }
 
 }  // namespace llmpack::ort

@@ -9,7 +9,9 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kMaxGroup = 128, kMaxElements = INT64_C(1) << 40;
 
-bool is_quantized(int32_t storage) { return storage == LLMPACK_Q8 || storage == LLMPACK_Q4; }
+bool is_quantized(int32_t storage) {
+    return storage == LLMPACK_Q8 || storage == LLMPACK_Q6 || storage == LLMPACK_Q4;
+}
 
 [[maybe_unused]] bool starts_with(const char* text, const char* start) {
     return std::strncmp(text, start, std::strlen(start)) == 0;
@@ -20,7 +22,8 @@ bool sizes_fit(int32_t storage, int64_t group_size, int64_t num_tiles, int64_t n
     if (num_tiles < 0 || num_columns < 1 || num_columns > kMaxElements) return false;
     if (num_tiles > kMaxElements / num_columns / kTileRows) return false;
     if (!is_quantized(storage)) return true;
-    return group_size >= 8 && group_size <= kMaxGroup && group_size % 8 == 0 && num_columns % group_size == 0;
+    return group_size >= 16 && group_size <= kMaxGroup && group_size % 16 == 0 &&
+           num_columns % group_size == 0;
 }
 
 }  // namespace
@@ -37,7 +40,8 @@ int llmpack_ops_pack_rows(const LlmpackRows* rows) {
         r.num_rows > r.num_tiles * kTileRows || r.row_stride < r.num_columns ||
         (r.num_rows > 0 && r.rows == nullptr) || r.weight == nullptr ||
         (is_quantized(r.storage) && r.scales == nullptr) ||
-        (r.storage == LLMPACK_Q4 && (r.candidates == nullptr || r.num_candidates < 1)))
+        ((r.storage == LLMPACK_Q6 || r.storage == LLMPACK_Q4) &&
+         (r.candidates == nullptr || r.num_candidates < 1)))
         return LLMPACK_PACK_BAD_ARGUMENT;
     [[maybe_unused]] const char* isa = llmpack_ops_isa();
 #if defined(__x86_64__)

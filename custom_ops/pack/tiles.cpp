@@ -72,20 +72,49 @@ LLMPACK_INLINE Int gather(const LlmpackRows& a, int64_t first_row, int64_t first
     return largest;
 }
 
-// The step of each row's group that loses least, [16] floats (llmpack/quantize.py: search_q4).
-LLMPACK_INLINE Float search_q4(const float* values, int64_t count, const Float& extreme,
-                               const float* candidates, int64_t num_candidates) {
+// q4: 16 uneven levels (FORMAT.md 4.3), and where they meet, as count_below wants them.
+alignas(64) constexpr float kLevels[16] = {-64, -52, -42, -32, -24, -18, -11, -5,
+                                           0,   6,   12,  19,  26,  34,  44,  56};
+constexpr float middle(int i) { return (kLevels[i] + kLevels[i + 1]) / 2; }
+alignas(64) constexpr float kMiddles[16] = {
+    0,         middle(7), middle(3), middle(11), middle(1), middle(5),  middle(9),  middle(13),
+    middle(0), middle(2), middle(4), middle(6),  middle(8), middle(10), middle(12), middle(14)};
+
+template <int kStorage>
+struct Levels;
+template <>
+struct Levels<LLMPACK_Q4> {
+    static constexpr float kOutermost = -64;
+    static LLMPACK_INLINE Int index(const Float& x) { return count_below(kMiddles, x); }
+    static LLMPACK_INLINE Float nearest(const Float& x) { return lookup(kLevels, index(x)); }
+};
+template <int kLow, int kHigh, int kZero>
+struct Uniform {
+    static constexpr float kOutermost = kLow;
+    static LLMPACK_INLINE Float nearest(const Float& x) {
+        return rint(max(min(x, all(static_cast<float>(kHigh))), all(static_cast<float>(kLow))));
+    }
+    static LLMPACK_INLINE Int index(const Float& x) { return to_int(nearest(x)) + all(kZero); }
+};
+template <>
+struct Levels<LLMPACK_Q6> : Uniform<-32, 31, 32> {};
+template <>
+struct Levels<LLMPACK_Q8> : Uniform<-127, 127, 128> {};
+
+// The step of each row's group that loses least, [16] floats (llmpack/quantize.py: _search).
+template <int kStorage>
+LLMPACK_INLINE Float search(const float* values, int64_t count, const Float& extreme, const float* candidates,
+                            int64_t num_candidates) {
     Float magnitude = max(extreme, all(0.0f) - extreme);
     Int searched = magnitude >= all(kTiny);
     Float unit = select(searched, extreme, all(1.0f));
     Float best_gain = all(-1.0f), best_step = all(0.0f);
-    const Float low = all(-8.0f), high = all(7.0f);
     for (int64_t c = 0; c < num_candidates; ++c) {
         Float inverse = all(candidates[c]) / unit;
         Float products = all(0.0f), squares = all(0.0f);
         for (int64_t k = 0; k < count; ++k) {
             Float value = load(values + k * kRows);
-            Float level = rint(max(min(value * inverse, high), low));
+            Float level = Levels<kStorage>::nearest(value * inverse);
             products = products + value * level;
             squares = squares + level * level;
         }
@@ -95,7 +124,7 @@ LLMPACK_INLINE Float search_q4(const float* values, int64_t count, const Float& 
         best_gain = select(better, gain, best_gain);
         best_step = select(better, step, best_step);
     }
-    return select(searched, best_step, extreme / all(-8.0f));
+    return select(searched, best_step, extreme / all(Levels<kStorage>::kOutermost));
 }
 
 LLMPACK_INLINE void store_halves(uint16_t* out, const Int& half) {
@@ -105,8 +134,8 @@ LLMPACK_INLINE void store_halves(uint16_t* out, const Int& half) {
 }
 
 // One group of a tile: values [group_size][16] -> cells of the tile and 16 scales. False: a scale overflows.
-LLMPACK_INLINE bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint16_t* scales) {
-    const bool is_q4 = a.storage == LLMPACK_Q4;
+template <int kStorage>
+bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint16_t* scales) {
     const int64_t count = a.group_size;
     Float lowest = load(values), highest = lowest;
     for (int64_t k = 1; k < count; ++k) {
@@ -116,12 +145,12 @@ LLMPACK_INLINE bool pack_group(const LlmpackRows& a, const float* values, uint8_
     }
     Float negated = all(0.0f) - lowest;
     Float step;
-    if (is_q4) {
+    if constexpr (kStorage == LLMPACK_Q8) {
+        step = max(negated, highest) / all(127.0f);
+    } else {
         Float extreme = select(negated >= highest, lowest, highest);
         if (any(max(extreme, all(0.0f) - extreme) >= all(kHuge))) return false;
-        step = search_q4(values, count, extreme, a.candidates, a.num_candidates);
-    } else {
-        step = max(negated, highest) / all(127.0f);
+        step = search<kStorage>(values, count, extreme, a.candidates, a.num_candidates);
     }
     // Adding 0 makes one zero of the two: which of them is the largest depends on the order of comparisons.
     Int half = float_to_half(step + all(0.0f));
@@ -131,12 +160,8 @@ LLMPACK_INLINE bool pack_group(const LlmpackRows& a, const float* values, uint8_
     Float unit = half_to_float(half);
     Int nonzero = unit != all(0.0f);
     Float inverse = select(nonzero, all(1.0f) / select(nonzero, unit, all(1.0f)), all(0.0f));
-    const Float low = all(is_q4 ? -8.0f : -127.0f), high = all(is_q4 ? 7.0f : 127.0f);
-    const Int zero = all(is_q4 ? 8 : 128);
-    auto quantize = [&](int64_t k) {
-        return to_int(rint(max(min(load(values + k * kRows) * inverse, high), low))) + zero;
-    };
-    if (is_q4) {
+    auto quantize = [&](int64_t k) { return Levels<kStorage>::index(load(values + k * kRows) * inverse); };
+    if constexpr (kStorage == LLMPACK_Q4) {
         for (int64_t k = 0; k < count; k += 8, cells += 4 * kRows) {
             Int cell = quantize(k) | shift_left<4>(quantize(k + 4));
             cell = cell | shift_left<8>(quantize(k + 1) | shift_left<4>(quantize(k + 5)));
@@ -144,18 +169,39 @@ LLMPACK_INLINE bool pack_group(const LlmpackRows& a, const float* values, uint8_
             cell = cell | shift_left<24>(quantize(k + 3) | shift_left<4>(quantize(k + 7)));
             store(cells, cell);
         }
-    } else {
-        for (int64_t k = 0; k < count; k += 4, cells += 4 * kRows) {
-            store(cells, quantize(k) | shift_left<8>(quantize(k + 1)) | shift_left<16>(quantize(k + 2)) |
-                             shift_left<24>(quantize(k + 3)));
+        return true;
+    }
+    auto four = [&](int64_t k) {
+        return quantize(k) | shift_left<8>(quantize(k + 1)) | shift_left<16>(quantize(k + 2)) |
+               shift_left<24>(quantize(k + 3));
+    };
+    if constexpr (kStorage == LLMPACK_Q6) {
+        for (int64_t k = 0; k < count; k += 16, cells += 12 * kRows) {
+            const Int fourth = four(k + 12), high_bits = all(static_cast<int32_t>(0xc0c0c0c0));
+            store(cells, four(k) | (shift_left<6>(fourth) & high_bits));
+            store(cells + 4 * kRows, four(k + 4) | (shift_left<4>(fourth) & high_bits));
+            store(cells + 8 * kRows, four(k + 8) | (shift_left<2>(fourth) & high_bits));
         }
+    } else {
+        for (int64_t k = 0; k < count; k += 4, cells += 4 * kRows) store(cells, four(k));
     }
     return true;
 }
 
+bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint16_t* scales) {
+    if (a.storage == LLMPACK_Q4) return pack_group<LLMPACK_Q4>(a, values, cells, scales);
+    if (a.storage == LLMPACK_Q6) return pack_group<LLMPACK_Q6>(a, values, cells, scales);
+    return pack_group<LLMPACK_Q8>(a, values, cells, scales);
+}
+
+// Bits of a quantized number.
+constexpr int64_t bits_of(int32_t storage) {
+    return storage == LLMPACK_Q4 ? 4 : storage == LLMPACK_Q6 ? 6 : 8;
+}
+
 template <int kType>
 int pack_rows_of(const LlmpackRows& a) {
-    const bool is_quantized = a.storage == LLMPACK_Q4 || a.storage == LLMPACK_Q8;
+    const bool is_quantized = a.storage != LLMPACK_F32 && a.storage != LLMPACK_F16;
     const int64_t group = is_quantized ? a.group_size : kMaxGroup;
     const int64_t num_groups = (a.num_columns + group - 1) / group;
     alignas(64) float values[kMaxGroup * kRows];
@@ -168,7 +214,7 @@ int pack_rows_of(const LlmpackRows& a) {
             largest = max(largest, gather<kType>(a, tile * kRows, first, count, values));
             const int64_t at = (tile * a.num_columns + first) * kRows;  // of the group's first element
             if (is_quantized) {
-                auto* cells = static_cast<uint8_t*>(a.weight) + (a.storage == LLMPACK_Q4 ? at / 2 : at);
+                auto* cells = static_cast<uint8_t*>(a.weight) + at * bits_of(a.storage) / 8;
                 overflow |= !pack_group(a, values, cells, a.scales + (tile * num_groups + g) * kRows);
             } else if (a.storage == LLMPACK_F32) {
                 std::memcpy(static_cast<float*>(a.weight) + at, values, sizeof(float) * kRows * count);
@@ -233,6 +279,24 @@ LLMPACK_INLINE void add_group(const LlmpackProduct& a, int64_t tile, int64_t fir
                 accumulate(sums, to_float(level - all(128)), x + (k + j) * kVectors);
             }
         }
+    } else if constexpr (kStorage == LLMPACK_Q6) {
+        const uint8_t* cells = static_cast<const uint8_t*>(a.weight) + at * 6 / 8;
+        for (int64_t k = 0; k < count; k += 16, cells += 12 * kRows) {
+            Int fourth = all(0);  // gathered from the last cell to the first
+            for (int part = 2; part >= 0; --part) {
+                Int cell;
+                std::memcpy(&cell, cells + part * 4 * kRows, sizeof(cell));
+                fourth = shift_left<2>(fourth) | (shift_right<6>(cell) & all(0x03030303));
+            }
+            for (int part = 0; part < 4; ++part) {
+                Int cell = fourth;
+                if (part < 3) std::memcpy(&cell, cells + part * 4 * kRows, sizeof(cell));
+                for (int j = 0; j < 4; ++j) {
+                    accumulate(sums, to_float((cell & all(63)) - all(32)), x + (k + 4 * part + j) * kVectors);
+                    cell = shift_right<8>(cell);
+                }
+            }
+        }
     } else {
         const uint8_t* cells = static_cast<const uint8_t*>(a.weight) + at / 2;
         for (int64_t k = 0; k < count; k += 8, cells += 4 * kRows) {
@@ -240,11 +304,11 @@ LLMPACK_INLINE void add_group(const LlmpackProduct& a, int64_t tile, int64_t fir
             std::memcpy(&low, cells, sizeof(low));
             high = shift_right<4>(low);
             for (int j = 0; j < 4; ++j) {
-                accumulate(sums, to_float((low & all(15)) - all(8)), x + (k + j) * kVectors);
+                accumulate(sums, lookup(kLevels, low & all(15)), x + (k + j) * kVectors);
                 low = shift_right<8>(low);
             }
             for (int j = 0; j < 4; ++j) {
-                accumulate(sums, to_float((high & all(15)) - all(8)), x + (k + 4 + j) * kVectors);
+                accumulate(sums, lookup(kLevels, high & all(15)), x + (k + 4 + j) * kVectors);
                 high = shift_right<8>(high);
             }
         }
@@ -253,7 +317,7 @@ LLMPACK_INLINE void add_group(const LlmpackProduct& a, int64_t tile, int64_t fir
 
 template <int kStorage>
 void product_of(const LlmpackProduct& a) {
-    constexpr bool kQuantized = kStorage == LLMPACK_Q8 || kStorage == LLMPACK_Q4;
+    constexpr bool kQuantized = kStorage != LLMPACK_F32 && kStorage != LLMPACK_F16;
     const int64_t group = kQuantized ? a.group_size : a.num_columns;
     const int64_t num_groups = a.num_columns / group;
     for (int64_t tile = 0; tile < a.num_tiles; ++tile) {
@@ -291,6 +355,7 @@ void packed_product(const LlmpackProduct& product) {
     if (product.storage == LLMPACK_F32) return product_of<LLMPACK_F32>(product);
     if (product.storage == LLMPACK_F16) return product_of<LLMPACK_F16>(product);
     if (product.storage == LLMPACK_Q8) return product_of<LLMPACK_Q8>(product);
+    if (product.storage == LLMPACK_Q6) return product_of<LLMPACK_Q6>(product);
     product_of<LLMPACK_Q4>(product);
 }
 

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(LLMPACK_ISA_avx2) || defined(LLMPACK_ISA_avx512)
+#    include <immintrin.h>
+#endif
+
 #define LLMPACK_INLINE inline __attribute__((always_inline))
 
 namespace llmpack::LLMPACK_ISA {
@@ -183,6 +187,40 @@ LLMPACK_INLINE Int float_to_half(const Float& value) {
     Int subnormal = bits(from_bits(magnitude) + all(0.5f)) - bits(all(0.5f));
     Int half = select(magnitude > all(0x387fffff), normal, subnormal);
     return select(magnitude > all(0x477fefff), all(0x7c00), half) | sign;
+}
+
+// Sixteen numbers by index 0..15. table: 64-byte aligned.
+LLMPACK_INLINE Float lookup(const float* table, const Int& index) {
+    Float r;
+#if defined(LLMPACK_ISA_avx512)
+    r.v[0] = (VecF)_mm512_permutexvar_ps((__m512i)index.v[0], _mm512_load_ps(table));
+#elif defined(LLMPACK_ISA_avx2)
+    for (int i = 0; i < kParts; ++i) {
+        const __m256i lanes = (__m256i)index.v[i];
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), lanes);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), lanes);
+        r.v[i] = (VecF)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
+    }
+#else
+    int32_t lanes[kRows];
+    float found[kRows];
+    store(lanes, index);
+    for (int i = 0; i < kRows; ++i) found[i] = table[lanes[i]];
+    r = load(found);
+#endif
+    return r;
+}
+
+// How many of 15 rising numbers lie below x: each of 16 lanes by itself, in four comparisons. tree: 64-byte
+// aligned, the numbers in the order in which a binary search asks for them, [1..15]; [0] is not read.
+LLMPACK_INLINE Int count_below(const float* tree, const Float& x) {
+    Int node = all(1);
+    for (int depth = 0; depth < 4; ++depth) {
+        Int greater = x > lookup(tree, node);
+        node = node + node;
+        for (int i = 0; i < kParts; ++i) node.v[i] -= greater.v[i];
+    }
+    return node & all(15);
 }
 
 }  // namespace llmpack::LLMPACK_ISA

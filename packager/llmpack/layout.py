@@ -11,6 +11,7 @@ import numpy as np
 from llmrun.artifact import ROW_TILE
 
 _NIBBLE_CELL = 8  # input features of one row in one cell of four bytes
+_SIX_BIT_CELL = 16  # input features of one row in three cells of four bytes
 
 
 def tile_rows(matrix: np.ndarray, cell: int = 1, fill: int = 0) -> np.ndarray:
@@ -66,3 +67,35 @@ def untile_nibbles(tiles: np.ndarray, num_rows: int) -> np.ndarray:
     """Undo `tile_nibbles`: -> [num_rows, in_features], uint8 in 0..15."""
     packed = untile_rows(tiles, num_rows).reshape(num_rows, -1, 1, _NIBBLE_CELL // 2)
     return np.concatenate([packed & 15, packed >> 4], axis=2).reshape(num_rows, -1)
+
+
+def tile_six_bits(quantized: np.ndarray) -> np.ndarray:
+    """Tile 6-bit integers, sixteen features of a row in three cells of four bytes.
+
+    Byte j of cell p holds feature 4 p + j in its low six bits; its high two bits are bits 2 p and 2 p + 1 of feature 12 + j.
+
+    Args:
+        quantized: [num_rows, in_features], uint8 in 0..63; in_features is a multiple of 16. Missing rows become 32 (zero).
+
+    Returns:
+        [ceil(num_rows / ROW_TILE), in_features / 16, 3, ROW_TILE, 4], uint8.
+
+    >>> row = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0b010000, 0b001000, 0b000100, 0b111111]], np.uint8)
+    >>> [hex(b) for b in tile_six_bits(row)[0, 0, :, 0].ravel()]
+    ['0x0', '0x1', '0x2', '0xc3', '0x4', '0x85', '0x46', '0xc7', '0x48', '0x9', '0xa', '0xcb']
+    """
+    in_features = quantized.shape[1]
+    if in_features % _SIX_BIT_CELL:
+        raise ValueError(f"{in_features} columns are not a multiple of {_SIX_BIT_CELL}")
+    rows = tile_rows(quantized, 1, fill=32).transpose(0, 2, 1)  # [tiles, ROW_TILE, in_features]
+    quarters = rows.reshape(*rows.shape[:2], -1, 4, 4)
+    split = [quarters[..., p, :] | (quarters[..., 3, :] >> 2 * p & 3) << 6 for p in range(3)]
+    return np.ascontiguousarray(np.stack(split, axis=3).transpose(0, 2, 3, 1, 4))
+
+
+def untile_six_bits(tiles: np.ndarray, num_rows: int) -> np.ndarray:
+    """Undo `tile_six_bits`: -> [num_rows, in_features], uint8 in 0..63."""
+    rows = tiles.transpose(0, 3, 1, 2, 4)  # [tiles, ROW_TILE, in_features / 16, 3, 4]
+    fourth = sum(rows[..., p, :] >> 6 << 2 * p for p in range(3))
+    quarters = np.concatenate([rows & 63, np.asarray(fourth, np.uint8)[..., None, :]], axis=3)
+    return quarters.reshape(len(tiles) * ROW_TILE, -1)[:num_rows]

@@ -18,7 +18,8 @@ from llmrun.library import find_library
 
 VECTORS = 8  # activation vectors side by side in `packed_product`
 
-_TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3, "q4": 4}  # enum of pack.h
+_TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3, "q4": 4, "q6": 5}  # enum of pack.h
+_BITS = {"q4": 4, "q6": 6}  # of a stored number, where it is no element of its array
 _NOT_FINITE, _OVERFLOW = 1, 2
 
 
@@ -85,18 +86,18 @@ def pack_rows(
     scales: np.ndarray | None = None,
     *,
     is_bfloat16: bool = False,
-    candidates: np.ndarray = CANDIDATES,
+    candidates: np.ndarray | None = None,
 ) -> None:
     """Quantize rows of a projection and lay them out in tiles (FORMAT 4.3).
 
     Args:
         rows: [num_rows, num_columns], float32, float16, or uint16 holding bfloat16; columns are contiguous.
-        storage: "f32", "f16", "q8" or "q4".
-        group_size: input features that share a scale; q8 and q4 only.
+        storage: "f32", "f16", "q8", "q6" or "q4".
+        group_size: input features that share a scale; q8, q6 and q4 only.
         weight: array to fill, as FORMAT 4.3 has it; it holds at least num_rows, further rows become zero weights.
         scales: array to fill, likewise; None for f32 and f16.
         is_bfloat16: what uint16 rows must say.
-        candidates: see `quantize_q4`.
+        candidates: see `quantize_q4`; None: those of the storage.
 
     Raises:
         NotFiniteError: a value is NaN or infinite.
@@ -108,8 +109,9 @@ def pack_rows(
         raise TypeError(f"rows of {rows.dtype} with strides {rows.strides}")
     if not weight.flags.c_contiguous or (scales is not None and not scales.flags.c_contiguous):
         raise TypeError("weight and scales must be contiguous")
-    if weight.size * (2 if storage == "q4" else 1) != weight.shape[0] * ROW_TILE * num_columns:
+    if weight.size * 8 != weight.shape[0] * ROW_TILE * num_columns * _BITS.get(storage, 8):
         raise TypeError(f"weight {weight.shape} does not hold tiles of {num_columns} columns")
+    candidates = CANDIDATES.get(storage, np.empty(0)) if candidates is None else candidates
     candidates = np.ascontiguousarray(candidates, np.float32)
     arguments = _Rows(
         ctypes.sizeof(_Rows), _TYPES[source], _TYPES[storage], group_size, num_rows, num_columns,
@@ -133,7 +135,7 @@ def packed_product(
     Args:
         weight: tiles as FORMAT 4.3 has them.
         scales: their scales; None for f32 and f16.
-        storage: "f32", "f16", "q8" or "q4".
+        storage: "f32", "f16", "q8", "q6" or "q4".
         group_size: input features that share a scale.
         x: [num_columns, VECTORS], float64.
 
@@ -143,7 +145,7 @@ def packed_product(
     num_tiles, num_columns = weight.shape[0], len(x)
     if x.shape[1] != VECTORS or x.dtype != np.float64 or not x.flags.c_contiguous:
         raise TypeError(f"x {x.shape} of {x.dtype}")
-    if weight.size * (2 if storage == "q4" else 1) != num_tiles * ROW_TILE * num_columns:
+    if weight.size * 8 != num_tiles * ROW_TILE * num_columns * _BITS.get(storage, 8):
         raise TypeError(f"weight {weight.shape} does not fit x {x.shape}")
     y = np.empty((num_tiles * ROW_TILE, VECTORS))
     arguments = _Product(

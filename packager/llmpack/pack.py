@@ -26,6 +26,7 @@ from llmpack.weights import (
     Quantization,
     check_options,
     check_split,
+    choose_group_size,
     heads_per_rank,
     plan_rank,
     resolve_sources,
@@ -44,6 +45,7 @@ from llmrun.artifact import (
 
 BLOCK_SIZE = 16  # tokens in one block of the KV cache
 TARGETS = ("cpu",)
+KV_DTYPES = {"f16": "float16", "f32": "float32"}
 _ROOM_FOR_SMALL_FILES = 8 << 20  # bytes: graphs, tokenizer, manifest
 
 
@@ -53,10 +55,11 @@ class Options:
 
     shards: int = 1
     scheme: str = "q4"
-    group_size: int = 32
+    group_size: int | None = None  # None: the first of weights.DEFAULT_GROUP_SIZES that divides
     targets: tuple[str, ...] = TARGETS
     max_seq_len: int | None = None
     force: bool = False
+    kv_dtype: str | None = None  # "f16" or "f32"; None: f32 if the weights are f32, else f16
 
 
 Progress = Callable[[str, int, int], None]
@@ -84,12 +87,16 @@ def pack(
         raise IncompatibleError(
             f"--targets {unknown[0]}: not available in this release; available: {', '.join(TARGETS)}."
         )
+    if options.kv_dtype is not None and options.kv_dtype not in KV_DTYPES:
+        raise UsageError(f"--kv-dtype {options.kv_dtype}: expected one of {', '.join(KV_DTYPES)}.")
     with open_checkpoint(model_dir) as checkpoint:
         config = checkpoint.config
         try:
             names = resolve_sources(config, {name: info.shape for name, info in checkpoint.tensors.items()})
         except IntegrityError as error:
             raise IntegrityError(f"{model_dir}: {error}", code=error.code) from None
+        if options.group_size is None:
+            quantization = choose_group_size(config, quantization, options.shards)
         check_split(config, quantization, options.shards)
         max_seq_len = config.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
         if not 1 <= max_seq_len <= config.max_position_embeddings:
@@ -97,10 +104,12 @@ def pack(
                 f"--max-seq-len {max_seq_len}: expected 1 to max_position_embeddings {config.max_position_embeddings}."
             )
         plans = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]
-        kv_dtype = "float32" if quantization.scheme == "f32" else "float16"
+        kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
         kv_heads = heads_per_rank(config, options.shards)[1]
         kv_cache = KvCacheSpec(kv_dtype, BLOCK_SIZE, config.num_hidden_layers, kv_heads, config.head_dim)
-        summary = report.summarise(config, quantization, plans, kv_cache, max_seq_len)
+        summary = report.summarise(
+            config, quantization, plans, kv_cache, max_seq_len, is_group_size_default=options.group_size is None
+        )
         tokenizer = read_tokenizer(model_dir, config.vocab_size)
         generation = read_generation(model_dir)
         if target is None:
@@ -114,15 +123,13 @@ def pack(
             sources = background.submit(checkpoint.hash_sources, used, stopped.is_set)
             logical = export(config, kv_dtype, BLOCK_SIZE)
             for rank, plan in enumerate(plans):
-                graph = split(logical, config, plan, rank, options.shards, quantization.group_size, "weights.bin")
+                graph = split(logical, config, plan, rank, options.shards, "weights.bin")
                 staging.add(f"rank-{rank}/cpu.onnx", graph.SerializeToString(deterministic=True))
-            write_weights(checkpoint, names, plans, quantization, staging, on_progress)
+            write_weights(checkpoint, names, plans, staging, on_progress)
             on_progress("self-check", 0, 1)
             with contextlib.ExitStack() as files:
                 packed = [
-                    files.enter_context(
-                        PackedRank(staging.partial / f"rank-{r}/weights.bin", plan, quantization.group_size)
-                    )
+                    files.enter_context(PackedRank(staging.partial / f"rank-{r}/weights.bin", plan))
                     for r, plan in enumerate(plans)
                 ]
                 check = selfcheck(
@@ -155,7 +162,7 @@ def pack(
 
 def _describe(quantization: Quantization, summary: dict[str, Any]) -> dict[str, Any]:
     roles = {role: quantization.of_role(role) for role in ("linear", "head", "embedding", "norm", "bias")}
-    figures = {key: summary[key] for key in ("scheme", "group_size", "bits_per_weight")}
+    figures = {key: summary[key] for key in ("scheme", "group_size", "bits_per_weight", "bits_per_weight_of_file")}
     return {**figures, "roles": roles}
 
 
@@ -168,6 +175,7 @@ def _describe_rank(rank: dict[str, Any]) -> dict[str, Any]:
         "weights": f"{folder}/weights.bin",
         "weight_bytes": rank["weight_bytes"],
         "weight_bytes_per_token": rank["weight_bytes_per_token"],
+        "weight_bytes_by_role": rank["weight_bytes_by_role"],
     }
 
 

@@ -1,32 +1,42 @@
-"""Group-wise weights -> (quantized, scales), symmetric: the truth that the operator library's packing repeats bit for bit.
+"""Group-wise weights -> (quantized, scales): the truth that the operator library's packing repeats bit for bit.
 
-In: a float32 matrix, in slices of any number of rows (each row is on its own). Out: unsigned integers around a fixed zero
-point, and one float16 scale for each `group_size` input features. Every step is one IEEE operation per element and sums run
-in the order of the input features, so the result is the same on every machine (FORMAT 2.6). No calibration data is used.
-`pack` itself calls `custom_ops/pack`, which a test compares with this.
+In: a float32 matrix, in slices of any number of rows (each row is on its own). Out: unsigned integers, and one
+float16 scale for each `group_size` input features. Every step is one IEEE operation per element and sums run in the order of
+the input features, so the result is the same on every machine (FORMAT 2.6). No calibration data is used. `pack` itself calls
+`custom_ops/pack`, which a test compares with this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-ZERO_POINT = {"q4": 8, "q8": 128}
+# The numbers that a quantized weight stands for, in units of its scale (FORMAT 4.3). Those of q4 lie closer where weights are
+# many: llama.cpp's IQ4_NL levels, halved, so that offset by 64 they are 7-bit numbers, whose products with 8-bit activations
+# saturate on no instruction set.
+LEVELS = np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56], np.float32)
+MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2)  # exact; a weight on a middle becomes the lower level
+ZERO_POINT = {"q6": 32, "q8": 128}
 
-# Steps that q4 tries for a group, as its largest entry divided by the step: -8 uses all 16 levels whatever the sign of that
-# entry (the rule of llama.cpp's Q4_0); others trade its exactness for that of the rest. tests/benchmarks/LOG.md has the
-# measurements that chose these.
-CANDIDATES = np.array([-8.0, -7.7, -7.4, -7.1, -6.8, -6.5, -8.3, -8.6], np.float32)
+# Steps to try for a group, as its entry of largest magnitude divided by the step: -64 keeps that entry exactly, whatever its
+# sign; others trade its exactness for that of the rest; positive ones turn the codebook around (a negative scale).
+# tests/benchmarks/LOG.md has the measurements that chose these.
+CANDIDATES = {
+    "q4": np.array([-64, -66, -62, -68, -72, -56, 60, 56], np.float32),
+    "q6": np.array([-32, -33, -31], np.float32),
+}
 _TINY = np.float32(2.0**-20)  # groups below this are as coarse as float16's subnormal scales: nothing is searched
-_HUGE = np.float32(2.0**19)  # no scale of such a group fits float16
+_HUGE = np.float32(2.0**19)  # groups from here on are refused: a scale of q4 or q6 might not fit float16
 
 
 def quantize_q4(
-    weight: np.ndarray, group_size: int, candidates: np.ndarray = CANDIDATES
+    weight: np.ndarray, group_size: int, candidates: np.ndarray = CANDIDATES["q4"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a matrix to unsigned 4-bit, one scale per group of input features.
+    """Quantize a matrix to 4 bits by a codebook of 16 uneven levels, one scale per group of input features.
 
-    For each candidate step the weights are rounded, and the step is refitted to the rounded weights by least squares; the
-    refitted step that leaves the least squared error is rounded to float16, and the weights are rounded to it once more.
+    For each candidate step each weight takes the nearest level, and the step is refitted to these levels by least squares;
+    the refitted step that leaves the least squared error is rounded to float16, and each weight takes its level once more.
 
     Args:
         weight: [num_rows, in_features], float32.
@@ -34,22 +44,33 @@ def quantize_q4(
         candidates: float32, largest entry / step, each of magnitude 4 or more.
 
     Returns:
-        quantized: [num_rows, in_features], uint8 in 0..15, zero point 8.
-        scales: [num_rows, in_features / group_size], float16; weight ~ (quantized - 8) * scales.
+        quantized: [num_rows, in_features], uint8 in 0..15.
+        scales: [num_rows, in_features / group_size], float16, of either sign; weight ~ LEVELS[quantized] * scales.
 
     Raises:
-        OverflowError: a scale does not fit float16.
+        OverflowError: a weight is too large for float16 scales.
     """
     groups = _groups(weight, group_size)
-    low, high = groups.min(axis=2), groups.max(axis=2)
-    extreme = np.where(-low >= high, low, high)
-    if (np.abs(extreme) >= _HUGE).any():
-        raise OverflowError("a scale is beyond float16's range")
-    return _round(groups, _to_float16(_search(groups, extreme, candidates)), ZERO_POINT["q4"], 0, 15)
+    scales = _to_float16(_search(groups, candidates, LEVELS[0], lambda x: LEVELS[_nearest(x)]))
+    return _nearest(groups * _inverse(scales)).astype(np.uint8).reshape(len(weight), -1), scales
+
+
+def quantize_q6(
+    weight: np.ndarray, group_size: int, candidates: np.ndarray = CANDIDATES["q6"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a matrix to 6 bits, one scale per group: weight ~ (quantized - 32) * scales, quantized in 0..63.
+
+    Searched as in `quantize_q4`, whose shapes, dtypes and errors it has.
+    """
+    groups = _groups(weight, group_size)
+    scales = _search(
+        groups, candidates, np.float32(-32), lambda x: np.rint(np.clip(x, np.float32(-32), np.float32(31)))
+    )
+    return _round(groups, _to_float16(scales), ZERO_POINT["q6"], 0, 63)
 
 
 def quantize_q8(weight: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a matrix to 8-bit, one scale per group: weight ~ (quantized - 128) * scales, quantized in 1..255.
+    """Quantize a matrix to 8 bits, one scale per group: weight ~ (quantized - 128) * scales, quantized in 1..255.
 
     Shapes, dtypes and errors as for `quantize_q4`.
     """
@@ -57,15 +78,24 @@ def quantize_q8(weight: np.ndarray, group_size: int) -> tuple[np.ndarray, np.nda
     return _round(groups, _to_float16(np.abs(groups).max(axis=2) / np.float32(127)), ZERO_POINT["q8"], 1, 255)
 
 
-def _search(groups: np.ndarray, extreme: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+def _nearest(x: np.ndarray) -> np.ndarray:
+    """Return the index of the level nearest to x: how many middles lie below it."""
+    return np.searchsorted(MIDDLES, x, side="left")
+
+
+def _search(
+    groups: np.ndarray, candidates: np.ndarray, outermost: np.float32, to_levels: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     """Return the step of each group that leaves the least squared error: that is, the largest <w, q>^2 / <q, q>."""
+    low, high = groups.min(axis=2), groups.max(axis=2)
+    extreme = np.where(-low >= high, low, high)
+    if (np.abs(extreme) >= _HUGE).any():
+        raise OverflowError("a scale is beyond float16's range")
     searched = np.abs(extreme) >= _TINY
     unit = np.where(searched, extreme, np.float32(1))
     best_gain, best_step = np.full_like(unit, -1), np.zeros_like(unit)
     for candidate in candidates:
-        levels = groups * (candidate / unit)[..., None]
-        np.clip(levels, np.float32(-8), np.float32(7), out=levels)
-        np.rint(levels, out=levels)
+        levels = to_levels(groups * (candidate / unit)[..., None])
         products, squares = np.zeros_like(unit), np.zeros_like(unit)
         for k in range(groups.shape[2]):
             products += groups[..., k] * levels[..., k]
@@ -74,7 +104,7 @@ def _search(groups: np.ndarray, extreme: np.ndarray, candidates: np.ndarray) -> 
         gain = products * step
         best_step = np.where(gain > best_gain, step, best_step)
         best_gain = np.maximum(gain, best_gain)
-    return np.where(searched, best_step, extreme / np.float32(-8))
+    return np.where(searched, best_step, extreme / outermost)
 
 
 def _groups(weight: np.ndarray, group_size: int) -> np.ndarray:
@@ -91,10 +121,15 @@ def _to_float16(scales: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def _round(groups: np.ndarray, scales: np.ndarray, zero: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """Round each group in units of its (already rounded) scale; a group whose scale is zero becomes all zero."""
+def _inverse(scales: np.ndarray) -> np.ndarray:
+    """Return 1 / scale of each group, 0 where the scale is 0: such a group becomes all zero. [num_rows, groups, 1]."""
     unit = scales.astype(np.float32)[..., None]
-    steps = groups * np.divide(np.float32(1), unit, out=np.zeros_like(unit), where=unit != 0)
+    return np.divide(np.float32(1), unit, out=np.zeros_like(unit), where=unit != 0)
+
+
+def _round(groups: np.ndarray, scales: np.ndarray, zero: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """Round each group in units of its (already rounded) scale."""
+    steps = groups * _inverse(scales)
     np.rint(steps, out=steps)
     steps += np.float32(zero)
     np.clip(steps, low, high, out=steps)

@@ -19,10 +19,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from llmpack.weights import RankWeight, heads_per_rank
+from llmpack.weights import Initializer, RankWeight, heads_per_rank
 from llmrun.artifact import OPS_DOMAIN, ModelConfig
 
-_MATMUL = {"f32": "MatMulF32", "f16": "MatMulF16", "q8": "MatMulQ8", "q4": "MatMulQ4"}
+_MATMUL = {"f32": "MatMulF32", "f16": "MatMulF16", "q8": "MatMulQ8", "q6": "MatMulQ6", "q4": "MatMulQ4"}
+_EMBEDDING = {"q8": "EmbeddingQ8", "q6": "EmbeddingQ6"}
 # Row counts of values, by the axis they follow; the rest of a shape is computed.
 _ROWS_ALL, _ROWS_CHOSEN = "T", "R"
 
@@ -33,7 +34,6 @@ def split(
     weights: list[RankWeight],
     rank: int,
     shards: int,
-    group_size: int,
     weights_file: str,
 ) -> onnx.ModelProto:
     """Return one rank's graph.
@@ -44,15 +44,14 @@ def split(
         weights: the rank's weights, in any order.
         rank: which rank; recorded as the graph's `rank` property.
         shards: number of ranks.
-        group_size: input features that share a scale.
         weights_file: file name of the external data, beside the graph.
     """
     graph: Any = gs.import_onnx(logical)  # its own annotations are narrower than what it accepts
-    passes = _Passes(graph, config, weights, shards, group_size)
+    passes = _Passes(graph, config, weights, shards)
     passes.fuse()
     passes.lower_and_join()
     passes.localise()
-    passes.name_weights()
+    passes.lower_embedding()
     graph.cleanup().toposort()
     passes.type_values()
     model = _with_external_data(gs.export_onnx(graph, do_type_check=False), logical, weights, weights_file)
@@ -63,14 +62,14 @@ def split(
 class _Passes:
     """The passes over one rank's graph; each changes `self.graph` in place."""
 
-    def __init__(
-        self, graph: Any, config: ModelConfig, weights: list[RankWeight], shards: int, group_size: int
-    ) -> None:
-        self.graph, self.config, self.shards, self.group_size = graph, config, shards, group_size
+    def __init__(self, graph: Any, config: ModelConfig, weights: list[RankWeight], shards: int) -> None:
+        self.graph, self.config, self.shards = graph, config, shards
         self.matrices = {w.row.sources: w for w in weights if w.row.role in ("linear", "head")}
         self.row_of = {source: w for w in self.matrices.values() for source in w.row.sources}
         self.vectors = {w.row.name: w for w in weights if w.row.role == "bias"}
         self.embedding = next(w for w in weights if w.row.role == "embedding")
+        # One for each name: a tied head and the embedding may be the same initializer.
+        self.placeholders: dict[str, Any] = {}
 
     def fuse(self) -> None:
         """Replace the `Linear`s that share a row of the weight table by one; its consumers take the fused value."""
@@ -110,9 +109,7 @@ class _Passes:
                 chain.append(gs.Node("AllGather", f"{node.name}/all_gather", attributes, domain=OPS_DOMAIN))
             if has_bias:
                 bias = self.vectors[weight.row.name].initializers[0]
-                chain.append(
-                    gs.Node("Add", f"{node.name}/bias", inputs=[_placeholder(bias.name, bias.shape, bias.dtype)])
-                )
+                chain.append(gs.Node("Add", f"{node.name}/bias", inputs=[self._placeholder(bias)]))
             for before, after in pairwise(chain):
                 value: Any = gs.Variable(f"{weight.row.name}.{before.op}", np.float32)
                 before.outputs = [value]
@@ -126,10 +123,15 @@ class _Passes:
 
     def _matmul(self, name: str, weight: RankWeight, x: Any) -> Any:
         attributes: dict[str, object] = {"out_features": weight.num_rows}
-        if weight.storage in ("q8", "q4"):
-            attributes["group_size"] = self.group_size
-        placeholders = [_placeholder(i.name, i.shape, i.dtype) for i in weight.initializers]
+        if weight.group_size is not None:
+            attributes["group_size"] = weight.group_size
+        placeholders = [self._placeholder(item) for item in weight.initializers]
         return gs.Node(_MATMUL[weight.storage], name, attributes, inputs=[x, *placeholders], domain=OPS_DOMAIN)
+
+    def _placeholder(self, item: Initializer) -> Any:
+        if item.name not in self.placeholders:
+            self.placeholders[item.name] = gs.Variable(item.name, item.dtype, list(item.shape))
+        return self.placeholders[item.name]
 
     def localise(self) -> None:
         """Put per-rank numbers of heads into attention and caches."""
@@ -141,18 +143,26 @@ class _Passes:
             if value.name.startswith(("key_cache.", "value_cache.")):
                 value.shape = [*value.shape[:2], num_kv_heads, value.shape[3]]
 
-    def name_weights(self) -> None:
-        """Drop the whole-model weights from the inputs; norms and the embedding keep their names and get their type."""
+    def lower_embedding(self) -> None:
+        """Drop the whole-model weights from the inputs; look tokens up as the embedding is stored; norms keep their names."""
         self.graph.inputs = [value for value in self.graph.inputs if value.outputs]
         (embed,) = [node for node in self.graph.nodes if node.name == "/model/embed_tokens"]
-        embed.inputs[0].dtype = self.embedding.initializers[0].dtype
-        if self.embedding.storage == "f32":  # the rows are float32 already
-            (cast,) = embed.outputs[0].outputs
-            rows, final = embed.outputs[0], cast.outputs[0]
-            cast.outputs.clear()
-            self.graph.nodes.remove(cast)
-            for node in list(final.outputs):
-                node.inputs = [rows if value is final else value for value in node.inputs]
+        if self.embedding.storage == "f16":
+            embed.inputs[0].dtype = self.embedding.initializers[0].dtype
+            return
+        (cast,) = embed.outputs[0].outputs  # the rows are float32 already
+        rows, final = embed.outputs[0], cast.outputs[0]
+        cast.outputs.clear()
+        self.graph.nodes.remove(cast)
+        for node in list(final.outputs):
+            node.inputs = [rows if value is final else value for value in node.inputs]
+        if self.embedding.group_size is not None:
+            embed.op, embed.domain = _EMBEDDING[self.embedding.storage], OPS_DOMAIN
+            embed.attrs = {"num_embeddings": self.embedding.num_rows, "group_size": self.embedding.group_size}
+            placeholders = [self._placeholder(item) for item in self.embedding.initializers]
+            weight = embed.inputs[0]
+            embed.inputs = [embed.inputs[1], *placeholders]
+            self.graph.inputs = [value for value in self.graph.inputs if value is not weight]
 
     def type_values(self) -> None:
         """Give every intermediate value its type and shape (FORMAT 3.3): ORT reuses memory only where it knows them."""
@@ -175,18 +185,14 @@ class _Passes:
                 width = {"column": 1, "cos_sin": head_dim}.get(node.name.rpartition("/")[2], head_dim // 2)
             for value in node.outputs:
                 value.shape = [rows] if node.name == "/model/rotary_emb/positions" else [rows, width]
-                value.dtype = node.inputs[0].dtype if node.name == "/model/embed_tokens" else np.float32
-
-
-def _placeholder(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    return gs.Variable(name, dtype, list(shape))
+                value.dtype = node.inputs[0].dtype if node.op == "Gather" else np.float32
 
 
 def _with_external_data(
     model: onnx.ModelProto, logical: onnx.ModelProto, weights: list[RankWeight], weights_file: str
 ) -> onnx.ModelProto:
     """Declare the placeholders as initializers at their place in weights.bin; restore the header of the logical model."""
-    for weight in weights:
+    for weight in (w for w in weights if not w.is_shared):
         for item in weight.initializers:
             tensor = model.graph.initializer.add(name=item.name, dims=item.shape)
             tensor.data_type = helper.np_dtype_to_tensor_dtype(item.dtype)

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmpack.checkpoint import Checkpoint
 from llmpack.native import NotFiniteError, pack_rows
-from llmpack.weights import Block, Quantization, RankWeight, num_bytes
+from llmpack.weights import Block, RankWeight, num_bytes
 from llmpack.write import Staging
 from llmrun.artifact import ROW_TILE, IncompatibleError, InternalError
 
@@ -32,7 +32,6 @@ def write_weights(
     checkpoint: Checkpoint,
     names: dict[str, str],
     plans: list[list[RankWeight]],
-    quantization: Quantization,
     staging: Staging,
     on_progress: Callable[[str, int, int], None],
 ) -> None:
@@ -42,7 +41,6 @@ def write_weights(
         checkpoint: where tensors are read from.
         names: source name in the weight table -> tensor to read.
         plans: every rank's weights.
-        quantization: scheme and group size.
         staging: where files are written to.
         on_progress: called with ("weights", bytes done, bytes in all).
 
@@ -55,7 +53,7 @@ def write_weights(
     num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     for rank, plan in enumerate(plans):
         with staging.create(f"rank-{rank}/weights.bin", num_bytes(plan)) as write:
-            worker = _Worker(checkpoint, names, quantization.group_size, write)
+            worker = _Worker(checkpoint, names, write)
             pool = ThreadPoolExecutor(num_threads)
             try:
                 # Few runs wait at a time: an error or Ctrl-C then has little to finish.
@@ -83,6 +81,8 @@ class _Run:
 
 def _runs(plan: list[RankWeight]) -> Iterator[_Run]:
     for weight in plan:
+        if weight.is_shared:
+            continue
         step = max(ROW_TILE, _ELEMENTS_AT_ONCE // weight.num_columns // ROW_TILE * ROW_TILE)
         for first in range(0, weight.num_rows, step):
             yield _Run(weight, first, min(first + step, weight.num_rows))
@@ -91,15 +91,19 @@ def _runs(plan: list[RankWeight]) -> Iterator[_Run]:
 class _Worker:
     """What a thread does with a run; `pack` may be called from any number of threads."""
 
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], group_size: int, write: Write) -> None:
-        self.checkpoint, self.names, self.group_size, self.write = checkpoint, names, group_size, write
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], write: Write) -> None:
+        self.checkpoint, self.names, self.write = checkpoint, names, write
         self._memory = threading.local()
 
     def pack(self, run: _Run) -> int:
         """Take a run from the checkpoint to weights.bin; return the bytes written."""
         weight = run.weight
         try:
-            arrays = self._tiles(run) if weight.row.role in ("linear", "head") else (self._plain_rows(run),)
+            arrays = (
+                self._tiles(run)
+                if weight.row.role in ("linear", "head") or weight.group_size
+                else (self._plain_rows(run),)
+            )
         except NotFiniteError:
             for name, block in self._pieces(run):  # one of these names the tensor
                 self.checkpoint.read(name, block.rows, block.columns)
@@ -137,7 +141,7 @@ class _Worker:
             rows = np.concatenate([self.checkpoint.read(name, b.rows, b.columns) for name, b in pieces])
         else:
             rows = np.empty((0, weight.num_columns), np.float32)
-        pack_rows(rows, weight.storage, self.group_size, *arrays, is_bfloat16=dtypes == {"BF16"})
+        pack_rows(rows, weight.storage, weight.group_size or 0, *arrays, is_bfloat16=dtypes == {"BF16"})
         return arrays
 
     def _raw_rows(self, pieces: list[tuple[str, Block]]) -> np.ndarray:

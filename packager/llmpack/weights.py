@@ -25,21 +25,30 @@ Split = Literal["column", "row", "vocab", "replicated"]
 Role = Literal["linear", "head", "embedding", "norm", "bias"]
 SCHEMES = ("f32", "f16", "q8", "q4")
 GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
+QUANTIZED = ("q8", "q6", "q4")  # storages with scales
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Scheme of the projections and of the head; group_size counts input features."""
+    """Scheme of the artifact; group_size, of the projections, counts input features."""
 
     scheme: str
     group_size: int
 
     def of_role(self, role: Role) -> str:
-        """Return how a role is stored: norms and biases stay float32, the embedding is float16 unless all is float32."""
-        if role in ("linear", "head"):
-            return self.scheme
-        return "f32" if role in ("norm", "bias") or self.scheme == "f32" else "f16"
+        """Return how a role is stored (FORMAT 4.4, 4.5); norms and biases stay float32."""
+        if role in ("norm", "bias"):
+            return "f32"
+        return "q6" if self.scheme == "q4" and role in ("head", "embedding") else self.scheme
+
+    def group_size_of(self, role: Role, num_columns: int) -> int | None:
+        """Return how many input features share a scale in a matrix of this role; None: it has no scales."""
+        storage = self.of_role(role)
+        if storage == "q6":
+            return next(size for size in reversed(GROUP_SIZES) if num_columns % size == 0)
+        return self.group_size if storage in QUANTIZED else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,9 @@ class RankWeight:
     num_columns: int
     padding: int
     storage: str
+    group_size: int | None
     initializers: tuple[Initializer, ...]
+    is_shared: bool = False  # the initializers are another weight's, which writes them
 
 
 def weight_rows(config: ModelConfig) -> list[WeightRow]:
@@ -183,21 +194,31 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
 
 
+def choose_group_size(config: ModelConfig, quantization: Quantization, shards: int) -> Quantization:
+    """Return the quantization with the first default group size that divides this split; unchanged where none does."""
+    for size in DEFAULT_GROUP_SIZES:
+        if quantization.scheme not in QUANTIZED or _divides(config, shards, size):
+            return Quantization(quantization.scheme, size)
+    return quantization
+
+
+def _divides(config: ModelConfig, shards: int, group_size: int) -> bool:
+    """Tell whether heads divide over the ranks, and group_size every in_features per rank."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    kv_fits = kv_heads % shards == 0 or shards % kv_heads == 0
+    split_fits = config.intermediate_size % shards == 0 and config.intermediate_size // shards % group_size == 0
+    query_fits = heads % shards == 0 and heads * config.head_dim // shards % group_size == 0
+    return kv_fits and split_fits and query_fits and config.hidden_size % group_size == 0
+
+
 def check_split(config: ModelConfig, quantization: Quantization, shards: int) -> None:
     """Refuse a split that does not divide, naming the numbers and what would work."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    group_size = quantization.group_size if quantization.scheme in ("q4", "q8") else 1
-
-    def fits(count: int, size: int) -> bool:
-        kv_fits = kv_heads % count == 0 or count % kv_heads == 0
-        split_fits = config.intermediate_size % count == 0 and config.intermediate_size // count % size == 0
-        query_fits = heads % count == 0 and heads * config.head_dim // count % size == 0
-        return kv_fits and split_fits and query_fits and config.hidden_size % size == 0
-
-    if fits(shards, group_size):
+    group_size = quantization.group_size if quantization.scheme in QUANTIZED else 1
+    if _divides(config, shards, group_size):
         return
-    shards_that_fit = [n for n in (1, 2, 4, 8) if fits(n, group_size)]
-    sizes_that_fit = [size for size in GROUP_SIZES if fits(shards, size)] if group_size > 1 else []
+    shards_that_fit = [n for n in (1, 2, 4, 8) if _divides(config, n, group_size)]
+    sizes_that_fit = [size for size in GROUP_SIZES if _divides(config, shards, size)] if group_size > 1 else []
     advice = []
     if sizes_that_fit:
         advice.append(f"--group-size {' or '.join(map(str, sizes_that_fit))} works")
@@ -221,12 +242,18 @@ def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank
         padding = vocab_per_rank(config, shards) - blocks[0].num_rows if row.split == "vocab" else 0
         num_rows = sum(block.num_rows for block in blocks) + padding
         num_columns = blocks[0].columns.stop - blocks[0].columns.start
-        storage = quantization.of_role(row.role)
+        storage, group_size = quantization.of_role(row.role), quantization.group_size_of(row.role, num_columns)
+        if row.role == "head" and config.tie_word_embeddings and shards == 1 and group_size is not None:
+            shared = next(w.initializers for w in weights if w.row.role == "embedding")
+            weights.append(RankWeight(row, blocks, num_rows, num_columns, 0, storage, group_size, shared, True))
+            continue
         initializers = []
-        for suffix, dtype, shape in _stored(row.role, storage, num_rows, num_columns, quantization.group_size):
+        for suffix, dtype, shape in _stored(row.role, storage, num_rows, num_columns, group_size):
             initializers.append(Initializer(f"{row.name}.{suffix}", np.dtype(dtype), shape, offset))
             offset += -(-initializers[-1].num_bytes // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
-        weights.append(RankWeight(row, blocks, num_rows, num_columns, padding, storage, tuple(initializers)))
+        weights.append(
+            RankWeight(row, blocks, num_rows, num_columns, padding, storage, group_size, tuple(initializers))
+        )
     return weights
 
 
@@ -266,29 +293,28 @@ def _block(config: ModelConfig, source: str, split: Split, shards: int, rank: in
 
 
 def _stored(
-    role: Role, storage: str, num_rows: int, num_columns: int, group_size: int
+    role: Role, storage: str, num_rows: int, num_columns: int, group_size: int | None
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return (suffix, numpy dtype, shape) of the initializers of one weight (FORMAT 4.3, 4.5)."""
     if role in ("norm", "bias"):
         return [("weight" if role == "norm" else "bias", "<f4", (num_rows,))]
-    if role == "embedding":
-        return [("weight", {"f32": "<f4", "f16": "<f2"}[storage], (num_rows, num_columns))]
     tiles = -(-num_rows // ROW_TILE)
-    if storage in ("f32", "f16"):
-        return [("weight", {"f32": "<f4", "f16": "<f2"}[storage], (tiles, num_columns, ROW_TILE))]
-    cells = num_columns // {"q8": 4, "q4": 8}[storage]
+    if group_size is None:
+        shape = (num_rows, num_columns) if role == "embedding" else (tiles, num_columns, ROW_TILE)
+        return [("weight", {"f32": "<f4", "f16": "<f2"}[storage], shape)]
+    cells = {"q8": (num_columns // 4,), "q6": (num_columns // 16, 3), "q4": (num_columns // 8,)}[storage]
     return [
-        ("weight", "u1", (tiles, cells, ROW_TILE, 4)),
+        ("weight", "u1", (tiles, *cells, ROW_TILE, 4)),
         ("scales", "<f2", (tiles, num_columns // group_size, ROW_TILE)),
     ]
 
 
-def check_options(scheme: str, group_size: int, shards: int) -> Quantization:
+def check_options(scheme: str, group_size: int | None, shards: int) -> Quantization:
     """Return the Quantization for command-line values; the errors name what is allowed."""
     if scheme not in SCHEMES:
         raise UsageError(f"--quant {scheme}: unknown; choose one of {', '.join(SCHEMES)}.")
-    if group_size not in GROUP_SIZES:
+    if group_size is not None and group_size not in GROUP_SIZES:
         raise UsageError(f"--group-size {group_size}: choose one of {', '.join(map(str, GROUP_SIZES))}.")
     if not 1 <= shards <= 64:
         raise UsageError(f"--shards {shards}: expected 1 to 64.")
-    return Quantization(scheme, group_size)
+    return Quantization(scheme, group_size or DEFAULT_GROUP_SIZES[0])

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from llmrun.tokenizer import Tokenizer
 
-__all__ = ["MAX_CHAT_CHARS", "MAX_RENDER_S", "encode_chat", "render_chat"]
+__all__ = ["MAX_CHAT_CHARS", "MAX_RENDER_S", "encode_chat", "extend_chat", "render_chat"]
 
 MAX_CHAT_CHARS = 1 << 20  # of a template, of all messages together, and of the rendered prompt
 MAX_RENDER_S = 2.0
@@ -95,16 +95,64 @@ def encode_chat(
         UsageError: as `render_chat`.
     """
     _check_messages(messages)
-    opening, closing = _unused_characters(tokenizer, messages)
-    marked = [
-        {key: tokenizer.mark_special(text, opening, closing) for key, text in message.items()} for message in messages
-    ]
-    prompt = _render(tokenizer, marked, add_generation_prompt, None)
-    if opening not in prompt and closing not in prompt:
+    marks = _unused_characters(tokenizer, messages)
+    prompt = _render_marked(tokenizer, messages, marks, add_generation_prompt)
+    if marks[0] not in prompt and marks[1] not in prompt:
         return tokenizer.encode(prompt, add_bos=False, parse_special=True)
+    return tokenizer.encode_segments(_segments(tokenizer, prompt, marks))
+
+
+def extend_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], prompt_ids: Sequence[int], answer_ids: Sequence[int]
+) -> list[int] | None:
+    """Return the ids of the prompt for messages as an extension of the ids that an earlier turn went through.
+
+    So the computed part of a conversation is used again: the text of an answer, encoded anew, may give other tokens
+    than those that the model wrote. The answer's own tokens stay, with the white space at their edges.
+
+    Args:
+        tokenizer: as `render_chat`.
+        messages: of which the last is the new turn, the one before it the answer to those before.
+        prompt_ids: of the messages before the answer, from this function or `encode_chat`.
+        answer_ids: what the model wrote, without the end token.
+    Returns:
+        None where the template does not allow it: it renders earlier turns in another way once more follow, or the
+        answer is not the text of its ids.
+    Raises:
+        UsageError: as `render_chat`.
+    """
+    _check_messages(messages)
+    marks = _unused_characters(tokenizer, messages)
+    before = _render_marked(tokenizer, messages[:-2], marks, True)
+    whole = _render_marked(tokenizer, messages, marks, True)
+    written = b"".join(map(tokenizer.token_bytes, answer_ids)).decode("utf-8", "replace")
+    answer = tokenizer.mark_special(written.strip(), *marks)
+    rest = whole.removeprefix(before).lstrip()
+    if not answer or not whole.startswith(before) or not rest.startswith(answer):
+        return None
+    if messages[-2]["content"].strip() != written.strip():
+        return None
+    rest = rest.removeprefix(answer).removeprefix(written[len(written.rstrip()) :])
+    last = answer_ids[-1]  # what follows it is not the beginning of a text
+    return [*prompt_ids, *answer_ids, *tokenizer.encode_segments([last, *_segments(tokenizer, rest, marks)])[1:]]
+
+
+def _render_marked(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], marks: tuple[str, str], add_generation_prompt: bool
+) -> str:
+    """Render messages with marks around the special tokens that they hold."""
+    marked = [{key: tokenizer.mark_special(text, *marks) for key, text in message.items()} for message in messages]
+    return _render(tokenizer, marked, add_generation_prompt, None)
+
+
+def _segments(tokenizer: Tokenizer, prompt: str, marks: tuple[str, str]) -> list[str | int]:
+    """Split a marked prompt into text and the template's special tokens.
+
+    It is alternately what the template wrote and what a message brought; a mark that lost its partner is dropped, but
+    cuts.
+    """
+    opening, closing = marks
     segments: list[str | int] = []
-    # Alternately what the template wrote and what a message brought; a mark that lost its partner is dropped,
-    # but cuts.
     for i, piece in enumerate(re.split(f"{opening}([^{opening}{closing}]*){closing}|[{opening}{closing}]", prompt)):
         if i % 2 == 1 and piece is not None:
             _append_text(segments, piece)
@@ -114,7 +162,7 @@ def encode_chat(
                     _append_text(segments, segment)
                 else:
                     segments.append(segment)
-    return tokenizer.encode_segments(segments)
+    return segments
 
 
 def _append_text(segments: list[str | int], text: str) -> None:

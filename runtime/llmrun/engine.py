@@ -50,7 +50,7 @@ class Engine:
         max_num_seqs: int = 8,
         kv_cache_mb: int | None = None,
         speculate: int = 0,
-        verify: str = "full",
+        verify: str = "auto",
         isa: str | None = None,
         prepare: Callable[[Engine], None] | None = None,
         is_mirroring: bool = True,
@@ -66,7 +66,8 @@ class Engine:
             kv_cache_mb: MiB of each rank's cache of keys and values, whose free part remembers prefixes; None: enough
                 for `max_num_seqs` sequences of full length, or what fits 90 % of the free memory.
             speculate: tokens to guess ahead at most, by looking the last ones up in the sequence itself; 0: off.
-            verify: "full" compares all digests; "size" and "off" only what the manifest and the sizes show.
+            verify: "auto" compares the digests of files that have changed since they last were compared (`verified.py`),
+                "full" of all; "size" and "off" only what the manifest and the sizes show.
             isa: instruction set of the CPU kernels; None: the best.
             prepare: called on rank 0 when the tokenizer is there and no weight has been read; its errors end the start.
             is_mirroring: whether ranks above 0 will make rank 0's calls too; False if they only `follow`.

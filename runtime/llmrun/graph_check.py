@@ -18,9 +18,9 @@ from llmrun.manifest import OPS_DOMAIN, WEIGHT_ALIGNMENT
 if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
-_MATMULS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ4")
+_WITH_WEIGHTS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "EmbeddingQ8", "EmbeddingQ6")
 _OPERATORS = {
-    OPS_DOMAIN: {*_MATMULS, "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllGather"},
+    OPS_DOMAIN: {*_WITH_WEIGHTS, "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllGather"},
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
 }
 # Field numbers of onnx.proto3.

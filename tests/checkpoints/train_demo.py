@@ -1,4 +1,9 @@
-"""Train the demo checkpoint of this folder: a 5.5M-parameter Llama with grouped-query attention.
+"""Train a small Llama: the demo checkpoint of this folder (5.5M parameters, grouped queries), or another shape.
+
+--model demo is what is committed. --model tied has tied embeddings, wider heads and no grouped queries, and learns the
+plays alone: a second model for tests/benchmarks/quality.py, made when it is wanted (5 to 10 minutes):
+
+    python train_demo.py --model tied --plays input.txt --steps 400 --out DIR
 
 Inputs: two public-domain texts.
   --plays  tinyshakespeare, 40,000 lines of Shakespeare's plays: data/tinyshakespeare/input.txt of
@@ -7,11 +12,11 @@ Inputs: two public-domain texts.
   --novel  War and Peace, Leo Tolstoy, translated by Louise and Aylmer Maude: Project Gutenberg's text, from
            CHAPTER I on: tokenizer/testdata/war-and-peace.txt of https://github.com/ollama/ollama
            sha256 eaecfcb30408e2bc35ffe69b297127e3a6ca75548c033df4d2e703b5ff711f8d
-The novel's hard line breaks are joined; the plays keep their verse lines. One contiguous slice of each text
-is held out: neither the tokenizer nor the model is trained on it.
+Without --novel the plays are all there is. The novel's hard line breaks are joined; the plays keep their verse lines. One
+contiguous slice of each text is held out: neither the tokenizer nor the model is trained on it.
 
-Outputs, in --out (this script's folder):
-  heldout.txt            the two held-out slices, for validation and perplexity
+Outputs, in --out (this script's folder), for --model demo:
+  heldout.txt            the held-out slices, for validation and perplexity
   demo/                  tokenizer.model, tokenizer_config.json, config.json, generation_config.json and
                          model.safetensors (float16): the best model so far by validation loss
   training-log.jsonl     one line per evaluation
@@ -40,12 +45,19 @@ from sentencepiece import sentencepiece_model_pb2
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-VOCAB_SIZE, BOS, EOS, MAX_LENGTH = 3072, 1, 2, 512
-ARCHITECTURE = LlamaConfig(
-    vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=768, num_hidden_layers=5, num_attention_heads=8,
-    num_key_value_heads=4, head_dim=32, max_position_embeddings=MAX_LENGTH, rms_norm_eps=1e-5,
-    bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=False
-)  # fmt: skip
+BOS, EOS, MAX_LENGTH = 1, 2, 512
+ARCHITECTURES = {
+    "demo": LlamaConfig(
+        vocab_size=3072, hidden_size=256, intermediate_size=768, num_hidden_layers=5, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=MAX_LENGTH, rms_norm_eps=1e-5,
+        bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=False
+    ),
+    "tied": LlamaConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=MAX_LENGTH, rms_norm_eps=1e-5,
+        bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=True
+    ),
+}  # fmt: skip
 BATCH_TOKENS, WARMUP, EVAL_EVERY = 4096, 100, 50  # tokens in a step; steps
 SHORT_PART = 0.6  # of the steps, the first ones, whose rows hold 256 tokens: these cost less than rows of 512
 HELDOUT_AT, HELDOUT_CHARS = 0.7, 26_000  # of each text: where the held-out slice begins, and its length
@@ -60,10 +72,12 @@ CHAT_TEMPLATE = (
 SAMPLE_PROMPTS = ("ROMEO:\n", "Prince Andrew looked at Pierre and")
 
 
-def read_corpus(plays: Path, novel: Path) -> tuple[list[str], str]:
+def read_corpus(plays: Path, novel: Path | None) -> tuple[list[str], str]:
     """The documents to train on (pieces of the plays, chapters of the novel) and the held-out text."""
     documents, heldout = [], []
     for path in (plays, novel):
+        if path is None:
+            continue
         text = path.read_text(encoding="utf-8")
         if path == novel:
             text = "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n{2,}", text))
@@ -75,14 +89,14 @@ def read_corpus(plays: Path, novel: Path) -> tuple[list[str], str]:
     return documents, "\n\n".join(heldout) + "\n"
 
 
-def train_tokenizer(documents: list[str], directory: Path) -> None:
+def train_tokenizer(documents: list[str], vocab_size: int, directory: Path) -> None:
     """Write a SentencePiece BPE model like Llama 2's: byte fallback (newlines too), no normalization."""
     lines = [line for document in documents for line in document.split("\n") if line]
     trained = io.BytesIO()
     # Dummy prefix only for encoding: where the model meets a line's first word, no space comes before it.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=trained, num_threads=1, minloglevel=2,
-        model_type="bpe", vocab_size=VOCAB_SIZE, character_coverage=0.99995, byte_fallback=True,
+        model_type="bpe", vocab_size=vocab_size, character_coverage=0.99995, byte_fallback=True,
         split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=False, max_sentence_length=1 << 16
     )  # fmt: skip
@@ -140,12 +154,12 @@ def batch(stream: torch.Tensor, length: int, rows: int, step: int, seed: int) ->
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train from the start, or from --state where it exists; keep the best model in demo/."""
+    """Train from the start, or from --state where it exists; keep the best model."""
     torch.manual_seed(args.seed)
-    directory = args.out / "demo"
+    directory, architecture = args.out / args.model, ARCHITECTURES[args.model]
     documents, heldout = read_corpus(args.plays, args.novel)
     (args.out / "heldout.txt").write_text(heldout, encoding="utf-8")
-    train_tokenizer(documents, directory)
+    train_tokenizer(documents, architecture.vocab_size, directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     stream_ids: list[int] = []
     for document in documents:
@@ -156,7 +170,7 @@ def train(args: argparse.Namespace) -> None:
     stream = torch.tensor(stream_ids)
     heldout_ids = tokenizer(heldout, add_special_tokens=False)["input_ids"]
 
-    model = LlamaForCausalLM(ARCHITECTURE)
+    model = LlamaForCausalLM(architecture)
     matrices = {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1}
     norms = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, norms], betas=(0.9, 0.95), fused=True)
@@ -205,9 +219,9 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the perplexity of demo/ on heldout.txt (float32 arithmetic on the saved weights) and samples."""
-    tokenizer = AutoTokenizer.from_pretrained(args.out / "demo")
-    model = LlamaForCausalLM.from_pretrained(args.out / "demo", dtype=torch.float32)
+    """Print the perplexity of the model on heldout.txt (float32 arithmetic on the saved weights) and samples."""
+    tokenizer = AutoTokenizer.from_pretrained(args.out / args.model)
+    model = LlamaForCausalLM.from_pretrained(args.out / args.model, dtype=torch.float32)
     text = (args.out / "heldout.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     loss = mean_loss(model, ids)
@@ -226,23 +240,25 @@ def main() -> None:
     """Parse the command line; train or evaluate."""
     parser = argparse.ArgumentParser(description="Train or evaluate the demo checkpoint.")
     add = parser.add_argument
+    add("--model", choices=ARCHITECTURES, default="demo")
     add("--plays", type=Path, help="tinyshakespeare's text file")
-    add("--novel", type=Path, help="War and Peace's text file")
-    add("--evaluate", action="store_true", help="measure the model in demo/ instead of training")
+    add("--novel", type=Path, help="War and Peace's text file; always needed for --model demo")
+    add("--evaluate", action="store_true", help="measure the model instead of training")
     add("--out", type=Path, default=Path(__file__).resolve().parent, help="folder for the outputs")
-    add("--state", type=Path, default=Path(tempfile.gettempdir()) / "train-demo.pt", help="to resume from")
+    add("--state", type=Path, help="to resume from (default: train-MODEL.pt in the system's temporary folder)")
     add("--steps", type=int, default=1800)
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=1)
     add("--threads", type=int, default=1)
     args = parser.parse_args()
+    args.state = args.state or Path(tempfile.gettempdir()) / f"train-{args.model}.pt"
     torch.set_num_threads(args.threads)
     if args.evaluate:
         evaluate(args)
-    elif args.plays and args.novel:
+    elif args.plays and (args.novel or args.model != "demo"):
         train(args)
     else:
-        parser.error("--plays and --novel are needed to train")
+        parser.error("--plays is needed to train, and --novel for --model demo")
 
 
 if __name__ == "__main__":

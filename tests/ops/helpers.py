@@ -68,6 +68,7 @@ class Node:
     outputs: tuple[str, ...] = ("y",)
     initializers: tuple[str, ...] = ()
     attributes: dict[str, Any] | None = None
+    name: str = "the_node"
 
     def model(self, any_shape: bool = False) -> bytes:
         values = {
@@ -78,7 +79,7 @@ class Node:
             self.op,
             list(self.inputs),
             list(self.outputs),
-            name="the_node",
+            name=self.name,
             domain="ai.llmpack",
             **(self.attributes or {}),
         )
@@ -139,6 +140,19 @@ def layout_q4(quantized: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((eights[..., :4] | eights[..., 4:] << 4).transpose(0, 2, 1, 3))
 
 
+def layout_q6(quantized: np.ndarray) -> np.ndarray:
+    """[N, K] in 0..63 to [ceil(N / 16), K / 16, 3, 16, 4]: three bytes hold features j, 4 + j, 8 + j; 12 + j is in all."""
+    tiles = tile_rows(quantized, 32)
+    first, second, third, last = np.moveaxis(tiles.reshape(len(tiles), TILE_ROWS, -1, 4, 4), 3, 0)
+    parts = [first | last << 6, second | last >> 2 << 6, third | last >> 4 << 6]
+    return np.ascontiguousarray(np.stack(parts).transpose(1, 3, 0, 2, 4))
+
+
+LAYOUTS = {"q8": layout_q8, "q6": layout_q6, "q4": layout_q4}
+# Integers that a scheme stores, lowest and highest.
+RANGES = {"q8": (1, 255), "q6": (0, 63), "q4": (0, 15)}
+
+
 @dataclass
 class Projection:
     """A matrix product of one scheme: its node, and the logical weight that the reference multiplies with."""
@@ -147,6 +161,7 @@ class Projection:
     weight: np.ndarray  # [N, K], as float64
     initializers: dict[str, np.ndarray]
     attributes: dict[str, int]
+    sum_of_levels: np.ndarray | float = 0.0  # [N], of their magnitudes
 
     def node(self, x: np.ndarray) -> Node:
         return Node(
@@ -158,19 +173,16 @@ class Projection:
         )
 
 
-ZERO_POINTS = {"q4": 8, "q8": 128}
-
-
 def quantized_projection(scheme: str, quantized: np.ndarray, scales: np.ndarray) -> Projection:
-    from llmpack_ops.reference import dequantize
+    from llmpack_ops.reference import LEVELS, dequantize
 
-    layout = layout_q4 if scheme == "q4" else layout_q8
     group_size = quantized.shape[1] // scales.shape[1]
     return Projection(
         scheme,
-        dequantize(quantized, scales, ZERO_POINTS[scheme]),
-        {"weight": layout(quantized), "scales": layout_scales(scales)},
+        dequantize(quantized, scales, scheme),
+        {"weight": LAYOUTS[scheme](quantized), "scales": layout_scales(scales)},
         {"out_features": len(quantized), "group_size": group_size},
+        np.abs(LEVELS[scheme][quantized]).sum(axis=1),
     )
 
 
@@ -180,9 +192,11 @@ def random_projection(scheme: str, N: int, K: int, group_size: int = 32, seed: i
     if scheme in ("f32", "f16"):
         weight = rng.standard_normal((N, K)).astype(np.float32 if scheme == "f32" else np.float16)
         return Projection(scheme, weight.astype(np.float64), {"weight": layout_float(weight)}, {"out_features": N})
-    low, high = (0, 16) if scheme == "q4" else (1, 256)
-    quantized = rng.integers(low, high, (N, K)).astype(np.uint8)
+    low, high = RANGES[scheme]
+    quantized = rng.integers(low, high + 1, (N, K)).astype(np.uint8)
     scales = rng.uniform(0.001, 0.1, (N, K // group_size)).astype(np.float16)
+    if scheme != "q8":
+        scales *= rng.choice(np.array([-1, 1], np.float16), scales.shape)
     return quantized_projection(scheme, quantized, scales)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpack import layout, native
-from llmpack.quantize import ZERO_POINT, quantize_q4, quantize_q8
+from llmpack.quantize import quantize_q4, quantize_q6, quantize_q8
 from llmpack_ops import reference
 
 
@@ -35,6 +35,10 @@ def isa(request):
     library.llmpack_ops_set_isa(best)
 
 
+UNTILE = {"q8": layout.untile_rows, "q6": layout.untile_six_bits, "q4": layout.untile_nibbles}
+STORAGES = ("q4", "q6", "q8", "f16", "f32")
+
+
 def empty_tiles(num_rows, num_columns, storage, group_size):
     """Tiles full of something that must be overwritten."""
     tiles = -(-num_rows // 16)
@@ -42,9 +46,10 @@ def empty_tiles(num_rows, num_columns, storage, group_size):
         "f32": ((tiles, num_columns, 16), np.float32),
         "f16": ((tiles, num_columns, 16), np.float16),
         "q8": ((tiles, num_columns // 4, 16, 4), np.uint8),
+        "q6": ((tiles, num_columns // 16, 3, 16, 4), np.uint8),
         "q4": ((tiles, num_columns // 8, 16, 4), np.uint8),
     }[storage]
-    scales = np.full((tiles, num_columns // group_size, 16), 77, np.float16) if storage in ("q8", "q4") else None
+    scales = np.full((tiles, num_columns // group_size, 16), 77, np.float16) if storage in UNTILE else None
     return np.full(shape, 77, dtype), scales
 
 
@@ -55,6 +60,9 @@ def pack_with_numpy(values, storage, group_size):
     if storage == "q8":
         quantized, scales = quantize_q8(values, group_size)
         return layout.tile_rows(quantized, 4, 128), layout.tile_rows(scales)
+    if storage == "q6":
+        quantized, scales = quantize_q6(values, group_size)
+        return layout.tile_six_bits(quantized), layout.tile_rows(scales)
     quantized, scales = quantize_q4(values, group_size)
     return layout.tile_nibbles(quantized), layout.tile_rows(scales)
 
@@ -96,7 +104,7 @@ def hard_values(seed, num_rows, num_columns, kind):
 KINDS = ("random", "large", "tiny", "subnormal", "mixed", "ties", "zeros", "rows")
 
 
-@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_the_bits_of_the_numpy_version(isa, storage, dtype):
     @settings(max_examples=40, deadline=None)
@@ -134,7 +142,7 @@ def test_every_float16_is_read_and_written_as_numpy_does(isa):
     assert_same_bits(weight, layout.tile_rows(floats.astype(np.float16)))
 
 
-@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+@pytest.mark.parametrize("storage", STORAGES)
 def test_columns_of_wider_rows(isa, storage):
     wide = hard_values(3, 20, 256, "random").astype(np.float16)
     weight, scales = empty_tiles(20, 96, storage, 32)
@@ -154,7 +162,7 @@ def test_odd_widths_of_what_is_not_quantized(isa, storage, num_columns):
     assert_same_bits(weight, pack_with_numpy(values, storage, 32)[0])
 
 
-@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_what_is_not_finite_is_refused(isa, storage, value, dtype):
@@ -167,7 +175,7 @@ def test_what_is_not_finite_is_refused(isa, storage, value, dtype):
 
 
 @pytest.mark.parametrize(
-    ("storage", "value"), [("q4", 1e9), ("q4", 530e3), ("q8", 9e6), ("f16", 65520.0), ("f16", -1e9)]
+    ("storage", "value"), [("q4", 1e9), ("q4", 530e3), ("q6", 530e3), ("q8", 9e6), ("f16", 65520.0), ("f16", -1e9)]
 )
 def test_what_float16_cannot_hold_is_refused(isa, storage, value):
     values = np.zeros((17, 64), np.float32)
@@ -177,7 +185,7 @@ def test_what_float16_cannot_hold_is_refused(isa, storage, value):
         native.pack_rows(values, storage, 32, weight, scales)
 
 
-@pytest.mark.parametrize("storage", ["q4", "q8", "f16", "f32"])
+@pytest.mark.parametrize("storage", STORAGES)
 def test_product_is_that_of_the_numpy_reference_and_the_same_bits_everywhere(storage):
     values = hard_values(6, 40, 256, "random")
     weight, scales = empty_tiles(40, 256, storage, 64)
@@ -186,8 +194,7 @@ def test_product_is_that_of_the_numpy_reference_and_the_same_bits_everywhere(sto
     if storage in ("f32", "f16"):
         logical = layout.untile_rows(weight, 48)
     else:
-        untile = layout.untile_nibbles if storage == "q4" else layout.untile_rows
-        logical = reference.dequantize(untile(weight, 48), layout.untile_rows(scales, 48), ZERO_POINT[storage])
+        logical = reference.dequantize(UNTILE[storage](weight, 48), layout.untile_rows(scales, 48), storage)
     library = native.library()
     best, products = library.llmpack_ops_isa(), []
     for name in isas():

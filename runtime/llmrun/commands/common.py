@@ -38,7 +38,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculate", type=int, default=0, metavar="K", help="guess K tokens ahead from the text (0: off)"
     )
-    group.add_argument("--verify", choices=("full", "size", "off"), default="full", help="what to check before loading")
+    group.add_argument(
+        "--verify",
+        choices=("auto", "full", "size", "off"),
+        default="auto",
+        help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
+    )
     group.add_argument("--isa", choices=("portable", "avx2", "avx512"), help="instruction set of the CPU kernels")
 
 
@@ -117,6 +122,7 @@ class RankWork:
     main: Callable[[Engine, failstop.Signals], int]
     prepare: Callable[[Engine], None] | None = None
     every_rank: Callable[[Engine], None] | None = None
+    max_num_seqs: int = 1
 
 
 def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
@@ -155,7 +161,7 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             provider=arguments.provider,
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
-            max_num_seqs=1,
+            max_num_seqs=work.max_num_seqs,
             kv_cache_mb=arguments.kv_cache_mb,
             speculate=arguments.speculate,
             verify=arguments.verify,
