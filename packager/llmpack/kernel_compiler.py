@@ -45,6 +45,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton import knobs
     from triton.compiler import ASTSource
 
     module, _, name = spec.function.partition(".")
@@ -71,8 +72,8 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         "num_stages": other.get("stages", spec.stages if backend == "cuda" else min(2, spec.stages)),
         "enable_fp_fusion": True,
     }
-    with triton.knobs.amd.scope():
-        triton.knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
+    with knobs.amd.scope():
+        knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
         compiled = triton.compile(source, target=target, options=options)
     metadata: Any = compiled.metadata
     parameters = [

@@ -188,6 +188,7 @@ class _Bench:
                 ignore_eos=True,
                 temperature=0.0,
                 reuse_prefix=False,
+                speculate=0,
             )
             for _ in range(load.batch)
         ]
