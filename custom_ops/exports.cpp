@@ -83,7 +83,7 @@ int llmpack_ops_profile_read(int index, const char** name, uint64_t* calls, uint
     if (time == nullptr || index < 0) {
         return failed("llmpack_ops_profile_read: no operator has index " + std::to_string(index) + ".");
     }
-    *name = time->name;
+    *name = time->name.c_str();
     *calls = time->calls.load(std::memory_order_relaxed);
     *nanoseconds = time->nanoseconds.load(std::memory_order_relaxed);
     return 0;

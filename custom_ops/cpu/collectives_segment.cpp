@@ -213,8 +213,9 @@ bool has_core_for_each(const std::vector<Offer>& offers) {
     return static_cast<size_t>(CPU_COUNT(&cores)) >= offers.size();
 }
 
-// Memory of `bytes` that all ranks map. token_of(memory, rank): where a rank's token lies, apart from the others';
-// touch(memory): what each rank does with its own part first, so that the pages are close to its core. Fills `offers`.
+// Memory of `bytes` that all ranks map. token_of(memory, rank): where a rank's token lies, apart from the
+// others'; touch(memory): what each rank does with its own part first, so that the pages are close to its
+// core. Fills `offers`.
 template <class TokenOf, class Touch>
 std::shared_ptr<void> obtain(MpiTransport& mpi, size_t bytes, const TokenOf& token_of, const Touch& touch,
                              std::vector<Offer>& offers, std::string& why_not) {

@@ -308,9 +308,126 @@ struct Quantized {
 constexpr int64_t kLeastTilesOfStream = 4;
 constexpr int kMostTokensOfTwoStreams = 2;  // with more, arithmetic is what takes the time
 
+// Many tokens: a stretch of a tile's input features is decoded once, to stay in the first-level cache while
+// all tokens meet it; their sums wait in y between the stretches. Tiles go in pairs where the registers hold
+// the sums of both, so that each activation is fetched once for 32 rows.
+constexpr int64_t kStretch = 512;
+constexpr int64_t kLeastTokensToDecode = 2 * kQuantizedBlock + 1;
+#if defined(LLMPACK_ISA_avx512)
+constexpr int kTilesTogether = 2;
+#else
+constexpr int kTilesTogether = 1;
+#endif
+
+// `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch
+// / 4, 16, 4], of which last - first features are used.
+template <class Scheme, int tiles, int m>
+LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
+                                     int64_t first, int64_t last, int64_t first_token) {
+    const QuantizedActivations& in = *args.x;
+    const int64_t groups = in.K / in.group_size, first_group = first / in.group_size;
+    const uint16_t* scales = args.scales + (tile * groups + first_group) * kTileRows;
+    const int8_t* x = in.values + first_token * in.K + first * m;                // [features / 4, m, 4]
+    const float* x_scales = in.scales + first_token * groups + first_group * m;  // [groups, m]
+    const int32_t* x_sums = in.sums + first_token * groups + first_group * m;    // [groups, m]
+
+    F32x16 y[tiles][m];
+    for (int i = 0; i < tiles; i++) {
+        const int64_t row = (tile + i) * kTileRows, rows = min(kTileRows, args.N - row);
+        for (int t = 0; t < m; t++) {
+            const float* sum = args.y + (first_token + t) * args.N + row;
+            y[i][t] = first == 0 ? zero() : rows == kTileRows ? load(sum) : load_first(sum, rows);
+        }
+    }
+    for (int64_t k = first; k < last; k += in.group_size) {
+        I32x16 sum[tiles][m];
+        LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
+            LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) sum[i][t] = set1_i32(-Scheme::kZero * x_sums[t]);
+        }
+        // Unrolled, or else the compiler copies every sum once for each dot product.
+        for (int64_t j = 0; j < in.group_size; j += 16) {
+            LLMPACK_UNROLL_16 for (int s = 0; s < 4; s++) {
+                Bytes w[tiles];
+                LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] =
+                    load_bytes(decoded + i * kStretch * 16 + 64 * s);
+                LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
+                    LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++)
+                        Scheme::dot4(w[i], x + 4 * (s * m + t), sum[i][t]);
+                }
+            }
+            decoded += 256;
+            x += 16 * m;
+        }
+        LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
+            const F32x16 scale = load_f16(scales + i * groups * kTileRows);
+            LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
+                y[i][t] = fma(to_float(sum[i][t]), scale * set1(x_scales[t]), y[i][t]);
+            }
+        }
+        scales += kTileRows;
+        x_scales += m;
+        x_sums += m;
+    }
+    for (int i = 0; i < tiles; i++) {
+        const int64_t row = (tile + i) * kTileRows, rows = min(kTileRows, args.N - row);
+        for (int t = 0; t < m; t++) {
+            float* sum = args.y + (first_token + t) * args.N + row;
+            if (rows == kTileRows) {
+                store(sum, y[i][t]);
+            } else {
+                store_first(sum, y[i][t], rows);
+            }
+        }
+    }
+}
+
+template <class Scheme, int tiles>
+struct Stretch {
+    template <int m>
+    struct Tiles {
+        static LLMPACK_INLINE void run(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
+                                       int64_t first, int64_t last, int64_t first_token) {
+            stretch_of_tiles<Scheme, tiles, m>(args, decoded, tile, first, last, first_token);
+        }
+    };
+};
+
+template <class Scheme>
+void decode_stretch(const QuantizedMatMul& args, int64_t tile, int64_t first, int64_t last,
+                    uint8_t* decoded) {
+    const uint8_t* w = args.weight + (tile * args.x->K + first) / 32 * Scheme::kBytes32;
+    for (int64_t k = first; k < last; k += Scheme::kStep, w += Scheme::kStep * Scheme::kBytes32 / 32) {
+        Bytes q[Scheme::kStep / 4];
+        prefetch_ahead<Scheme::kStep * Scheme::kBytes32 / 32>(w);
+        Scheme::decode(w, q);
+        for (int i = 0; i < Scheme::kStep / 4; i++, decoded += 64) store_bytes(decoded, q[i]);
+    }
+}
+
+template <class Scheme, int tiles>
+void tiles_of_many_tokens(const QuantizedMatMul& args, int64_t tile) {
+    alignas(64) uint8_t decoded[tiles * kStretch * 16];
+    const int64_t M = args.x->M, K = args.x->K;
+    for (int64_t first = 0; first < K; first += kStretch) {
+        const int64_t last = min(K, first + kStretch);
+        for (int i = 0; i < tiles; i++)
+            decode_stretch<Scheme>(args, tile + i, first, last, decoded + i * kStretch * 16);
+        for (int64_t token = 0; token < M; token += kQuantizedBlock) {
+            with_count<kQuantizedBlock, Stretch<Scheme, tiles>::template Tiles>(
+                min(kQuantizedBlock, M - token), args, decoded, tile, first, last, token);
+        }
+    }
+}
+
 template <class Scheme>
 void quantized_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
     const int64_t M = args.x->M, apart = (end - begin) / 2;
+    if (M >= kLeastTokensToDecode) {
+        for (; begin + kTilesTogether <= end; begin += kTilesTogether)
+            tiles_of_many_tokens<Scheme, kTilesTogether>(args, begin);
+        for (; begin < end; begin++) tiles_of_many_tokens<Scheme, 1>(args, begin);
+        return;
+    }
     if (M <= kMostTokensOfTwoStreams && apart >= kLeastTilesOfStream) {
         for (int64_t tile = begin; tile < begin + apart; tile++) {
             with_count<kMostTokensOfTwoStreams, Quantized<Scheme, 2>::template Tiles>(M, args, tile, apart,

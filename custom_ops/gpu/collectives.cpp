@@ -81,8 +81,9 @@ void Collectives::make_meetings(MpiTransport& mpi) {
     std::string trouble;
     try {
         driver.make_current(launcher_.device.ordinal);
-        driver.check(driver.call.host_register(segment_.get(), part * static_cast<size_t>(size), kHostPortableMapped),
-                     "mapping host memory into the GPU");
+        driver.check(
+            driver.call.host_register(segment_.get(), part * static_cast<size_t>(size), kHostPortableMapped),
+            "mapping host memory into the GPU");
         is_registered_ = true;
         driver.check(driver.call.host_pointer(&base, segment_.get(), 0), "mapping host memory into the GPU");
         size_t at = 0;
@@ -158,8 +159,10 @@ void Collectives::join_nccl(MpiTransport& mpi) {
     }
     const char* others = meetings_.empty() ? "; all" : "; more";
     if (why_not.empty()) {
-        description += others + std::string(" through ") + nccl_->library + " " + std::to_string(nccl_->version / 10000) +
-                       "." + std::to_string(nccl_->version / 100 % 100) + "." + std::to_string(nccl_->version % 100);
+        description += others + std::string(" through ") + nccl_->library + " " +
+                       std::to_string(nccl_->version / 10000) + "." +
+                       std::to_string(nccl_->version / 100 % 100) + "." +
+                       std::to_string(nccl_->version % 100);
         return;
     }
     if (communicator_ != nullptr) nccl_->abandon(communicator_);
@@ -178,7 +181,8 @@ const Meeting* Collectives::meeting(int64_t row_bytes, int64_t max_rows) const {
 
 void Collectives::expect_no_capture(Stream stream, const char* what) const {
     if (launcher_.driver.is_capturing(stream)) {
-        throw GpuError(std::string(what) + " by way of the CPU cannot be part of a graph, expected a step of its own");
+        throw GpuError(std::string(what) +
+                       " by way of the CPU cannot be part of a graph, expected a step of its own");
     }
 }
 
@@ -198,7 +202,8 @@ void Collectives::all_reduce(const void* x, void* y, int64_t n, Stream stream) {
     llmpack::all_reduce(sent_.data(), sent_.data(), n);
     for (size_t i = 0; i < count; i++) halves_[i] = float_to_half(sent_[i]);
     driver.check(driver.call.copy_in(to, halves_.data(), bytes, stream), "AllReduce");
-    driver.check(driver.call.stream_synchronize(stream), "AllReduce");  // the buffer is used again by the next
+    driver.check(driver.call.stream_synchronize(stream),
+                 "AllReduce");  // the buffer is used again by the next
 }
 
 size_t Collectives::gather_bytes(int64_t rows, int64_t columns) const {

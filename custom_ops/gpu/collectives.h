@@ -1,9 +1,11 @@
 // Collectives between GPUs. Three ways, chosen once by all ranks together:
 //
-//   one-shot   up to some rows, by a kernel of ours through host memory that all ranks' GPUs map (FORMAT.md 8.5):
+//   one-shot   up to some rows, by a kernel of ours through host memory that all ranks' GPUs map
+//   (FORMAT.md 8.5):
 //              needs no access from one GPU to another's memory, and no other library
 //   NCCL/RCCL  whatever is larger, or between hosts
-//   staged     neither: copied to the host, summed by the CPU's collectives, copied back; slow, and not for graphs
+//   staged     neither: copied to the host, summed by the CPU's collectives, copied back; slow, and not for
+//   graphs
 //
 // Every rank gets the same bits. One-shot adds in rank order; NCCL's order is its own beyond two ranks.
 #ifndef LLMPACK_GPU_COLLECTIVES_H_
@@ -41,7 +43,8 @@ class Collectives {
     // y [n] = sum of the ranks' x [n], float16; y may be x.
     void all_reduce(const void* x, void* y, int64_t n, Stream stream);
     // y [rows, out_features] = the ranks' x [rows, columns] side by side, float32.
-    void all_gather(const void* x, void* y, int64_t rows, int64_t columns, int64_t out_features, Stream stream);
+    void all_gather(const void* x, void* y, int64_t rows, int64_t columns, int64_t out_features,
+                    Stream stream);
     // Device memory that all_gather needs, reserved while operators are made.
     size_t gather_bytes(int64_t rows, int64_t columns) const;
 

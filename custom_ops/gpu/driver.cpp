@@ -18,15 +18,16 @@ constexpr int kOldestHip = 60000000;
 
 // enum CUdevice_attribute; hipDeviceAttribute_t of HIP 5.5 and later.
 constexpr int kCudaMultiprocessors = 16, kCudaMajor = 75, kCudaMinor = 76, kHipMultiprocessors = 63;
-constexpr int kMaxDynamicSharedSize = 8;             // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-constexpr int kPeerAccessAlreadyEnabled = 704;       // CUDA_ERROR_... and hipErrorPeerAccessAlreadyEnabled
+constexpr int kMaxDynamicSharedSize = 8;        // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kPeerAccessAlreadyEnabled = 704;  // CUDA_ERROR_... and hipErrorPeerAccessAlreadyEnabled
 constexpr unsigned kSharedMemoryWithoutAsking = 48 * 1024;
 
 template <class Function>
 void find(void* handle, const std::string& library, const char* symbol, Function& function) {
     void* address = dlsym(handle, symbol);
     if (address == nullptr) {
-        throw GpuError(library + " lacks the function " + symbol + ": the driver is too old, install a newer one");
+        throw GpuError(library + " lacks the function " + symbol +
+                       ": the driver is too old, install a newer one");
     }
     std::memcpy(&function, &address, sizeof(function));
 }
@@ -69,8 +70,9 @@ const Driver& Driver::get(Vendor vendor) {
 Driver::Driver(Vendor wanted) : vendor(wanted) {
     const bool is_cuda = vendor == Vendor::kCuda;
     std::string why;
-    void* handle = is_cuda ? open_library({"libcuda.so.1"}, library, why)
-                           : open_library({"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"}, library, why);
+    void* handle =
+        is_cuda ? open_library({"libcuda.so.1"}, library, why)
+                : open_library({"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"}, library, why);
     if (handle == nullptr) {
         throw GpuError(std::string("no ") + (is_cuda ? "NVIDIA" : "AMD") + " driver (" + why + "): install " +
                        (is_cuda ? "the NVIDIA driver" : "ROCm 6 or 7") + ", or use --provider cpu");
@@ -120,8 +122,8 @@ std::string Driver::chip_of(int device) const {
         check(call.device_attribute(&minor, kCudaMinor, device), "asking for a GPU's compute capability");
         return "sm_" + std::to_string(major) + std::to_string(minor);
     }
-    // hipDeviceProp_t: the place of gcnArchName ("gfx90a:sramecc+:xnack-") is not part of what we rely on; it is
-    // the only text after the name that begins with gfx. The struct has 1,472 bytes in HIP 6 and 7.
+    // hipDeviceProp_t: the place of gcnArchName ("gfx90a:sramecc+:xnack-") is not part of what we rely on; it
+    // is the only text after the name that begins with gfx. The struct has 1,472 bytes in HIP 6 and 7.
     std::array<char, 16384> properties{};
     check(call.properties(properties.data(), device), "asking for a GPU's properties");
     constexpr size_t kAfterName = 256;

@@ -43,7 +43,8 @@ class Bench {
         host_.reset(std::aligned_alloc(4096, bytes));
         if (host_ == nullptr) throw GpuError("no memory for a measurement");
         std::memset(host_.get(), 1, bytes);
-        driver_.check(driver_.call.host_register(host_.get(), bytes, kHostPortableMapped), "pinning host memory");
+        driver_.check(driver_.call.host_register(host_.get(), bytes, kHostPortableMapped),
+                      "pinning host memory");
         driver_.check(driver_.call.allocate(&first, bytes), "allocating GPU memory");
         driver_.check(driver_.call.allocate(&second, bytes), "allocating GPU memory");
         driver_.check(driver_.call.stream_create(&stream, kNonBlockingStream), "making a stream");
@@ -94,16 +95,20 @@ std::string measure(Vendor vendor, int device, int peer) {
     const Driver& driver = Driver::get(vendor);
     char text[256];
     Bench own(driver, device, kBytes);
-    const double in = own.rate([&] { return driver.call.copy_in(own.first, own.host(), kBytes, own.stream); });
-    const double out = own.rate([&] { return driver.call.copy_out(own.host(), own.first, kBytes, own.stream); });
+    const double in =
+        own.rate([&] { return driver.call.copy_in(own.first, own.host(), kBytes, own.stream); });
+    const double out =
+        own.rate([&] { return driver.call.copy_out(own.host(), own.first, kBytes, own.stream); });
     const double copy =
         2 * own.rate([&] { return driver.call.copy_within(own.second, own.first, kBytes, own.stream); });
     std::snprintf(text, sizeof(text),
-                  "{\"host_to_device_bytes_per_s\": %.6g, \"device_to_host_bytes_per_s\": %.6g, \"copy_bytes_per_s\": %.6g",
+                  "{\"host_to_device_bytes_per_s\": %.6g, \"device_to_host_bytes_per_s\": %.6g, "
+                  "\"copy_bytes_per_s\": %.6g",
                   in, out, copy);
     std::string json = text;
     if (peer >= 0) {
-        // The driver's word is not enough: consumer cards claim access and refuse it, or lose what is written.
+        // The driver's word is not enough: consumer cards claim access and refuse it, or lose what is
+        // written.
         bool works = driver.open_peer_access(device, peer);
         double rate = 0;
         if (works) {
@@ -111,14 +116,15 @@ std::string measure(Vendor vendor, int device, int peer) {
             driver.make_current(device);
             std::memset(own.host(), 0x5a, kBytes);
             driver.check(driver.call.copy_in(own.first, own.host(), kBytes, own.stream), "copying");
-            rate = own.rate([&] { return driver.call.copy_within(other.first, own.first, kBytes, own.stream); });
+            rate =
+                own.rate([&] { return driver.call.copy_within(other.first, own.first, kBytes, own.stream); });
             driver.make_current(peer);
             driver.check(driver.call.copy_out(other.host(), other.first, kBytes, other.stream), "copying");
             driver.check(driver.call.stream_synchronize(other.stream), "copying");
             works = std::memcmp(own.host(), other.host(), kBytes) == 0;
         }
-        std::snprintf(text, sizeof(text), ", \"peer_access\": %s, \"peer_bytes_per_s\": %.6g", works ? "true" : "false",
-                      works ? rate : 0.0);
+        std::snprintf(text, sizeof(text), ", \"peer_access\": %s, \"peer_bytes_per_s\": %.6g",
+                      works ? "true" : "false", works ? rate : 0.0);
         json += text;
     }
     return json + "}";
@@ -151,7 +157,8 @@ double time_all_reduce(int64_t rows, int64_t columns, int repeats) {
     driver.check(driver.call.stream_create(&stream, kNonBlockingStream), "making a stream");
     const auto once = [&] {
         if (meeting != nullptr && rows <= meeting->max_rows) {
-            one_shot.launch({rows}, {x, x, meeting->buffers, meeting->flags, meeting->epochs, ranks.rank}, stream);
+            one_shot.launch({rows}, {x, x, meeting->buffers, meeting->flags, meeting->epochs, ranks.rank},
+                            stream);
         } else {
             ranks.all_reduce(x, x, n, stream);
         }
@@ -178,7 +185,8 @@ int llmpack_ops_gpu_probe(int vendor, char* json, int64_t size) {
     return guarded("llmpack_ops_gpu_probe", [&] {
         const Driver& driver = Driver::get(vendor_of(vendor));
         std::string text = "{\"library\": " + quoted(driver.library) +
-                           ", \"version\": " + quoted(version_text(driver.vendor, driver.version)) + ", \"devices\": [";
+                           ", \"version\": " + quoted(version_text(driver.vendor, driver.version)) +
+                           ", \"devices\": [";
         const int count = driver.device_count();
         for (int i = 0; i < count; i++) {
             const DeviceFacts facts = driver.device_facts(i);
@@ -199,8 +207,10 @@ int llmpack_ops_gpu_open(const LlmpackGpu* gpu) {
             throw GpuError("struct has " + std::to_string(gpu->struct_size) + " bytes, expected " +
                            std::to_string(sizeof(LlmpackGpu)));
         }
-        if (gpu->max_rows < 1 || gpu->max_sequences < 1) throw GpuError("max_rows or max_sequences is less than 1");
-        Launcher::open({vendor_of(gpu->vendor), gpu->device, gpu->kernels, gpu->max_rows, gpu->max_sequences});
+        if (gpu->max_rows < 1 || gpu->max_sequences < 1)
+            throw GpuError("max_rows or max_sequences is less than 1");
+        Launcher::open(
+            {vendor_of(gpu->vendor), gpu->device, gpu->kernels, gpu->max_rows, gpu->max_sequences});
     });
 }
 
@@ -212,7 +222,8 @@ int llmpack_ops_gpu_share(void) {
     return guarded("llmpack_ops_gpu_share", [] {
         Launcher& launcher = Launcher::current();
         llmpack::MpiTransport* mpi = llmpack::mpi_transport();
-        if (mpi == nullptr) throw GpuError("no communicator is set, expected llmpack_ops_set_communicator before");
+        if (mpi == nullptr)
+            throw GpuError("no communicator is set, expected llmpack_ops_set_communicator before");
         launcher.collectives.reset();
         launcher.collectives = std::make_unique<Collectives>(launcher, *mpi);
     });
@@ -220,12 +231,14 @@ int llmpack_ops_gpu_share(void) {
 
 const char* llmpack_ops_gpu_transport(int* can_be_captured) {
     const bool is_joined = Launcher::is_open() && Launcher::current().collectives != nullptr;
-    if (can_be_captured != nullptr) *can_be_captured = !is_joined || Launcher::current().collectives->can_be_captured;
+    if (can_be_captured != nullptr)
+        *can_be_captured = !is_joined || Launcher::current().collectives->can_be_captured;
     return is_joined ? Launcher::current().collectives->description.c_str() : "";
 }
 
 int llmpack_ops_gpu_measure(int vendor, int device, int peer, char* json, int64_t size) {
-    return guarded("llmpack_ops_gpu_measure", [&] { give(measure(vendor_of(vendor), device, peer), json, size); });
+    return guarded("llmpack_ops_gpu_measure",
+                   [&] { give(measure(vendor_of(vendor), device, peer), json, size); });
 }
 
 int llmpack_ops_gpu_time_all_reduce(int64_t rows, int64_t columns, int repeats, double* microseconds) {

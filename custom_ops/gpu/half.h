@@ -1,4 +1,5 @@
-// float16 on the host, without the processor's help: for values that pass through it on their way between GPUs.
+// float16 on the host, without the processor's help: for values that pass through it on their way between
+// GPUs.
 #ifndef LLMPACK_GPU_HALF_H_
 #define LLMPACK_GPU_HALF_H_
 

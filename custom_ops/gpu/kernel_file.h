@@ -1,5 +1,6 @@
-// Reads a kernel file: the GPU code of one target (FORMAT.md 8.2), written by packager/llmpack/kernel_file.py. Fixed
-// records, checked against the file's size before anything follows an offset. Knows no driver.
+// Reads a kernel file: the GPU code of one target (FORMAT.md 8.2), written by
+// packager/llmpack/kernel_file.py. Fixed records, checked against the file's size before anything follows an
+// offset. Knows no driver.
 #ifndef LLMPACK_GPU_KERNEL_FILE_H_
 #define LLMPACK_GPU_KERNEL_FILE_H_
 
@@ -42,7 +43,8 @@ struct KernelFile {
     std::vector<KernelRecord> kernels;
 };
 
-// Throws GpuError: it cannot be read, is no kernel file of version 1, or asks for what this launcher does not give.
+// Throws GpuError: it cannot be read, is no kernel file of version 1, or asks for what this launcher does not
+// give.
 KernelFile read_kernel_file(const std::string& path);
 
 }  // namespace llmpack::gpu

@@ -17,7 +17,8 @@ std::unique_ptr<Launcher>& instance() {
 
 std::string words(const std::map<std::string, int64_t>& constants) {
     std::string text;
-    for (const auto& [name, value] : constants) text += (text.empty() ? "" : ", ") + name + " " + std::to_string(value);
+    for (const auto& [name, value] : constants)
+        text += (text.empty() ? "" : ", ") + name + " " + std::to_string(value);
     return text;
 }
 
@@ -34,7 +35,8 @@ bool runs_on(const KernelFile& file, const std::string& chip) {
 Value::Value(float number) : bits(0) { std::memcpy(&bits, &number, sizeof(number)); }
 
 Launcher& Launcher::open(const Settings& settings) {
-    if (instance() != nullptr) throw GpuError("a GPU is in use by this process already, expected one for each process");
+    if (instance() != nullptr)
+        throw GpuError("a GPU is in use by this process already, expected one for each process");
     instance().reset(new Launcher(settings));
     return *instance();
 }
@@ -64,8 +66,9 @@ Launcher::Launcher(const Settings& wanted)
       file(read_kernel_file(wanted.kernels)) {
     const bool is_hip = file.backend == "hip";
     if (is_hip != (settings.vendor == Vendor::kHip) || !runs_on(file, device.chip)) {
-        throw GpuError(file.path + " holds code for " + file.arch + ", and GPU " + std::to_string(device.ordinal) +
-                       " (" + device.name + ") is " + device.chip + ": pack with --targets " + device.chip);
+        throw GpuError(file.path + " holds code for " + file.arch + ", and GPU " +
+                       std::to_string(device.ordinal) + " (" + device.name + ") is " + device.chip +
+                       ": pack with --targets " + device.chip);
     }
     driver.check(driver.call.stream_create(&stream_, kNonBlockingStream), "making a stream");
 }
@@ -93,7 +96,8 @@ Function Launcher::function_of(const KernelRecord& record) {
     return function;
 }
 
-Operation Launcher::operation(const std::string& op, Constants constants, std::initializer_list<Argument> arguments,
+Operation Launcher::operation(const std::string& op, Constants constants,
+                              std::initializer_list<Argument> arguments,
                               std::initializer_list<const char*> free) {
     std::map<std::string, int64_t> wanted(constants.begin(), constants.end());
     Operation operation;
@@ -119,8 +123,9 @@ Operation Launcher::operation(const std::string& op, Constants constants, std::i
             }
             const bool is_scratch = p.name == "global_scratch" || p.name == "profile_scratch";
             if (index < 0 && !is_scratch) {
-                throw GpuError(file.path + ": " + record.function + " has the parameter " + p.name + " (" + p.type +
-                               "), which this release does not know; install the one that the artifact was packed with");
+                throw GpuError(
+                    file.path + ": " + record.function + " has the parameter " + p.name + " (" + p.type +
+                    "), which this release does not know; install the one that the artifact was packed with");
             }
             variant.bindings.push_back(index);
         }
@@ -138,7 +143,9 @@ Operation Launcher::operation(const std::string& op, Constants constants, std::i
 
 int64_t Operation::most_rows() const { return variants_.back().max_rows; }
 
-int64_t Operation::constant(const std::string& name) const { return variants_.back().record->constants.at(name); }
+int64_t Operation::constant(const std::string& name) const {
+    return variants_.back().record->constants.at(name);
+}
 
 void Operation::launch(const Step& step, std::initializer_list<Value> values, Stream stream) const {
     const Variant* variant = nullptr;
@@ -156,8 +163,8 @@ void Operation::launch(const Step& step, std::initializer_list<Value> values, St
     void* parameters[kMost];
     const size_t count = record.parameters.size();
     if (count > kMost || values.size() != arguments_.size()) {
-        throw GpuError(record.op + ": " + std::to_string(values.size()) + " arguments for " + std::to_string(count) +
-                       " parameters");
+        throw GpuError(record.op + ": " + std::to_string(values.size()) + " arguments for " +
+                       std::to_string(count) + " parameters");
     }
     for (size_t i = 0; i < count; i++) {
         const Parameter& parameter = record.parameters[i];
@@ -177,8 +184,8 @@ void Operation::launch(const Step& step, std::initializer_list<Value> values, St
         if (a.plus != 0) programs += dimensions[a.plus];
         if (programs == 0) return;  // no row, nothing to do
         if (programs > (axis == 0 ? 2147483647 : 65535)) {
-            throw GpuError(record.op + ": " + std::to_string(programs) + " programs along axis " + std::to_string(axis) +
-                           ", more than a GPU takes");
+            throw GpuError(record.op + ": " + std::to_string(programs) + " programs along axis " +
+                           std::to_string(axis) + ", more than a GPU takes");
         }
         grid[axis] = static_cast<unsigned>(programs);
     }
@@ -187,8 +194,8 @@ void Operation::launch(const Step& step, std::initializer_list<Value> values, St
         record.is_cooperative
             ? driver_->call.launch_cooperative(variant->function, grid[0], grid[1], grid[2], threads, 1, 1,
                                                record.shared_bytes, stream, parameters)
-            : driver_->call.launch(variant->function, grid[0], grid[1], grid[2], threads, 1, 1, record.shared_bytes,
-                                   stream, parameters, nullptr);
+            : driver_->call.launch(variant->function, grid[0], grid[1], grid[2], threads, 1, 1,
+                                   record.shared_bytes, stream, parameters, nullptr);
     if (code != 0) driver_->check(code, "launching " + record.function);
 }
 
@@ -205,7 +212,8 @@ void Launcher::reserve(size_t bytes) {
 DevicePointer Launcher::allocate_zeroed(size_t bytes) {
     driver.make_current(device.ordinal);
     DevicePointer memory = 0;
-    driver.check(driver.call.allocate(&memory, bytes), "allocating " + std::to_string(bytes) + " bytes of GPU memory");
+    driver.check(driver.call.allocate(&memory, bytes),
+                 "allocating " + std::to_string(bytes) + " bytes of GPU memory");
     allocations_.push_back(memory);
     driver.check(driver.call.fill(memory, 0, bytes, stream_), "clearing GPU memory");
     driver.check(driver.call.stream_synchronize(stream_), "clearing GPU memory");

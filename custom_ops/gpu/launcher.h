@@ -1,6 +1,6 @@
-// Launches compiled kernels: one GPU and one kernel file in a process. Modules are loaded once, when the first
-// operator that needs them is made; a launch allocates nothing and waits for nothing, so it may be captured into a
-// graph. Knows no ONNX Runtime.
+// Launches compiled kernels: one GPU and one kernel file in a process. Modules are loaded once, when the
+// first operator that needs them is made; a launch allocates nothing and waits for nothing, so it may be
+// captured into a graph. Knows no ONNX Runtime.
 #ifndef LLMPACK_GPU_LAUNCHER_H_
 #define LLMPACK_GPU_LAUNCHER_H_
 
@@ -76,7 +76,8 @@ class Operation {
 
 class Launcher {
   public:
-    // Opens the process's launcher. Throws GpuError: no such GPU, a file for another chip, or one is open already.
+    // Opens the process's launcher. Throws GpuError: no such GPU, a file for another chip, or one is open
+    // already.
     static Launcher& open(const Settings& settings);
     static Launcher& current();  // throws GpuError if none is open
     static bool is_open();
@@ -84,17 +85,17 @@ class Launcher {
 
     ~Launcher();
 
-    // The variants of `op` whose constants are these, and any `max_rows`; `free`: constants that the file decides.
-    // Throws GpuError: none, or a parameter that `arguments` does not name.
+    // The variants of `op` whose constants are these, and any `max_rows`; `free`: constants that the file
+    // decides. Throws GpuError: none, or a parameter that `arguments` does not name.
     Operation operation(const std::string& op, Constants constants, std::initializer_list<Argument> arguments,
                         std::initializer_list<const char*> free = {});
 
-    // One piece of device memory for all operators, as they run one after the other. Reserved while operators are
-    // made; never during a step.
+    // One piece of device memory for all operators, as they run one after the other. Reserved while operators
+    // are made; never during a step.
     void reserve(size_t bytes);
     DevicePointer workspace() const { return workspace_; }
 
-    DevicePointer allocate_zeroed(size_t bytes);  // lives as long as the launcher
+    DevicePointer allocate_zeroed(size_t bytes);                    // lives as long as the launcher
     void upload(DevicePointer to, const void* from, size_t bytes);  // waits until it is there
 
     const Settings settings;
@@ -107,7 +108,7 @@ class Launcher {
     explicit Launcher(const Settings& settings);
     Function function_of(const KernelRecord& record);
 
-    Stream stream_ = nullptr;  // for what happens before the first step
+    Stream stream_ = nullptr;             // for what happens before the first step
     std::map<uint64_t, Module> modules_;  // by the code's offset
     std::vector<DevicePointer> allocations_;
     DevicePointer workspace_ = 0;

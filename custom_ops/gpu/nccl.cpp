@@ -32,7 +32,8 @@ const Nccl* Nccl::get(Vendor vendor, std::string& why) {
     if (handle == nullptr) return nullptr;
     if (!find(handle, "ncclGetVersion", nccl.get_version_) ||
         !find(handle, "ncclGetUniqueId", nccl.get_unique_id_) ||
-        !find(handle, "ncclCommInitRank", nccl.init_rank_) || !find(handle, "ncclAllReduce", nccl.all_reduce_) ||
+        !find(handle, "ncclCommInitRank", nccl.init_rank_) ||
+        !find(handle, "ncclAllReduce", nccl.all_reduce_) ||
         !find(handle, "ncclAllGather", nccl.all_gather_) || !find(handle, "ncclCommAbort", nccl.abort_) ||
         !find(handle, "ncclGetErrorString", nccl.error_string_)) {
         why = nccl.library + " lacks a function of NCCL's";
@@ -45,8 +46,9 @@ const Nccl* Nccl::get(Vendor vendor, std::string& why) {
 void Nccl::check(int code, const char* what) const {
     if (code == 0) return;
     const char* text = error_string_(code);
-    throw GpuError(std::string(what) + ": " + library + " says '" + (text != nullptr ? text : "nothing more") +
-                   "' (error " + std::to_string(code) + "); NCCL_DEBUG=WARN shows more");
+    throw GpuError(std::string(what) + ": " + library + " says '" +
+                   (text != nullptr ? text : "nothing more") + "' (error " + std::to_string(code) +
+                   "); NCCL_DEBUG=WARN shows more");
 }
 
 NcclId Nccl::new_id() const {
@@ -63,8 +65,8 @@ void* Nccl::join(const NcclId& id, int rank, int size) const {
 
 void Nccl::all_reduce(DevicePointer x, DevicePointer y, size_t n, NcclType type, void* communicator,
                       Stream stream) const {
-    check(all_reduce_(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n, static_cast<int>(type), kSum,
-                      communicator, stream),
+    check(all_reduce_(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n, static_cast<int>(type),
+                      kSum, communicator, stream),
           "ncclAllReduce");
 }
 

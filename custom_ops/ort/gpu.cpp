@@ -1,6 +1,7 @@
-// The operators of a GPU's graph (FORMAT.md 5.9), for ONNX Runtime's CUDA and ROCm providers: checks of shapes, and the
-// launches of 8.4. A node's kernels are found and loaded when its session is made; a step launches and nothing else.
-// Tables of indices stay on the device and are not checked here: rank 0's scheduler makes them.
+// The operators of a GPU's graph (FORMAT.md 5.9), for ONNX Runtime's CUDA and ROCm providers: checks of
+// shapes, and the launches of 8.4. A node's kernels are found and loaded when its session is made; a step
+// launches and nothing else. Tables of indices stay on the device and are not checked here: rank 0's
+// scheduler makes them.
 #include <algorithm>
 
 #include "gpu/collectives.h"
@@ -34,7 +35,8 @@ void copy_if_apart(const void* from, void* to, size_t bytes, gpu::Stream stream)
 gpu::Collectives& collectives() {
     auto& made = Launcher::current().collectives;
     if (made == nullptr) {
-        throw OpError("the ranks' GPUs are not joined, expected llmpack_ops_gpu_share before a session is made", kFail);
+        throw OpError(
+            "the ranks' GPUs are not joined, expected llmpack_ops_gpu_share before a session is made", kFail);
     }
     return *made;
 }
@@ -117,9 +119,12 @@ struct GpuRMSNorm {
 };
 
 Operation add_rms_norm(int64_t width) {
-    return Launcher::current().operation(
-        "add_rms_norm", {{"in_features", width}},
-        {{"x", kPointer}, {"residual", kPointer}, {"weight", kPointer}, {"y", kPointer}, {"epsilon", kNumber}});
+    return Launcher::current().operation("add_rms_norm", {{"in_features", width}},
+                                         {{"x", kPointer},
+                                          {"residual", kPointer},
+                                          {"weight", kPointer},
+                                          {"y", kPointer},
+                                          {"epsilon", kNumber}});
 }
 
 struct GpuAddRMSNorm {
@@ -173,8 +178,8 @@ struct GpuSwiGLU {
     Operation swiglu;
 };
 
-// y is float16 between operators and float32 for logits. ONNX Runtime tells operators of one name apart by the types
-// of their inputs only, so the name says the type of y where the inputs do not.
+// y is float16 between operators and float32 for logits. ONNX Runtime tells operators of one name apart by
+// the types of their inputs only, so the name says the type of y where the inputs do not.
 template <ElementType type>
 struct GpuMatMulF16 {
     static constexpr const char* kName = type == kFloat ? "MatMulF16F32" : "MatMulF16";
@@ -186,7 +191,9 @@ struct GpuMatMulF16 {
           out_features(node.int_attribute("out_features")),
           matmul(Launcher::current().operation(
               "matmul_f16",
-              {{"in_features", in_features}, {"out_features", out_features}, {"y_bits", type == kFloat ? 32 : 16}},
+              {{"in_features", in_features},
+               {"out_features", out_features},
+               {"y_bits", type == kFloat ? 32 : 16}},
               {{"x", kPointer}, {"weight", kPointer}, {"y", kPointer}, {"num_rows", kInteger}})) {}
 
     void compute(Context& context) const {
@@ -203,13 +210,12 @@ struct GpuMatMulF16 {
 
 template <Storage storage, ElementType type>
 struct GpuMatMulQ {
-    static constexpr const char* kName =
-        type == kFloat ? (storage == Storage::kQ8   ? "MatMulQ8F32"
-                          : storage == Storage::kQ6 ? "MatMulQ6F32"
-                                                    : "MatMulQ4F32")
-                       : (storage == Storage::kQ8   ? "MatMulQ8"
-                          : storage == Storage::kQ6 ? "MatMulQ6"
-                                                    : "MatMulQ4");
+    static constexpr const char* kName = type == kFloat ? (storage == Storage::kQ8   ? "MatMulQ8F32"
+                                                           : storage == Storage::kQ6 ? "MatMulQ6F32"
+                                                                                     : "MatMulQ4F32")
+                                                        : (storage == Storage::kQ8   ? "MatMulQ8"
+                                                           : storage == Storage::kQ6 ? "MatMulQ6"
+                                                                                     : "MatMulQ4");
     static constexpr Port kInputs[] = {{"x", kFloat16}, {"weight", kUInt8}, {"scales", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", type}};
 
@@ -256,13 +262,13 @@ struct GpuPagedAttention {
           scale(node.float_attribute("scale")),
           multiprocessors(Launcher::current().device.multiprocessors) {
         Launcher& launcher = Launcher::current();
-        write = launcher.operation("cache_write",
-                                   {{"num_heads", num_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}},
-                                   {{"qkv", kPointer},
-                                    {"cos_sin", kPointer},
-                                    {"key_cache", kPointer},
-                                    {"value_cache", kPointer},
-                                    {"slot_mapping", kPointer}});
+        write = launcher.operation(
+            "cache_write", {{"num_heads", num_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}},
+            {{"qkv", kPointer},
+             {"cos_sin", kPointer},
+             {"key_cache", kPointer},
+             {"value_cache", kPointer},
+             {"slot_mapping", kPointer}});
         const gpu::Constants shape = {{"num_heads", num_heads},
                                       {"num_kv_heads", num_kv_heads},
                                       {"head_dim", head_dim},
@@ -294,19 +300,22 @@ struct GpuPagedAttention {
         combine = launcher.operation("attention_combine", {{"num_heads", num_heads}, {"head_dim", head_dim}},
                                      {{"out", kPointer}, {"partial", kPointer}, {"num_splits", kInteger}});
         int64_t most = 0;
-        for (int64_t b = 1; b <= launcher.settings.max_sequences; b++) most = std::max(most, b * splits_of(b, kMostSplits));
+        for (int64_t b = 1; b <= launcher.settings.max_sequences; b++)
+            most = std::max(most, b * splits_of(b, kMostSplits));
         launcher.reserve(static_cast<size_t>(most * num_heads * (head_dim + 2)) * sizeof(float));
     }
 
     void compute(Context& context) const {
         const Tensor qkv = context.input(0), cos_sin = context.input(1), keys = context.input(2),
-                     values = context.input(3), slot_mapping = context.input(4), query_start = context.input(5),
-                     seq_lens = context.input(6), block_table = context.input(7);
+                     values = context.input(3), slot_mapping = context.input(4),
+                     query_start = context.input(5), seq_lens = context.input(6),
+                     block_table = context.input(7);
         cos_sin.expect_shape({-1, head_dim}, "[tokens, head_dim]");
         const int64_t T = cos_sin.shape[0];
         qkv.expect_shape({T, (num_heads + 2 * num_kv_heads) * head_dim},
                          "[tokens, (num_heads + 2 * num_kv_heads) * head_dim]");
-        keys.expect_shape({-1, block_size, num_kv_heads, head_dim}, "[num_blocks, block_size, num_kv_heads, head_dim]");
+        keys.expect_shape({-1, block_size, num_kv_heads, head_dim},
+                          "[num_blocks, block_size, num_kv_heads, head_dim]");
         values.expect_shape({keys.shape[0], block_size, num_kv_heads, head_dim},
                             "[num_blocks, block_size, num_kv_heads, head_dim]");
         slot_mapping.expect_shape({T}, "[tokens]");
@@ -323,8 +332,8 @@ struct GpuPagedAttention {
             const int64_t S = splits_of(B, (M * block_size + kPositionsPerSplit - 1) / kPositionsPerSplit);
             const gpu::DevicePointer partial = launcher.workspace();
             split.launch({T, B, S},
-                         {partial, qkv.data, cos_sin.data, keys.data, values.data, query_start.data, seq_lens.data,
-                          block_table.data, narrow(M), narrow(S), scale},
+                         {partial, qkv.data, cos_sin.data, keys.data, values.data, query_start.data,
+                          seq_lens.data, block_table.data, narrow(M), narrow(S), scale},
                          stream);
             combine.launch({T, B, S}, {out, partial, narrow(S)}, stream);
             return;
@@ -335,8 +344,8 @@ struct GpuPagedAttention {
                    stream);
     }
 
-    // How many programs share the positions of one sequence and KV head: enough that every multiprocessor has two. From
-    // shapes only, so that a captured graph stays right as sequences grow.
+    // How many programs share the positions of one sequence and KV head: enough that every multiprocessor has
+    // two. From shapes only, so that a captured graph stays right as sequences grow.
     int64_t splits_of(int64_t sequences, int64_t useful) const {
         const int64_t programs = sequences * num_kv_heads;
         const int64_t wanted = (2 * multiprocessors + programs - 1) / programs;
@@ -356,7 +365,8 @@ struct OneShot {
     Operation operation;
     const gpu::Meeting* meeting = nullptr;
 
-    void find(const char* op, gpu::Constants constants, std::initializer_list<Argument> arguments, int64_t row_bytes) {
+    void find(const char* op, gpu::Constants constants, std::initializer_list<Argument> arguments,
+              int64_t row_bytes) {
         gpu::Collectives& ranks = collectives();
         const gpu::KernelFile& file = Launcher::current().file;
         for (const gpu::KernelRecord& record : file.kernels) {
@@ -441,7 +451,8 @@ struct GpuAllReduceAddRMSNorm {
         if (one_shot.takes(T)) {
             const gpu::Meeting& m = *one_shot.meeting;
             one_shot.operation.launch(
-                {T}, {x.data, sum, weight.data, y, m.buffers, m.flags, m.epochs, narrow(ranks.rank), epsilon}, stream);
+                {T}, {x.data, sum, weight.data, y, m.buffers, m.flags, m.epochs, narrow(ranks.rank), epsilon},
+                stream);
             return;
         }
         const Launcher& launcher = Launcher::current();
@@ -508,14 +519,16 @@ struct GpuTopK {
     static constexpr Port kInputs[] = {{"logits", kFloat}};
     static constexpr Port kOutputs[] = {{"values", kFloat}, {"ids", kInt32}};
 
-    explicit GpuTopK(const NodeInfo& node) : vocab_size(node.int_attribute("vocab_size")), k(node.int_attribute("k")) {
+    explicit GpuTopK(const NodeInfo& node)
+        : vocab_size(node.int_attribute("vocab_size")), k(node.int_attribute("k")) {
         Launcher& launcher = Launcher::current();
         first = launcher.operation("top_k_first", {{"vocab_size", vocab_size}, {"k", k}},
                                    {{"logits", kPointer}, {"keys", kPointer}}, {"chunk"});
         last = launcher.operation("top_k_last", {{"vocab_size", vocab_size}, {"k", k}},
                                   {{"keys", kPointer}, {"values", kPointer}, {"ids", kPointer}}, {"chunk"});
         const int64_t chunk = first.constant("chunk");
-        launcher.reserve(static_cast<size_t>(launcher.settings.max_rows * ((vocab_size + chunk - 1) / chunk) * k) * 8);
+        launcher.reserve(
+            static_cast<size_t>(launcher.settings.max_rows * ((vocab_size + chunk - 1) / chunk) * k) * 8);
     }
 
     void compute(Context& context) const {
@@ -541,7 +554,9 @@ struct GpuTopK {
 template <class... Ops>
 std::vector<const OrtCustomOp*> all_of() {
     std::vector<const OrtCustomOp*> all;
-    const auto add = [&](const std::vector<const OrtCustomOp*>& ops) { all.insert(all.end(), ops.begin(), ops.end()); };
+    const auto add = [&](const std::vector<const OrtCustomOp*>& ops) {
+        all.insert(all.end(), ops.begin(), ops.end());
+    };
     (add(gpu_custom_ops<Ops>()), ...);
     return all;
 }

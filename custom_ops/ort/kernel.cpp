@@ -1,5 +1,7 @@
 #include "ort/kernel.h"
 
+#include <algorithm>
+
 namespace llmpack::ort {
 
 namespace {
@@ -129,6 +131,18 @@ void* Context::gpu_stream() const {
     require(api_, KernelContext_GetGPUComputeStream(api_, context_, &stream),
             [] { return "ONNX Runtime gives no compute stream, expected that of a GPU's provider"; });
     return stream;
+}
+
+std::string profile_name(const char* op, const std::string& node) {
+    std::string name = op;
+    if (node.empty()) return name;
+    name += " " + node;
+    const std::string layer = "/layers.";
+    const size_t at = name.find(layer);
+    if (at == std::string::npos) return name;
+    const size_t number = at + layer.size();
+    const size_t end = std::min(name.find('/', number), name.size());
+    return name.replace(number, end - number, "*");
 }
 
 int64_t Context::ranges_for(int64_t count, int64_t grain) {

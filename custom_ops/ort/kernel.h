@@ -30,7 +30,8 @@ namespace llmpack::ort {
 struct Port {
     const char* name;
     ElementType type;
-    bool is_on_host = false;  // an input of a GPU's operator that the host reads: small, and no copy is captured
+    bool is_on_host =
+        false;  // an input of a GPU's operator that the host reads: small, and no copy is captured
 };
 
 struct InPlace {
@@ -163,8 +164,8 @@ constexpr const char* kCpuProvider = "CPUExecutionProvider";
 constexpr const char* kCudaProvider = "CUDAExecutionProvider";
 constexpr const char* kRocmProvider = "ROCMExecutionProvider";
 
-// The OrtCustomOp of a description, for one execution provider: ONNX Runtime takes the one of the provider that a
-// node is placed on. One static object each; ONNX Runtime keeps a pointer to it.
+// The OrtCustomOp of a description, for one execution provider: ONNX Runtime takes the one of the provider
+// that a node is placed on. One static object each; ONNX Runtime keeps a pointer to it.
 template <class Op>
 struct CustomOp : OrtCustomOp {
     const char* const provider;
@@ -172,6 +173,7 @@ struct CustomOp : OrtCustomOp {
     struct Kernel {
         const OrtApi& api;
         std::string node;
+        OpTime& time;
         Op op;
     };
 
@@ -210,7 +212,7 @@ struct CustomOp : OrtCustomOp {
         std::string name;
         try {
             name = node.name();
-            *kernel = new Kernel{*api, name, Op(node)};
+            *kernel = new Kernel{*api, name, OpTime::named(profile_name(Op::kName, name)), Op(node)};
             return nullptr;
         } catch (const std::exception& error) {
             return to_status(*api, Op::kName, name, error);
@@ -219,8 +221,7 @@ struct CustomOp : OrtCustomOp {
 
     static OrtStatus* compute(void* kernel, OrtKernelContext* ort_context) {
         const Kernel& k = *static_cast<const Kernel*>(kernel);
-        static OpTime time(Op::kName);
-        const ProfileScope scope(time);
+        const ProfileScope scope(k.time);
         try {
             Context context(k.api, ort_context, Op::kInputs);
             k.op.compute(context);

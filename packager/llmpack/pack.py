@@ -112,7 +112,9 @@ def pack(
             )
         kv_heads = heads_per_rank(config, options.shards)[1]
         kv_cache = KvCacheSpec(kv_dtype, BLOCK_SIZE, config.num_hidden_layers, kv_heads, config.head_dim)
-        summary = report.summarise(config, quantization, plans, kv_cache, max_seq_len)
+        summary = report.summarise(
+            config, quantization, plans, kv_cache, max_seq_len, is_group_size_default=options.group_size is None
+        )
         tokenizer = read_tokenizer(model_dir, config.vocab_size)
         generation = read_generation(model_dir)
         if target is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from llmpack.weights import QUANTIZED, Quantization, RankWeight, num_bytes
+from llmpack.weights import DEFAULT_GROUP_SIZES, QUANTIZED, Quantization, RankWeight, num_bytes
 from llmrun.artifact import KvCacheSpec, ModelConfig
 
 _NAMES = {"linear": "projections", "head": "head", "embedding": "embedding", "norm": "norms", "bias": "biases"}
@@ -52,6 +52,8 @@ def summarise(
     plans: list[list[RankWeight]],
     kv_cache: KvCacheSpec,
     max_seq_len: int,
+    *,
+    is_group_size_default: bool,
 ) -> dict[str, Any]:
     """Return the figures of an artifact; all sizes in bytes."""
     hidden, vocab = config.hidden_size, config.vocab_size
@@ -81,6 +83,7 @@ def summarise(
         "parameters": config.num_hidden_layers * layer + embeddings + hidden,
         "scheme": quantization.scheme,
         "group_size": quantization.group_size if quantization.scheme in QUANTIZED else None,
+        "is_group_size_default": is_group_size_default,
         "bits_per_weight": bits_per_weight(plans),
         "bits_per_weight_of_file": bits_per_weight_of_file(plans),
         "max_seq_len": max_seq_len,
@@ -96,17 +99,15 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"{summary['parameters']:,} parameters, {summary['scheme']}{group}: {summary['bits_per_weight']:g} bits per weight"
         f" that a token reads, {summary['bits_per_weight_of_file']:g} of all; max_seq_len {summary['max_seq_len']}"
     ]
-    if summary["group_size"] is not None and summary["group_size"] != DEFAULT_GROUP_SIZES[0] and not summary["group_size_given"]:
-        text.append(
-            f"group_size {summary['group_size']}: {DEFAULT_GROUP_SIZES[0]} does not divide the in_features per rank"
-        )
+    if summary["group_size"] not in (None, DEFAULT_GROUP_SIZES[0]) and summary["is_group_size_default"]:
+        text.append(f"  group_size {DEFAULT_GROUP_SIZES[0]} does not divide every in_features per rank")
     for rank in summary["ranks"]:
         text.append(
             f"rank {rank['rank']}: {_size(rank['weight_bytes'])} weights + {_size(rank['kv_cache_bytes'])} KV cache (one full"
             f" sequence) + {_size(rank['activation_bytes'])} activations = {_size(rank['total_bytes'])}"
         )
         held = ", ".join(f"{_NAMES[role]} {_size(size)}" for role, size in rank["weight_bytes_by_role"].items() if size)
-        text.append(f"        of the weights: {held}")
+        text.append(f"  of the weights: {held}")
     return text
 
 

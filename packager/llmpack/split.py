@@ -19,7 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from llmpack.weights import RankWeight, heads_per_rank
+from llmpack.weights import Initializer, RankWeight, heads_per_rank
 from llmrun.artifact import OPS_DOMAIN, ModelConfig
 
 _MATMUL = {"f32": "MatMulF32", "f16": "MatMulF16", "q8": "MatMulQ8", "q6": "MatMulQ6", "q4": "MatMulQ4"}
@@ -68,6 +68,8 @@ class _Passes:
         self.row_of = {source: w for w in self.matrices.values() for source in w.row.sources}
         self.vectors = {w.row.name: w for w in weights if w.row.role == "bias"}
         self.embedding = next(w for w in weights if w.row.role == "embedding")
+        # One for each name: a tied head and the embedding may be the same initializer.
+        self.placeholders: dict[str, Any] = {}
 
     def fuse(self) -> None:
         """Replace the `Linear`s that share a row of the weight table by one; its consumers take the fused value."""
@@ -107,9 +109,7 @@ class _Passes:
                 chain.append(gs.Node("AllGather", f"{node.name}/all_gather", attributes, domain=OPS_DOMAIN))
             if has_bias:
                 bias = self.vectors[weight.row.name].initializers[0]
-                chain.append(
-                    gs.Node("Add", f"{node.name}/bias", inputs=[_placeholder(bias.name, bias.shape, bias.dtype)])
-                )
+                chain.append(gs.Node("Add", f"{node.name}/bias", inputs=[self._placeholder(bias)]))
             for before, after in pairwise(chain):
                 value: Any = gs.Variable(f"{weight.row.name}.{before.op}", np.float32)
                 before.outputs = [value]
@@ -125,8 +125,13 @@ class _Passes:
         attributes: dict[str, object] = {"out_features": weight.num_rows}
         if weight.group_size is not None:
             attributes["group_size"] = weight.group_size
-        placeholders = [_placeholder(i.name, i.shape, i.dtype) for i in weight.initializers]
+        placeholders = [self._placeholder(item) for item in weight.initializers]
         return gs.Node(_MATMUL[weight.storage], name, attributes, inputs=[x, *placeholders], domain=OPS_DOMAIN)
+
+    def _placeholder(self, item: Initializer) -> Any:
+        if item.name not in self.placeholders:
+            self.placeholders[item.name] = gs.Variable(item.name, item.dtype, list(item.shape))
+        return self.placeholders[item.name]
 
     def localise(self) -> None:
         """Put per-rank numbers of heads into attention and caches."""
@@ -154,7 +159,7 @@ class _Passes:
         if self.embedding.group_size is not None:
             embed.op, embed.domain = _EMBEDDING[self.embedding.storage], OPS_DOMAIN
             embed.attrs = {"num_embeddings": self.embedding.num_rows, "group_size": self.embedding.group_size}
-            placeholders = [_placeholder(i.name, i.shape, i.dtype) for i in self.embedding.initializers]
+            placeholders = [self._placeholder(item) for item in self.embedding.initializers]
             weight = embed.inputs[0]
             embed.inputs = [embed.inputs[1], *placeholders]
             self.graph.inputs = [value for value in self.graph.inputs if value is not weight]
@@ -181,10 +186,6 @@ class _Passes:
             for value in node.outputs:
                 value.shape = [rows] if node.name == "/model/rotary_emb/positions" else [rows, width]
                 value.dtype = node.inputs[0].dtype if node.op == "Gather" else np.float32
-
-
-def _placeholder(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    return gs.Variable(name, dtype, list(shape))
 
 
 def _with_external_data(

@@ -199,9 +199,7 @@ def activation_bytes(manifest: Manifest, num_tokens: int) -> int:
     return num_tokens * (per_token + per_row) + (64 << 20)
 
 
-def fit_blocks(
-    placement: Placement, manifest: Manifest, rank: int, wanted: int, least: int, num_tokens: int
-) -> int:
+def fit_blocks(placement: Placement, manifest: Manifest, rank: int, wanted: int, least: int, num_tokens: int) -> int:
     """Return how many of the wanted cache blocks the GPU's free memory holds beside the weights.
 
     Args:

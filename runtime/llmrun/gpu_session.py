@@ -1,8 +1,8 @@
 """One rank's graph on a GPU under ONNX Runtime: the session, the KV cache on the device, and running one step plan.
 
 In: a verified gpu.onnx, the operator library with its launcher open. Out: logits. A step sends the inputs that have changed and
-takes the chosen rows back, on rank 0 only. Decode steps run as captured graphs, one for each number of sequences; their block tables have
-room for the longest sequence, so that a graph stays right while sequences grow. Not yet run on hardware.
+takes the chosen rows back, on rank 0 only. Decode steps run as captured graphs, one for each number of sequences; their block
+tables have room for the longest sequence, so that a graph stays right while sequences grow. Not yet run on hardware.
 """
 
 from __future__ import annotations

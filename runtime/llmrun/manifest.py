@@ -84,6 +84,7 @@ class RankEntry:
     weights: str
     weight_bytes: int
     weight_bytes_per_token: int
+    weight_bytes_by_role: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -301,8 +302,9 @@ def _check_numbers(manifest: Manifest, refuse: Callable[[str], typing.NoReturn])
     expected = (model.num_hidden_layers, heads, model.head_dim)
     if (cache.num_layers, cache.num_kv_heads_per_rank, cache.head_dim) != expected:
         refuse("kv_cache is not that of model and shards")
-    if not all(entry.weight_bytes >= 0 and entry.weight_bytes_per_token >= 0 for entry in manifest.ranks):
-        refuse("a rank's weight_bytes is negative")
+    for entry in manifest.ranks:
+        if min(entry.weight_bytes, entry.weight_bytes_per_token, *entry.weight_bytes_by_role.values()) < 0:
+            refuse("a rank's weight_bytes is negative")
     ids, limit = list(manifest.eos_token_ids), model.vocab_size
     if (tokenizer := manifest.tokenizer) is not None:
         ids += [tokenizer.vocab_size - 1, *tokenizer.eos_token_ids, *tokenizer.special_tokens.values()]

@@ -89,6 +89,10 @@ def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
     counter = ctypes.POINTER(ctypes.c_uint64)
     library.llmpack_ops_collective_state.argtypes = [counter, counter]
     library.llmpack_ops_collective_state.restype = None
+    library.llmpack_ops_profile.argtypes = [ctypes.c_int]
+    library.llmpack_ops_profile.restype = ctypes.c_int
+    library.llmpack_ops_profile_read.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p), counter, counter]
+    library.llmpack_ops_profile_read.restype = ctypes.c_int
     _declare_gpu(library)
     library.llmpack_ops_last_error.argtypes = []
     library.llmpack_ops_last_error.restype = ctypes.c_char_p

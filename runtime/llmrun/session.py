@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,7 @@ class RankSession:
         options = self._options(share)
         try:
             options.register_custom_ops_library(str(library))
-            self._session = self._ort.InferenceSession(
-                str(graph), sess_options=options, providers=[PROVIDERS["cpu"]]
-            )
+            self._session = self._ort.InferenceSession(str(graph), sess_options=options, providers=[PROVIDERS["cpu"]])
         except MemoryError:
             raise
         except Exception as error:  # ORT's exception types have no common base
@@ -94,6 +93,7 @@ class RankSession:
         self._run_options.log_severity_level = FATAL_ONLY
         self._binding = self._session.io_binding()
         self._caches = self._bind_caches(kv_cache, num_blocks)
+        self.graph_s = 0.0  # seconds inside ONNX Runtime so far
         self._shape: tuple[int, ...] = ()
         self._inputs: dict[str, NDArray[np.int32]] = {}
         self._logits = np.empty((0, vocab_size), np.float32)
@@ -112,6 +112,7 @@ class RankSession:
             self._bind_step(plan)
         for name, memory in self._inputs.items():
             np.copyto(memory, getattr(plan, name))
+        started = time.perf_counter()
         try:
             self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:
@@ -119,6 +120,7 @@ class RankSession:
             if _PEER_ENDED.search(text):
                 raise PeerError(f"a step failed: {text}") from error
             raise InternalError(f"a step failed: {text}") from error
+        self.graph_s += time.perf_counter() - started
         return self._logits
 
     def spoil_cache(self) -> None:

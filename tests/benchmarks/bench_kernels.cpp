@@ -141,12 +141,13 @@ struct Quantized {
 };
 
 void matmul(WeightType type, int64_t K, int64_t group, const std::vector<int64_t>& tokens) {
-    const double bits = (type == WeightType::kQ4 ? 4 : 8) + 16.0 / group;
+    const int64_t width = type == WeightType::kQ4 ? 4 : type == WeightType::kQ6 ? 6 : 8;
+    const double bits = width + 16.0 / group;
     const int64_t N = 320 * kMegabyte * 8 / static_cast<int64_t>(bits * K) / 32 * 32;
     const double bytes = N * K * bits / 8;
     auto* weight = pages<uint8_t>(static_cast<int64_t>(bytes) + 64);
-    auto* scales = reinterpret_cast<uint16_t*>(weight + N * K * (type == WeightType::kQ4 ? 1 : 2) / 2);
-    const std::string name = (type == WeightType::kQ4 ? "q4 group " : "q8 group ") + std::to_string(group);
+    auto* scales = reinterpret_cast<uint16_t*>(weight + N * K * width / 8);
+    const std::string name = "q" + std::to_string(width) + " group " + std::to_string(group);
     for (int64_t M : tokens) {
         const int64_t rows = M <= 8 ? N : 4096;
         auto* q = new Quantized{M, K, rows, group, type};
@@ -246,10 +247,11 @@ int main(int argc, char** argv) {
     if (argc > 2) rounds = std::atoi(argv[2]);
     std::printf("isa %s, best of %d rounds; last column: share of the first line's rate\n\n", kernels().name,
                 rounds);
-    matmul(WeightType::kQ4, 2048, 32, {1, 2, 4, 8, 256});
-    matmul(WeightType::kQ4, 5632, 32, {1, 256});
-    matmul(WeightType::kQ4, 2048, 64, {1, 256});
-    matmul(WeightType::kQ8, 2048, 32, {1, 256});
+    matmul(WeightType::kQ4, 2048, 64, {1, 2, 4, 8, 16, 256, 512});
+    matmul(WeightType::kQ4, 5632, 64, {1, 256});
+    matmul(WeightType::kQ4, 2048, 32, {1, 256});
+    matmul(WeightType::kQ6, 2048, 128, {1, 8, 256});
+    matmul(WeightType::kQ8, 2048, 64, {1, 256});
     quantize(1, 2048);
     quantize(256, 2048);
     attention(32, 4, 64, 2000, 1, 64);  // TinyLlama's heads

@@ -28,7 +28,9 @@ class Gpu(ctypes.Structure):
     )
 
 
-def open_gpu(operators: Any, kernels: Path, *, vendor: int = 0, device: int = 0, max_sequences: int = 8, max_rows: int = 512) -> None:
+def open_gpu(
+    operators: Any, kernels: Path, *, vendor: int = 0, device: int = 0, max_sequences: int = 8, max_rows: int = 512
+) -> None:
     """Open the launcher; raises RuntimeError with the library's sentence."""
     given = Gpu(ctypes.sizeof(Gpu), vendor, device, max_sequences, max_rows, 0, os.fsencode(kernels))
     if operators.llmpack_ops_gpu_open(ctypes.byref(given)) != 0:
@@ -37,7 +39,7 @@ def open_gpu(operators: Any, kernels: Path, *, vendor: int = 0, device: int = 0,
 
 def last_error(operators: Any) -> str:
     operators.llmpack_ops_last_error.restype = ctypes.c_char_p
-    return operators.llmpack_ops_last_error().decode()
+    return operators.llmpack_ops_last_error().decode("utf-8", "replace")
 
 
 def load_operators(path: Path) -> Any:
@@ -46,8 +48,10 @@ def load_operators(path: Path) -> Any:
     return load_library(path)
 
 
-def feeds(sequences: list[list[int]], lengths: list[int], max_blocks: int, rows: list[int] | None = None) -> dict[str, np.ndarray]:
-    """The inputs of a step: the last `len(ids)` tokens of sequences that are then `lengths` long; blocks in a scrambled order."""
+def feeds(
+    sequences: list[list[int]], lengths: list[int], max_blocks: int, rows: list[int] | None = None
+) -> dict[str, np.ndarray]:
+    """The inputs of a step: the last tokens of sequences that are then `lengths` long; blocks in a scrambled order."""
     ids, positions, slots, starts, table = [], [], [], [0], []
     for i, (own, length) in enumerate(zip(sequences, lengths, strict=True)):
         blocks = [(i * max_blocks + j) ^ 1 for j in range(max_blocks)]
@@ -82,4 +86,14 @@ def check_top_k(logits: np.ndarray, step: Any) -> None:
     assert (ids[:, 0] == logits.argmax(axis=1)).all()
 
 
-__all__ = ["Device", "GpuModel", "MiniOrt", "check_top_k", "feeds", "last_error", "load_operators", "logits_of", "open_gpu"]
+__all__ = [
+    "Device",
+    "GpuModel",
+    "MiniOrt",
+    "check_top_k",
+    "feeds",
+    "last_error",
+    "load_operators",
+    "logits_of",
+    "open_gpu",
+]

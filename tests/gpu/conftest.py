@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import standin  # noqa: E402  (beside this file)
+import standin
 
 
 @pytest.fixture(scope="session")

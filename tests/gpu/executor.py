@@ -1,8 +1,8 @@
 """Runs a rank's gpu.onnx without a GPU build of ONNX Runtime: our operators through mini_ort.cpp, what remains by hand.
 
 The few standard operators of the graph are the table of angles, which the host computes from `positions` (numpy), the choice of
-logit rows (copies within the device) and the addition of a bias (refused: no model here has one). Every intermediate value has memory
-of its own; `sum` shares the residual's, as ONNX Runtime's planner does.
+logit rows (copies within the device) and the addition of a bias (refused: no model here has one). Every intermediate value has
+memory of its own; `sum` shares the residual's, as ONNX Runtime's planner does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class MiniOrt:
     def counts(self, node: ctypes.c_void_p) -> tuple[list[int], list[int]]:
         """Return the element types of the inputs and of the outputs."""
         num = [self.library.mini_counts(node, what) for what in (0, 1)]
-        return tuple([self.library.mini_counts(node, base + i) for i in range(n)] for base, n in zip((100, 200), num, strict=True))  # type: ignore[return-value]
+        return tuple(
+            [self.library.mini_counts(node, base + i) for i in range(n)]
+            for base, n in zip((100, 200), num, strict=True)
+        )  # type: ignore[return-value]
 
     def call(self, node: ctypes.c_void_p, inputs: list[tuple], outputs: list[tuple], stream: Any) -> None:
         """Run a node once; each tensor is (type, shape, address)."""
@@ -83,13 +86,22 @@ class Plan:
         self._ort.library.mini_plan_call(self._plan, node, len(inputs), pack[0], len(outputs), pack[1])
 
     def run(self, stream: Any, first: int = 0, last: int | None = None) -> None:
-        self._ort.check(self._ort.library.mini_plan_run(self._plan, first, self.length if last is None else last, stream))
+        self._ort.check(
+            self._ort.library.mini_plan_run(self._plan, first, self.length if last is None else last, stream)
+        )
 
 
 class GpuModel:
     """A rank's graph on the device, with its weights and a KV cache."""
 
-    def __init__(self, graph: Path, ort: MiniOrt, device: Device, num_blocks: int, weights: Callable[[str], np.ndarray] | None = None) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        ort: MiniOrt,
+        device: Device,
+        num_blocks: int,
+        weights: Callable[[str], np.ndarray] | None = None,
+    ) -> None:
         """`weights`: initializer by name; None: from the file beside the graph."""
         model = onnx.load(str(graph), load_external_data=False)
         self.ort, self.device, self.graph = ort, device, model.graph
@@ -122,6 +134,12 @@ class GpuModel:
             for node in model.graph.node
         ]
         self.vocab_size = self.infos["logits"].type.tensor_type.shape.dim[1].dim_value
+
+    def close(self) -> None:
+        """Free weights and cache."""
+        for _, _, address in self.tensors.values():
+            self.device.free(address)
+        self.tensors = {}
 
     def step(self, feeds: dict[str, np.ndarray]) -> Step:
         """Lay out a step of these shapes; `feeds` as in FORMAT 3.2."""

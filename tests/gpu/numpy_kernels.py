@@ -1,7 +1,7 @@
 """The kernels of FORMAT 8.4 in numpy, on the stand-in driver's memory: what a launch must mean, read from the specification.
 
-In: the callback's op, constants, parameter values and grid. They follow the pointers that the launcher gave, so a wrong pointer,
-shape or order gives wrong numbers. Layouts are undone here a second time, independently of the packager.
+In: the callback's op, constants, parameter values and grid. They follow the pointers that the launcher gave, so a wrong
+pointer, shape or order gives wrong numbers. Layouts are undone here a second time, independently of the packager.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from llmpack_ops import reference
 
 TAG = 1 << 62

@@ -27,6 +27,7 @@ SOURCES = {
     "libmini_ort.so": (["g++", "-std=c++17", f"-I{ROOT / 'custom_ops'}"], "mini_ort.cpp"),
 }
 KINDS = {"i32": "i", "fp32": "f"}
+_callbacks: list[Any] = []  # the driver holds their addresses
 
 
 def build(folder: Path, *names: str) -> Path:
@@ -44,17 +45,23 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     """Return the environment of a process on a machine with the stand-in GPUs; settings as STANDIN_*."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("STANDIN_")}
     own = {f"STANDIN_{key.upper()}": str(value) for key, value in settings.items()}
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HERE), str(HERE.parent / "ops"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**inherited, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": path, **own}
 
 
-def run(folder: Path, code: str, *arguments: object, timeout_s: float = 120, **settings: object) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, code: str, *arguments: object, timeout_s: float = 120, **settings: object
+) -> subprocess.CompletedProcess[str]:
     """Run Python code in such a process."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment(folder, **settings), capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(
+        command, env=environment(folder, **settings), capture_output=True, text=True, timeout=timeout_s
+    )
 
 
-def write_kernels(path: Path, specs: list[KernelSpec], arch: str = "sm_89", shared_bytes: int = 0, **changes: Any) -> None:
+def write_kernels(
+    path: Path, specs: list[KernelSpec], arch: str = "sm_89", shared_bytes: int = 0, **changes: Any
+) -> None:
     """Write a kernel file with the plan's records, and code that is the function's name."""
     backend, kind = ("hip", "hsaco") if arch.startswith("gfx") else ("cuda", "cubin")
     warp_size = 64 if arch.startswith("gfx9") else 32
@@ -105,14 +112,18 @@ def serve_launches(specs: list[KernelSpec], *, is_hip: bool = False) -> ctypes.C
             if kind == "fp32":
                 parameters[parameter] = ctypes.c_float.from_buffer(ctypes.c_uint32(values[i] & 0xFFFFFFFF)).value
             else:
-                parameters[parameter] = int(values[i]) if kind != "i32" else ctypes.c_int32(values[i] & 0xFFFFFFFF).value
+                parameters[parameter] = (
+                    int(values[i]) if kind != "i32" else ctypes.c_int32(values[i] & 0xFFFFFFFF).value
+                )
         try:
             numpy_kernels.KERNELS[spec.op](parameters)
         except BaseException as error:
             print(f"{spec.op}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(70)
 
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))
-    driver.keep_alive = kind(launched)  # type: ignore[attr-defined]
-    driver.standin_callback(driver.keep_alive)  # type: ignore[attr-defined]
+    kind = ctypes.CFUNCTYPE(
+        None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)
+    )
+    _callbacks.append(kind(launched))
+    driver.standin_callback(_callbacks[-1])
     return driver

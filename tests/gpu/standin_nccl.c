@@ -50,14 +50,20 @@ static int exchange(Communicator* c, const char* own, char* all, size_t bytes) {
     return 0;
 }
 EXPORT int ncclAllReduce(const void* x, void* y, size_t n, int type, int operation, Communicator* c, void* stream) {
-    const size_t bytes = n * 4;
-    if (operation != 0 || type != 7 || stream == NULL) return 4;  // the only sum that our collectives ask for
+    if (operation != 0 || (type != 6 && type != 7) || stream == NULL) return 4;
+    const size_t bytes = n * (type == 6 ? 2 : 4);
     char* all = malloc(bytes * (size_t)c->size);
     const int code = exchange(c, HOST(x), all, bytes);
     for (size_t i = 0; code == 0 && i < n; i++) {
-        float sum = ((float*)all)[i];
-        for (int r = 1; r < c->size; r++) sum += ((float*)all)[(size_t)r * n + i];
-        ((float*)HOST(y))[i] = sum;
+        float sum = 0;
+        for (size_t r = 0; r < (size_t)c->size; r++) {
+            sum += type == 6 ? (float)((_Float16*)all)[r * n + i] : ((float*)all)[r * n + i];
+        }
+        if (type == 6) {
+            ((_Float16*)HOST(y))[i] = (_Float16)sum;
+        } else {
+            ((float*)HOST(y))[i] = sum;
+        }
     }
     free(all);
     return code;

@@ -1,7 +1,7 @@
 """A rank's gpu.onnx through our operators, launcher and collectives on a stand-in driver, with numpy for the kernels.
 
-The reference is selfcheck.json: logits in float64 from the packed bytes, by other code and another graph. What is shown: the graph,
-every node's attributes, pointers, shapes, the order of launches and the collectives. What is not: the compiled kernels.
+The reference is selfcheck.json: logits in float64 from the packed bytes, by other code and another graph. What is shown: the
+graph, every node's attributes, pointers, shapes, the order of launches and the collectives. What is not: the compiled kernels.
 """
 
 from __future__ import annotations
@@ -24,16 +24,31 @@ TOLERANCE = 6e-3
 
 @pytest.fixture
 def run_ranks(standins: Path, operators: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    def run(scenario: str, artifact: Path, size: int = 1, folder: Path = standins, **settings: object) -> list[dict[str, Any]]:
+    def run(
+        scenario: str, artifact: Path, size: int = 1, folder: Path = standins, **settings: object
+    ) -> list[dict[str, Any]]:
         exchange = tmp_path / "exchange"
         exchange.mkdir(exist_ok=True)
         mini = standins / "libmini_ort.so"
         commands = [
-            [sys.executable, str(WORKER), scenario, str(artifact), str(operators), str(mini), str(exchange), str(rank), str(size)]
+            [
+                sys.executable,
+                str(WORKER),
+                scenario,
+                str(artifact),
+                str(operators),
+                str(mini),
+                str(exchange),
+                str(rank),
+                str(size),
+            ]
             for rank in range(size)
         ]
         environment = standin.environment(folder, **{"devices": size, **settings})
-        ranks = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+        ranks = [
+            subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for c in commands
+        ]
         results = []
         try:
             outputs = [rank.communicate(timeout=200) for rank in ranks]

@@ -23,7 +23,9 @@ from gpu_artifacts import specs_of  # noqa: E402
 
 
 class Rank:
-    def __init__(self, artifact: str, operators: str, mini: str, folder: str, rank: str, size: str, *, is_hip: bool) -> None:
+    def __init__(
+        self, artifact: str, operators: str, mini: str, folder: str, rank: str, size: str, *, is_hip: bool
+    ) -> None:
         self.artifact, self.rank, self.size = Path(artifact), int(rank), int(size)
         if self.size > 1:
             import collectives_processes
