@@ -87,7 +87,7 @@ def main() -> int:
                 f"{chip} ({name}): {len(loop)} instructions for {weights:g} weights: {per_weight:.2f} each, budget {budget:.1f}"
             )
             print(
-                f"    {per_weight / budget:.0%} of the issue slots at full bandwidth; {kernel.registers} registers; {dict(loads)}"
+                f"    {per_weight / budget:.0%} of the issue slots at full bandwidth; {kernel.registers} regs; {dict(loads)}"
             )
             print(f"    {dict(groups.most_common(9))}")
     return 0
