@@ -44,8 +44,8 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         by kind of code: "cubin" and "ptx", or "hsaco".
     """
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton import knobs
+    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module, _, name = spec.function.partition(".")
