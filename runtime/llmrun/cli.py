@@ -17,7 +17,7 @@ from typing import Any
 from llmrun import __version__, console, launcher
 from llmrun.errors import UsageError
 
-COMMANDS = ("generate", "chat", "perplexity", "bench", "verify", "show", "doctor")
+COMMANDS = ("generate", "chat", "serve", "perplexity", "bench", "verify", "show", "doctor")
 _EPILOG = """\
 llmrun ARTIFACT          chat on a terminal; otherwise complete the text of -p, -f or standard input
 llmrun ARTIFACT -p TEXT  complete TEXT; `llmrun COMMAND --help` lists a command's options

@@ -52,6 +52,7 @@ class Engine:
         speculate: int = 0,
         verify: str = "auto",
         isa: str | None = None,
+        share_gpu: bool = False,
         prepare: Callable[[Engine], None] | None = None,
         is_mirroring: bool = True,
     ) -> None:
@@ -59,7 +60,7 @@ class Engine:
 
         Args:
             path: the artifact's directory.
-            provider: "auto" or "cpu".
+            provider: "cpu", "cuda", "rocm", or "auto": a GPU that the artifact holds code for, else the CPU.
             threads: threads a rank; None: this rank's share of the host's cores.
             max_seq_len: positions of one sequence at most; None: as packed.
             max_num_seqs: sequences that run at the same time.
@@ -69,6 +70,7 @@ class Engine:
             verify: "auto" compares the digests of files that have changed since they last were compared (`verified.py`),
                 "full" of all; "size" and "off" only what the manifest and the sizes show.
             isa: instruction set of the CPU kernels; None: the best.
+            share_gpu: let ranks share a GPU where there are fewer GPUs than ranks.
             prepare: called on rank 0 when the tokenizer is there and no weight has been read; its errors end the start.
             is_mirroring: whether ranks above 0 will make rank 0's calls too; False if they only `follow`.
         Raises:
@@ -76,7 +78,7 @@ class Engine:
         """
         started = time.perf_counter()
         self._closed = False
-        options = JobOptions(provider, threads, max_seq_len, max_num_seqs, verify, isa, kv_cache_mb)
+        options = JobOptions(provider, threads, max_seq_len, max_num_seqs, verify, isa, kv_cache_mb, share_gpu)
         self._job = job = Job(path, options)
         try:
             self.rank, self.size = job.rank, job.size

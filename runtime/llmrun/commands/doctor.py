@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmrun import __version__, console, launcher, library
+from llmrun import __version__, console, gpu_report, launcher, library
 from llmrun.commands import common
 from llmrun.errors import IncompatibleError, LlmpackError, PeerError
 
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         collectives: str | LlmpackError = _collectives()  # on every rank; the other checks are rank 0's
     except LlmpackError as error:
         collectives = error
+    joined = None if arguments.artifact is None else gpu_report.of_artifact(arguments.artifact)  # on every rank
     if console.environment_rank() != 0:
         return 0
 
@@ -43,6 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise collectives
         return collectives
 
+    def gpu_collectives() -> str:
+        if isinstance(joined, LlmpackError):
+            raise joined
+        return joined or ""
+
     checks: dict[str, Callable[[], str]] = {
         "python": lambda: f"{platform.python_version()}, llmrun {__version__}, {sys.prefix}",
         "machine": _machine,
@@ -50,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
         "operators": _operators,
         "mpi": _mpi,
         "collectives": found_collectives,
+        "gpus": _gpus,
     }
+    if joined is not None:
+        checks["gpu ranks"] = gpu_collectives
     if arguments.artifact is not None:
         checks["artifact"] = lambda: _artifact(arguments.artifact)
     findings: list[dict[str, Any]] = []
@@ -71,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _machine() -> str:
-    from llmrun.job import available_bytes
+    from llmrun.memory import available_bytes
 
     cores = len(os.sched_getaffinity(0))
     return f"{platform.machine()}, {cores} cores to use, {available_bytes() / 2**30:.1f} GiB of memory available"
@@ -102,6 +111,12 @@ def _operators() -> str:
     except OSError as error:
         raise IncompatibleError(f"{place}: cannot be loaded: {error}.", code="E416") from None
     return f"version {ops.llmpack_ops_version()}, {ops.llmpack_ops_isa().decode()}, {place}"
+
+
+def _gpus() -> str:
+    from llmrun.session import import_onnxruntime
+
+    return gpu_report.describe(import_onnxruntime().get_available_providers())
 
 
 def _mpi() -> str:
