@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-browser test-gpu fuzz test-clients soak test-openmpi test-asan lint format bench bench-quick clean
+.PHONY: demo test test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -24,6 +24,10 @@ test-browser: $(VENV)/.test
 # network; without a GPU it says so and exits with 2. ARGS=--dry: the same program on a stand-in driver.
 test-gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/hardware.py $(ARGS)
+
+# Every variant of every GPU kernel for every target, at published shapes: a table of registers and memory; fails on a spill.
+kernels: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/kernel_resources.py $(ARGS)
 
 # The property tests over fresh random examples. `make test` draws the same ones every time.
 fuzz: $(VENV)/.test

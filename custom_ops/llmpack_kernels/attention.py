@@ -136,7 +136,7 @@ def attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries, as many as can be; axis 1: heads."""
+    """Write out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries; axis 1: heads."""
     piece = tl.program_id(0)
     head = tl.program_id(1)
     # The sequence whose pieces `piece` is among; num_sequences: none.
@@ -190,7 +190,7 @@ def attention_split(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write partial float32 [T, H, num_splits, D + 2]: values, maximum, sum; axes: sequences, KV heads, splits; GROUP >= H / KV."""
+    """Write partial float32 [T, H, num_splits, D + 2]: values, maximum, sum; axes: sequences, KV heads, splits."""
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)

@@ -1,8 +1,8 @@
 """One-shot collectives over memory that every rank can read (FORMAT.md 8.5): pinned host memory, or peers' device memory.
 
 Each rank writes what it has into its own region, once; releases a flag with the number of the step; waits for the others'
-flags; reads. Two halves of the region take turns, so one flag per row is all the synchronization: a rank that writes half h at step e
-has seen every other rank's flag of step e - 1, and so knows that it has done with that half, which it read at step e - 2.
+flags; reads. Two halves of the region take turns, so one flag per row is all the synchronization: a rank that writes half h at
+step e has seen every other rank's flag of step e - 1, and so knows that it is done with that half, read at step e - 2.
 The flags count up for ever and are compared by difference: nothing is ever reset, and 2^31 steps do not matter.
 
 Loads of others' data are volatile: a line that an earlier step left in the first-level cache must not serve them.

@@ -34,7 +34,7 @@ def top_k_first(logits, keys, V: tl.constexpr, K: tl.constexpr, CHUNK: tl.conste
 
 @triton.jit
 def top_k_last(keys, values, ids, COUNT: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr):
-    """Turn keys int64 [rows, COUNT] into values float32 [rows, K], ids int32 [rows, K]; COUNT: parts times K; BLOCK: power of 2."""
+    """Turn keys int64 [rows, COUNT] into values float32 [rows, K], ids int32 [rows, K]; COUNT: parts times K."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     key = _largest(tl.load(keys + row * COUNT + at, mask=at < COUNT, other=-0x7FFFFFFFFFFFFFFF), K)

@@ -185,10 +185,11 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
         "attention_split",
         constants,
         "attention.attention_split",
-        {**constexprs, "GROUP": max(16, _power_of_two(heads // kv_heads)), "BLOCK_N": block_n},
+        {**constexprs, "GROUP": max(16, _power_of_two(heads // kv_heads)), "BLOCK_N": 32},
         {"partial": "*fp32", **types, "num_splits": "i32", "scale": "fp32"},
         (GridAxis("sequences"), GridAxis(factor=kv_heads), GridAxis("splits")),
         128,
+        stages=3,
         chips=chips,
     )
     yield KernelSpec(

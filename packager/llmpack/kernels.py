@@ -89,7 +89,7 @@ def build(
         target name -> kernel file.
     """
     targets = [target for target in targets if target != "cpu"]
-    chips = list(dict.fromkeys([*targets, *([PTX_CHIP] if any(t in CUDA_TARGETS for t in targets) else [])]))
+    chips: list[str] = list(dict.fromkeys([*targets, *([PTX_CHIP] if any(t in CUDA_TARGETS for t in targets) else [])]))
     check_compiler()
     done: dict[tuple[str, int], dict[str, Kernel]] = {}
     missing = []

@@ -55,7 +55,9 @@ def loop_of(chip: str, code: bytes, assembly: str) -> list[str]:
         if (found := re.search(branch, line)) and found[1] in labels and i - labels[found[1]] > best[1] - best[0]:
             best = (labels[found[1]], i)
     pattern = (
-        r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)" if chip.startswith("sm_") else r"^\t([vsdg]\w+)"
+        r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)"
+        if chip.startswith("sm_")
+        else r"^\t((?!s_delay)[vsdgb]\w+)"
     )
     return [found[1] for line in lines[best[0] : best[1] + 1] if (found := re.match(pattern, line))]
 
@@ -87,7 +89,7 @@ def main() -> int:
                 f"{chip} ({name}): {len(loop)} instructions for {weights:g} weights: {per_weight:.2f} each, budget {budget:.1f}"
             )
             print(
-                f"    {per_weight / budget:.0%} of the issue slots at full bandwidth; {kernel.registers} registers; {dict(loads)}"
+                f"    {per_weight / budget:.0%} of the issue slots at full bandwidth; {kernel.registers} regs; {dict(loads)}"
             )
             print(f"    {dict(groups.most_common(9))}")
     return 0

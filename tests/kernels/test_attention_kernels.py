@@ -116,12 +116,12 @@ def test_context_across_blocks_of_keys_and_of_queries() -> None:
     world.step([(0, 130, 150)])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 64], ids=lambda s: f"{s}_splits")
+@pytest.mark.parametrize("splits", [1, 3, 20], ids=lambda s: f"{s}_splits")
 def test_decode(splits: int) -> None:
     """Splits beyond the context have nothing to say, and their share must not be read as numbers."""
-    world = World(4, 2, 16, 16, [130, 1, 64])
-    world.step([(0, 0, 129), (2, 0, 63)])
-    world.step([(0, 129, 130), (1, 0, 1), (2, 63, 64)], splits)
+    world = World(4, 2, 16, 16, [100, 1, 64])
+    world.step([(0, 0, 99), (2, 0, 63)])
+    world.step([(0, 99, 100), (1, 0, 1), (2, 63, 64)], splits)
 
 
 def test_prefill_and_decode_in_one_step() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import Projection, random_projection
+import torch
+import triton
+import triton.language as tl
+from helpers import RANGES, Projection, quantized_projection, random_projection
 from interpreter import launch
 
 from llmpack import kernel_plan
+from llmpack_kernels.decode import prmt, v_perm
 from llmpack_ops import reference
 
 STORAGES = ("q4", "q6", "q8", "f16")
@@ -81,8 +85,6 @@ def test_float16_results(backend: str) -> None:
 @pytest.mark.parametrize("storage", ["q4", "q6", "q8"])
 def test_every_level_is_exact(storage: str, backend: str) -> None:
     """Each stored number alone: scale 1, x a unit vector. The unpacked value must be the table's to the last bit."""
-    from helpers import RANGES, quantized_projection
-
     low, high = RANGES[storage]
     quantized = np.resize(np.arange(low, high), (16, 512)).astype(np.uint8)
     quantized = np.stack([np.roll(row, i) for i, row in enumerate(quantized)])  # every number in every place of a word
@@ -114,19 +116,15 @@ def test_embedding_of_float16() -> None:
     np.testing.assert_array_equal(y, weight[ids])
 
 
+@triton.jit
+def permute(a, b, selector, out, IS_CUDA: tl.constexpr):
+    i = tl.arange(0, 1)
+    x, y, z = tl.load(a + i), tl.load(b + i), tl.load(selector + i)
+    tl.store(out + i, prmt(x, y, z) if IS_CUDA else v_perm(x, y, z))
+
+
 def test_byte_permutations_are_those_of_the_manuals() -> None:
     """Examples by hand from the PTX ISA (prmt) and the RDNA ISA (v_perm_b32): what stands in for them must be them."""
-    import torch
-    import triton
-    import triton.language as tl
-
-    from llmpack_kernels import decode
-
-    @triton.jit
-    def permute(a, b, selector, out, IS_CUDA: tl.constexpr):
-        i = tl.arange(0, 1)
-        x, y, z = tl.load(a + i), tl.load(b + i), tl.load(selector + i)
-        tl.store(out + i, decode.prmt(x, y, z) if IS_CUDA else decode.v_perm(x, y, z))
 
     def run(a: int, b: int, selector: int, is_cuda: bool) -> int:
         words = [torch.tensor([v - (1 << 32) if v >> 31 else v], dtype=torch.int32) for v in (a, b, selector, 0)]
