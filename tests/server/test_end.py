@@ -86,15 +86,21 @@ def test_health_waits_for_a_decode(packed_demo: Packed) -> None:
     served.host, served.port = "127.0.0.1", port
     seen: list[tuple[int, str]] = []
     until = time.monotonic() + 30
-    while not seen or seen[-1][0] != 200:
-        assert time.monotonic() < until
-        try:
-            status, body = served.ask("/health")
-            seen.append((status, body["status"]))
-            if status != 200:
-                assert served.ask("/v1/models")[0] == 503 or served.health() == 200  # it may become ready in between
-        except OSError:
-            continue
+    try:
+        while not seen or seen[-1][0] != 200:
+            assert time.monotonic() < until
+            try:
+                status, body = served.ask("/health")
+                seen.append((status, body["status"]))
+                if status != 200:
+                    assert (
+                        served.ask("/v1/models")[0] == 503 or served.health() == 200
+                    )  # it may become ready in between
+            except OSError:
+                continue
+    except BaseException:
+        served.job.kill()
+        raise
     with served:
         assert seen[0] == (503, "loading")
         assert seen[-1] == (200, "ok")
