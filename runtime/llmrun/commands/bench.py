@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from llmrun.commands import common
 from llmrun.errors import ResourceError, UsageError
 from llmrun.profile import Profile
-from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -74,8 +73,10 @@ class Load:
             return 1
         if self.depth == 0:
             return self.n_gen
-        # Once the first sequence generates, the prompts of the others share what the step has left.
-        budget = DEFAULT_TOKEN_BUDGET if self.batch == 1 else max(1, DEFAULT_MIXED_BUDGET - self.batch)
+        from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET  # not for --help: it brings numpy
+
+        # Once the first sequence generates, the prompts of the others share what a step then takes of prompts.
+        budget = DEFAULT_TOKEN_BUDGET if self.batch == 1 else DEFAULT_MIXED_BUDGET
         return self.n_gen + 1 + math.ceil(self.batch * self.depth / budget)
 
     @property
