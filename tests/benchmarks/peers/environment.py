@@ -89,7 +89,7 @@ def machine_facts() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory / 1e6, 1),
         "kernel": os.uname().release,
-        "load average at the start": os.getloadavg()[0],
+        "load average at the start": round(os.getloadavg()[0], 1),
         "commit": commit,
     }
 
