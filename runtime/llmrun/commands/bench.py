@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from llmrun.commands import common
 from llmrun.errors import ResourceError, UsageError
 from llmrun.profile import Profile
-from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -70,6 +69,8 @@ class Load:
     @property
     def max_tokens(self) -> int:
         """Tokens of a sequence: those measured, and those sampled until the last prompt of the batch is in the cache."""
+        from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET
+
         if self.n_prompt:
             return 1
         if self.depth == 0:
