@@ -148,7 +148,8 @@ class Job:
         """Run a step on all ranks; rank 0 only. Returns the logits, [R, vocab_size]."""
         self.is_broken = True
         started = time.perf_counter()
-        self.comm.send(plan.pack())
+        if self.size > 1:
+            self.comm.send(plan.pack())
         sent = time.perf_counter()
         logits = self._run(plan)
         self.run_s += time.perf_counter() - sent

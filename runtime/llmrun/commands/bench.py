@@ -69,6 +69,8 @@ class Load:
     @property
     def max_tokens(self) -> int:
         """Tokens of a sequence: those measured, and those sampled until the last prompt of the batch is in the cache."""
+        from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET
+
         if self.n_prompt:
             return 1
         if self.depth == 0:
@@ -97,7 +99,11 @@ class _Bench:
         self._tests = [test for test in tests if test.num_tokens]
 
     def prepare(self, engine: Engine) -> None:
-        """Refuse lengths that the context does not hold."""
+        """Refuse what cannot be measured: lengths that the context does not hold, the profile of a GPU."""
+        if self._arguments.profile and engine.job.placement.provider != "cpu":
+            raise UsageError(
+                "--profile: it times the CPU's operators; on a GPU they run after they return. Use --provider cpu."
+            )
         longest = max((test.longest for test in self._tests), default=0)
         if longest > engine.max_seq_len:
             raise UsageError(
@@ -138,11 +144,12 @@ class _Bench:
         average = statistics.fmean(samples)
         weight_bytes = sum(entry.weight_bytes_per_token for entry in engine.manifest.ranks)
         steps_per_s = average / load.batch
+        is_cpu = engine.job.placement.provider == "cpu"  # whose memory's bandwidth is measured
         result = {
             "model": self._arguments.artifact,
             "quantization": engine.manifest.quantization["scheme"],
             "weight_bytes": sum(entry.weight_bytes for entry in engine.manifest.ranks),
-            "backend": "cpu",
+            "backend": engine.job.placement.provider,
             "isa": engine.job.isa,
             "ranks": engine.size,
             "n_threads": engine.job.num_threads,
@@ -155,7 +162,7 @@ class _Bench:
             "samples_ts": samples,
             "weight_bytes_per_token": weight_bytes,
             "read_bytes_per_s": self._bytes_per_s,
-            "roofline_fraction": steps_per_s * weight_bytes / self._bytes_per_s if load.n_gen else None,
+            "roofline_fraction": steps_per_s * weight_bytes / self._bytes_per_s if load.n_gen and is_cpu else None,
         }
         if self._arguments.profile:
             result["profile"] = self._profile(engine, load)

@@ -89,7 +89,7 @@ def machine_facts() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory / 1e6, 1),
         "kernel": os.uname().release,
-        "load average at the start": os.getloadavg()[0],
+        "load average at the start": round(os.getloadavg()[0], 1),
         "commit": commit,
     }
 
@@ -129,7 +129,7 @@ def _llama_cpp(python: Path, folder: Path, cores: int) -> Path:
     build = place / f"build-{version}"
     if not (build / "done").exists():
         say(f"building llama.cpp of {LLAMA_CPP_PYTHON}")
-        download = ["download", "-q", "--no-deps", "--no-binary", ":all:", "-d", place, LLAMA_CPP_PYTHON]
+        download = ["download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", place, LLAMA_CPP_PYTHON]
         call([python, "-m", "pip", *download], timeout_s=_BUILD_S)
         with tarfile.open(next(place.glob(f"llama_cpp_python-{version}.tar.gz"))) as archive:
             archive.extractall(place, filter="data")
