@@ -44,6 +44,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         by kind of code: "cubin" and "ptx", or "hsaco".
     """
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -71,8 +72,8 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         "num_stages": other.get("stages", spec.stages if backend == "cuda" else min(2, spec.stages)),
         "enable_fp_fusion": True,
     }
-    with triton.knobs.amd.scope():
-        triton.knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
+    with knobs.amd.scope():
+        knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
         compiled = triton.compile(source, target=target, options=options)
     metadata: Any = compiled.metadata
     parameters = [
