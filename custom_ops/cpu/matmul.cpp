@@ -319,9 +319,24 @@ constexpr int kTilesTogether = 2;
 constexpr int kTilesTogether = 1;
 #endif
 
+// Adds the products of `features` input features. decoded: [tiles], kStretch * 16 bytes apart, [features / 4,
+// 16, 4]; x: [features / 4, m, 4].
+template <class Scheme, int tiles, int m, int features>
+LLMPACK_INLINE void dot_decoded(const uint8_t* decoded, const int8_t* x, I32x16 (&sum)[tiles][m]) {
+    LLMPACK_UNROLL_16 for (int s = 0; s < features / 4; s++) {
+        Bytes w[tiles];
+        LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] =
+            load_bytes(decoded + i * kStretch * 16 + 64 * s);
+        LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
+            LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++)
+                Scheme::dot4(w[i], x + 4 * (s * m + t), sum[i][t]);
+        }
+    }
+}
+
 // `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch
 // / 4, 16, 4], of which last - first features are used.
-template <class Scheme, int tiles, int m>
+template <class Scheme, int tiles, int m, int group>
 LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
                                      int64_t first, int64_t last, int64_t first_token) {
     const QuantizedActivations& in = *args.x;
@@ -344,20 +359,15 @@ LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t*
         LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) sum[i][t] = set1_i32(-Scheme::kZero * x_sums[t]);
         }
-        // Unrolled, or else the compiler copies every sum once for each dot product.
-        for (int64_t j = 0; j < in.group_size; j += 16) {
-            LLMPACK_UNROLL_16 for (int s = 0; s < 4; s++) {
-                Bytes w[tiles];
-                LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] =
-                    load_bytes(decoded + i * kStretch * 16 + 64 * s);
-                LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
-                    LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++)
-                        Scheme::dot4(w[i], x + 4 * (s * m + t), sum[i][t]);
-                }
-            }
-            decoded += 256;
-            x += 16 * m;
+        // Without a loop where it can be: GCC copies every sum once in each round, on the ports of dot4.
+        if constexpr (group == 64) {
+            dot_decoded<Scheme, tiles, m, 64>(decoded, x, sum);
+        } else {
+            for (int64_t j = 0; j < in.group_size; j += 32)
+                dot_decoded<Scheme, tiles, m, 32>(decoded + 16 * j, x + j * m, sum);
         }
+        decoded += 16 * in.group_size;
+        x += in.group_size * m;
         LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
             const F32x16 scale = load_f16(scales + i * groups * kTileRows);
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
@@ -387,7 +397,11 @@ struct Stretch {
     struct Tiles {
         static LLMPACK_INLINE void run(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
                                        int64_t first, int64_t last, int64_t first_token) {
-            stretch_of_tiles<Scheme, tiles, m>(args, decoded, tile, first, last, first_token);
+            if (m == kQuantizedBlock && args.x->group_size == 64) {
+                stretch_of_tiles<Scheme, tiles, m, 64>(args, decoded, tile, first, last, first_token);
+            } else {
+                stretch_of_tiles<Scheme, tiles, m, 0>(args, decoded, tile, first, last, first_token);
+            }
         }
     };
 };

@@ -35,7 +35,7 @@ def _bits(weights: Iterable[RankWeight]) -> float:
 
 def bytes_by_role(plan: list[RankWeight]) -> dict[str, int]:
     """Return the bytes that a rank holds of each role; a head that is the embedding counts as the embedding."""
-    held = dict.fromkeys(("linear", "head", "embedding", "norm", "bias"), 0)
+    held: dict[str, int] = dict.fromkeys(("linear", "head", "embedding", "norm", "bias"), 0)
     for weight in (w for w in plan if not w.is_shared):
         held[weight.row.role] += sum(item.num_bytes for item in weight.initializers)
     return held

@@ -7,6 +7,7 @@ tables have room for the longest sequence, so that a graph stays right while seq
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ class GpuSession:
         self._top_k = next(node.shape[1] for node in self._session.get_outputs() if node.name == "top_values")
         self._caches = self._make_caches(kv_cache, num_blocks)
         self._shapes: dict[tuple[Any, ...], _Shape] = {}
+        self.graph_s = 0.0  # seconds inside ONNX Runtime so far
 
     def run(self, plan: StepPlan) -> NDArray[np.float32]:
         """Run one step; see `RankSession.run`. On ranks that give no logits the rows are zeros.
@@ -104,10 +106,12 @@ class GpuSession:
             if name not in shape.sent or not np.array_equal(shape.sent[name], value):
                 shape.inputs[name].update_inplace(np.ascontiguousarray(value, np.int32))
                 shape.sent[name] = np.array(value, np.int32)
+        started = time.perf_counter()
         try:
             self._session.run_with_iobinding(shape.binding, shape.options)
         except Exception as error:
             raise InternalError(f"a step failed: {' '.join(str(error).split())}") from error
+        self.graph_s += time.perf_counter() - started
         if not self._gives_logits:
             return np.zeros((len(plan.logit_rows), self._vocab_size), np.float32)
         return shape.outputs[0].numpy()

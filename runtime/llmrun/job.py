@@ -8,11 +8,10 @@ Decides nothing about tokens.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,10 +20,12 @@ import numpy as np
 
 import llmrun
 from llmrun import comm as communication
-from llmrun import console, device, errors, failstop, faults, launcher, library, verified, watchdog
+from llmrun import console, device, errors, failstop, faults, launcher, library, watchdog
 from llmrun.artifact import Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, share_cores
-from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError, ResourceError
+from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError
+from llmrun.memory import available_bytes, fit_blocks
+from llmrun.rank_files import RankFiles
 from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
 from llmrun.step_plan import MessageKind, StepPlan
 
@@ -80,11 +81,11 @@ class Job:
         self._ops: ctypes.CDLL | None = None
         self._session: RankSession | GpuSession | None = None
         self.gpu_transport, self._captures = "", True  # how values travel between GPUs; whether a step may be captured
-        self._wants_digests: bool | None = None  # not known yet
-        self._hashed: set[str] = set()
         self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
         self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
         self._shake_hands(facts)
+        is_first = communication.local_ranks(self.comm.peers, self.rank)[0] == self.rank
+        self._files = RankFiles(self.artifact, self.rank, is_first_of_host=is_first, mode=options.verify)
         self.manifest = self.artifact.manifest
         self.max_seq_len = self._max_seq_len()
 
@@ -176,28 +177,7 @@ class Job:
 
     def verify(self, names: list[str], num_threads: int = 1) -> None:
         """Compare the digests of files with the manifest's, as the user wants it; each file once."""
-        if not self._must_hash():
-            return
-        left = [name for name in names if name not in self._hashed]
-        progress = console.Progress("verifying", is_quiet=self.rank != 0)
-        self.artifact.verify(left, progress, num_threads=num_threads)
-        self._hashed.update(left)
-
-    def _must_hash(self) -> bool:
-        if self._wants_digests is None:
-            mode = self.options.verify
-            times = self.artifact.times_of(self._own_files())
-            is_known = mode == "auto" and verified.is_stamped(self.artifact.digest, times)
-            self._wants_digests = mode == "full" or (mode == "auto" and not is_known)
-        return self._wants_digests
-
-    def _own_files(self) -> list[str]:
-        """Return the files that this rank answers for: its folder's, and the common ones if it is its host's first rank."""
-        names = self.artifact.files_of_rank(self.rank)
-        if communication.local_ranks(self.comm.peers, self.rank)[0] == self.rank:
-            return names
-        folder = self.manifest.ranks[self.rank].folder + "/"
-        return [name for name in names if name.startswith(folder)]
+        self._files.verify(names, num_threads)
 
     def _run(self, plan: StepPlan) -> NDArray[np.float32]:
         assert self._session is not None
@@ -281,28 +261,9 @@ class Job:
         if self.placement.gpu is not None:
             least = -(-self.max_seq_len // spec.block_size)
             return device.fit_blocks(self.placement, self.manifest, self.rank, wanted, least, self._most_tokens())
-        block_bytes = spec.block_size * spec.bytes_per_token
-        entry = self.manifest.ranks[self.rank]
         sharers = len(communication.local_ranks(self.comm.peers, self.rank))
-        free_bytes = max(0, available_bytes() // sharers - entry.weight_bytes)
-        fitting = int(0.9 * free_bytes) // block_bytes
-        least = -(-self.max_seq_len // spec.block_size)
-        if is_exact and wanted < least:
-            raise ResourceError(
-                f"--kv-cache-mb holds {wanted * spec.block_size} positions, and one sequence has up to {self.max_seq_len}."
-                f" Give {-(-least * block_bytes >> 20)} MiB or more, or use a shorter --max-seq-len.",
-                code="E502",
-            )
-        if fitting < (wanted if is_exact else least):
-            needed = (wanted if is_exact else least) * block_bytes >> 20
-            what = "--kv-cache-mb asks for" if is_exact else f"the KV cache of {self.max_seq_len} positions needs"
-            raise ResourceError(
-                f"rank {self.rank}: {free_bytes >> 20} MiB are free beside the weights"
-                f" ({entry.weight_bytes >> 20} MiB), of which the cache may take 9 in 10, and {what} {needed} MiB."
-                f" Use a {'smaller --kv-cache-mb' if is_exact else 'shorter --max-seq-len'}.",
-                code="E502",
-            )
-        return min(wanted, fitting)
+        free_bytes = max(0, available_bytes() // sharers - self.manifest.ranks[self.rank].weight_bytes)
+        return fit_blocks(self.manifest, self.rank, free_bytes, wanted, self.max_seq_len, is_exact=is_exact)
 
     def _set_communicator(self) -> None:
         from llmrun import mpi_functions
@@ -345,7 +306,7 @@ class Job:
         from llmrun import graph_check
 
         faults.fire(self.rank, "load")
-        names = self._own_files()
+        names = self._files.names
         entry = self.manifest.ranks[self.rank]
         self.verify([name for name in names if name != entry.weights])
         graph = self.artifact.resolve(entry.graphs[self.placement.graph])
@@ -353,27 +314,10 @@ class Job:
         share = self._pin()
         # The weights are mapped, not parsed: their digests may be computed while the session is made. All ranks wait for
         # each other at the end of this stage, so that nothing runs before every digest is known to be right.
-        with self._verifying([entry.weights], share.num_threads):
+        with self._files.verifying([entry.weights], share.num_threads):
             self._session = self._make_session(graph, share)
         self.watchdog.count_collectives(self._collective_state)
-        self.artifact.recheck(names)
-        if self._hashed:
-            verified.stamp(self.artifact.digest, self.artifact.times_of(names), self.artifact.path)
-
-    @contextlib.contextmanager
-    def _verifying(self, names: list[str], num_threads: int) -> Iterator[None]:
-        """Verify files on other threads while the body runs; a damaged file explains more than what came of it."""
-        if not self._must_hash():
-            yield
-            return
-        import concurrent.futures
-
-        with concurrent.futures.ThreadPoolExecutor(1) as background:
-            digests = background.submit(self.verify, names, num_threads)
-            try:
-                yield
-            finally:
-                digests.result()
+        self._files.conclude()
 
     def _make_session(self, graph: Path, share: CoreShare) -> RankSession | GpuSession:
         from llmrun import gpu_session, session
@@ -427,7 +371,7 @@ class Job:
         return self._ops
 
     @property
-    def session(self) -> RankSession:
+    def session(self) -> RankSession | GpuSession:
         """The loaded graph."""
         assert self._session is not None
         return self._session
@@ -444,23 +388,3 @@ class Job:
         is_obvious = f"rank {rank}" in message or f"rank-{rank}" in message or self.size == 1 or rank == 0
         prefix = "" if is_obvious else f"rank {rank}: "
         return classes.get(status["exit_code"], IntegrityError)(prefix + message, code=status["code"])
-
-
-def available_bytes() -> int:
-    """Return the memory that the system could give now, within the container's limit."""
-    available = 1 << 62
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            reclaimable = 0
-            for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
-                if line.startswith(("inactive_file ", "active_file ")):
-                    reclaimable += int(line.split()[1])
-            available = min(available, int(limit) - used + reclaimable)
-    except (OSError, ValueError):
-        pass
-    return available

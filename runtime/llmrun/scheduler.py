@@ -23,8 +23,8 @@ from llmrun.sequence import Piece, RunningSequence, build_plan
 from llmrun.step_plan import StepPlan
 
 DEFAULT_TOKEN_BUDGET = 512
-# Beside decoding sequences, which wait for the whole step. tests/benchmarks/LOG.md, "The token budget of a mixed step".
-DEFAULT_MIXED_BUDGET = 128
+# Beside decoding sequences, which wait for the whole step: as few as cost no speed (tests/benchmarks/LOG.md).
+DEFAULT_MIXED_BUDGET = 64
 
 Propose = Callable[[RunningSequence, int], Sequence[int]]
 
@@ -48,15 +48,15 @@ class Scheduler:
             pool: the cache's blocks.
             max_seq_len: positions of one sequence at most.
             max_num_seqs: sequences that run at the same time.
-            token_budget: tokens in one step at most; at least one for each of `max_num_seqs` sequences.
-            mixed_budget: the same, of a step in which a sequence decodes.
+            token_budget: tokens in one step at most; at least one for each of several sequences, and one more.
+            mixed_budget: of these, prompt tokens and guesses at most, in a step in which a sequence decodes.
             max_rows: rows of logits that prompts ask for in one step, at most (they take memory).
         """
         self._pool = pool
         self.max_seq_len = max_seq_len
         self.max_num_seqs = max_num_seqs
-        self.token_budget = max(token_budget, max_num_seqs)
-        self.mixed_budget = max(min(mixed_budget, self.token_budget), max_num_seqs + 1)  # one to spare for a prompt
+        self.token_budget = max(token_budget, max_num_seqs + (max_num_seqs > 1))  # one to spare for a prompt
+        self.mixed_budget = max(mixed_budget, 1)
         self._max_rows = max_rows or self.token_budget
         self._waiting: list[RunningSequence] = []  # both in order of arrival
         self._running: list[RunningSequence] = []
@@ -117,7 +117,9 @@ class Scheduler:
         """
         self._admit()
         chosen = self._choose_decodes()
-        budget = (self.mixed_budget if chosen else self.token_budget) - len(chosen)
+        budget = self.token_budget - len(chosen)
+        if chosen:
+            budget = min(budget, self.mixed_budget)
         drafts: dict[int, Sequence[int]] = {}
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
         if (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from shapes import SHAPES, specs_of
+from kernel_shapes import SHAPES, specs_of
 
 from llmpack import kernels
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from shapes import specs_of
+from kernel_shapes import specs_of
 
 from llmpack import kernel_file, kernels
 from llmpack.kernel_file import Kernel, KernelFile

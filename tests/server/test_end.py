@@ -92,7 +92,7 @@ def test_health_waits_for_a_decode(packed_demo: Packed) -> None:
             status, body = served.ask("/health")
             seen.append((status, body["status"]))
             if status != 200:
-                assert served.ask("/v1/models")[0] == 503
+                assert served.ask("/v1/models")[0] == 503 or served.health() == 200  # it may become ready in between
         except OSError:
             continue
     with served:

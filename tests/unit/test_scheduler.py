@@ -140,7 +140,7 @@ def test_a_long_prompt_goes_in_chunks() -> None:
 
 
 def test_decoding_goes_on_beside_a_long_prompt() -> None:
-    scheduler, _ = make_scheduler(token_budget=16, mixed_budget=8)
+    scheduler, _ = make_scheduler(token_budget=16, mixed_budget=7)
     first = submit(scheduler, [1], 5)
     _, pieces = scheduler.plan()
     advance(scheduler, pieces, {first.id: 7})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmrun.commands import common
 from llmrun.errors import ResourceError, UsageError
 from llmrun.profile import Profile
-from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
+from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -72,7 +72,11 @@ class Load:
         """Tokens of a sequence: those measured, and those sampled until the last prompt of the batch is in the cache."""
         if self.n_prompt:
             return 1
-        return self.n_gen + (0 if self.depth == 0 else 1 + math.ceil(self.batch * self.depth / DEFAULT_TOKEN_BUDGET))
+        if self.depth == 0:
+            return self.n_gen
+        # Once the first sequence generates, the prompts of the others share what the step has left.
+        budget = DEFAULT_TOKEN_BUDGET if self.batch == 1 else max(1, DEFAULT_MIXED_BUDGET - self.batch)
+        return self.n_gen + 1 + math.ceil(self.batch * self.depth / budget)
 
     @property
     def num_tokens(self) -> int:
@@ -184,6 +188,7 @@ class _Bench:
                 ignore_eos=True,
                 temperature=0.0,
                 reuse_prefix=False,
+                speculate=0,
             )
             for _ in range(load.batch)
         ]

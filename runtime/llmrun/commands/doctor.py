@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _machine() -> str:
-    from llmrun.job import available_bytes
+    from llmrun.memory import available_bytes
 
     cores = len(os.sched_getaffinity(0))
     return f"{platform.machine()}, {cores} cores to use, {available_bytes() / 2**30:.1f} GiB of memory available"

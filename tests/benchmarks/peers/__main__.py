@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -306,6 +307,8 @@ def main() -> None:
     head = ", ".join(f"{key} {value}" for key, value in facts.items())
     print(f"{head}\n{versions}; {arguments.rounds} rounds; median (range); x: times better than\n")
     print(report.format_table(rows), end="")
+    if os.getloadavg()[0] > THREADS + 1:  # ours, and a little
+        print(f"\nThe load average is {os.getloadavg()[0]:.1f}: other work ran too, which is hardest on what spins.")
     if arguments.json is not None:
         written = {"machine": facts, "versions": versions, "rounds": arguments.rounds, "rows": report.as_json(rows)}
         arguments.json.write_text(json.dumps(written, indent=1))

@@ -26,6 +26,8 @@ GENAI = (
     "onnxruntime==1.32.0",
     "onnxruntime-genai==0.18.0",
     "onnx-ir==1.1.0",
+    "sentencepiece==0.2.3",  # the builder reads a tokenizer
+    "protobuf==7.36.2",
 )
 _BUILD_S = 4 * 3600
 
@@ -87,6 +89,7 @@ def machine_facts() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory / 1e6, 1),
         "kernel": os.uname().release,
+        "load average at the start": os.getloadavg()[0],
         "commit": commit,
     }
 

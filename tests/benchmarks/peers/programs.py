@@ -93,7 +93,7 @@ class Llmpack(Program):
                 if not (data := process.stdout.read1(4096)):
                     raise Missing("llmrun generate ended early")
                 read += data
-            pids = [pid for pid in _descendants(process.pid) if _maps_weights(pid)]
+            pids = [pid for pid in (process.pid, *_descendants(process.pid)) if _maps_weights(pid)]
             if len(pids) != self.ranks:
                 raise Missing(f"{len(pids)} processes map weights, expected {self.ranks}")
             return max(resident_beside(Path(f"/proc/{pid}/smaps").read_text()) for pid in pids) - (
