@@ -166,9 +166,9 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
     sequences = {"query_start": "*i32", "seq_lens": "*i32", "block_table": "*i32", "table_stride": "i32"}
     types = {name: type for name, type in types.items() if name != "slot_mapping"} | sequences
     constants = {**constants, "block_size": block_size}
-    block_m, block_n = 64, 64 if width <= 128 else 32
+    block_m, block_n = 64, 32  # more keys in a step spill on sm_80 and sm_120
     # Matrix operands take more registers there, on RDNA 3 twice as many.
-    chips = {"gfx": {"BLOCK_N": 32, "stages": 1}}
+    chips = {"gfx": {"stages": 1}}
     narrow = {**chips, "gfx11": {"BLOCK_N": 16}}
     constexprs = {**shape, "WIDTH": width, "BLOCK_SIZE": block_size}
     yield KernelSpec(
@@ -179,13 +179,14 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
         {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32"},
         (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), _ONE),
         128,
+        stages=3,
         chips=narrow,
     )
     yield KernelSpec(
         "attention_split",
         constants,
         "attention.attention_split",
-        {**constexprs, "GROUP": max(16, _power_of_two(heads // kv_heads)), "BLOCK_N": 32},
+        {**constexprs, "GROUP": max(16, _power_of_two(heads // kv_heads)), "BLOCK_N": block_n},
         {"partial": "*fp32", **types, "num_splits": "i32", "scale": "fp32"},
         (GridAxis("sequences"), GridAxis(factor=kv_heads), GridAxis("splits")),
         128,

@@ -32,6 +32,11 @@ CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 ROCM_TARGETS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
 GPU_TARGETS = CUDA_TARGETS + ROCM_TARGETS
 TARGET_SETS = {"cuda": CUDA_TARGETS, "rocm": ROCM_TARGETS, "all": ("cpu", *GPU_TARGETS)}
+# Bytes of shared memory that one program may have.
+SHARED_MEMORY = {
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
+    **dict.fromkeys(ROCM_TARGETS, 64 << 10),
+}  # fmt: skip
 PTX_CHIP = "sm_80"  # PTX for it rides along with every CUDA target: newer chips, of whatever family, take it
 PTX_TARGET = f"ptx_{PTX_CHIP.removeprefix('sm_')}"
 
@@ -87,9 +92,14 @@ def build(
 
     Returns:
         target name -> kernel file.
+
+    Raises:
+        IncompatibleError: Triton is missing, or a kernel needs more shared memory than a target has.
     """
     targets = [target for target in targets if target != "cpu"]
-    chips: list[str] = list(dict.fromkeys([*targets, *([PTX_CHIP] if any(t in CUDA_TARGETS for t in targets) else [])]))
+    chips = [*targets]
+    if PTX_CHIP not in chips and any(target in CUDA_TARGETS for target in targets):
+        chips.append(PTX_CHIP)
     check_compiler()
     done: dict[tuple[str, int], dict[str, Kernel]] = {}
     missing = []
@@ -132,6 +142,12 @@ def build(
 
 
 def _file(target: str, arch: str, kind: str, kernels: list[Kernel]) -> KernelFile:
+    for kernel in kernels:
+        if (needed := kernel.shared_bytes + kernel.static_shared_bytes) > SHARED_MEMORY[arch]:
+            raise IncompatibleError(
+                f"--targets {target}: {kernel.op} of this model's shape needs {needed} bytes of shared memory, the chip has"
+                f" {SHARED_MEMORY[arch]}; leave the target out."
+            )
     return KernelFile(_backend(target), arch, kind, 64 if arch.startswith("gfx9") else 32, tuple(kernels))
 
 

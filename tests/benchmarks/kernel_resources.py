@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from kernel_shapes import SHAPES, SHARED_MEMORY_LIMITS, specs_of
+from kernel_shapes import SHAPES, specs_of
 
 from llmpack import kernels
 
@@ -42,7 +42,7 @@ def main() -> int:
     for target in targets:
         for k in files[target].kernels:
             shared = k.shared_bytes + k.static_shared_bytes
-            is_bad = k.spill_bytes > 0 or shared > SHARED_MEMORY_LIMITS[target]
+            is_bad = k.spill_bytes > 0 or shared > kernels.SHARED_MEMORY[target]
             failures += is_bad
             constants = " ".join(f"{name}={value}" for name, value in sorted(k.constants.items()))
             print(

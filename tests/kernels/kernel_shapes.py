@@ -16,20 +16,6 @@ SHAPES = {
 }
 BLOCK_SIZE = 16
 
-# What a target's compiler is given: bytes of shared memory that one program may have.
-SHARED_MEMORY_LIMITS = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx90a": 64 << 10,
-    "gfx942": 64 << 10,
-    "gfx1100": 64 << 10,
-    "gfx1201": 64 << 10,
-}
-
 
 def config_of(shape: str) -> ModelConfig:
     hidden, intermediate, heads, kv_heads, vocab_size = SHAPES[shape]

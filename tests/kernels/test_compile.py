@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_shapes import SHARED_MEMORY_LIMITS, specs_of
+from kernel_shapes import specs_of
 
 from llmpack import kernel_file, kernels
 from llmpack.kernel_file import Kernel, KernelFile
@@ -67,7 +67,7 @@ def test_no_spill_and_no_more_shared_memory_than_there_is(files: dict[str, Kerne
     for kernel in files[target].kernels:
         assert kernel.registers > 0, kernel.op
         assert kernel.spill_bytes == 0, f"{kernel.op} {kernel.constants}: {kernel.spill_bytes} bytes spilled"
-        assert kernel.shared_bytes + kernel.static_shared_bytes <= SHARED_MEMORY_LIMITS[target], kernel.op
+        assert kernel.shared_bytes + kernel.static_shared_bytes <= kernels.SHARED_MEMORY[target], kernel.op
         assert kernel.num_warps * files[target].warp_size <= 1024
         assert (kernel.num_ctas, kernel.cooperative, kernel.global_scratch_bytes, kernel.profile_scratch_bytes) == (
             1, False, 0, 0,
