@@ -1,13 +1,10 @@
 #include "cpu/families.h"
 
-#define LLMPACK_STRING_(x) #x
-#define LLMPACK_STRING(x) LLMPACK_STRING_(x)
-
 namespace llmpack::LLMPACK_ISA {
 
 const Kernels& table() {
     static const Kernels kernels = {
-        LLMPACK_STRING(LLMPACK_ISA),
+        LLMPACK_ISA_NAME,
         kQuantizedTokenBlock,
         quantize,
         matmul_quantized,

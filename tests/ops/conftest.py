@@ -43,7 +43,7 @@ def library(library_path: Path) -> ctypes.CDLL:
     return load_library(library_path)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx2-vnni", "avx512", "neon"])
 def isa(request: pytest.FixtureRequest, library: ctypes.CDLL):
     """Runs the test once on each instruction set that this machine has."""
     before = library.llmpack_ops_isa()
