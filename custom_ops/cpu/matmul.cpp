@@ -180,17 +180,17 @@ constexpr int kTilesTogether = 2;
 constexpr int kTilesTogether = 1;
 #endif
 
-// `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch /
-// 4, 16, 4], of which last - first features are used.
+// `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch
+// / 4, 16, 4], of which last - first features are used.
 template <class Scheme, int tiles, int m>
 LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
                                      int64_t first, int64_t last, int64_t first_token) {
     const QuantizedActivations& in = *args.x;
     const int64_t groups = in.K / in.group_size, first_group = first / in.group_size;
     const uint16_t* scales = args.scales + (tile * groups + first_group) * kTileRows;
-    const int8_t* x = in.values + first_token * in.K + first * m;                    // [features / 4, m, 4]
-    const float* x_scales = in.scales + first_token * groups + first_group * m;      // [groups, m]
-    const int32_t* x_sums = in.sums + first_token * groups + first_group * m;        // [groups, m]
+    const int8_t* x = in.values + first_token * in.K + first * m;                // [features / 4, m, 4]
+    const float* x_scales = in.scales + first_token * groups + first_group * m;  // [groups, m]
+    const int32_t* x_sums = in.sums + first_token * groups + first_group * m;    // [groups, m]
 
     F32x16 y[tiles][m];
     for (int i = 0; i < tiles; i++) {
@@ -205,14 +205,19 @@ LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t*
         LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) sum[i][t] = set1_i32(-Scheme::kZero * x_sums[t]);
         }
-        for (int64_t j = 0; j < in.group_size; j += 4) {
-            Bytes w[tiles];
-            LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] = load_bytes(decoded + i * kStretch * 16);
-            LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
-                LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) Scheme::dot4(w[i], x + 4 * t, sum[i][t]);
+        // Unrolled, or else the compiler copies every sum once for each dot product.
+        for (int64_t j = 0; j < in.group_size; j += 16) {
+            LLMPACK_UNROLL_16 for (int s = 0; s < 4; s++) {
+                Bytes w[tiles];
+                LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) w[i] =
+                    load_bytes(decoded + i * kStretch * 16 + 64 * s);
+                LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
+                    LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++)
+                        Scheme::dot4(w[i], x + 4 * (s * m + t), sum[i][t]);
+                }
             }
-            decoded += 64;
-            x += 4 * m;
+            decoded += 256;
+            x += 16 * m;
         }
         LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
             const F32x16 scale = load_f16(scales + i * groups * kTileRows);

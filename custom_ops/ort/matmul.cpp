@@ -1,4 +1,5 @@
-// MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, EmbeddingQ8, EmbeddingQ6: checks of FORMAT.md 4.3 and 5.1, and the division of work.
+// MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, EmbeddingQ8, EmbeddingQ6: checks of FORMAT.md 4.3
+// and 5.1, and the division of work.
 #include <algorithm>
 
 #include "cpu/isa.h"
@@ -143,9 +144,9 @@ struct EmbeddingOp {
         scales.expect_shape({-1, -1, kTileRows}, "[ceil(num_embeddings / 16), groups, 16]");
         const int64_t T = ids.shape[0], K = scales.shape[1] * group_size;
         check_quantized(type, weight, scales, num_embeddings, K, group_size);
-        const QuantizedEmbedding args{ids.as<int32_t>(),     weight.as<uint8_t>(),
-                                      scales.as<uint16_t>(), context.output(0, {T, K}),
-                                      K,                     group_size};
+        const QuantizedEmbedding args{
+            ids.as<int32_t>(), weight.as<uint8_t>(), scales.as<uint16_t>(), context.output(0, {T, K}), K,
+            group_size};
         for (int64_t t = 0; t < T; t++) {
             if (args.ids[t] < 0 || args.ids[t] >= num_embeddings) {
                 throw OpError("input ids has " + std::to_string(args.ids[t]) + " at " + std::to_string(t) +
@@ -162,7 +163,7 @@ struct EmbeddingOp {
 }  // namespace
 
 std::vector<const OrtCustomOp*> matmul_ops() {
-    return {custom_op<FloatMatMulOp<WeightType::kF32>>(), custom_op<FloatMatMulOp<WeightType::kF16>>(),
+    return {custom_op<FloatMatMulOp<WeightType::kF32>>(),    custom_op<FloatMatMulOp<WeightType::kF16>>(),
             custom_op<QuantizedMatMulOp<WeightType::kQ8>>(), custom_op<QuantizedMatMulOp<WeightType::kQ6>>(),
             custom_op<QuantizedMatMulOp<WeightType::kQ4>>(), custom_op<EmbeddingOp<WeightType::kQ8>>(),
             custom_op<EmbeddingOp<WeightType::kQ6>>()};

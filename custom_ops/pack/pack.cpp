@@ -22,7 +22,8 @@ bool sizes_fit(int32_t storage, int64_t group_size, int64_t num_tiles, int64_t n
     if (num_tiles < 0 || num_columns < 1 || num_columns > kMaxElements) return false;
     if (num_tiles > kMaxElements / num_columns / kTileRows) return false;
     if (!is_quantized(storage)) return true;
-    return group_size >= 16 && group_size <= kMaxGroup && group_size % 16 == 0 && num_columns % group_size == 0;
+    return group_size >= 16 && group_size <= kMaxGroup && group_size % 16 == 0 &&
+           num_columns % group_size == 0;
 }
 
 }  // namespace

@@ -30,15 +30,15 @@ enum {
 
 // Rows of a matrix, to become row tiles (FORMAT.md 4.3).
 typedef struct {
-    int32_t struct_size;      // sizeof(LlmpackRows), so that a stale caller is refused
-    int32_t source_type;      // LLMPACK_F32, F16 or BF16
-    int32_t storage;          // any of the types but LLMPACK_BF16
-    int32_t group_size;       // input features that share a scale, a multiple of 16 up to 128; Q8, Q6, Q4 only
-    int64_t num_rows;         // rows given, at most 16 * num_tiles; the tiles' other rows become zero weights
-    int64_t num_columns;      // input features; a multiple of group_size
-    int64_t row_stride;       // elements from one source row to the next
-    int64_t num_tiles;        // tiles of 16 rows to write
-    const void* rows;         // [num_rows, row_stride], of which num_columns are read
+    int32_t struct_size;  // sizeof(LlmpackRows), so that a stale caller is refused
+    int32_t source_type;  // LLMPACK_F32, F16 or BF16
+    int32_t storage;      // any of the types but LLMPACK_BF16
+    int32_t group_size;   // input features that share a scale, a multiple of 16 up to 128; Q8, Q6, Q4 only
+    int64_t num_rows;     // rows given, at most 16 * num_tiles; the tiles' other rows become zero weights
+    int64_t num_columns;  // input features; a multiple of group_size
+    int64_t row_stride;   // elements from one source row to the next
+    int64_t num_tiles;    // tiles of 16 rows to write
+    const void* rows;     // [num_rows, row_stride], of which num_columns are read
     const float* candidates;  // Q6, Q4: steps to try, as (largest entry of the group) / step; |c| >= 4
     int64_t num_candidates;   // at least 1
     void* weight;      // F32, F16: [num_tiles, num_columns, 16]; Q8: [.., / 4, 16, 4]; Q6: [.., / 16, 3, 16,

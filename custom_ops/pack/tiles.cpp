@@ -73,7 +73,8 @@ LLMPACK_INLINE Int gather(const LlmpackRows& a, int64_t first_row, int64_t first
 }
 
 // q4: 16 uneven levels (FORMAT.md 4.3), and where they meet, as count_below wants them.
-alignas(64) constexpr float kLevels[16] = {-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56};
+alignas(64) constexpr float kLevels[16] = {-64, -52, -42, -32, -24, -18, -11, -5,
+                                           0,   6,   12,  19,  26,  34,  44,  56};
 constexpr float middle(int i) { return (kLevels[i] + kLevels[i + 1]) / 2; }
 alignas(64) constexpr float kMiddles[16] = {
     0,         middle(7), middle(3), middle(11), middle(1), middle(5),  middle(9),  middle(13),

@@ -41,7 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
     parser.add_argument("--quant", metavar="SCHEME", default="q4", help="q4, q8, f16 or f32 (default: q4)")
     parser.add_argument(
-        "--group-size", metavar="N", type=int, help="weights per scale: 32, 64, 128 (default: 64, or 32 if 64 does not divide)"
+        "--group-size",
+        metavar="N",
+        type=int,
+        help="weights per scale: 32, 64, 128 (default: 64, or 32 if 64 does not divide)",
+    )
+    parser.add_argument(
+        "--kv-dtype", metavar="TYPE", help="keys and values in f16 or f32 (default: f32 with --quant f32, else f16)"
     )
     parser.add_argument(
         "--targets", metavar="LIST", default="cpu", help="comma-separated; this release: cpu (default: cpu)"
@@ -152,6 +158,7 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
         targets=tuple(args.targets.split(",")),
         max_seq_len=args.max_seq_len,
         force=args.force,
+        kv_dtype=args.kv_dtype,
     )
     summary = pack(args.model_dir, None if args.dry_run else args.output, options, progress)
     progress.end()

@@ -84,7 +84,7 @@ def tile_six_bits(quantized: np.ndarray) -> np.ndarray:
     >>> [hex(b) for b in tile_six_bits(row)[0, 0, :, 0].ravel()]
     ['0x0', '0x1', '0x2', '0xc3', '0x4', '0x85', '0x46', '0xc7', '0x48', '0x9', '0xa', '0xcb']
     """
-    num_rows, in_features = quantized.shape
+    in_features = quantized.shape[1]
     if in_features % _SIX_BIT_CELL:
         raise ValueError(f"{in_features} columns are not a multiple of {_SIX_BIT_CELL}")
     rows = tile_rows(quantized, 1, fill=32).transpose(0, 2, 1)  # [tiles, ROW_TILE, in_features]

@@ -45,6 +45,7 @@ from llmrun.artifact import (
 
 BLOCK_SIZE = 16  # tokens in one block of the KV cache
 TARGETS = ("cpu",)
+KV_DTYPES = {"f16": "float16", "f32": "float32"}
 _ROOM_FOR_SMALL_FILES = 8 << 20  # bytes: graphs, tokenizer, manifest
 
 
@@ -58,6 +59,7 @@ class Options:
     targets: tuple[str, ...] = TARGETS
     max_seq_len: int | None = None
     force: bool = False
+    kv_dtype: str | None = None  # "f16" or "f32"; None: f32 if the weights are f32, else f16
 
 
 Progress = Callable[[str, int, int], None]
@@ -85,6 +87,8 @@ def pack(
         raise IncompatibleError(
             f"--targets {unknown[0]}: not available in this release; available: {', '.join(TARGETS)}."
         )
+    if options.kv_dtype is not None and options.kv_dtype not in KV_DTYPES:
+        raise UsageError(f"--kv-dtype {options.kv_dtype}: expected one of {', '.join(KV_DTYPES)}.")
     with open_checkpoint(model_dir) as checkpoint:
         config = checkpoint.config
         try:
@@ -100,7 +104,7 @@ def pack(
                 f"--max-seq-len {max_seq_len}: expected 1 to max_position_embeddings {config.max_position_embeddings}."
             )
         plans = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]
-        kv_dtype = "float32" if quantization.scheme == "f32" else "float16"
+        kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
         kv_heads = heads_per_rank(config, options.shards)[1]
         kv_cache = KvCacheSpec(kv_dtype, BLOCK_SIZE, config.num_hidden_layers, kv_heads, config.head_dim)
         summary = report.summarise(

@@ -1,8 +1,9 @@
 """Group-wise weights -> (quantized, scales): the truth that the operator library's packing repeats bit for bit.
 
-In: a float32 matrix, in slices of any number of rows (each row is on its own). Out: unsigned integers, and one float16 scale
-for each `group_size` input features. Every step is one IEEE operation per element and sums run in the order of the input
-features, so the result is the same on every machine (FORMAT 2.6). No calibration data is used. `pack` itself calls `custom_ops/pack`, which a test compares with this.
+In: a float32 matrix, in slices of any number of rows (each row is on its own). Out: unsigned integers, and one
+float16 scale for each `group_size` input features. Every step is one IEEE operation per element and sums run in the order of
+the input features, so the result is the same on every machine (FORMAT 2.6). No calibration data is used. `pack` itself calls
+`custom_ops/pack`, which a test compares with this.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def quantize_q6(
     Searched as in `quantize_q4`, whose shapes, dtypes and errors it has.
     """
     groups = _groups(weight, group_size)
-    scales = _search(groups, candidates, np.float32(-32), lambda x: np.rint(np.clip(x, np.float32(-32), np.float32(31))))
+    scales = _search(
+        groups, candidates, np.float32(-32), lambda x: np.rint(np.clip(x, np.float32(-32), np.float32(31)))
+    )
     return _round(groups, _to_float16(scales), ZERO_POINT["q6"], 0, 63)
 
 

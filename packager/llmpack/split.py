@@ -109,9 +109,7 @@ class _Passes:
                 chain.append(gs.Node("AllGather", f"{node.name}/all_gather", attributes, domain=OPS_DOMAIN))
             if has_bias:
                 bias = self.vectors[weight.row.name].initializers[0]
-                chain.append(
-                    gs.Node("Add", f"{node.name}/bias", inputs=[self._placeholder(bias)])
-                )
+                chain.append(gs.Node("Add", f"{node.name}/bias", inputs=[self._placeholder(bias)]))
             for before, after in pairwise(chain):
                 value: Any = gs.Variable(f"{weight.row.name}.{before.op}", np.float32)
                 before.outputs = [value]

@@ -99,7 +99,11 @@ class _Worker:
         """Take a run from the checkpoint to weights.bin; return the bytes written."""
         weight = run.weight
         try:
-            arrays = self._tiles(run) if weight.row.role in ("linear", "head") or weight.group_size else (self._plain_rows(run),)
+            arrays = (
+                self._tiles(run)
+                if weight.row.role in ("linear", "head") or weight.group_size
+                else (self._plain_rows(run),)
+            )
         except NotFiniteError:
             for name, block in self._pieces(run):  # one of these names the tensor
                 self.checkpoint.read(name, block.rows, block.columns)

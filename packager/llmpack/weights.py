@@ -251,7 +251,9 @@ def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank
         for suffix, dtype, shape in _stored(row.role, storage, num_rows, num_columns, group_size):
             initializers.append(Initializer(f"{row.name}.{suffix}", np.dtype(dtype), shape, offset))
             offset += -(-initializers[-1].num_bytes // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
-        weights.append(RankWeight(row, blocks, num_rows, num_columns, padding, storage, group_size, tuple(initializers)))
+        weights.append(
+            RankWeight(row, blocks, num_rows, num_columns, padding, storage, group_size, tuple(initializers))
+        )
     return weights
 
 

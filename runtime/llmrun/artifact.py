@@ -8,7 +8,6 @@ while the model runs: `Artifact.recheck` notices a replaced or rewritten file, n
 
 from __future__ import annotations
 
-import concurrent.futures
 import errno
 import hashlib
 import os
@@ -128,20 +127,33 @@ class Artifact:
         folders = tuple(entry.folder + "/" for entry in self.manifest.ranks)
         return sorted(p for p in self.manifest.files if p.startswith(mine) or not p.startswith(folders))
 
-    def verify(self, files: Iterable[str], on_progress: Callable[[int, int], None] | None = None) -> None:
+    def times_of(self, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Return (device, inode, size, mtime, ctime) of files as `open_artifact` saw them; empty for an absent one."""
+        return {name: self._stamps.get(name, ()) for name in files}
+
+    def verify(
+        self,
+        files: Iterable[str],
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
         """Compare digests with the manifest's.
 
         Args:
             files: paths as listed.
             on_progress: called with (bytes done, bytes in all).
+            num_threads: None: the cores that this process may use.
         Raises:
             IntegrityError: names the file and the first chunk that differs.
         """
+        import concurrent.futures  # imports logging: a start that hashes nothing goes without
+
         names = list(files)
         total = sum(self.manifest.files[name].size for name in names)
         done = 0
         jobs = [(name, index) for name in names for index in range(len(self.manifest.files[name].chunks))]
-        workers = min(len(os.sched_getaffinity(0)), 4) if total > 2 * CHUNK_BYTES else 1
+        workers = (num_threads or len(os.sched_getaffinity(0))) if total > 2 * CHUNK_BYTES else 1
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # hashlib releases the GIL
             for size in pool.map(lambda job: self._verify_chunk(*job), jobs):
                 done += size

@@ -7,24 +7,17 @@ numpy nor ONNX Runtime nor MPI.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from llmrun import __version__, console, launcher
-from llmrun.commands import bench, chat, doctor, generate, perplexity, show, verify
 from llmrun.errors import UsageError
 
-COMMANDS = {
-    "generate": generate,
-    "chat": chat,
-    "perplexity": perplexity,
-    "bench": bench,
-    "verify": verify,
-    "show": show,
-    "doctor": doctor,
-}
+COMMANDS = ("generate", "chat", "perplexity", "bench", "verify", "show", "doctor")
 _EPILOG = """\
 llmrun ARTIFACT          chat on a terminal; otherwise complete the text of -p, -f or standard input
 llmrun ARTIFACT -p TEXT  complete TEXT; `llmrun COMMAND --help` lists a command's options
@@ -42,8 +35,8 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. `{self.prog} --help` shows how.")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+def build_parser(wanted: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; only the `wanted` commands are imported and know their options."""
     parser = _Parser(
         prog="llmrun",
         description="Run a packed Llama model.",
@@ -53,11 +46,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llmrun {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for name, module in COMMANDS.items():
+    for name in wanted:
+        module = _module_of(name)
         text = (module.__doc__ or "").partition(".\n")[0].removesuffix(".")
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         module.add_arguments(command)
     return parser
+
+
+def _module_of(command: str) -> Any:
+    return importlib.import_module(f"llmrun.commands.{command}")
 
 
 def complete_arguments(arguments: Sequence[str]) -> list[str]:
@@ -71,13 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Errors are one line on standard error."""
     if arguments is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command handles it: no traceback while it imports
+        # numpy's BLAS starts a thread for each core when it is imported; nothing here multiplies matrices with it.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     typed = list(sys.argv[1:] if arguments is None else arguments)
     is_spokesman = console.environment_rank() == 0
     try:
         _connect_streams(is_spokesman=is_spokesman)
-        chosen = build_parser().parse_args(complete_arguments(typed))
+        complete = complete_arguments(typed)
+        chosen = build_parser(complete[:1] if complete[0] in COMMANDS else COMMANDS).parse_args(complete)
         chosen.typed = typed
-        return COMMANDS[chosen.command].run(chosen)
+        return _module_of(chosen.command).run(chosen)
     except BrokenPipeError:  # `llmrun show X | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

@@ -49,7 +49,7 @@ class Engine:
         threads: int | None = None,
         max_seq_len: int | None = None,
         max_num_seqs: int = 8,
-        verify: str = "full",
+        verify: str = "auto",
         isa: str | None = None,
         prepare: Callable[[Engine], None] | None = None,
         is_mirroring: bool = True,
@@ -62,7 +62,8 @@ class Engine:
             threads: threads a rank; None: this rank's share of the host's cores.
             max_seq_len: positions of one sequence at most; None: as packed.
             max_num_seqs: sequences that run at the same time.
-            verify: "full" compares all digests; "size" and "off" only what the manifest and the sizes show.
+            verify: "auto" compares the digests of files that have changed since they last were compared (`verified.py`),
+                "full" of all; "size" and "off" only what the manifest and the sizes show.
             isa: instruction set of the CPU kernels; None: the best.
             prepare: called on rank 0 when the tokenizer is there and no weight has been read; its errors end the start.
             is_mirroring: whether ranks above 0 will make rank 0's calls too; False if they only `follow`.

@@ -8,9 +8,10 @@ Decides nothing about tokens.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,9 +20,9 @@ import numpy as np
 
 import llmrun
 from llmrun import comm as communication
-from llmrun import console, errors, failstop, faults, launcher, library, watchdog
+from llmrun import console, errors, failstop, faults, launcher, library, verified, watchdog
 from llmrun.artifact import Artifact, open_artifact
-from llmrun.cores import CoreShare, share_cores
+from llmrun.cores import CoreShare, cpu_quota, share_cores
 from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError, ResourceError
 from llmrun.step_plan import MessageKind, StepPlan
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from llmrun.session import RankSession
 
 Result = TypeVar("Result")
-VERIFY_MODES = ("full", "size", "off")
+VERIFY_MODES = ("auto", "full", "size", "off")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class JobOptions:
     threads: int | None = None
     max_seq_len: int | None = None
     max_num_seqs: int = 8
-    verify: str = "full"
+    verify: str = "auto"
     isa: str | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +74,8 @@ class Job:
         self.watchdog.start()
         self._ops: ctypes.CDLL | None = None
         self._session: RankSession | None = None
+        self._wants_digests: bool | None = None  # not known yet
+        self._hashed: set[str] = set()
         self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
         self._shake_hands(facts)
         self.manifest = self.artifact.manifest
@@ -151,10 +154,30 @@ class Job:
         if self.rank == 0 and self.size > 1:
             self.comm.send(np.array([MessageKind.SHUTDOWN, exit_code], np.int32))
 
-    def verify(self, names: list[str]) -> None:
-        """Compare the digests of files with the manifest's, if the user wants that."""
-        if self.options.verify == "full":
-            self.artifact.verify(names, console.Progress("verifying", is_quiet=self.rank != 0))
+    def verify(self, names: list[str], num_threads: int = 1) -> None:
+        """Compare the digests of files with the manifest's, as the user wants it; each file once."""
+        if not self._must_hash():
+            return
+        left = [name for name in names if name not in self._hashed]
+        progress = console.Progress("verifying", is_quiet=self.rank != 0)
+        self.artifact.verify(left, progress, num_threads=num_threads)
+        self._hashed.update(left)
+
+    def _must_hash(self) -> bool:
+        if self._wants_digests is None:
+            mode = self.options.verify
+            times = self.artifact.times_of(self._own_files())
+            is_known = mode == "auto" and verified.is_stamped(self.artifact.digest, times)
+            self._wants_digests = mode == "full" or (mode == "auto" and not is_known)
+        return self._wants_digests
+
+    def _own_files(self) -> list[str]:
+        """Return the files that this rank answers for: its folder's, and the common ones if it is its host's first rank."""
+        names = self.artifact.files_of_rank(self.rank)
+        if communication.local_ranks(self.comm.peers, self.rank)[0] == self.rank:
+            return names
+        folder = self.manifest.ranks[self.rank].folder + "/"
+        return [name for name in names if name.startswith(folder)]
 
     def _run(self, plan: StepPlan) -> NDArray[np.float32]:
         assert self._session is not None
@@ -203,8 +226,9 @@ class Job:
 
     def _shake_hands(self, facts: dict[str, Any]) -> None:
         """Compare the ranks' facts; a difference is an error on every rank, and names the rank that is alone with it."""
-        everyone = self.comm.agree({**facts, "cores": sorted(os.sched_getaffinity(0))})
+        everyone = self.comm.agree({**facts, "cores": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()})
         self._affinities = [status.pop("cores") for status in everyone]
+        self._quotas = [status.pop("quota") for status in everyone]
         for name in facts:
             values = [str(status[name]) for status in everyone]
             common = max(values, key=values.count)
@@ -255,31 +279,58 @@ class Job:
             raise PeerError(f"operator library: {self._ops_error()}")
 
     def _load(self) -> None:
-        from llmrun import graph_check, session
+        from llmrun import graph_check
 
         faults.fire(self.rank, "load")
-        manifest = self.manifest
-        names = self.artifact.files_of_rank(self.rank)
-        self.verify(names)
-        entry = manifest.ranks[self.rank]
+        names = self._own_files()
+        entry = self.manifest.ranks[self.rank]
+        self.verify([name for name in names if name != entry.weights])
         graph = self.artifact.resolve(entry.graphs[self._target])
         graph_check.check_graph(graph, self.artifact.resolve(entry.weights), self.rank, self.size)
-        self._session = session.RankSession(
-            graph,
-            self._library_path,
-            manifest.kv_cache,
-            num_blocks=self.num_blocks,
-            vocab_size=manifest.model.vocab_size,
-            share=self._pin(),
-            provider=self._target,
-        )
+        share = self._pin()
+        # The weights are mapped, not parsed: their digests may be computed while the session is made. All ranks wait for
+        # each other at the end of this stage, so that nothing runs before every digest is known to be right.
+        with self._verifying([entry.weights], share.num_threads):
+            self._session = self._make_session(graph, share)
         self.watchdog.count_collectives(self._collective_state)
         self.artifact.recheck(names)
+        if self._hashed:
+            verified.stamp(self.artifact.digest, self.artifact.times_of(names), self.artifact.path)
+
+    @contextlib.contextmanager
+    def _verifying(self, names: list[str], num_threads: int) -> Iterator[None]:
+        """Verify files on other threads while the body runs; a damaged file explains more than what came of it."""
+        if not self._must_hash():
+            yield
+            return
+        import concurrent.futures
+
+        with concurrent.futures.ThreadPoolExecutor(1) as background:
+            digests = background.submit(self.verify, names, num_threads)
+            try:
+                yield
+            finally:
+                digests.result()
+
+    def _make_session(self, graph: Path, share: CoreShare) -> RankSession:
+        from llmrun import session
+
+        return session.RankSession(
+            graph,
+            self._library_path,
+            self.manifest.kv_cache,
+            num_blocks=self.num_blocks,
+            vocab_size=self.manifest.model.vocab_size,
+            share=share,
+            provider=self._target,
+        )
 
     def _pin(self) -> CoreShare:
         """Keep this process to its share of the host's cores."""
         ranks = communication.local_ranks(self.comm.peers, self.rank)
-        share = share_cores([self._affinities[r] for r in ranks], ranks.index(self.rank), self.options.threads)
+        quota = min((q for r in ranks if (q := self._quotas[r]) is not None), default=None)
+        affinities = [self._affinities[r] for r in ranks]
+        share = share_cores(affinities, ranks.index(self.rank), self.options.threads, quota)
         if share.cores and self.size > 1:
             os.sched_setaffinity(0, share.cores)
         self.num_threads = share.num_threads

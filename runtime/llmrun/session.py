@@ -7,6 +7,7 @@ place. Plans nothing, knows no other rank: the collectives inside the graph are 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ def import_onnxruntime() -> Any:
         IncompatibleError: it is missing, broken or older than 1.22.
     """
     needed = ".".join(str(n) for n in MIN_ORT_VERSION)
+    # Since 1.32 the wheel holds a telemetry client with a thread of its own; nothing here needs it.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

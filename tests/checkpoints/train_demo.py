@@ -3,7 +3,7 @@
 --model demo is what is committed. --model tied has tied embeddings, wider heads and no grouped queries, and learns the
 plays alone: a second model for tests/benchmarks/quality.py, made when it is wanted (5 to 10 minutes):
 
-    python train_demo.py --model tied --plays input.txt --steps 350 --out DIR
+    python train_demo.py --model tied --plays input.txt --steps 400 --out DIR
 
 Inputs: two public-domain texts.
   --plays  tinyshakespeare, 40,000 lines of Shakespeare's plays: data/tinyshakespeare/input.txt of
@@ -12,8 +12,8 @@ Inputs: two public-domain texts.
   --novel  War and Peace, Leo Tolstoy, translated by Louise and Aylmer Maude: Project Gutenberg's text, from
            CHAPTER I on: tokenizer/testdata/war-and-peace.txt of https://github.com/ollama/ollama
            sha256 eaecfcb30408e2bc35ffe69b297127e3a6ca75548c033df4d2e703b5ff711f8d
-Without --novel the plays are all there is. The novel's hard line breaks are joined; the plays keep their verse lines. One contiguous slice of each text
-is held out: neither the tokenizer nor the model is trained on it.
+Without --novel the plays are all there is. The novel's hard line breaks are joined; the plays keep their verse lines. One
+contiguous slice of each text is held out: neither the tokenizer nor the model is trained on it.
 
 Outputs, in --out (this script's folder), for --model demo:
   heldout.txt            the held-out slices, for validation and perplexity

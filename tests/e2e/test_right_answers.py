@@ -179,3 +179,24 @@ def test_every_instruction_set_gives_nearly_the_same_logits(isa, quant, packed, 
     except IncompatibleError as error:
         pytest.skip(str(error))
     assert difference <= tolerance
+
+
+@pytest.mark.parametrize(("quant", "kv_dtype"), [("f32", "f16"), ("f16", "f32"), ("q4", "f32"), ("q4", "f16")])
+def test_the_cache_has_the_type_that_was_asked_for(quant, kv_dtype, packed, tiny_checkpoint):
+    with Engine(packed(tiny_checkpoint, 1, quant, kv_dtype=kv_dtype)) as engine:
+        spec = engine.manifest.kv_cache
+        assert spec.dtype == {"f16": "float16", "f32": "float32"}[kv_dtype]
+        assert (
+            spec.bytes_per_token == {"f16": 2, "f32": 4}[kv_dtype] * 2 * 2 * 4 * 32
+        )  # layers, key and value, heads, head_dim
+        difference, tolerance = engine.selfcheck()
+        assert difference <= tolerance
+
+
+def test_the_caches_type_changes_the_answer_by_no_more_than_its_rounding(packed, tiny_checkpoint):
+    truth = transformers_logits(tiny_checkpoint, IDS[:1])[0]
+    worst = {}
+    for kv_dtype in ("f32", "f16"):
+        with Engine(packed(tiny_checkpoint, 1, "f32", kv_dtype=kv_dtype)) as engine:
+            worst[kv_dtype] = np.abs(engine.logits(IDS[0]) - truth).max()
+    assert worst["f32"] <= F32 < worst["f16"] <= 2e-2 * np.sqrt(np.mean(truth**2))  # as in `selfcheck._TOLERANCE`

@@ -322,7 +322,15 @@ PATHS = [
     *(
         ("ranks", rank, name)
         for rank in (0, 1)
-        for name in ("rank", "folder", "graphs", "weights", "weight_bytes", "weight_bytes_per_token")
+        for name in (
+            "rank",
+            "folder",
+            "graphs",
+            "weights",
+            "weight_bytes",
+            "weight_bytes_per_token",
+            "weight_bytes_by_role",
+        )
     ),
     *(("producer", name) for name in ("name", "version")),
     ("quantization", "scheme"),
@@ -382,7 +390,8 @@ def test_2_5_sizes_that_no_model_has(members, path, size):
         (("generation", "top_p"), 0.0), (("generation", "top_p"), 2), (("generation", "min_p"), 1.0),
         (("generation", "repeat_penalty"), 0), (("generation", "temperature"), 1e300),
         (("ranks", 0, "weight_bytes"), -1), (("ranks", 1, "weight_bytes_per_token"), -1), (("kv_cache", "dtype"), "int4"),
-        (("kv_cache", "num_layers"), 3), (("kv_cache", "num_kv_heads_per_rank"), 8), (("targets",), ["cuda"]),
+        (("ranks", 0, "weight_bytes_by_role", "linear"), -1), (("kv_cache", "num_layers"), 3),
+        (("kv_cache", "num_kv_heads_per_rank"), 8), (("targets",), ["cuda"]),
         (("targets",), ["cpu", "x" * 10_000]), (("producer", "version"), None),
     ],
 )  # fmt: skip

@@ -140,7 +140,7 @@ def layout_q4(quantized: np.ndarray) -> np.ndarray:
 
 
 def layout_q6(quantized: np.ndarray) -> np.ndarray:
-    """[N, K] in 0..63 to [ceil(N / 16), K / 16, 3, 16, 4]: three bytes hold features j, 4 + j, 8 + j and 2 bits each of 12 + j."""
+    """[N, K] in 0..63 to [ceil(N / 16), K / 16, 3, 16, 4]: three bytes hold features j, 4 + j, 8 + j; 12 + j is in all."""
     tiles = tile_rows(quantized, 32)
     first, second, third, last = np.moveaxis(tiles.reshape(len(tiles), TILE_ROWS, -1, 4, 4), 3, 0)
     parts = [first | last << 6, second | last >> 2 << 6, third | last >> 4 << 6]

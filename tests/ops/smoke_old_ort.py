@@ -67,13 +67,19 @@ def main(path: str) -> None:
     helpers.LIBRARY_PATH = Path(path)
     print(f"onnxruntime {onnxruntime.__version__}, kernels {load_library(path).llmpack_ops_isa().decode()}")
     x = helpers.random_x(5, 64)
-    for scheme in ("f32", "f16", "q8", "q4"):
+    for scheme in ("f32", "f16", "q8", "q6", "q4"):
         projection = helpers.random_projection(scheme, 35, 64)
         exact = reference.matmul(x, projection.weight)
         atol: float | np.ndarray = 1e-4
-        if scheme in ("q8", "q4"):
+        if scheme in ("q8", "q6", "q4"):
             atol = atol + reference.activation_quantization_bound(x, projection.weight, 32)
         compare(f"MatMul{scheme.upper()}", projection.node(x).run(2)[0], exact, atol)
+    rows = helpers.random_projection("q6", 35, 64)
+    ids = np.array([34, 0, 7], np.int32)
+    embedding = helpers.Node(
+        "EmbeddingQ6", {"ids": ids, **rows.initializers}, attributes={"num_embeddings": 35, "group_size": 32}
+    )
+    compare("EmbeddingQ6", embedding.run()[0], reference.embedding(ids, rows.weight), 0)
     weight, residual = helpers.random_x(1, 64, 2)[0], helpers.random_x(5, 64, 3)
     norm = helpers.Node("RMSNorm", {"x": x, "weight": weight}, attributes={"epsilon": 1e-5})
     compare("RMSNorm", norm.run()[0], reference.rms_norm(x, weight, 1e-5), 1e-5)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llmrun import comm
-from llmrun.cores import CoreShare, share_cores
+from llmrun.cores import CoreShare, cpu_quota, share_cores
 from llmrun.errors import InternalError
 from llmrun.launcher import launcher_family
 
@@ -68,3 +69,51 @@ def test_ranks_never_share_a_pinned_core(
     assert got == [CoreShare(*share) for share in shares]
     pinned = [core for share in got for core in share.cores]
     assert len(set(pinned)) == len(pinned)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "quota", "share"),
+    [
+        (2, 2, None, 2.0, (1, (1,))),
+        (2, 2, None, 1.0, (1, ())),  # half a core each: nobody may spin
+        (2, 2, None, 1.99, (1, ())),
+        (16, 2, None, 4.0, (2, (8, 9))),
+        (16, 2, None, 5.9, (2, (8, 9))),
+        (16, 2, 6, 4.0, (6, ())),  # more threads than the quota pays for: as asked, not pinned
+        (16, 2, 1, 4.0, (1, (8,))),
+        (4, 2, None, 64.0, (2, (2, 3))),  # more than there is
+    ],
+)
+def test_a_quota_counts_as_cores(
+    cores: int, ranks: int, threads: int | None, quota: float, share: tuple[int, tuple[int, ...]]
+) -> None:
+    assert share_cores([range(cores)] * ranks, ranks - 1, threads, quota) == CoreShare(*share)
+
+
+@pytest.mark.parametrize(
+    ("group", "limits", "expected"),
+    [
+        ("0::/a/b\n", {"a/b": "150000 100000"}, 1.5),
+        ("0::/a/b\n", {"a/b": "max 100000", "a": "100000 100000"}, 1.0),  # the group around it limits as well
+        ("0::/a/b\n", {"a/b": "300000 100000", "a": "100000 50000"}, 2.0),
+        ("0::/\n", {"": "50000 100000"}, 0.5),  # a container
+        ("0::/../../x\n", {"x": "50000 100000", "": "max 100000"}, 0.5),
+        ("0::/a\n", {"a": "max 100000"}, None),
+        ("0::/a\n", {"a": "nonsense"}, None),
+        ("0::/gone\n", {}, None),
+        ("1:cpu:/a\n", {"a": "50000 100000"}, None),  # version 1
+    ],
+)
+def test_the_smallest_quota_of_the_groups_around_us(
+    tmp_path: Path, group: str, limits: dict[str, str], expected: float | None
+) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text(group)
+    for name, text in limits.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "cpu.max").write_text(text + "\n")
+    assert cpu_quota(root, own) == expected
+
+
+def test_no_control_groups_no_quota(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path, tmp_path / "missing") is None

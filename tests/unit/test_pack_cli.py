@@ -37,8 +37,38 @@ def test_dry_run_reads_no_weights_and_tells_the_truth(tmp_path, monkeypatch):
     for rank, entry in zip(summary["ranks"], manifest.ranks, strict=True):
         assert rank["weight_bytes"] == entry.weight_bytes == manifest.files[entry.weights].size
         assert rank["weight_bytes_per_token"] == entry.weight_bytes_per_token
+        assert rank["weight_bytes_by_role"] == entry.weight_bytes_by_role
         assert rank["kv_cache_bytes"] == manifest.kv_cache.bytes_per_token * manifest.max_seq_len
-    assert summary["bits_per_weight"] == 8.5
+    assert summary["bits_per_weight"] == 8.25
+
+
+def test_group_size_falls_back_where_64_does_not_divide_and_an_explicit_one_is_refused(tmp_path):
+    from models import make_checkpoint
+
+    folder = make_checkpoint(tmp_path / "m", intermediate_size=544)  # 17 * 32
+    assert pack(folder, None, Options())["group_size"] == 32
+    assert pack(DEMO, None, Options())["group_size"] == 64
+    result = run(folder, "--dry-run")
+    assert "group_size 64 does not divide every in_features per rank" in result.stdout
+    assert "projections" in result.stdout
+    refused = run(folder, "--dry-run", "--group-size", "64")
+    assert refused.returncode == 2
+    assert "--group-size 32 works" in refused.stderr
+
+
+def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_two(tmp_path):
+    from models import make_checkpoint
+
+    folder = make_checkpoint(tmp_path / "m", tie_word_embeddings=True, vocab_size=512)
+    (one,) = pack(folder, None, Options())["ranks"]
+    two = pack(folder, None, Options(shards=2))["ranks"][1]
+    embedding = 512 * 256 * 6 // 8 + 512 * 2 * 2
+    assert (one["weight_bytes_by_role"]["embedding"], one["weight_bytes_by_role"]["head"]) == (embedding, 0)
+    assert (two["weight_bytes_by_role"]["embedding"], two["weight_bytes_by_role"]["head"]) == (
+        embedding,
+        embedding // 2,
+    )
+    assert one["weight_bytes_per_token"] == one["weight_bytes"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tied", "biased"])

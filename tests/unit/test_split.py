@@ -15,7 +15,8 @@ from models import TINY, make_checkpoint
 
 ALLOWED = {
     "ai.llmpack": {
-        "MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ4", "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention",
+        "MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "EmbeddingQ8",
+        "EmbeddingQ6", "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention",
         "AllReduce", "AllGather",
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},

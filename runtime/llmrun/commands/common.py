@@ -32,7 +32,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--provider", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
-    group.add_argument("--verify", choices=("full", "size", "off"), default="full", help="what to check before loading")
+    group.add_argument(
+        "--verify",
+        choices=("auto", "full", "size", "off"),
+        default="auto",
+        help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
+    )
     group.add_argument("--isa", choices=("portable", "avx2", "avx2-vnni", "avx512", "neon"), help="instruction set of the CPU kernels")
 
 
