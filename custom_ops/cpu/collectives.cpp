@@ -65,6 +65,8 @@ std::string share_memory() {
     return why_not;
 }
 
+MpiTransport* mpi_transport() { return transports().mpi.get(); }
+
 const char* transport_name() {
     if (transports().shared != nullptr) return transports().shared->name();
     return transports().mpi != nullptr ? transports().mpi->name() : "none";

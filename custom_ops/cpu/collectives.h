@@ -51,6 +51,10 @@ void set_communicator(const LlmpackCommunicator* communicator);
 // communicator is set.
 std::string share_memory();
 
+class MpiTransport;
+// The communicator's functions, for what else the ranks must exchange; null: none is set.
+MpiTransport* mpi_transport();
+
 // "mpi", "shared-memory" or "none".
 const char* transport_name();
 

@@ -43,6 +43,7 @@ namespace {
 // Per rank and buffer. Larger: fewer steps for messages of megabytes; smaller: more of it stays in the L2
 // cache.
 constexpr size_t kSlotBytes = 128 * 1024;
+constexpr size_t kPageBytes = 4096;  // of the mapping that a GPU's driver pins
 
 // tests/benchmarks/LOG.md has the measurements.
 Tuning tuning(bool has_core_for_each) {
@@ -212,54 +213,87 @@ bool has_core_for_each(const std::vector<Offer>& offers) {
     return static_cast<size_t>(CPU_COUNT(&cores)) >= offers.size();
 }
 
-}  // namespace
-
-std::unique_ptr<Transport> make_shared_memory_transport(MpiTransport& mpi, std::string& why_not) {
-    const SharedLayout layout{mpi.size, kSlotBytes};
+// Memory of `bytes` that all ranks map. token_of(memory, rank): where a rank's token lies, apart from the
+// others'; touch(memory): what each rank does with its own part first, so that the pages are close to its
+// core. Fills `offers`.
+template <class TokenOf, class Touch>
+std::shared_ptr<void> obtain(MpiTransport& mpi, size_t bytes, const TokenOf& token_of, const Touch& touch,
+                             std::vector<Offer>& offers, std::string& why_not) {
     std::shared_ptr<void> memory;
     Descriptor file;
     Offer own{};
     why_not = agree(mpi, [&] {
-        own.bytes = layout.bytes();
+        own.bytes = bytes;
         own.pid_namespace = pid_namespace();
         own.pid = static_cast<int32_t>(getpid());
         if (sched_getaffinity(0, sizeof(own.cores), &own.cores) != 0) CPU_ZERO(&own.cores);
         if (mpi.rank != 0) return;
-        file = make_file(layout.bytes());
-        memory = map(file, layout.bytes());
+        file = make_file(bytes);
+        memory = map(file, bytes);
         own.file = file.get();
-        own.token = layout.marks(memory.get(), 0)->token = random_token();
+        own.token = *token_of(memory.get(), 0) = random_token();
     });
     if (!why_not.empty()) return nullptr;
 
-    const auto offers = exchange(mpi, own);
-    std::unique_ptr<Processes> processes;
+    offers = exchange(mpi, own);
     why_not = agree(mpi, [&] {
-        expect_one_host(offers, layout.bytes());
-        processes = std::make_unique<HostProcesses>(offers);
+        expect_one_host(offers, bytes);
         if (mpi.rank != 0) {
             file = open_file(offers[0]);
-            memory = map(file, layout.bytes());
-            if (layout.marks(memory.get(), 0)->token != offers[0].token) {
+            memory = map(file, bytes);
+            if (*token_of(memory.get(), 0) != offers[0].token) {
                 throw Trouble{"rank 0 (pid " + std::to_string(offers[0].pid) + ") is another process here"};
             }
         }
-        // Written by its owner first, so that the pages are close to its core.
-        std::memset(layout.slots(memory.get(), mpi.rank), 0, 2 * layout.slot_bytes);
-        layout.marks(memory.get(), mpi.rank)->token = offers[0].token + static_cast<uint64_t>(mpi.rank);
+        touch(memory.get());
+        *token_of(memory.get(), mpi.rank) = offers[0].token + static_cast<uint64_t>(mpi.rank);
     });
     if (!why_not.empty()) return nullptr;
 
     why_not = agree(mpi, [&] {
         for (int rank = 0; rank < mpi.size; rank++) {
-            if (layout.marks(memory.get(), rank)->token != offers[0].token + static_cast<uint64_t>(rank)) {
+            if (*token_of(memory.get(), rank) != offers[0].token + static_cast<uint64_t>(rank)) {
                 throw Trouble{"rank " + std::to_string(rank) + " has other memory"};
             }
         }
     });
-    if (!why_not.empty()) return nullptr;
+    return why_not.empty() ? memory : nullptr;
+}
+
+}  // namespace
+
+std::unique_ptr<Transport> make_shared_memory_transport(MpiTransport& mpi, std::string& why_not) {
+    const SharedLayout layout{mpi.size, kSlotBytes};
+    std::vector<Offer> offers;
+    std::unique_ptr<Processes> processes;
+    auto memory = obtain(
+        mpi, layout.bytes(), [&](void* at, int rank) { return &layout.marks(at, rank)->token; },
+        [&](void* at) {
+            processes = std::make_unique<HostProcesses>(offers);
+            std::memset(layout.slots(at, mpi.rank), 0, 2 * layout.slot_bytes);
+        },
+        offers, why_not);
+    if (memory == nullptr) return nullptr;
     return std::make_unique<SharedMemoryTransport>(mpi.rank, layout, std::move(memory),
                                                    tuning(has_core_for_each(offers)), std::move(processes));
+}
+
+std::shared_ptr<void> make_shared_segment(MpiTransport& mpi, size_t bytes, std::string& why_not) {
+    // The tokens lie behind what was asked for, so that it begins at a page and is all zero.
+    const size_t tokens = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+    std::vector<Offer> offers;
+    return obtain(
+        mpi, tokens + kPageBytes,
+        [&](void* at, int rank) {
+            return reinterpret_cast<uint64_t*>(static_cast<char*>(at) + tokens) + rank;
+        },
+        [](void*) {}, offers, why_not);
+}
+
+std::string agree_on(MpiTransport& mpi, const std::string& trouble) {
+    return agree(mpi, [&] {
+        if (!trouble.empty()) throw Trouble{trouble};
+    });
 }
 
 }  // namespace llmpack

@@ -103,6 +103,7 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
       (OrtKernelContext*, size_t index, const int64_t* dims, size_t count, OrtValue** out))                  \
     X(ReleaseStatus, 93, void, (OrtStatus*))                                                                 \
     X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo*))                                 \
+    X(KernelContext_GetGPUComputeStream, 193, OrtStatus*, (const OrtKernelContext*, void** out))             \
     X(KernelInfo_GetNodeName, 244, OrtStatus*, (const OrtKernelInfo*, char* out, size_t* size))              \
     X(KernelContext_ParallelFor, 274, OrtStatus*,                                                            \
       (const OrtKernelContext*, void (*function)(void* user_data, size_t index), size_t total,               \

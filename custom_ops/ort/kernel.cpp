@@ -1,5 +1,7 @@
 #include "ort/kernel.h"
 
+#include <algorithm>
+
 namespace llmpack::ort {
 
 namespace {
@@ -112,7 +114,7 @@ Tensor Context::input(size_t index) const {
     return tensor;
 }
 
-float* Context::output(size_t index, std::initializer_list<int64_t> shape) {
+void* Context::output_memory(size_t index, std::initializer_list<int64_t> shape) {
     OrtValue* value = nullptr;
     void* data = nullptr;
     auto what = [&] {
@@ -121,7 +123,26 @@ float* Context::output(size_t index, std::initializer_list<int64_t> shape) {
     };
     require(api_, KernelContext_GetOutput(api_, context_, index, shape.begin(), shape.size(), &value), what);
     require(api_, GetTensorMutableData(api_, value, &data), what);
-    return static_cast<float*>(data);
+    return data;
+}
+
+void* Context::gpu_stream() const {
+    void* stream = nullptr;
+    require(api_, KernelContext_GetGPUComputeStream(api_, context_, &stream),
+            [] { return "ONNX Runtime gives no compute stream, expected that of a GPU's provider"; });
+    return stream;
+}
+
+std::string profile_name(const char* op, const std::string& node) {
+    std::string name = op;
+    if (node.empty()) return name;
+    name += " " + node;
+    const std::string layer = "/layers.";
+    const size_t at = name.find(layer);
+    if (at == std::string::npos) return name;
+    const size_t number = at + layer.size();
+    const size_t end = std::min(name.find('/', number), name.size());
+    return name.replace(number, end - number, "*");
 }
 
 int64_t Context::ranges_for(int64_t count, int64_t grain) {

@@ -20,6 +20,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "ort/abi.h"
 #include "ort/profile.h"
@@ -29,6 +30,8 @@ namespace llmpack::ort {
 struct Port {
     const char* name;
     ElementType type;
+    bool is_on_host =
+        false;  // an input of a GPU's operator that the host reads: small, and no copy is captured
 };
 
 struct InPlace {
@@ -90,7 +93,12 @@ class Context {
 
     // Input `index` as it lies in memory: for an initializer, the mapped file.
     Tensor input(size_t index) const;
-    float* output(size_t index, std::initializer_list<int64_t> shape);
+    float* output(size_t index, std::initializer_list<int64_t> shape) {
+        return static_cast<float*>(output_memory(index, shape));
+    }
+    void* output_memory(size_t index, std::initializer_list<int64_t> shape);
+    // The stream that a GPU's provider computes on (cudaStream_t or hipStream_t).
+    void* gpu_stream() const;
 
     // Calls body(begin, end) on disjoint ranges that cover [0, count), on the session's intra-op threads, and
     // waits. `grain` work items are worth one call. body must not throw.
@@ -152,26 +160,37 @@ struct InPlaceOf<Op, std::void_t<decltype(Op::kInPlace)>> {
     static constexpr size_t count = std::size(Op::kInPlace);
 };
 
-// The OrtCustomOp of a description. One static object each; ONNX Runtime keeps a pointer to it.
+constexpr const char* kCpuProvider = "CPUExecutionProvider";
+constexpr const char* kCudaProvider = "CUDAExecutionProvider";
+constexpr const char* kRocmProvider = "ROCMExecutionProvider";
+
+// The OrtCustomOp of a description, for one execution provider: ONNX Runtime takes the one of the provider
+// that a node is placed on. One static object each; ONNX Runtime keeps a pointer to it.
 template <class Op>
 struct CustomOp : OrtCustomOp {
+    const char* const provider;
+
     struct Kernel {
         const OrtApi& api;
         std::string node;
+        OpTime& time;
         Op op;
     };
 
-    CustomOp() : OrtCustomOp{} {
+    explicit CustomOp(const char* provider) : OrtCustomOp{}, provider(provider) {
         version = kOrtApiVersion;
         GetName = [](const OrtCustomOp*) { return Op::kName; };
-        GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
+        GetExecutionProviderType = [](const OrtCustomOp* op) {
+            return static_cast<const CustomOp*>(op)->provider;
+        };
         GetInputType = [](const OrtCustomOp*, size_t i) -> int { return Op::kInputs[i].type; };
         GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kInputs); };
         GetOutputType = [](const OrtCustomOp*, size_t i) -> int { return Op::kOutputs[i].type; };
         GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kOutputs); };
         GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };   // required
         GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };  // required
-        GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };       // the provider's own memory
+        // OrtMemTypeCPUInput, or OrtMemTypeDefault: the provider's own memory.
+        GetInputMemoryType = [](const OrtCustomOp*, size_t i) { return Op::kInputs[i].is_on_host ? -2 : 0; };
         GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
         GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
         GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return 1; };
@@ -193,7 +212,7 @@ struct CustomOp : OrtCustomOp {
         std::string name;
         try {
             name = node.name();
-            *kernel = new Kernel{*api, name, Op(node)};
+            *kernel = new Kernel{*api, name, OpTime::named(profile_name(Op::kName, name)), Op(node)};
             return nullptr;
         } catch (const std::exception& error) {
             return to_status(*api, Op::kName, name, error);
@@ -202,8 +221,7 @@ struct CustomOp : OrtCustomOp {
 
     static OrtStatus* compute(void* kernel, OrtKernelContext* ort_context) {
         const Kernel& k = *static_cast<const Kernel*>(kernel);
-        static OpTime time(Op::kName);
-        const ProfileScope scope(time);
+        const ProfileScope scope(k.time);
         try {
             Context context(k.api, ort_context, Op::kInputs);
             k.op.compute(context);
@@ -227,8 +245,15 @@ struct CustomOp : OrtCustomOp {
 
 template <class Op>
 const OrtCustomOp* custom_op() {
-    static const CustomOp<Op> op;
+    static const CustomOp<Op> op(kCpuProvider);
     return &op;
+}
+
+// The same description twice: the two GPU providers differ in the driver that the launcher calls.
+template <class Op>
+std::vector<const OrtCustomOp*> gpu_custom_ops() {
+    static const CustomOp<Op> cuda(kCudaProvider), rocm(kRocmProvider);
+    return {&cuda, &rocm};
 }
 
 }  // namespace llmpack::ort

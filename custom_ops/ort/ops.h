@@ -13,6 +13,7 @@ std::vector<const OrtCustomOp*> matmul_ops();       // MatMulF32, MatMulF16, Mat
 std::vector<const OrtCustomOp*> elementwise_ops();  // RMSNorm, AddRMSNorm, SwiGLU
 std::vector<const OrtCustomOp*> attention_ops();    // PagedAttention
 std::vector<const OrtCustomOp*> collective_ops();   // AllReduce, AllGather
+std::vector<const OrtCustomOp*> gpu_ops();          // all of these and more, for the CUDA and ROCm providers
 
 }  // namespace llmpack::ort
 

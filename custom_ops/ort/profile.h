@@ -1,4 +1,4 @@
-// Where the time goes: calls and nanoseconds of each operator of the domain, counted while
+// Where the time goes: calls and nanoseconds of each operator at each place in the layers, counted while
 // llmpack_ops_profile is on. Off, it costs one relaxed load in each call of an operator.
 #ifndef LLMPACK_ORT_PROFILE_H_
 #define LLMPACK_ORT_PROFILE_H_
@@ -6,16 +6,26 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
 
 namespace llmpack::ort {
 
-// One for each operator, as a static object: it enters a list that is only ever read and appended to.
+// In a list that is only ever read and appended to, so that readers need no lock.
 class OpTime {
   public:
-    explicit OpTime(const char* name) : name(name) {
-        next = first().load(std::memory_order_relaxed);
-        while (!first().compare_exchange_weak(next, this, std::memory_order_release)) {
+    // The one of this name. It lives as long as the process: sessions come and go, and share it.
+    static OpTime& named(std::string name) {
+        static std::mutex adding;
+        const std::lock_guard<std::mutex> lock(adding);
+        OpTime* const head = first().load(std::memory_order_acquire);
+        for (OpTime* time = head; time != nullptr; time = time->next) {
+            if (time->name == name) return *time;
         }
+        OpTime* const added = new OpTime(std::move(name), head);
+        first().store(added, std::memory_order_release);
+        return *added;
     }
     OpTime(const OpTime&) = delete;
     OpTime& operator=(const OpTime&) = delete;
@@ -29,10 +39,16 @@ class OpTime {
         return on;
     }
 
-    const char* const name;
+    const std::string name;
     std::atomic<uint64_t> calls{0}, nanoseconds{0};
-    OpTime* next;
+    OpTime* const next;
+
+  private:
+    OpTime(std::string name, OpTime* next) : name(std::move(name)), next(next) {}
 };
+
+// "MatMulQ4 /model/layers.*/mlp/down_proj": the operator, and its node's name with any layer's number.
+std::string profile_name(const char* op, const std::string& node);
 
 // Adds the time until its end, if the profile was on at its beginning.
 class ProfileScope {

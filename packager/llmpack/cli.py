@@ -22,6 +22,7 @@ from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError
 _EXAMPLES = """examples:
   pack models/Llama-2-7b-hf -o artifacts/llama-q4-tp2 --shards 2 --quant q4
   pack models/Llama-2-7b-hf --shards 2 --dry-run
+  pack models/Llama-2-7b-hf -o artifacts/llama-q4 --targets sm_89,gfx1100
 
 exit codes: 0 ok, 1 internal, 2 usage, 3 damaged input, 4 not supported, 5 disk or memory, 130/143 interrupted
 """
@@ -50,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-dtype", metavar="TYPE", help="keys and values in f16 or f32 (default: f32 with --quant f32, else f16)"
     )
     parser.add_argument(
-        "--targets", metavar="LIST", default="cpu", help="comma-separated; this release: cpu (default: cpu)"
+        "--targets",
+        metavar="LIST",
+        default="cpu",
+        help="comma-separated: cpu (always), sm_80 sm_86 sm_89 sm_90 sm_100 sm_120, gfx90a gfx942 gfx1100 gfx1201, or the names"
+        " cuda, rocm, all (default: cpu)",
     )
     parser.add_argument(
         "--max-seq-len", metavar="N", type=int, help="longest sequence (default: max_position_embeddings)"

@@ -1,7 +1,7 @@
 """Table of contents of the packager: every step, in order, and nothing else.
 
-read config and headers -> match tensors -> plan each rank -> export the logical graph -> split it -> write weights tensor by
-tensor (slice, fuse, quantize, lay out) -> self-check from the written bytes -> publish.
+read config and headers -> match tensors -> plan each rank -> export the logical graph -> split it -> compile GPU kernels (where
+asked for) -> write weights tensor by tensor (slice, fuse, quantize, lay out) -> self-check from the written bytes -> publish.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpack import __version__, report
+from llmpack import __version__, kernel_file, kernels, report
 from llmpack.checkpoint import open_checkpoint
 from llmpack.export import export, rope_frequencies
+from llmpack.gpu_graph import gpu_graph
+from llmpack.kernel_plan import plan_kernels
 from llmpack.selfcheck import PackedRank, selfcheck
 from llmpack.split import split
 from llmpack.store import write_weights
@@ -44,7 +46,6 @@ from llmrun.artifact import (
 )
 
 BLOCK_SIZE = 16  # tokens in one block of the KV cache
-TARGETS = ("cpu",)
 KV_DTYPES = {"f16": "float16", "f32": "float32"}
 _ROOM_FOR_SMALL_FILES = 8 << 20  # bytes: graphs, tokenizer, manifest
 
@@ -56,7 +57,7 @@ class Options:
     shards: int = 1
     scheme: str = "q4"
     group_size: int | None = None  # None: the first of weights.DEFAULT_GROUP_SIZES that divides
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ("cpu",)  # names of `kernels.parse_targets`
     max_seq_len: int | None = None
     force: bool = False
     kv_dtype: str | None = None  # "f16" or "f32"; None: f32 if the weights are f32, else f16
@@ -83,10 +84,9 @@ def pack(
         LlmpackError: a subclass by cause; nothing is left at `target` that was not there before.
     """
     quantization = check_options(options.scheme, options.group_size, options.shards)
-    if unknown := [name for name in options.targets if name not in TARGETS]:
-        raise IncompatibleError(
-            f"--targets {unknown[0]}: not available in this release; available: {', '.join(TARGETS)}."
-        )
+    targets = kernels.parse_targets(options.targets)
+    if has_gpu := len(targets) > 1:
+        kernels.check_compiler()
     if options.kv_dtype is not None and options.kv_dtype not in KV_DTYPES:
         raise UsageError(f"--kv-dtype {options.kv_dtype}: expected one of {', '.join(KV_DTYPES)}.")
     with open_checkpoint(model_dir) as checkpoint:
@@ -105,6 +105,11 @@ def pack(
             )
         plans = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]
         kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
+        specs = plan_kernels(config, plans[0], options.shards, BLOCK_SIZE) if has_gpu else []
+        if has_gpu and kv_dtype != "float16":
+            raise IncompatibleError(
+                "GPU kernels read a float16 cache: choose --targets cpu, or leave out --kv-dtype f32."
+            )
         kv_heads = heads_per_rank(config, options.shards)[1]
         kv_cache = KvCacheSpec(kv_dtype, BLOCK_SIZE, config.num_hidden_layers, kv_heads, config.head_dim)
         summary = report.summarise(
@@ -125,6 +130,16 @@ def pack(
             for rank, plan in enumerate(plans):
                 graph = split(logical, config, plan, rank, options.shards, "weights.bin")
                 staging.add(f"rank-{rank}/cpu.onnx", graph.SerializeToString(deterministic=True))
+                if has_gpu:
+                    graph = gpu_graph(graph, config.head_dim, BLOCK_SIZE)
+                    staging.add(f"rank-{rank}/gpu.onnx", graph.SerializeToString(deterministic=True))
+            code = (
+                kernels.build(specs, targets, lambda done, total: on_progress("kernels", done, total))
+                if has_gpu
+                else {}
+            )
+            for name, file in code.items():
+                staging.add(kernels.file_name(name), kernel_file.to_bytes(file))
             write_weights(checkpoint, names, plans, staging, on_progress)
             on_progress("self-check", 0, 1)
             with contextlib.ExitStack() as files:
@@ -146,14 +161,16 @@ def pack(
                 "quantization": _describe(quantization, summary),
                 "kv_cache": dataclasses.asdict(kv_cache),
                 "shards": options.shards,
-                "targets": list(options.targets),
-                "ranks": [_describe_rank(rank) for rank in summary["ranks"]],
+                "targets": list(targets),
+                "ranks": [_describe_rank(rank, has_gpu) for rank in summary["ranks"]],
                 "tokenizer": _add_tokenizer(tokenizer, staging),
                 "eos_token_ids": list(generation.eos_token_ids),
                 "generation": dataclasses.asdict(generation.defaults),
                 "selfcheck": "selfcheck.json",
                 "source": [dataclasses.asdict(entry) for entry in sources.result()],
             }
+            if has_gpu:
+                members["kernels"] = {name: kernels.file_name(name) for name in code}
             checkpoint.check_unchanged()
             on_progress("publish", 0, 1)
             staging.publish(members)
@@ -166,12 +183,13 @@ def _describe(quantization: Quantization, summary: dict[str, Any]) -> dict[str, 
     return {**figures, "roles": roles}
 
 
-def _describe_rank(rank: dict[str, Any]) -> dict[str, Any]:
+def _describe_rank(rank: dict[str, Any], has_gpu: bool) -> dict[str, Any]:
     folder = f"rank-{rank['rank']}"
+    kinds = ("cpu", "gpu") if has_gpu else ("cpu",)
     return {
         "rank": rank["rank"],
         "folder": folder,
-        "graphs": {"cpu": f"{folder}/cpu.onnx"},
+        "graphs": {kind: f"{folder}/{kind}.onnx" for kind in kinds},
         "weights": f"{folder}/weights.bin",
         "weight_bytes": rank["weight_bytes"],
         "weight_bytes_per_token": rank["weight_bytes_per_token"],

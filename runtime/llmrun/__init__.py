@@ -8,14 +8,46 @@ from __future__ import annotations
 import typing
 
 if typing.TYPE_CHECKING:
+    from llmrun.async_engine import AsyncEngine
+    from llmrun.constraint import Constraint
+    from llmrun.core import Stats
     from llmrun.engine import Engine
-    from llmrun.requests import Completion
+    from llmrun.engine_loop import EngineLoop, Ticket
+    from llmrun.logprobs import TokenLogprobs
+    from llmrun.requests import Completion, Event, Request, RequestOptions
     from llmrun.sampler import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Engine", "SamplingParams", "__version__"]
+__all__ = [
+    "AsyncEngine",
+    "Completion",
+    "Constraint",
+    "Engine",
+    "EngineLoop",
+    "Event",
+    "Request",
+    "RequestOptions",
+    "SamplingParams",
+    "Stats",
+    "Ticket",
+    "TokenLogprobs",
+    "__version__",
+]
 
-_HOMES = {"Engine": "llmrun.engine", "Completion": "llmrun.requests", "SamplingParams": "llmrun.sampler"}
+_HOMES = {
+    "AsyncEngine": "llmrun.async_engine",
+    "Completion": "llmrun.requests",
+    "Constraint": "llmrun.constraint",
+    "Engine": "llmrun.engine",
+    "EngineLoop": "llmrun.engine_loop",
+    "Event": "llmrun.requests",
+    "Request": "llmrun.requests",
+    "RequestOptions": "llmrun.requests",
+    "SamplingParams": "llmrun.sampler",
+    "Stats": "llmrun.core",
+    "Ticket": "llmrun.engine_loop",
+    "TokenLogprobs": "llmrun.logprobs",
+}
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -28,7 +28,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
     from llmrun.tokenizer import Tokenizer
 
-__all__ = ["MAX_CHAT_CHARS", "MAX_RENDER_S", "encode_chat", "render_chat"]
+__all__ = ["MAX_CHAT_CHARS", "MAX_RENDER_S", "encode_chat", "extend_chat", "render_chat"]
 
 MAX_CHAT_CHARS = 1 << 20  # of a template, of all messages together, and of the rendered prompt
 MAX_RENDER_S = 2.0
 _ROLES = ("system", "user", "assistant", "tool")
+_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 _MAX_INDENT = 100
 _MAX_BITS = 4096  # of an integer that a template computes
 # Jinja's filters without those that build much from little, reach attributes by name, or have no business in
@@ -71,8 +72,8 @@ def render_chat(
 
     Args:
         tokenizer: has the template and the texts of the BOS and EOS tokens.
-        messages: each with a role (system, user, assistant, tool) and a content, both text; what order
-            they may have is the template's affair.
+        messages: each with a role (system, user, assistant, tool) and a content, both text, and maybe a name,
+            tool_calls (a list of JSON) and tool_call_id; what order they may have is the template's affair.
         add_generation_prompt: end with what comes before an answer.
         tools: JSON schemas of functions, for templates that know tools.
     Raises:
@@ -84,9 +85,13 @@ def render_chat(
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Return the ids of the prompt for messages; special tokens in messages are plain text.
+    """Return the ids of the prompt for messages; special tokens in messages and tools are plain text.
 
     The ids are those of transformers' `apply_chat_template(tokenize=True)` unless a message holds the text of
     a special token. No BOS is added: the template writes it where the model wants one.
@@ -95,16 +100,75 @@ def encode_chat(
         UsageError: as `render_chat`.
     """
     _check_messages(messages)
-    opening, closing = _unused_characters(tokenizer, messages)
-    marked = [
-        {key: tokenizer.mark_special(text, opening, closing) for key, text in message.items()} for message in messages
-    ]
-    prompt = _render(tokenizer, marked, add_generation_prompt, None)
-    if opening not in prompt and closing not in prompt:
+    marks = _unused_characters(tokenizer, [messages, tools])
+    prompt = _render_marked(tokenizer, messages, marks, add_generation_prompt, tools)
+    if marks[0] not in prompt and marks[1] not in prompt:
         return tokenizer.encode(prompt, add_bos=False, parse_special=True)
+    return tokenizer.encode_segments(_segments(tokenizer, prompt, marks))
+
+
+def extend_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], prompt_ids: Sequence[int], answer_ids: Sequence[int]
+) -> list[int] | None:
+    """Return the ids of the prompt for messages as an extension of the ids that an earlier turn went through.
+
+    So the computed part of a conversation is used again: the text of an answer, encoded anew, may give other tokens
+    than those that the model wrote. The answer's own tokens stay, with the white space at their edges.
+
+    Args:
+        tokenizer: as `render_chat`.
+        messages: of which the last is the new turn, the one before it the answer to those before.
+        prompt_ids: of the messages before the answer, from this function or `encode_chat`.
+        answer_ids: what the model wrote, without the end token.
+    Returns:
+        None where the template does not allow it: it renders earlier turns in another way once more follow, or the
+        answer is not the text of its ids.
+    Raises:
+        UsageError: as `render_chat`.
+    """
+    _check_messages(messages)
+    marks = _unused_characters(tokenizer, messages)
+    before = _render_marked(tokenizer, messages[:-2], marks, True)
+    whole = _render_marked(tokenizer, messages, marks, True)
+    written = b"".join(map(tokenizer.token_bytes, answer_ids)).decode("utf-8", "replace")
+    answer = tokenizer.mark_special(written.strip(), *marks)
+    rest = whole.removeprefix(before).lstrip()
+    if not answer or not whole.startswith(before) or not rest.startswith(answer):
+        return None
+    if messages[-2]["content"].strip() != written.strip():
+        return None
+    rest = rest.removeprefix(answer).removeprefix(written[len(written.rstrip()) :])
+    last = answer_ids[-1]  # what follows it is not the beginning of a text
+    return [*prompt_ids, *answer_ids, *tokenizer.encode_segments([last, *_segments(tokenizer, rest, marks)])[1:]]
+
+
+def _render_marked(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    marks: tuple[str, str],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Render messages with marks around the special tokens that they hold."""
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, str):
+            return tokenizer.mark_special(value, *marks)
+        if isinstance(value, Mapping):
+            return {mark(key): mark(item) for key, item in value.items()}
+        return [mark(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return _render(tokenizer, mark(list(messages)), add_generation_prompt, None if tools is None else mark(list(tools)))
+
+
+def _segments(tokenizer: Tokenizer, prompt: str, marks: tuple[str, str]) -> list[str | int]:
+    """Split a marked prompt into text and the template's special tokens.
+
+    It is alternately what the template wrote and what a message brought; a mark that lost its partner is dropped, but
+    cuts.
+    """
+    opening, closing = marks
     segments: list[str | int] = []
-    # Alternately what the template wrote and what a message brought; a mark that lost its partner is dropped,
-    # but cuts.
     for i, piece in enumerate(re.split(f"{opening}([^{opening}{closing}]*){closing}|[{opening}{closing}]", prompt)):
         if i % 2 == 1 and piece is not None:
             _append_text(segments, piece)
@@ -114,7 +178,7 @@ def encode_chat(
                     _append_text(segments, segment)
                 else:
                     segments.append(segment)
-    return tokenizer.encode_segments(segments)
+    return segments
 
 
 def _append_text(segments: list[str | int], text: str) -> None:
@@ -125,9 +189,21 @@ def _append_text(segments: list[str | int], text: str) -> None:
         segments.append(text)
 
 
-def _unused_characters(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Return two private-use characters that neither the messages nor the template hold, so nobody can forge a mark."""
-    used = set(tokenizer.chat_template or "").union(*(text for message in messages for text in message.values()))
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every string in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (key, *_texts(item))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+def _unused_characters(tokenizer: Tokenizer, given: Any) -> tuple[str, str]:
+    """Return two private-use characters that neither what is given nor the template holds, so nobody can forge a mark."""
+    used = set(tokenizer.chat_template or "").union(*_texts(given))
     unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
     try:
         return next(unused), next(unused)
@@ -140,15 +216,16 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         raise UsageError("chat: expected a list of at least one message")
     size = 0
     for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= _KEYS:
+            names = ", ".join(sorted(_KEYS - {"role", "content"}))
             found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-            raise UsageError(f"chat: message {i} has {found}: expected exactly role and content")
+            raise UsageError(f"chat: message {i} has {found}: expected role and content (and no others than {names})")
         role, content = message["role"], message["content"]
         if role not in _ROLES:
             raise UsageError(f"chat: message {i}: role is {role!r}: expected one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise UsageError(f"chat: message {i}: content is {type(content).__name__}: expected text")
-        size += len(content)
+        size += sum(map(len, _texts({key: value for key, value in message.items() if key != "role"})))
     if size > MAX_CHAT_CHARS:
         raise UsageError(f"chat: the messages have {size} characters: at most {MAX_CHAT_CHARS} are allowed")
 

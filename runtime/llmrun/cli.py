@@ -17,7 +17,7 @@ from typing import Any
 from llmrun import __version__, console, launcher
 from llmrun.errors import UsageError
 
-COMMANDS = ("generate", "chat", "perplexity", "bench", "verify", "show", "doctor")
+COMMANDS = ("generate", "chat", "serve", "perplexity", "bench", "verify", "show", "doctor")
 _EPILOG = """\
 llmrun ARTIFACT          chat on a terminal; otherwise complete the text of -p, -f or standard input
 llmrun ARTIFACT -p TEXT  complete TEXT; `llmrun COMMAND --help` lists a command's options
@@ -101,7 +101,7 @@ def _connect_streams(*, is_spokesman: bool) -> None:
         except OSError:
             os.open(os.devnull, os.O_RDONLY)
     folder = os.environ.get(launcher.LAUNCH_VARIABLE)
-    is_launched = folder is not None and console.is_under_mpirun()
+    is_launched = folder is not None and (console.is_under_mpirun() or launcher.CHAT_VARIABLE in os.environ)
     if folder is not None and is_launched:
         os.dup2(os.open(os.path.join(folder, "stderr"), os.O_WRONLY), 2)
         open(os.path.join(folder, "started"), "w").close()

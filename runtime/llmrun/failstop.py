@@ -8,20 +8,61 @@ end the other ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn
 
 from llmrun import console, launcher
 
+_last_actions: list[Callable[[int], None]] = []
+_leaving = threading.RLock()  # taken once and for all: whoever else would leave waits for the end
+
+
+def before_leaving(action: Callable[[int], None]) -> None:
+    """Have `leave` call `action` with the exit code; it must be quick."""
+    _last_actions.append(action)
+
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, without running anything else; a job's other ranks end with it."""
+    """End this process at once, but for what `before_leaving` asked; a job's other ranks end with it."""
+    _leaving.acquire()
     launcher.note_exit_code(code or 1)
+    while _last_actions:
+        with contextlib.suppress(Exception):
+            _last_actions.pop()(code or 1)
     os._exit(code or 1)
+
+
+def outlive_launcher() -> None:
+    """Go on in a child process, out of the launcher's reach, so that rank 0 of a server can say its last words.
+
+    When a rank is lost, MPICH's proxy kills the others at once, by their process groups, which they lead and cannot
+    leave. So the rank's own process only waits: it passes signals on, and ends as its child does. If it is killed, the
+    child is told by SIGUSR1 (`Signals`). To be called before threads, MPI and ONNX Runtime.
+    """
+    parent = os.getpid()
+    launcher.die_with_parent(signal.SIGKILL)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        launcher.die_with_parent(signal.SIGUSR1)
+        if os.getppid() != parent:
+            leave(6)
+        return
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: os.kill(child, received))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(parent, -code)
+    os._exit(code)
 
 
 def install_hooks(rank: int, size: int, *, keep_traceback: bool) -> None:
@@ -60,6 +101,8 @@ class Signals:
         """Prepare; `install` takes effect."""
         self.stop_answer = threading.Event()
         self._is_answering = False
+        self._drain: Callable[[], None] | None = None
+        self._is_deaf = False
 
     def install(self) -> None:
         """Take over SIGINT, SIGTERM and SIGHUP; from the main thread."""
@@ -75,11 +118,38 @@ class Signals:
         """Return a context in which SIGINT stops the answer and not the program."""
         return _Answering(self)
 
+    @contextlib.contextmanager
+    def draining(self, drain: Callable[[], None], seconds: float) -> Iterator[None]:
+        """In this context the first SIGINT or SIGTERM calls `drain`; the process then ends by itself, within `seconds`.
+
+        Tells the launching llmrun, if there is one, whom to signal and how long to wait.
+        """
+        self._drain = drain
+        folder = os.environ.get(launcher.LAUNCH_VARIABLE)
+        if folder:
+            launcher.note_draining(folder, os.getpid(), seconds)
+        yield
+        self._drain = None
+
+    def ignore(self) -> None:
+        """Leave SIGINT and SIGTERM to rank 0, whom the same signal reaches."""
+        self._is_deaf = True
+
     def _watch(self, reader: int) -> None:
         while data := os.read(reader, 1):
             number = data[0]
+            if number == signal.SIGUSR1:
+                console.say(
+                    "llmrun: error[E602]: another rank, or the launcher of this one, is gone; the job has ended."
+                )
+                leave(6)
             if number == signal.SIGINT and self._is_answering and not self.stop_answer.is_set():
                 self.stop_answer.set()
+            elif number in (signal.SIGINT, signal.SIGTERM) and self._is_deaf:
+                continue
+            elif number in (signal.SIGINT, signal.SIGTERM) and self._drain is not None:
+                drain, self._drain = self._drain, None
+                drain()
             elif number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os._exit(128 + number)  # without a note: a launcher also sends SIGTERM to the survivors of a lost rank
 

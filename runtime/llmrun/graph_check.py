@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
 _WITH_WEIGHTS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "EmbeddingQ8", "EmbeddingQ6")
+_ON_GPUS = ("MatMulF16F32", "MatMulQ8F32", "MatMulQ6F32", "MatMulQ4F32", "EmbeddingF16", "RMSNormF16")
+_FUSED_ON_GPUS = ("AllReduceAddRMSNorm", "TopK")
 _OPERATORS = {
-    OPS_DOMAIN: {*_WITH_WEIGHTS, "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllGather"},
+    OPS_DOMAIN: {
+        *(*_WITH_WEIGHTS, *_ON_GPUS, *_FUSED_ON_GPUS),
+        *("RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllGather"),
+    },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
 }
 # Field numbers of onnx.proto3.
@@ -80,7 +85,7 @@ def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, vocab_size: i
         f"{part}_cache.{layer}": (kind, shape) for layer in range(kv_cache.num_layers) for part in ("key", "value")
     }
     found = {node.name: (node.type, node.shape[1:]) for node in session.get_inputs() if "_cache." in node.name}
-    logits = [(node.name, node.shape[-1:]) for node in session.get_outputs()]
+    logits = [(node.name, node.shape[-1:]) for node in session.get_outputs() if not node.name.startswith("top_")]
     if found != expected or logits != [("logits", [vocab_size])]:
         raise IncompatibleError(
             f"{path}: its KV cache or logits are not those of the manifest; it belongs to another model. Copy the artifact"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,17 @@ import numpy as np
 
 import llmrun
 from llmrun import comm as communication
-from llmrun import console, errors, failstop, faults, launcher, library, verified, watchdog
+from llmrun import console, device, errors, failstop, faults, launcher, library, verified, watchdog
 from llmrun.artifact import Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, share_cores
 from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError, ResourceError
+from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
 from llmrun.step_plan import MessageKind, StepPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmrun.gpu_session import GpuSession
     from llmrun.session import RankSession
 
 Result = TypeVar("Result")
@@ -45,12 +48,14 @@ class JobOptions:
     max_num_seqs: int = 8
     verify: str = "auto"
     isa: str | None = None
+    kv_cache_mb: int | None = None
+    share_gpu: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         if self.verify not in VERIFY_MODES:
             raise errors.UsageError(f"verify {self.verify!r}: expected one of {', '.join(VERIFY_MODES)}.")
-        for name in ("threads", "max_seq_len", "max_num_seqs"):
+        for name in ("threads", "max_seq_len", "max_num_seqs", "kv_cache_mb"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise errors.UsageError(f"{name.replace('_', '-')} {value}: expected 1 or more.")
@@ -73,9 +78,11 @@ class Job:
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)
         self.watchdog.start()
         self._ops: ctypes.CDLL | None = None
-        self._session: RankSession | None = None
+        self._session: RankSession | GpuSession | None = None
+        self.gpu_transport, self._captures = "", True  # how values travel between GPUs; whether a step may be captured
         self._wants_digests: bool | None = None  # not known yet
         self._hashed: set[str] = set()
+        self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
         self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
         self._shake_hands(facts)
         self.manifest = self.artifact.manifest
@@ -113,25 +120,38 @@ class Job:
                 raise self._error_of(rank, other)
         return result  # type: ignore[return-value]
 
-    def load(self, num_blocks_wanted: int) -> None:
+    def load(self, num_blocks_wanted: int, *, is_exact: bool = False) -> None:
         """Verify this rank's files, create the session and the KV cache, and make sure that the files stayed the same.
 
         Args:
             num_blocks_wanted: cache blocks; all ranks get the smallest number that fits each one's memory.
+            is_exact: fewer will not do.
         """
-        num_blocks = self.stage("memory", lambda: self._num_blocks(num_blocks_wanted))
+        num_blocks = self.stage("memory", lambda: self._num_blocks(num_blocks_wanted, is_exact=is_exact))
         self.num_blocks = min(s["num_blocks"] for s in self.comm.agree({"num_blocks": num_blocks}))
+        self.join()
+        self.stage("loading", self._load)
+
+    def join(self) -> None:
+        """Join the ranks: their communicator, shared memory, GPUs. Reads no weight."""
         if self.comm.op_communicator is not None:
             # A stage each: the second waits inside MPI, so it begins only where no rank has failed the first.
             self.stage("communicator", self._set_communicator)
             self.stage("sharing memory", self._share_memory)
-        self.stage("loading", self._load)
+        if self.placement.gpu is not None:
+            self.stage("opening the GPU", self._open_gpu)
+            if self.size > 1:
+                self.gpu_transport, self._captures = self.stage("joining GPUs", self._join_gpus)
 
     def run(self, plan: StepPlan) -> NDArray[np.float32]:
         """Run a step on all ranks; rank 0 only. Returns the logits, [R, vocab_size]."""
         self.is_broken = True
+        started = time.perf_counter()
         self.comm.send(plan.pack())
+        sent = time.perf_counter()
         logits = self._run(plan)
+        self.run_s += time.perf_counter() - sent
+        self.send_s += sent - started
         self.is_broken = False
         return logits
 
@@ -196,7 +216,6 @@ class Job:
             message = launcher.wrong_size_message(path, whole.manifest.shards, self.size)
             raise IncompatibleError(message, code="E412")
         artifact = open_artifact(path, ranks=[self.rank])
-        target = session.choose_target(self.options.provider, artifact.manifest.targets)
         place = library.find_library()
         try:
             self._ops = mpi_functions.load_library(place)
@@ -211,15 +230,25 @@ class Job:
             )
         if self.options.isa is not None and self._ops.llmpack_ops_set_isa(self.options.isa.encode()) != 0:
             raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
-        self._library_path, self._target = place, target
         ort = session.import_onnxruntime()
+        local = communication.local_ranks(self.comm.peers, self.rank)
+        self._library_path = place
+        self.placement = device.place(
+            self.options.provider,
+            artifact.manifest,
+            self._ops,
+            ort.get_available_providers(),
+            local_rank=local.index(self.rank),
+            local_size=len(local),
+            share_gpu=self.options.share_gpu,
+        )
         return artifact, {
             "manifest": artifact.digest,
             "world size": self.size,
             "llmrun": llmrun.__version__,
             "onnxruntime": ort.__version__,
             "operators": version,
-            "provider": target,
+            "provider": self.placement.provider,
             "kv_cache": artifact.manifest.kv_cache.dtype,
             "options": repr(self.options),
         }
@@ -246,22 +275,34 @@ class Job:
             raise errors.UsageError(f"--max-seq-len {wanted}: the artifact was packed for {limit} positions at most.")
         return wanted or limit
 
-    def _num_blocks(self, wanted: int) -> int:
-        """Return how many of the wanted cache blocks this host's free memory holds."""
+    def _num_blocks(self, wanted: int, *, is_exact: bool) -> int:
+        """Return how many of the wanted cache blocks this host's free memory holds, or refuse what it does not."""
         spec = self.manifest.kv_cache
+        if self.placement.gpu is not None:
+            least = -(-self.max_seq_len // spec.block_size)
+            return device.fit_blocks(self.placement, self.manifest, self.rank, wanted, least, self._most_tokens())
         block_bytes = spec.block_size * spec.bytes_per_token
         entry = self.manifest.ranks[self.rank]
         sharers = len(communication.local_ranks(self.comm.peers, self.rank))
         free_bytes = max(0, available_bytes() // sharers - entry.weight_bytes)
-        num_blocks = min(wanted, int(0.9 * free_bytes) // block_bytes)
+        fitting = int(0.9 * free_bytes) // block_bytes
         least = -(-self.max_seq_len // spec.block_size)
-        if num_blocks < least:
+        if is_exact and wanted < least:
             raise ResourceError(
-                f"rank {self.rank}: {free_bytes >> 20} MiB are free beside the weights, and the KV cache of"
-                f" {self.max_seq_len} positions needs {least * block_bytes >> 20} MiB. Use a shorter --max-seq-len.",
+                f"--kv-cache-mb holds {wanted * spec.block_size} positions, and one sequence has up to {self.max_seq_len}."
+                f" Give {-(-least * block_bytes >> 20)} MiB or more, or use a shorter --max-seq-len.",
                 code="E502",
             )
-        return num_blocks
+        if fitting < (wanted if is_exact else least):
+            needed = (wanted if is_exact else least) * block_bytes >> 20
+            what = "--kv-cache-mb asks for" if is_exact else f"the KV cache of {self.max_seq_len} positions needs"
+            raise ResourceError(
+                f"rank {self.rank}: {free_bytes >> 20} MiB are free beside the weights"
+                f" ({entry.weight_bytes >> 20} MiB), of which the cache may take 9 in 10, and {what} {needed} MiB."
+                f" Use a {'smaller --kv-cache-mb' if is_exact else 'shorter --max-seq-len'}.",
+                code="E502",
+            )
+        return min(wanted, fitting)
 
     def _set_communicator(self) -> None:
         from llmrun import mpi_functions
@@ -278,6 +319,28 @@ class Job:
         if self._ops.llmpack_ops_share_memory() < 0:
             raise PeerError(f"operator library: {self._ops_error()}")
 
+    def _open_gpu(self) -> None:
+        assert self._ops is not None
+        assert self.placement.kernels is not None
+        name = self.manifest.kernels[self.placement.kernels]
+        self.verify([name])
+        if self.placement.kernels.startswith("ptx_") and self.rank == 0:
+            assert self.placement.gpu is not None
+            console.say(
+                f"llmrun: no code for {self.placement.gpu.chip} in the artifact: the driver compiles its"
+                f" {self.placement.kernels} now. Pack with --targets {self.placement.gpu.chip} for a faster start."
+            )
+        path = os.fsencode(self.artifact.resolve(name))
+        device.open_gpu(self._ops, self.placement, path, self.options.max_num_seqs, self._most_tokens())
+
+    def _join_gpus(self) -> tuple[str, bool]:
+        assert self._ops is not None
+        return device.join_gpus(self._ops)
+
+    def _most_tokens(self) -> int:
+        """Return the tokens in a step, at most."""
+        return max(DEFAULT_TOKEN_BUDGET, self.options.max_num_seqs)
+
     def _load(self) -> None:
         from llmrun import graph_check
 
@@ -285,7 +348,7 @@ class Job:
         names = self._own_files()
         entry = self.manifest.ranks[self.rank]
         self.verify([name for name in names if name != entry.weights])
-        graph = self.artifact.resolve(entry.graphs[self._target])
+        graph = self.artifact.resolve(entry.graphs[self.placement.graph])
         graph_check.check_graph(graph, self.artifact.resolve(entry.weights), self.rank, self.size)
         share = self._pin()
         # The weights are mapped, not parsed: their digests may be computed while the session is made. All ranks wait for
@@ -312,9 +375,21 @@ class Job:
             finally:
                 digests.result()
 
-    def _make_session(self, graph: Path, share: CoreShare) -> RankSession:
-        from llmrun import session
+    def _make_session(self, graph: Path, share: CoreShare) -> RankSession | GpuSession:
+        from llmrun import gpu_session, session
 
+        if self.placement.gpu is not None:
+            return gpu_session.GpuSession(
+                graph,
+                self._library_path,
+                self.manifest.kv_cache,
+                self.placement,
+                num_blocks=self.num_blocks,
+                vocab_size=self.manifest.model.vocab_size,
+                max_seq_len=self.max_seq_len,
+                gives_logits=self.rank == 0,
+                captures=self._captures,
+            )
         return session.RankSession(
             graph,
             self._library_path,
@@ -322,7 +397,6 @@ class Job:
             num_blocks=self.num_blocks,
             vocab_size=self.manifest.model.vocab_size,
             share=share,
-            provider=self._target,
         )
 
     def _pin(self) -> CoreShare:
@@ -347,10 +421,21 @@ class Job:
         return self._ops.llmpack_ops_last_error().decode("utf-8", "replace")
 
     @property
+    def ops(self) -> ctypes.CDLL:
+        """The operator library."""
+        assert self._ops is not None
+        return self._ops
+
+    @property
+    def session(self) -> RankSession:
+        """The loaded graph."""
+        assert self._session is not None
+        return self._session
+
+    @property
     def isa(self) -> str:
         """Instruction set of the CPU kernels."""
-        assert self._ops is not None
-        return self._ops.llmpack_ops_isa().decode()
+        return self.ops.llmpack_ops_isa().decode()
 
     def _error_of(self, rank: int, status: dict[str, Any]) -> LlmpackError:
         """Rebuild another rank's error; a file's path shows whose it is, unless the ranks are on several hosts."""

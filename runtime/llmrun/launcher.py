@@ -5,7 +5,8 @@ environment. Facts measured on MPICH 5.0.2 and Open MPI 5.0.11: another library'
 each, with exit code 0; a rank killed by a signal gives 9 (MPICH) or 137 (Open MPI); MPICH gives 0 if a rank vanishes
 with 0, and writes its reports to standard output; Open MPI never passes the end of standard input on. Hence the ranks
 of a job that we start talk to us directly, through the files of a folder: `stdin`, `stdout` and `stderr` (pipes),
-`started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only) and `exit-code` (the job's own). What
+`started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only), `draining` (rank 0's pid, and the seconds
+that it may take to end in order) and `exit-code` (the job's own). What
 mpirun itself has to say is shown only if no rank explained the end.
 """
 
@@ -18,6 +19,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
 KILL_AFTER_S = 5.0
+FAREWELL_S = 3.0
 _PR_SET_PDEATHSIG = 1
 LAUNCH_VARIABLE = "LLMRUN_LAUNCH"  # the folder
+CHAT_VARIABLE = "LLMRUN_CHAT"  # the launching llmrun talks to a person: llmrun.chat_link
 _FATAL_SIGNALS = {
     signal.SIGKILL,
     signal.SIGSEGV,
@@ -169,47 +173,73 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def start_ranks(
+    num_ranks: int, arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `llmrun ARGUMENTS` on `num_ranks` ranks of this host, a single one without mpirun.
+
+    Args:
+        num_ranks: as the artifact was packed for.
+        arguments: of llmrun's command line.
+        folder: empty; gets the pipes and notes through which the ranks talk to us.
+        environment: variables to add.
+    """
+    import subprocess
+
+    command = [sys.executable, "-m", "llmrun", *arguments]
+    if num_ranks > 1:
+        mpirun, family = find_mpirun()
+        command = [mpirun, *mpirun_options(family, num_ranks), *command]
+    for name in ("stdin", "stdout", "stderr"):
+        os.mkfifo(os.path.join(folder, name), 0o600)
+    streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
+    variables = {**os.environ, **(environment or {}), "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
+    with open(os.path.join(folder, "mpirun.log"), "wb") as log:
+        # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # safe: no thread has been started yet
+        )
+
+
+def note_draining(folder: str, pid: int, seconds: float) -> None:
+    """Tell the launching llmrun which process ends the job in order when it gets SIGTERM, and within what time."""
+    place = os.path.join(folder, "draining")
+    with open(place + ".new", "w") as file:
+        file.write(f"{pid} {seconds}")
+    os.rename(place + ".new", place)
+
+
 def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     """Run `llmrun ARGUMENTS` on `num_ranks` ranks of this host and wait.
 
-    SIGINT and SIGTERM end the job, or only the answer while rank 0 of a chat says so.
+    SIGINT and SIGTERM end the job, or only the answer while rank 0 of a chat says so, or let rank 0 of a server end it.
 
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
-    import subprocess  # here and not above: the ranks, which import this module, start nobody
-    import tempfile
+    import tempfile  # here and not above: the ranks, which import this module, start nobody
 
-    mpirun, family = find_mpirun()
     with tempfile.TemporaryDirectory(prefix="llmrun-") as folder:
-        for name in ("stdin", "stdout", "stderr"):
-            os.mkfifo(os.path.join(folder, name), 0o600)
-        streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
-        environment = {**os.environ, "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
-        command = [mpirun, *mpirun_options(family, num_ranks), sys.executable, "-m", "llmrun", *arguments]
-        pumps = [_OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
-        with open(os.path.join(folder, "mpirun.log"), "wb") as log:
-            # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # safe: no thread has been started yet
-            )
+        child = start_ranks(num_ranks, arguments, folder)
+        pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         for pump in pumps:
             pump.start()
         threading.Thread(target=_pump_stdin, args=(os.path.join(folder, "stdin"),), daemon=True).start()
-        signals = _SignalForwarder(child, Path(folder, "answering"))
+        signals = _SignalForwarder(child, Path(folder))
         with signals:
             code = child.wait()
+            _wait_for_server(folder)
             for pump in pumps:
                 pump.finish()
-        if signals.received is not None:
+        if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
             return 128 + signals.received
-        code = _exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
+        code = job_exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
         if (failure := pumps[0].failure) is not None and code == 0:
             lost = ResourceError(f"standard output: {failure.strerror}.", code="E503")
             console.say(console.error_line(lost))
@@ -217,7 +247,20 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
         return code
 
 
-def _exit_code(code: int, note: Path, log: Path) -> int:
+def _wait_for_server(folder: str) -> None:
+    """Give rank 0 of a server, which outlives its launcher, the time for its last words; then end it."""
+    until = time.monotonic() + FAREWELL_S
+    with contextlib.suppress(OSError, ValueError, ProcessLookupError):
+        pid = int(Path(folder, "draining").read_text().split()[0])
+        mark = f"{LAUNCH_VARIABLE}={folder}".encode()
+        while mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):  # empty for one that has ended
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+
+def job_exit_code(code: int, note: Path, log: Path) -> int:
     """Return how the job ended: as a rank said, or else 6, with what mpirun's code and log say about a lost rank."""
     try:
         return int(note.read_text())
@@ -235,7 +278,7 @@ def _exit_code(code: int, note: Path, log: Path) -> int:
     return 6
 
 
-class _OutputPump:
+class OutputPump:
     """Copies a pipe of the ranks to a descriptor of ours on a thread; if nobody reads that, they are told by a broken pipe."""
 
     def __init__(self, pipe: str, descriptor: int) -> None:
@@ -297,8 +340,9 @@ def _pump_stdin(pipe: str) -> None:
 class _SignalForwarder:
     """While entered, passes SIGINT and SIGTERM on to the job; remembers the one that ended it."""
 
-    def __init__(self, child: subprocess.Popen[bytes], answering: Path) -> None:
-        self._child, self._answering = child, answering
+    def __init__(self, child: subprocess.Popen[bytes], folder: Path) -> None:
+        self._child, self._folder = child, folder
+        self.is_draining = False
         self._previous: dict[int, object] = {}
         self.received: int | None = None
 
@@ -313,17 +357,25 @@ class _SignalForwarder:
     def _forward(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.received is None:
             with contextlib.suppress(OSError, ValueError):  # rank 0 stops its answer, nothing else ends
-                os.kill(int(self._answering.read_text()), signal.SIGINT)
+                os.kill(int((self._folder / "answering").read_text()), signal.SIGINT)
+                return
+        if self.received is None and number != signal.SIGHUP:
+            with contextlib.suppress(OSError, ValueError):
+                pid, seconds = (self._folder / "draining").read_text().split()
+                os.kill(int(pid), signal.SIGTERM)
+                self.received, self.is_draining = number, True
+                late = float(seconds) + KILL_AFTER_S
+                threading.Thread(target=self._kill_late, args=(late,), daemon=True).start()
                 return
         if self.received is None:
             self.received = number
-            threading.Thread(target=self._kill_late, daemon=True).start()
+            threading.Thread(target=self._kill_late, args=(KILL_AFTER_S,), daemon=True).start()
         self._child.send_signal(signal.SIGTERM)
 
-    def _kill_late(self) -> None:
+    def _kill_late(self, seconds: float) -> None:
         import subprocess
 
         try:
-            self._child.wait(KILL_AFTER_S)
+            self._child.wait(seconds)
         except subprocess.TimeoutExpired:
             self._child.kill()

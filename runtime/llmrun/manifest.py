@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ class Manifest:
     selfcheck: str
     source: tuple[SourceEntry, ...]
     files: dict[str, FileEntry]
+    kernels: dict[str, str] = field(default_factory=dict)  # GPU target -> kernel file (FORMAT 8.1)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -246,6 +247,9 @@ def _check_members(manifest: Manifest, path: Path) -> None:
         if tokenizer.chat_template is not None:
             common.append(tokenizer.chat_template)
     folders = tuple(entry.folder + "/" for entry in manifest.ranks)
+    if missing := [target for target in manifest.targets if target not in ("cpu", *manifest.kernels)]:
+        refuse(f"kernels has no file for {missing[0]!r}")
+    common += manifest.kernels.values()
     for name in common:
         if name not in manifest.files or name.startswith(folders):
             refuse(f"{name!r} is used but not listed in files, or in a rank's folder")
@@ -276,7 +280,8 @@ def _check_ranks(manifest: Manifest, refuse: Callable[[str], typing.NoReturn]) -
     for entry in manifest.ranks:
         if not _PATH.fullmatch(entry.folder) or "/" in entry.folder:
             refuse(f"rank folder {entry.folder[:_MAX_SHOWN]!r} is not allowed (FORMAT 1.1)")
-        if missing := [target for target in manifest.targets if target not in entry.graphs]:
+        graphs = ["cpu" if target == "cpu" else "gpu" for target in manifest.targets]
+        if missing := [graph for graph in graphs if graph not in entry.graphs]:
             refuse(f"rank {entry.rank} has no graph for {missing[0][:_MAX_SHOWN]!r}")
         for name in (entry.weights, *entry.graphs.values()):
             if name not in manifest.files or not name.startswith(entry.folder + "/"):
@@ -348,9 +353,10 @@ def _build(kind: Any, value: Any, path: Path, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
         hints = _hints(kind)
-        if missing := [f.name for f in fields(kind) if f.name not in value]:
+        given = [f for f in fields(kind) if f.name in value or f.default_factory is MISSING]
+        if missing := [f.name for f in given if f.name not in value]:
             raise IntegrityError(f"{path}: {where or 'manifest'}: no member {missing[0]!r}.", code="E309")
-        built = {f.name: _build(hints[f.name], value[f.name], path, f"{where}.{f.name}") for f in fields(kind)}
+        built = {f.name: _build(hints[f.name], value[f.name], path, f"{where}.{f.name}") for f in given}
         return typing.cast(Any, kind)(**built)
     if origin is tuple and isinstance(value, list):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)

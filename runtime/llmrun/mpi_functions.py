@@ -89,6 +89,23 @@ def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
     counter = ctypes.POINTER(ctypes.c_uint64)
     library.llmpack_ops_collective_state.argtypes = [counter, counter]
     library.llmpack_ops_collective_state.restype = None
+    library.llmpack_ops_profile.argtypes = [ctypes.c_int]
+    library.llmpack_ops_profile.restype = ctypes.c_int
+    library.llmpack_ops_profile_read.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p), counter, counter]
+    library.llmpack_ops_profile_read.restype = ctypes.c_int
+    _declare_gpu(library)
     library.llmpack_ops_last_error.argtypes = []
     library.llmpack_ops_last_error.restype = ctypes.c_char_p
     return library
+
+
+def _declare_gpu(library: ctypes.CDLL) -> None:
+    text, size, number = ctypes.c_char_p, ctypes.c_int64, ctypes.c_int
+    library.llmpack_ops_gpu_probe.argtypes = [number, text, size]
+    library.llmpack_ops_gpu_measure.argtypes = [number, number, number, text, size]
+    library.llmpack_ops_gpu_open.argtypes = [ctypes.c_void_p]
+    library.llmpack_ops_gpu_close.argtypes = []
+    library.llmpack_ops_gpu_share.argtypes = []
+    library.llmpack_ops_gpu_transport.argtypes = [ctypes.POINTER(number)]
+    library.llmpack_ops_gpu_transport.restype = text
+    library.llmpack_ops_gpu_time_all_reduce.argtypes = [size, size, number, ctypes.POINTER(ctypes.c_double)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from llmrun.errors import UsageError
 
@@ -13,40 +14,112 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from llmrun.sampler import Sampler
-    from llmrun.scheduler import RunningSequence
+    from llmrun.constraint import Constraint
+    from llmrun.logprobs import TokenLogprobs
+    from llmrun.lookup import PromptLookup
+    from llmrun.sampler import Sampler, TokenHistory
+    from llmrun.sequence import RunningSequence
     from llmrun.text_stream import TextStream
     from llmrun.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
-Prompt = str | Sequence[int]
+Message = Mapping[str, Any]  # of a chat: "role" and "content"
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
-@dataclass
+class RequestOptions(TypedDict, total=False):
+    """What may be asked of a request beside its prompt; what is not given is the artifact's default, or off.
+
+    Attributes:
+        max_tokens: tokens to sample at most; not given: 256, or what the context has room for; 0 with
+            `prompt_logprobs`: the prompt alone.
+        stop: texts that end the answer and are not part of it.
+        ignore_eos: go on after the model's end token.
+        logprobs: report log-probabilities, of this many alternatives beside the sampled token.
+        prompt_logprobs: the same for each token of the prompt; there before the first event.
+        logit_bias: numbers to add to the logits of these ids; -inf: never.
+        constraint: which tokens may come (structured output); the object is this request's alone.
+        speculate: tokens to guess ahead at most (prompt look-up); the answer stays the same; not given: the engine's.
+        reuse_prefix: False computes the whole prompt, even if the cache holds its beginning.
+        temperature, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, seed: see `SamplingParams`.
+    """
+
+    max_tokens: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    logit_bias: Mapping[int, float] | None
+    constraint: Constraint | None
+    speculate: int | None
+    reuse_prefix: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repeat_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+
+
+@dataclass(eq=False)
 class Request:
-    """A prompt on its way to a completion; `finish_reason` is None until it ends with "stop" or "length"."""
+    """A prompt on its way to a completion.
+
+    `finish_reason` is None until it ends: "stop", "length", "cancelled", or "error" (then `error` says why).
+    `logprobs` is what each token of `ids` had, `prompt_logprobs` what each prompt token had (the first: None); both
+    None unless asked for.
+    """
 
     sequence: RunningSequence
     prompt_ids: list[int]
     sampler: Sampler | None = None
     stream: TextStream | None = None
     end_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
+    history: TokenHistory | None = None  # for penalties
+    lookup: PromptLookup | None = None  # for speculation
+    num_top: int | None = None  # alternatives to report of each sampled token
+    num_prompt_top: int | None = None  # and of each prompt token
     ids: list[int] = field(default_factory=list)
     text: str = ""
+    num_generated: int = 0  # tokens sampled, the end token too
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
+    error: Exception | None = None
+    events: collections.deque[Event] | None = None  # not yet taken, where somebody takes them one by one
     rows: list[NDArray[np.float32]] = field(default_factory=list)
     submitted_s: float = field(default_factory=time.perf_counter)
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 
+    @property
+    def num_cached_prompt(self) -> int:
+        """Prompt tokens that were not computed because an earlier request had left them in the cache."""
+        return self.sequence.num_reused
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Event:
-    """What a step added to a request: a token, and the text that is safe to show now (may be empty)."""
+    """What a step added to a request.
+
+    Attributes:
+        request: whose.
+        token_id: None for the end token, and for an event that only ends the request.
+        text: the text that is safe to show now; may be empty.
+        logprobs: of the token, if the request asked (the end token's too).
+        finish_reason: as in `Request`, on a request's last event; there is exactly one.
+        error: why, if `finish_reason` is "error".
+    """
 
     request: Request
     token_id: int | None
     text: str
+    logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +131,12 @@ class Completion:
     ids: list[int]
     finish_reason: str
     timings: dict[str, float]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the members that the command line prints."""
+        return {name: getattr(self, name) for name in ("text", "prompt_ids", "ids", "finish_reason", "timings")}
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -73,23 +152,36 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
 
 
 def check_prompt(
-    prompt: Prompt, max_tokens: int | None, tokenizer: Tokenizer | None, vocab_size: int, max_seq_len: int
+    prompt: Prompt,
+    max_tokens: int | None,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    max_seq_len: int,
+    *,
+    least_tokens: int = 1,
 ) -> tuple[list[int], int]:
     """Return the prompt's ids, and how many tokens to sample at most.
+
+    `least_tokens`: 0 where a request may be about its prompt alone.
 
     Raises:
         UsageError: the prompt is empty, holds an id that is not in the vocabulary, or leaves no room.
     """
-    if isinstance(prompt, str):
+    if len(prompt) > 0 and isinstance(prompt[0], str | Mapping):
         if tokenizer is None:
             raise UsageError("the artifact has no tokenizer: give token ids.", code="E205")
-        ids = tokenizer.encode(prompt) if prompt else []
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        else:
+            from llmrun.chat import encode_chat  # brings the template engine, which nobody else needs
+
+            ids = encode_chat(tokenizer, cast("Sequence[Message]", prompt))
     else:
-        ids = check_ids(prompt, vocab_size)
+        ids = check_ids(cast("Sequence[int]", prompt), vocab_size)
     if not ids:
         raise UsageError("the prompt is empty.", code="E203")
     room = max_seq_len - len(ids)
-    if room < 1:
+    if room < least_tokens:
         raise UsageError(
             f"the prompt has {len(ids)} tokens and fills the context of {max_seq_len}. Shorten it, or pack with a"
             " longer --max-seq-len.",
@@ -102,6 +194,6 @@ def check_prompt(
             f" {max_seq_len}. Use --max-tokens {room} or less.",
             code="E204",
         )
-    if wanted < 1:
-        raise UsageError(f"max-tokens {wanted}: expected 1 or more.")
+    if wanted < least_tokens:
+        raise UsageError(f"max-tokens {wanted}: expected {least_tokens} or more.")
     return ids, wanted

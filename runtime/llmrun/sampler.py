@@ -2,9 +2,10 @@
 
 In: the logits of one position, [vocab_size] float32, and the ids so far. Out: one token id. The order is that
 of transformers (`GenerationMixin._get_logits_processor`), because a checkpoint's `generation_config.json` was
-written for it:
+written for it, after what is allowed at all:
 
-    repeat penalty -> temperature -> top-k -> top-p -> min-p -> draw
+    constraint -> logit bias -> repeat penalty -> presence and frequency penalty -> temperature -> top-k -> top-p
+    -> min-p -> draw
 
 llama.cpp applies temperature last, so its top-p and min-p see the distribution at temperature 1; ours, like
 transformers', see the one that is drawn from. Ties are broken by the lower id, so that top-k keeps exactly k
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from llmrun.errors import NumericError, UsageError
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Sampler", "SamplingParams", "TokenHistory"]
 
 _SEED_LIMIT = 2**63
 # First guess of how many tokens top-p keeps: sorting this many of a 128k vocabulary costs nothing beside
@@ -44,6 +45,8 @@ class SamplingParams:
         top_p: in (0, 1]; keep the most likely tokens until their probabilities add up to this.
         min_p: in [0, 1); drop tokens less likely than this times the most likely one.
         repeat_penalty: in (0, 10]; logits of ids seen before are divided (if positive) or multiplied by it.
+        presence_penalty: -2 to 2; subtracted from the logit of each id generated before (OpenAI's).
+        frequency_penalty: -2 to 2; subtracted once for each time that the id was generated (OpenAI's).
         seed: 0 to 2**63 - 1; None draws one from the operating system.
     Raises:
         UsageError: a value is out of its range, not a number or of the wrong type (names it and its range).
@@ -55,6 +58,8 @@ class SamplingParams:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, "a number from 0 to 100", lambda x: 0 <= x <= 100)
@@ -62,6 +67,8 @@ class SamplingParams:
         _check("top_p", self.top_p, "a number above 0, at most 1 (1: off)", lambda x: 0 < x <= 1)
         _check("min_p", self.min_p, "a number from 0 (0: off) to below 1", lambda x: 0 <= x < 1)
         _check("repeat_penalty", self.repeat_penalty, "a number above 0, at most 10 (1: off)", lambda x: 0 < x <= 10)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), "a number from -2 to 2 (0: off)", lambda x: -2 <= x <= 2)
         if self.seed is not None:
             _check("seed", self.seed, "a whole number from 0 to 2**63 - 1", lambda x: 0 <= x < _SEED_LIMIT, whole=True)
 
@@ -76,31 +83,60 @@ def _check(name: str, value: Any, expected: str, holds: Callable[[Any], bool], *
 class Sampler:
     """Samples one sequence: it holds the random state, so the same seed and logits give the same tokens."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, logit_bias: Mapping[int, float] | None = None) -> None:
+        """`logit_bias`: numbers added to the logits of these ids; -inf: never.
+
+        Raises:
+            UsageError: a bias is NaN, +inf or not a number, or an id is negative.
+        """
         self.params = params
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
+        self._bias_ids, self._biases = _check_bias(logit_bias or {})
 
-    def sample(self, logits: NDArray[np.float32], context_ids: Sequence[int]) -> int:
+    @property
+    def needs_history(self) -> bool:
+        """Whether `sample` has any use for the ids so far."""
+        params = self.params
+        return params.repeat_penalty != 1.0 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        context: Sequence[int] | TokenHistory,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> int:
         """Return the next token id.
 
         Args:
             logits: [vocab_size], float32; -inf means never. Not changed.
-            context_ids: prompt and generated ids so far, for the repeat penalty.
+            context: the ids so far, for the penalties; plain ids are taken for a prompt's.
+            allowed: [vocab_size]; the ids that may be sampled; None: all.
         Raises:
             NumericError: the logits hold NaN or +inf, or are all -inf.
-            UsageError: the logits are not one row, or a context id lies outside of it.
+            UsageError: the logits are not one row, or an id of the context lies outside of it; or nothing is allowed.
         """
         if logits.ndim != 1 or logits.shape[0] == 0:
             raise UsageError(f"sampling: logits have shape {logits.shape}: expected [vocab_size]")
-        params = self.params
-        if params.repeat_penalty != 1.0 and len(context_ids) > 0:
-            logits = _penalize(logits, context_ids, params.repeat_penalty)
-        # max() carries a NaN through, so one pass finds NaN, +inf and "all -inf".
-        highest = float(logits.max())
+        if allowed is not None:
+            if not allowed.any():
+                raise UsageError("sampling: the constraint allows no token")
+            logits = np.where(allowed, logits, np.float32(-np.inf))
+        if len(self._bias_ids):
+            _check_ids(self._bias_ids, logits, "logit_bias")
+            logits = logits.copy()
+            logits[self._bias_ids] += self._biases
+        if self.needs_history:
+            logits = _penalize(
+                logits, context if isinstance(context, TokenHistory) else TokenHistory(context), self.params
+            )
+        # A NaN is the maximum of everything, and of equals the first is, so one pass finds the likeliest, NaN, +inf and
+        # "all -inf".
+        likeliest = int(logits.argmax())
+        highest = float(logits[likeliest])
         if not math.isfinite(highest):
             raise NumericError(f"sampling: the largest logit is {highest}: the model computed NaN or infinity")
-        if params.temperature == 0:
-            return int(logits.argmax())
+        if self.params.temperature == 0:
+            return likeliest
         return self._draw(logits, highest)
 
     def _draw(self, logits: NDArray[np.float32], highest: float) -> int:
@@ -130,16 +166,73 @@ class Sampler:
         return drawn if ids is None else int(ids[drawn])
 
 
-def _penalize(logits: NDArray[np.float32], context_ids: Sequence[int], penalty: float) -> NDArray[np.float32]:
-    """Penalize each id once, however often it occurs (CTRL, arXiv:1909.05858, section 4.1)."""
-    seen = np.unique(np.asarray(context_ids, dtype=np.int64))
-    if seen[0] < 0 or seen[-1] >= logits.shape[0]:
-        raise UsageError(f"sampling: context ids run from {seen[0]} to {seen[-1]}: the logits have {logits.shape[0]}")
+class TokenHistory:
+    """The ids of a sequence so far, each once, and how often it was generated; grows token by token."""
+
+    def __init__(self, prompt_ids: Sequence[int], generated_ids: Sequence[int] = ()) -> None:
+        """`generated_ids` follow the prompt's; presence and frequency count those alone."""
+        self._ids = np.unique(np.asarray(prompt_ids, np.int64))
+        self._counts = np.zeros(len(self._ids), np.float32)
+        self._size = len(self._ids)
+        self._index = {int(token_id): i for i, token_id in enumerate(self._ids)}
+        for token_id in generated_ids:
+            self.append(token_id)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Each id once, in no order that matters."""
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """How often each of `ids` was generated."""
+        return self._counts[: self._size]
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token."""
+        index = self._index.setdefault(token_id, self._size)
+        if index == self._size:
+            if self._size == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros(64 + self._size, np.int64)])
+                self._counts = np.concatenate([self._counts, np.zeros(64 + self._size, np.float32)])
+            self._ids[index] = token_id
+            self._size += 1
+        self._counts[index] += 1
+
+
+def _penalize(logits: NDArray[np.float32], history: TokenHistory, params: SamplingParams) -> NDArray[np.float32]:
+    """Penalize each id once, however often it occurs, then the generated ones: presence once, frequency each time.
+
+    CTRL, arXiv:1909.05858, section 4.1; OpenAI's API reference.
+    """
+    if len(history.ids) == 0:
+        return logits
+    _check_ids(history.ids, logits, "context")
     logits = logits.copy()
-    values = logits[seen]
-    with np.errstate(over="ignore"):
-        logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+    values = logits[history.ids]
+    if params.repeat_penalty != 1.0:
+        with np.errstate(over="ignore"):
+            values = np.where(values < 0, values * params.repeat_penalty, values / params.repeat_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = history.counts
+        values = values - (params.frequency_penalty * counts + params.presence_penalty * (counts > 0))
+    logits[history.ids] = values
     return logits
+
+
+def _check_ids(ids: NDArray[np.int64], logits: NDArray[np.float32], what: str) -> None:
+    if ids.min() < 0 or ids.max() >= logits.shape[0]:
+        raise UsageError(f"sampling: {what} ids run from {ids.min()} to {ids.max()}: the logits have {logits.shape[0]}")
+
+
+def _check_bias(logit_bias: Mapping[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the ids, ascending, and what is added to their logits."""
+    for token_id, bias in logit_bias.items():
+        if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or token_id < 0:
+            raise UsageError(f"sampling: logit_bias has the id {token_id!r}: expected a whole number from 0")
+        _check(f"logit_bias of {token_id}", bias, "a number", lambda x: x < math.inf)
+    ids = np.array(sorted(logit_bias), np.int64)
+    return ids, np.array([logit_bias[int(i)] for i in ids], np.float32)
 
 
 def _top_k(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:

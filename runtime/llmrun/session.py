@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmrun.cores import CoreShare
+from llmrun.device import PROVIDERS
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.graph_check import check_session
 from llmrun.step_plan import FIELDS, StepPlan
@@ -25,25 +27,9 @@ if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
 MIN_ORT_VERSION = (1, 22)
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rocm": "ROCMExecutionProvider"}
 _CACHE_ALIGNMENT = 64  # bytes: a vector register, a cache line
 _PEER_ENDED = re.compile(r"rank \d+ (\(pid \d+\) )?has (ended|left)")  # custom_ops/cpu/collectives_shared.cpp
-_FATAL_ONLY = 4  # ORT's log level: its errors come to us as exceptions
-
-
-def choose_target(provider: str, targets: tuple[str, ...]) -> str:
-    """Return the artifact's target that `provider` ("auto", "cpu", "cuda", "rocm") runs.
-
-    Raises:
-        IncompatibleError: the artifact holds no graph for it.
-    """
-    if provider in ("auto", "cpu") and "cpu" in targets:
-        return "cpu"
-    raise IncompatibleError(
-        f"--provider {provider}: the artifact holds graphs for {', '.join(targets)} only"
-        f"{' and this llmrun runs cpu' if provider != 'cpu' else ''}. Use --provider cpu, or pack for that target.",
-        code="E415",
-    )
+FATAL_ONLY = 4  # ORT's log level: its errors come to us as exceptions
 
 
 def import_onnxruntime() -> Any:
@@ -82,7 +68,6 @@ class RankSession:
         num_blocks: int,
         vocab_size: int,
         share: CoreShare,
-        provider: str = "cpu",
     ) -> None:
         """Load `graph`, and reserve `num_blocks` cache blocks, whose memory is taken as they are used.
 
@@ -95,9 +80,7 @@ class RankSession:
         options = self._options(share)
         try:
             options.register_custom_ops_library(str(library))
-            self._session = self._ort.InferenceSession(
-                str(graph), sess_options=options, providers=[PROVIDERS[provider]]
-            )
+            self._session = self._ort.InferenceSession(str(graph), sess_options=options, providers=[PROVIDERS["cpu"]])
         except MemoryError:
             raise
         except Exception as error:  # ORT's exception types have no common base
@@ -107,9 +90,10 @@ class RankSession:
             ) from error
         check_session(graph, self._session, kv_cache, vocab_size)
         self._run_options = self._ort.RunOptions()
-        self._run_options.log_severity_level = _FATAL_ONLY
+        self._run_options.log_severity_level = FATAL_ONLY
         self._binding = self._session.io_binding()
         self._caches = self._bind_caches(kv_cache, num_blocks)
+        self.graph_s = 0.0  # seconds inside ONNX Runtime so far
         self._shape: tuple[int, ...] = ()
         self._inputs: dict[str, NDArray[np.int32]] = {}
         self._logits = np.empty((0, vocab_size), np.float32)
@@ -128,6 +112,7 @@ class RankSession:
             self._bind_step(plan)
         for name, memory in self._inputs.items():
             np.copyto(memory, getattr(plan, name))
+        started = time.perf_counter()
         try:
             self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:
@@ -135,6 +120,7 @@ class RankSession:
             if _PEER_ENDED.search(text):
                 raise PeerError(f"a step failed: {text}") from error
             raise InternalError(f"a step failed: {text}") from error
+        self.graph_s += time.perf_counter() - started
         return self._logits
 
     def spoil_cache(self) -> None:
@@ -143,9 +129,9 @@ class RankSession:
 
     def _options(self, share: CoreShare) -> Any:
         ort = self._ort
-        ort.set_default_logger_severity(_FATAL_ONLY)
+        ort.set_default_logger_severity(FATAL_ONLY)
         options = ort.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
+        options.log_severity_level = FATAL_ONLY
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads = share.num_threads

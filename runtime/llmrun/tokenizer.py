@@ -72,6 +72,7 @@ class Tokenizer:
         eos_token_ids, eos_token: the tokens that end one.
         vocab_size: ids are 0 to vocab_size - 1; a model may have more, which stand for nothing.
         chat_template: Jinja source of the template, if the artifact has one.
+        special_tokens: texts of the special tokens, and their ids.
         strips_leading_space: whether the encoding puts a space before all text, which decoding takes off.
     """
 
@@ -85,7 +86,7 @@ class Tokenizer:
         self.strips_leading_space = backend.strips_leading_space
         self._add_bos_token = spec.add_bos_token
         self._backend = backend
-        self._special_tokens = spec.special_tokens
+        self.special_tokens = spec.special_tokens
         self._special_ids = frozenset(spec.special_tokens.values())
         # A character that the tokenizer does not know gives the unknown token: that is no way to smuggle one
         # in.
@@ -132,7 +133,7 @@ class Tokenizer:
         segments: list[str | int] = []
         end = 0
         for match in self._special_pattern.finditer(text):
-            segments += [text[end : match.start()], self._special_tokens[match[0]]]
+            segments += [text[end : match.start()], self.special_tokens[match[0]]]
             end = match.end()
         return [segment for segment in [*segments, text[end:]] if segment != ""]
 

@@ -68,6 +68,7 @@ class Node:
     outputs: tuple[str, ...] = ("y",)
     initializers: tuple[str, ...] = ()
     attributes: dict[str, Any] | None = None
+    name: str = "the_node"
 
     def model(self, any_shape: bool = False) -> bytes:
         values = {
@@ -78,7 +79,7 @@ class Node:
             self.op,
             list(self.inputs),
             list(self.outputs),
-            name="the_node",
+            name=self.name,
             domain="ai.llmpack",
             **(self.attributes or {}),
         )

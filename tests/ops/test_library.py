@@ -54,6 +54,20 @@ def read_profile(library: ctypes.CDLL) -> dict[str, tuple[int, int]]:
     return counts
 
 
+def test_the_profile_tells_places_apart_and_layers_not(library: ctypes.CDLL) -> None:
+    x = np.ones((2, 64), np.float32)
+    names = {f"/model/layers.{i}/mlp/act_fn" for i in (0, 17)} | {"/model/other"}
+    sessions = [Node("SwiGLU", {"gate_up": x}, name=name) for name in names]
+    for node in sessions:
+        node.run()
+    assert library.llmpack_ops_profile(1) == 0
+    for node in sessions:
+        node.run()
+    assert library.llmpack_ops_profile(0) == 0
+    counts = {name: calls for name, (calls, _) in read_profile(library).items() if "/model/" in name}
+    assert counts == {"SwiGLU /model/layers.*/mlp/act_fn": 2, "SwiGLU /model/other": 1}
+
+
 def test_the_profile_counts_calls_and_time_while_it_is_on(library: ctypes.CDLL) -> None:
     node = Node("SwiGLU", {"gate_up": np.ones((50, 200), np.float32)})
     node.run()
@@ -63,7 +77,7 @@ def test_the_profile_counts_calls_and_time_while_it_is_on(library: ctypes.CDLL) 
         node.run()
     assert library.llmpack_ops_profile(0) == 0
     node.run()
-    calls, nanoseconds = read_profile(library)["SwiGLU"]
+    calls, nanoseconds = read_profile(library)["SwiGLU the_node"]
     assert calls == 3
     assert 0 < nanoseconds < 60e9
     assert library.llmpack_ops_profile_read(99, None, None, None) == -1

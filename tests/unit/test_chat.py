@@ -102,7 +102,7 @@ def test_prompt_and_ids_are_those_of_transformers(model, messages, add_generatio
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_special_tokens_in_messages_are_text(model, data):
-    special = model.ours._special_tokens
+    special = model.ours.special_tokens
     fragments = st.one_of(st.sampled_from(sorted(special)), st.text("<s>|/im_end ", max_size=5), st.text(max_size=4))
     content = "".join(data.draw(st.lists(fragments, max_size=5)))
     control = set(special.values()) - {0 if "<unk>" in special else None}
@@ -120,7 +120,7 @@ def test_special_tokens_in_messages_are_text(model, data):
 
 
 def test_typed_special_tokens_end_up_as_their_characters(model):
-    for token in model.ours._special_tokens:
+    for token in model.ours.special_tokens:
         ids = encode_chat(model.ours, [{"role": "user", "content": f"a{token}b"}])
         assert f"a{token}b" in model.ours.decode(ids)
 
@@ -196,8 +196,8 @@ def test_the_names_that_templates_expect():
         ("hello", "list"),
         ({"role": "user", "content": "x"}, "list"),
         ([1], "message 0 has int"),
-        ([{"role": "user"}], "exactly role and content"),
-        ([{"role": "user", "content": "x", "name": "y"}], "exactly role and content"),
+        ([{"role": "user"}], "expected role and content"),
+        ([{"role": "user", "content": "x", "mood": "y"}], "no others than name, tool_call_id, tool_calls"),
         ([{"role": "root", "content": "x"}], "role is 'root'"),
         ([{"role": None, "content": "x"}], "role is None"),
         ([{"role": [], "content": "x"}], "role is"),

@@ -101,7 +101,7 @@ def test_ids_in_ids_out_without_a_tokenizer(packed: Packed, tiny_checkpoint: Pat
         (["--ids", "-p", "[1, 99999]"], b"", 2, "99999 is not in the vocabulary"),
         (["--ids", "-p", "{}"], b"", 2, "JSON list"),
         (["-p", "a", "--bogus"], b"", 2, "--bogus"),
-        (["-p", "a", "--provider", "cuda"], b"", 4, "holds graphs for cpu only"),
+        (["-p", "a", "--provider", "cuda"], b"", 4, "holds code for cpu only"),
         (["-p", "a", "--max-seq-len", "100000"], b"", 2, "packed for 128"),
         (["-p", "a", "--threads", "0"], b"", 2, "threads 0"),
     ],

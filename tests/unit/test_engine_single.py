@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmrun import Engine
-from llmrun.errors import NumericError, UsageError
+from llmrun.errors import LlmpackError, NumericError, ResourceError, UsageError
 
 Packed = Callable[..., Path]
 PROMPTS = ["The king", "O", "To be, or not to be, that is the question", "War and peace"]
-# float32 sums in another order, over logits of a few units; FORMAT's kernels add in blocks.
-SAME_LOGITS = 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def test_a_batch_equals_each_alone(engine: Engine) -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 16, 100])
 def test_prefill_in_chunks_equals_prefill_in_one(engine: Engine, chunk: int) -> None:
     ids = [(37 * i + 5) % engine.manifest.model.vocab_size for i in range(40)]
-    np.testing.assert_allclose(engine.logits(ids, chunk=chunk), engine.logits(ids), atol=SAME_LOGITS, rtol=0)
+    np.testing.assert_array_equal(engine.logits(ids, chunk=chunk), engine.logits(ids))
 
 
 def test_logits_of_a_batch_equal_each_alone(engine: Engine) -> None:
     batch = [[1, 7, 9], [1], list(range(3, 60))]
     for ids, logits in zip(batch, engine.logits_batch(batch), strict=True):
         assert logits.shape == (len(ids), engine.manifest.model.vocab_size)
-        np.testing.assert_allclose(logits, engine.logits(ids), atol=SAME_LOGITS, rtol=0)
+        np.testing.assert_array_equal(logits, engine.logits(ids))
 
 
 def test_greedy_takes_the_highest_logit(engine: Engine) -> None:
@@ -68,7 +68,7 @@ def test_leaving_a_generator_early_frees_its_blocks(engine: Engine) -> None:
         pieces = engine.generate("The king", max_tokens=100, ignore_eos=True)
         next(pieces)
         pieces.close()
-    assert engine._allocator.num_free == engine._allocator.num_blocks
+    assert engine.core._pool.num_free == engine.core._pool.num_blocks
 
 
 def test_stop_texts_end_the_answer(engine: Engine) -> None:
@@ -105,7 +105,7 @@ def test_an_end_token_ends_without_being_text(engine: Engine, monkeypatch: pytes
     ids = list(engine.generate_ids("The king", max_tokens=6, temperature=0.0, ignore_eos=True))
     import dataclasses
 
-    monkeypatch.setattr(engine, "manifest", dataclasses.replace(engine.manifest, eos_token_ids=(ids[3],)))
+    monkeypatch.setattr(engine.core, "manifest", dataclasses.replace(engine.manifest, eos_token_ids=(ids[3],)))
     (completion,) = engine.generate_batch(["The king"], max_tokens=6, temperature=0.0)
     assert (completion.ids, completion.finish_reason) == (ids[: ids.index(ids[3])], "stop")
 
@@ -139,3 +139,136 @@ def test_untouched_cache_takes_no_memory(packed_tiny: Packed) -> None:
         with Engine(packed_tiny(1, "f32"), max_num_seqs=num_seqs) as large:
             list(large.generate_ids([1, 2], max_tokens=2))
             assert resident_bytes() - before < 60 << 20
+
+
+def test_generators_may_take_turns(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
+    first, second = engine.generate_ids(PROMPTS[0], **options), engine.generate_ids(PROMPTS[2], **options)
+    pairs = list(zip(first, second, strict=True))
+    assert [a for a, _ in pairs] == engine.complete(PROMPTS[0], **options).ids
+    assert [b for _, b in pairs] == engine.complete(PROMPTS[2], **options).ids
+
+
+def test_one_cancelled_request_leaves_the_others_alone(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
+    leaving, staying = engine.submit(PROMPTS[0], **options), engine.submit(PROMPTS[2], **options)
+    engine.step()
+    engine.cancel(leaving)
+    while staying.finish_reason is None:
+        engine.step()
+    assert (leaving.finish_reason, staying.ids) == ("cancelled", engine.complete(PROMPTS[2], **options).ids)
+
+
+def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:
+    prompt = engine.tokenizer.encode(PROMPTS[2]) if engine.tokenizer else []
+    done = engine.complete(prompt, max_tokens=5, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    rows = engine.logits([*prompt, *done.ids]).astype(np.float64)
+    expected = (
+        rows - np.log(np.exp(rows - rows.max(1, keepdims=True)).sum(1, keepdims=True)) - rows.max(1, keepdims=True)
+    )
+    assert done.logprobs is not None
+    assert done.prompt_logprobs is not None
+    assert done.prompt_logprobs[0] is None
+    scored = [*done.prompt_logprobs[1:], *done.logprobs]
+    for at, (entry, num_top) in enumerate(zip(scored, [2] * (len(prompt) - 1) + [3] * 5, strict=True)):
+        assert entry is not None
+        assert entry.token_id == [*prompt, *done.ids][at + 1]
+        assert entry.logprob == pytest.approx(expected[at, entry.token_id], abs=1e-9)
+        likeliest = np.argsort(-expected[at], kind="stable")[:num_top]
+        assert [i for i, _ in entry.top] == list(likeliest)
+        assert [p for _, p in entry.top] == pytest.approx(list(expected[at, likeliest]), abs=1e-9)
+
+
+def test_a_prompt_alone_can_be_scored(engine: Engine) -> None:
+    done = engine.complete([5, 6, 7], max_tokens=0, prompt_logprobs=0)
+    assert (done.ids, done.finish_reason, len(done.prompt_logprobs or [])) == ([], "length", 3)
+    with pytest.raises(UsageError, match="max-tokens 0"):
+        engine.complete([5, 6, 7], max_tokens=0)
+
+
+class EveryOther:
+    """Allows only ids of one parity, the other one at the next token; done after four."""
+
+    def __init__(self, vocab_size: int, kind: type) -> None:
+        self.vocab_size, self.kind, self.accepted = vocab_size, kind, []
+
+    def mask(self, tokens: Sequence[int]) -> np.ndarray:
+        assert list(tokens) == self.accepted
+        allowed = np.arange(self.vocab_size) % 2 == len(tokens) % 2
+        if self.kind is bool:
+            return allowed
+        bits = np.packbits(allowed, bitorder="little")
+        return np.concatenate([bits, np.zeros(-len(bits) % 4, np.uint8)]).view(self.kind)
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.accepted) == 4
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int32, np.uint32])
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_a_constraint_decides_what_may_come(engine: Engine, kind: type, speculate: int) -> None:
+    vocab_size = engine.manifest.model.vocab_size
+    logits = engine.logits([5, 6, 7])[-1]
+    constraint = EveryOther(vocab_size, kind)
+    options: dict[str, Any] = {"max_tokens": 9, "temperature": 0.0, "ignore_eos": True, "speculate": speculate}
+    done = engine.complete([5, 6, 7], constraint=constraint, **options)
+    assert done.ids == constraint.accepted
+    assert [i % 2 for i in done.ids] == [0, 1, 0, 1]
+    assert done.finish_reason == "stop"
+    assert done.ids[0] == 2 * int(logits[::2].argmax())
+
+
+def test_a_constraint_that_fails_ends_its_own_request_only(engine: Engine) -> None:
+    class Broken(EveryOther):
+        def accept(self, token_id: int) -> None:
+            raise RuntimeError("no such state")
+
+    broken = Broken(engine.manifest.model.vocab_size, bool)
+    failing = engine.submit(PROMPTS[0], constraint=broken, temperature=0.0)
+    other = engine.submit(PROMPTS[2], max_tokens=5, temperature=0.0, ignore_eos=True)
+    with pytest.raises(LlmpackError, match="no such state"):
+        engine.step()
+    while other.finish_reason is None:
+        engine.step()
+    assert (failing.finish_reason, other.finish_reason) == ("error", "length")
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_biased_ids_come_always_or_never(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+    first = engine.complete(PROMPTS[0], **options).ids[0]
+    assert engine.complete(PROMPTS[0], logit_bias={first: -math.inf}, **options).ids[0] != first
+    assert set(engine.complete(PROMPTS[0], logit_bias={77: 1e4}, **options).ids) == {77}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logprobs": -1}, "logprobs -1"),
+        ({"prompt_logprobs": 10**9}, "prompt_logprobs"),
+        ({"logit_bias": {10**9: 1.0}}, "vocabulary"),
+        ({"logit_bias": {5: math.nan}}, "logit_bias of 5"),
+        ({"speculate": 99}, "speculate 99"),
+        ({"top_q": 1}, "no parameter 'top_q'"),
+        ({"frequency_penalty": 3.0}, "frequency_penalty"),
+    ],
+)
+def test_bad_options_are_refused_by_name(engine: Engine, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        engine.submit([1, 2], **options)
+    assert engine.stats().waiting == 0
+
+
+def test_the_cache_can_be_given_its_size(packed_tiny: Packed) -> None:
+    with Engine(packed_tiny(1, "f32"), kv_cache_mb=3) as engine:
+        spec = engine.manifest.kv_cache
+        assert engine.stats().kv_blocks_total == (3 << 20) // (spec.block_size * spec.bytes_per_token)
+        with pytest.raises(ResourceError, match=r"holds 48 positions, and one sequence has up to 128") as refused:
+            engine.job._num_blocks(3, is_exact=True)
+        assert refused.value.exit_code == 5
+    with pytest.raises(ResourceError, match=r"MiB are free .*--kv-cache-mb asks for \d+ MiB"):
+        Engine(packed_tiny(1, "f32"), kv_cache_mb=1 << 30)

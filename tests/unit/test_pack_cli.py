@@ -135,10 +135,21 @@ def test_bad_options_are_one_sentence_and_exit_2(tmp_path, arguments, words):
     assert not (tmp_path / "a").exists()
 
 
-def test_gpu_targets_are_refused_plainly(tmp_path):
-    result = run(DEMO, "-o", tmp_path / "a", "--targets", "cpu,sm_89")
+def test_unknown_targets_are_refused_with_those_that_are_known(tmp_path):
+    result = run(DEMO, "-o", tmp_path / "a", "--targets", "cpu,sm_88")
+    assert result.returncode == 2
+    assert "--targets sm_88: unknown; choose from cpu, sm_80" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("--quant", "f32"), "--quant f32 has no GPU kernels"), (("--kv-dtype", "f32"), "read a float16 cache")],
+)
+def test_what_gpus_cannot_run_is_refused_before_anything_is_compiled(tmp_path, arguments, words):
+    result = run(DEMO, "-o", tmp_path / "a", "--targets", "sm_89", *arguments)
     assert result.returncode == 4
-    assert "--targets sm_89: not available" in result.stderr
+    assert words in result.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_help_needs_neither_numpy_nor_onnx():

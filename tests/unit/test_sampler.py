@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrun.errors import NumericError, UsageError
-from llmrun.sampler import Sampler, SamplingParams
+from llmrun.constraint import allowed_tokens
+from llmrun.errors import InternalError, NumericError, UsageError
+from llmrun.logprobs import token_logprobs
+from llmrun.sampler import Sampler, SamplingParams, TokenHistory
 
 
 def _logits(seed, size=50, scale=3.0):
@@ -221,3 +223,84 @@ def test_any_parameters_draw_an_id_of_the_vocabulary(logits, temperature, top_k,
     params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
     assert 0 <= Sampler(params).sample(row, context) < len(logits)
     assert (row == before).all()
+
+
+@settings(max_examples=200)
+@given(
+    logits=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=30),
+    repeat=st.floats(0.1, 10),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    data=st.data(),
+)
+def test_penalties_and_bias_follow_their_formulas(logits, repeat, presence, frequency, data):
+    size = len(logits)
+    ids = st.lists(st.integers(0, size - 1), max_size=15)
+    prompt, generated = data.draw(ids), data.draw(ids)
+    bias = data.draw(st.dictionaries(st.integers(0, size - 1), st.floats(-20, 20), max_size=4))
+    allowed = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    allowed[data.draw(st.integers(0, size - 1))] = True
+    expected = np.full(size, -np.inf)
+    for i in range(size):  # each formula as its paper or API reference writes it, one id at a time, in float64
+        if not allowed[i]:
+            continue
+        value = float(np.float32(logits[i])) + bias.get(i, 0.0)
+        if i in prompt or i in generated:
+            value = value * repeat if value < 0 else value / repeat
+        value -= frequency * generated.count(i) + presence * (i in generated)
+        expected[i] = value
+    params = SamplingParams(repeat_penalty=repeat, presence_penalty=presence, frequency_penalty=frequency)
+    history = TokenHistory(prompt)
+    for token_id in generated:
+        history.append(token_id)
+    row = np.array(logits, np.float32)
+    chosen = Sampler(params, bias).sample(row, history, allowed)
+    assert allowed[chosen]
+    assert expected[chosen] >= expected.max() - 1e-4 * max(1.0, abs(expected.max()))
+    assert (row == np.array(logits, np.float32)).all()
+
+
+@given(st.lists(st.integers(0, 9), max_size=10), st.lists(st.integers(0, 9), max_size=200))
+def test_a_history_counts_what_was_generated(prompt, generated):
+    history = TokenHistory(prompt, generated)
+    assert sorted(history.ids) == sorted({*prompt, *generated})
+    assert dict(zip(history.ids.tolist(), history.counts.tolist(), strict=True)) == {
+        i: generated.count(i) for i in {*prompt, *generated}
+    }
+
+
+def test_nothing_allowed_is_refused():
+    with pytest.raises(UsageError, match="allows no token"):
+        Sampler(SamplingParams()).sample(np.zeros(3, np.float32), [], np.zeros(3, np.bool_))
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 300), st.integers(0, 400), st.integers(0, 2**32 - 1), st.floats(0.01, 100))
+def test_log_probabilities_add_up_and_the_likeliest_come_first(size, num_top, seed, scale):
+    rows = (np.random.default_rng(seed).standard_normal((3, size)) * scale).round(1).astype(np.float32)
+    tokens = [0, size // 2, size - 1]
+    wide = rows.astype(np.float64)
+    expected = wide - np.logaddexp.reduce(wide, axis=1, keepdims=True)
+    for entry, row, token in zip(token_logprobs(rows, tokens, num_top), expected, tokens, strict=True):
+        assert entry.token_id == token
+        assert entry.logprob == pytest.approx(row[token], abs=1e-9)
+        order = np.argsort(-row, kind="stable")[:num_top]
+        assert [p for _, p in entry.top] == pytest.approx(list(row[order]), abs=1e-9)
+        assert [i for i, _ in entry.top] == list(order)
+        assert len(entry.top) == min(num_top, size)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=100), st.integers(1, 120))
+def test_packed_masks_are_those_of_bools(bits, vocab_size):
+    expected = np.array([*bits, *[False] * vocab_size][:vocab_size])
+    assert (allowed_tokens(np.array(bits), vocab_size) == expected).all()
+    packed = np.packbits(np.array(bits), bitorder="little")
+    packed = np.concatenate([packed, np.zeros(-len(packed) % 8, np.uint8)])
+    for kind in (np.uint8, np.int32, np.uint32, np.uint64):
+        assert (allowed_tokens(packed.view(kind), vocab_size) == expected).all()
+
+
+def test_a_mask_that_is_none_is_refused():
+    for mask in (np.zeros(3, np.float32), np.zeros((1, 3), np.bool_)):
+        with pytest.raises(InternalError, match="mask has type"):
+            allowed_tokens(mask, 3)

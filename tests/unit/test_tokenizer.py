@@ -199,7 +199,7 @@ def test_sentencepiece_text_has_the_ids_of_the_library(sp):
 @given(data=st.data())
 def test_special_tokens_in_text_are_text(sp, bl, data):
     for case in (sp, bl):
-        special = case.ours._special_tokens
+        special = case.ours.special_tokens
         parts = st.one_of(st.sampled_from(sorted(special)), st.text("<s>|/ a\n", max_size=4), st.text(max_size=3))
         text = "".join(data.draw(st.lists(parts, max_size=6)))
         ids = case.ours.encode(text, add_bos=False)

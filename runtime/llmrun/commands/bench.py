@@ -1,4 +1,4 @@
-"""Measure prompt and generation speed, in llama-bench's form.
+"""Measure prompt and generation speed, in llama-bench's form; with --profile, where the time of a step goes.
 
 The roofline of generation is reading a step's weights once: weight_bytes_per_token of all ranks, over the read
 bandwidth that the ranks reach together (each sums a large array with its own threads, all at the same time; best of
@@ -12,10 +12,13 @@ import concurrent.futures
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrun.commands import common
-from llmrun.errors import UsageError
+from llmrun.errors import ResourceError, UsageError
+from llmrun.profile import Profile
+from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -30,29 +33,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_artifact(parser)
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="prompt tokens (512)")
     parser.add_argument("-n", "--n-gen", type=int, default=128, metavar="N", help="generated tokens (128)")
+    parser.add_argument(
+        "-d", "--depth", type=int, default=0, metavar="N", help="tokens in the cache when generating (0)"
+    )
+    parser.add_argument("-b", "--batch", type=int, default=1, metavar="N", help="sequences at the same time (1)")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="times each is measured (5)")
+    parser.add_argument("--profile", action="store_true", help="also tell where the time of rank 0's steps goes")
     common.add_engine_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a line, or a JSON object, for each of the two tests."""
-    if arguments.repetitions < 1 or min(arguments.n_prompt, arguments.n_gen) < 0:
-        raise UsageError("-r: expected 1 or more, -p and -n: 0 or more.")
+    if min(arguments.repetitions, arguments.batch) < 1 or min(arguments.n_prompt, arguments.n_gen, arguments.depth) < 0:
+        raise UsageError("-r and -b: expected 1 or more, -p, -n and -d: 0 or more.")
     command = _Bench(arguments)
-    return common.run_on_ranks(arguments, common.RankWork(command.measure, command.prepare, command.measure_bandwidth))
+    return common.run_on_ranks(
+        arguments,
+        common.RankWork(command.measure, command.prepare, command.measure_bandwidth, max_num_seqs=arguments.batch),
+    )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one test runs: `batch` prompts of `n_prompt` tokens, or `n_gen` steps after `depth` tokens in each of `batch`."""
+
+    n_prompt: int
+    n_gen: int
+    depth: int
+    batch: int
+
+    @property
+    def longest(self) -> int:
+        """Positions that a sequence needs at most."""
+        return self.n_prompt + 1 if self.n_prompt else max(self.depth, 1) + self.max_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a sequence: those measured, and those sampled until the last prompt of the batch is in the cache."""
+        if self.n_prompt:
+            return 1
+        return self.n_gen + (0 if self.depth == 0 else 1 + math.ceil(self.batch * self.depth / DEFAULT_TOKEN_BUDGET))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose speed is measured."""
+        return self.batch * (self.n_prompt or self.n_gen)
 
 
 class _Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._bytes_per_s = 0.0
+        self._num_prompts = 0
+        tests = [
+            Load(arguments.n_prompt, 0, 0, arguments.batch),
+            Load(0, arguments.n_gen, arguments.depth, arguments.batch),
+        ]
+        self._tests = [test for test in tests if test.num_tokens]
 
     def prepare(self, engine: Engine) -> None:
         """Refuse lengths that the context does not hold."""
-        longest = max(self._arguments.n_prompt, self._arguments.n_gen) + 1
+        longest = max((test.longest for test in self._tests), default=0)
         if longest > engine.max_seq_len:
             raise UsageError(
-                f"-p and -n: {longest} tokens do not fit the context of {engine.max_seq_len}.", code="E204"
+                f"-p, -n and -d: {longest} tokens do not fit the context of {engine.max_seq_len}.", code="E204"
             )
 
     def measure_bandwidth(self, engine: Engine) -> None:
@@ -73,20 +117,23 @@ class _Bench:
 
     def measure(self, engine: Engine, _signals: Signals) -> int:
         """Run the two tests."""
-        arguments = self._arguments
-        tests = [(arguments.n_prompt, 0), (0, arguments.n_gen)]
-        results = [self._test(engine, *test) for test in tests if test != (0, 0)]
-        if arguments.json:
+        results = [self._test(engine, test) for test in self._tests]
+        if self._arguments.json:
             common.write_json(results)
         else:
             common.write(_table(results))
+            for result in results:
+                if "profile" in result:
+                    common.write(_profile_table(result))
         return 0
 
-    def _test(self, engine: Engine, n_prompt: int, n_gen: int) -> dict[str, Any]:
-        samples = [_tokens_per_s(engine, n_prompt, n_gen) for _ in range(self._arguments.repetitions + 1)][1:]
+    def _test(self, engine: Engine, load: Load) -> dict[str, Any]:
+        runs = [self._run(engine, load) for _ in range(self._arguments.repetitions + 1)][1:]
+        samples = [load.num_tokens / seconds for seconds, _ in runs]
         average = statistics.fmean(samples)
         weight_bytes = sum(entry.weight_bytes_per_token for entry in engine.manifest.ranks)
-        return {
+        steps_per_s = average / load.batch
+        result = {
             "model": self._arguments.artifact,
             "quantization": engine.manifest.quantization["scheme"],
             "weight_bytes": sum(entry.weight_bytes for entry in engine.manifest.ranks),
@@ -94,32 +141,82 @@ class _Bench:
             "isa": engine.job.isa,
             "ranks": engine.size,
             "n_threads": engine.job.num_threads,
-            "n_prompt": n_prompt,
-            "n_gen": n_gen,
+            "n_prompt": load.n_prompt,
+            "n_gen": load.n_gen,
+            "n_depth": load.depth,
+            "n_seqs": load.batch,
             "avg_ts": average,
             "stddev_ts": statistics.stdev(samples) if len(samples) > 1 else 0.0,
             "samples_ts": samples,
             "weight_bytes_per_token": weight_bytes,
             "read_bytes_per_s": self._bytes_per_s,
-            "roofline_fraction": average * weight_bytes / self._bytes_per_s if n_gen else None,
+            "roofline_fraction": steps_per_s * weight_bytes / self._bytes_per_s if load.n_gen else None,
+        }
+        if self._arguments.profile:
+            result["profile"] = self._profile(engine, load)
+        return result
+
+    def _profile(self, engine: Engine, load: Load) -> dict[str, Any]:
+        """Run the test once more, and return the milliseconds of a step by place."""
+        profile = Profile(engine)
+        seconds, steps = self._run(engine, load, profile)
+        return {
+            "steps": steps,
+            "step_ms": seconds / steps * 1e3,
+            "rows": [
+                {
+                    "op": row.op,
+                    "role": row.role,
+                    "calls": row.calls / steps,
+                    "ms": row.seconds / steps * 1e3,
+                    "share": row.seconds / seconds,
+                }
+                for row in profile.stop(seconds)
+            ],
         }
 
+    def _run(self, engine: Engine, load: Load, profile: Profile | None = None) -> tuple[float, int]:
+        """Run a test once; return the seconds that it took, and its steps."""
+        requests = [
+            engine.submit(
+                self._prompt(engine, load.n_prompt or load.depth or 1),
+                max_tokens=load.max_tokens,
+                ignore_eos=True,
+                temperature=0.0,
+                reuse_prefix=False,
+            )
+            for _ in range(load.batch)
+        ]
+        while load.n_gen and load.depth and not all(request.ids for request in requests):
+            engine.step()
+        if profile is not None:
+            profile.start()
+        steps = 0
+        started = time.perf_counter()
+        while steps < load.n_gen if load.n_gen else any(request.finish_reason is None for request in requests):
+            events = engine.step()
+            steps += 1
+            if load.n_gen and len(events) != load.batch:
+                raise ResourceError(
+                    f"-b {load.batch}: the KV cache's memory holds {len(events)} sequences at a time. Use a smaller -b, or"
+                    " a shorter --max-seq-len.",
+                    code="E502",
+                )
+        seconds = time.perf_counter() - started
+        for request in requests:
+            engine.cancel(request)
+        return seconds, steps
 
-def _tokens_per_s(engine: Engine, n_prompt: int, n_gen: int) -> float:
-    """Run one prompt, or generate after one token, and return tokens per second."""
-    vocab_size = engine.manifest.model.vocab_size
-    prompt = [(7919 * i + 1) % vocab_size for i in range(max(n_prompt, 1))]
-    started = time.perf_counter()
-    request = engine.submit(prompt, max_tokens=max(n_gen, 1), ignore_eos=True, temperature=0.0)
-    while request.finish_reason is None:
-        engine.step()
-    return (n_prompt or n_gen) / (time.perf_counter() - started)
+    def _prompt(self, engine: Engine, length: int) -> list[int]:
+        """Return ids that no other prompt of this run begins with."""
+        self._num_prompts += 1
+        vocab_size = engine.manifest.model.vocab_size
+        return [(7919 * i + 31 * self._num_prompts) % vocab_size for i in range(length)]
 
 
 def _table(results: list[dict[str, Any]]) -> str:
     rows = [("model", "quant", "size", "ranks", "threads", "test", "t/s", "roofline")]
     for result in results:
-        test = f"pp{result['n_prompt']}" if result["n_prompt"] else f"tg{result['n_gen']}"
         fraction = result["roofline_fraction"]
         rows.append(
             (
@@ -128,11 +225,34 @@ def _table(results: list[dict[str, Any]]) -> str:
                 f"{result['weight_bytes'] / 2**20:.2f} MiB",
                 str(result["ranks"]),
                 str(result["n_threads"]),
-                test,
+                _name(result),
                 f"{result['avg_ts']:.2f} ± {result['stddev_ts']:.2f}",
                 "" if fraction is None else f"{fraction:.2f}",
             )
         )
+    return _lines(rows)
+
+
+def _name(result: dict[str, Any]) -> str:
+    """Name a test as llama-bench does: pp512, tg128 @ d2000; with the number of sequences if there are several."""
+    name = f"pp{result['n_prompt']}" if result["n_prompt"] else f"tg{result['n_gen']}"
+    name += f" @ d{result['n_depth']}" if result["n_depth"] else ""
+    return name + (f" x {result['n_seqs']}" if result["n_seqs"] > 1 else "")
+
+
+def _profile_table(result: dict[str, Any]) -> str:
+    profile = result["profile"]
+    rows = [(_name(result), "place", "calls/step", "ms/step", "share")]
+    rows += [
+        (row["op"], row["role"], f"{row['calls']:g}", f"{row['ms']:.3f}", f"{100 * row['share']:.1f} %")
+        for row in profile["rows"]
+    ]
+    rows.append(("a step of rank 0", f"mean of {profile['steps']}", "", f"{profile['step_ms']:.3f}", "100.0 %"))
+    return "\n" + _lines(rows)
+
+
+def _lines(rows: list[tuple[str, ...]]) -> str:
+    """Return a Markdown table; the first row is its head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

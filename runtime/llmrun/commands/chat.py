@@ -1,48 +1,65 @@
 """Talk with the model, in the form of its chat template.
 
-Turns come from the terminal, or line by line from standard input. Ctrl-C stops an answer; an empty line or the end of
-the input leaves.
+On a terminal: with editing, history and commands (/help). Otherwise each line of standard input is a turn, and an empty
+line or the end leaves. Ctrl-C stops an answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llmrun import console, stdin
+from llmrun import console, launcher, stdin
 from llmrun.commands import common
 from llmrun.errors import UsageError
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
     from llmrun.failstop import Signals
+    from llmrun.requests import Completion
 
 DEFAULT_ANSWER_TOKENS = 1024
+Messages = list[dict[str, str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     common.add_artifact(parser)
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_chat_options(parser)
     common.add_sampling_options(parser)
     common.add_engine_options(parser)
 
 
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a chat."""
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--no-history", action="store_true", help="neither read nor write the history of your lines")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Answer turn after turn."""
-    common.check_sampling(arguments)
+    if arguments.system is not None:
+        arguments.system = stdin.decode_utf8(os.fsencode(arguments.system), "--system")
     command = _Chat(arguments)
+    if launcher.CHAT_VARIABLE in os.environ:
+        return common.run_on_ranks(arguments, common.RankWork(command.serve_terminal, command.prepare))
+    is_person = console.is_terminal("stdin") and (console.is_terminal("stdout") or console.is_terminal("stderr"))
+    if is_person and not arguments.json and launcher.launcher_family() is None:
+        from llmrun import chat_terminal
+
+        return chat_terminal.run(arguments)
+    common.check_sampling(arguments)
     return common.run_on_ranks(arguments, common.RankWork(command.talk, command.prepare))
 
 
 class _Chat:
+    """Rank 0's part: answers messages, and computes of a conversation only what is new."""
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._messages: list[dict[str, str]] = []
-        if arguments.system is not None:
-            text = stdin.decode_utf8(os.fsencode(arguments.system), "--system")
-            self._messages.append({"role": "system", "content": text})
+        self._answered: tuple[Messages, list[int], list[int]] | None = None  # messages, their ids, the answer's
 
     def prepare(self, engine: Engine) -> None:
         """Refuse an artifact that cannot chat, before the weights are read."""
@@ -51,34 +68,71 @@ class _Chat:
             raise UsageError(f"{self._arguments.artifact}: has no {missing}. Use `llmrun generate`.", code="E205")
 
     def talk(self, engine: Engine, signals: Signals) -> int:
-        """Read a turn, answer it, and so on."""
-        is_interactive = console.is_terminal("stdin") and console.is_terminal("stderr")
-        self._invite(is_interactive)
+        """Read a turn from a line of standard input, answer it, and so on."""
+        arguments = self._arguments
+        messages: Messages = []
+        if arguments.system is not None:
+            messages.append({"role": "system", "content": arguments.system})
         for line in stdin.read_lines():
             text = stdin.decode_utf8(line, "standard input").strip()
             if not text:
                 break
-            self._messages.append({"role": "user", "content": text})
-            try:
-                self._answer(engine, signals)
-            except UsageError as error:
-                if not is_interactive:
-                    raise
-                self._messages.pop()
-                console.say(console.error_line(error))
-            self._invite(is_interactive)
+            messages.append({"role": "user", "content": text})
+            with signals.answering():
+                write = (lambda _: None) if arguments.json else common.write
+                completion = self._answer(engine, messages, write, signals.stop_answer.is_set)
+            if arguments.json:
+                common.write_json(completion.as_json())
+            else:
+                common.write("\n")
+            messages.append({"role": "assistant", "content": completion.text or ""})
         return 0
 
-    def _invite(self, is_interactive: bool) -> None:
-        if is_interactive:
-            os.write(2, b"> ")
+    def serve_terminal(self, engine: Engine, _signals: Signals) -> int:
+        """Answer what the terminal's side asks, until it leaves."""
+        from llmrun import chat_link
 
-    def _answer(self, engine: Engine, signals: Signals) -> None:
-        from llmrun.chat import encode_chat
+        inbox = chat_link.Inbox()
+        chat_link.send_event(common.write, ready={"max_seq_len": engine.max_seq_len, "load_ms": engine.load_ms})
+        number = 0
+        while (messages := inbox.next_question()) is not None:
+            number += 1
+            stopped = False
 
+            def should_stop(number: int = number) -> bool:
+                nonlocal stopped
+                stopped = inbox.has_stopped(number)
+                return stopped
+
+            try:
+                completion = self._answer(
+                    engine, messages, lambda text: chat_link.send_event(common.write, text=text), should_stop
+                )
+            except UsageError as error:  # too long, or the template's refusal: the person may go on
+                chat_link.send_event(common.write, error=console.error_line(error))
+                continue
+            chat_link.send_event(
+                common.write,
+                done={
+                    "text": completion.text,
+                    "finish_reason": "stopped" if stopped else completion.finish_reason,
+                    "context_n": len(completion.prompt_ids) + len(completion.ids),
+                    "answer_n": len(completion.ids),
+                    **completion.timings,
+                },
+            )
+        return 0
+
+    def _answer(
+        self, engine: Engine, messages: Messages, write: Callable[[str], None], should_stop: Callable[[], bool]
+    ) -> Completion:
+        """Answer messages; `write` gets the text as it comes.
+
+        Raises:
+            UsageError: the messages do not fit the context or the template.
+        """
         arguments = self._arguments
-        assert engine.tokenizer is not None
-        prompt_ids = encode_chat(engine.tokenizer, self._messages)
+        prompt_ids = self._encode(engine, messages)
         room = engine.max_seq_len - len(prompt_ids)
         request = engine.submit(
             prompt_ids,
@@ -88,15 +142,25 @@ class _Chat:
             **common.sampling_of(arguments),
         )
         try:
-            with signals.answering():
-                while request.finish_reason is None and not signals.stop_answer.is_set():
-                    for event in engine.step():
-                        if not arguments.json:
-                            common.write(event.text)
+            while request.finish_reason is None and not should_stop():
+                for event in engine.step():
+                    if event.text:
+                        write(event.text)
         finally:
             engine.cancel(request)
-        if arguments.json:
-            common.write_json(vars(engine.completion(request)))
-        else:
-            common.write("\n")
-        self._messages.append({"role": "assistant", "content": request.text.strip()})
+        completion = engine.completion(request)
+        self._answered = ([*messages], prompt_ids, completion.ids)
+        return completion
+
+    def _encode(self, engine: Engine, messages: Messages) -> list[int]:
+        """Return the prompt's ids: those of the turn before and what is new, where messages go on from it."""
+        from llmrun.chat import encode_chat, extend_chat
+
+        assert engine.tokenizer is not None
+        if self._answered is not None:
+            before, prompt_ids, answer_ids = self._answered
+            if len(messages) == len(before) + 2 and messages[: len(before)] == before:
+                ids = extend_chat(engine.tokenizer, messages, prompt_ids, answer_ids)
+                if ids is not None:
+                    return ids
+        return encode_chat(engine.tokenizer, messages)

@@ -30,8 +30,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add what `Engine` takes."""
     group = parser.add_argument_group("running")
     group.add_argument("--provider", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+    group.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU where there are too few")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
+    group.add_argument(
+        "--kv-cache-mb", type=int, metavar="MB", help="memory for keys and values, a rank (what is needed)"
+    )
+    group.add_argument(
+        "--speculate", type=int, default=0, metavar="K", help="guess K tokens ahead from the text (0: off)"
+    )
     group.add_argument(
         "--verify",
         choices=("auto", "full", "size", "off"),
@@ -116,6 +123,8 @@ class RankWork:
     main: Callable[[Engine, failstop.Signals], int]
     prepare: Callable[[Engine], None] | None = None
     every_rank: Callable[[Engine], None] | None = None
+    max_num_seqs: int = 1
+    drains: bool = False  # rank 0 ends in order after SIGTERM, and says farewell when another rank is lost
 
 
 def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
@@ -131,15 +140,19 @@ def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
         if shards > 1:
             return launcher.launch(shards, arguments.typed)
     rank, size = console.environment_rank(), launcher.launcher_size() or 1
+    if work.drains and rank == 0 and console.is_under_mpirun():
+        failstop.outlive_launcher()
     signals = failstop.Signals()
     signals.install()
     failstop.install_hooks(rank, size, keep_traceback=False)
-    if console.is_under_mpirun():
+    if console.is_under_mpirun() and not (work.drains and rank == 0):
         launcher.die_with_parent(signal.SIGKILL)
     engine = _start(arguments, work)
     if work.every_rank is not None:
         work.every_rank(engine)
     if engine.rank != 0:
+        if work.drains:
+            signals.ignore()
         return _follow(engine)
     return _lead(engine, work, signals)
 
@@ -154,9 +167,12 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             provider=arguments.provider,
             threads=arguments.threads,
             max_seq_len=arguments.max_seq_len,
-            max_num_seqs=1,
+            max_num_seqs=getattr(arguments, "max_num_seqs", work.max_num_seqs),
+            kv_cache_mb=arguments.kv_cache_mb,
+            speculate=arguments.speculate,
             verify=arguments.verify,
             isa=arguments.isa,
+            share_gpu=arguments.share_gpu,
             prepare=work.prepare,
             is_mirroring=False,
         )

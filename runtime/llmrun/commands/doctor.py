@@ -1,17 +1,26 @@
-"""Report whether this machine and environment can run llmrun, and a given artifact."""
+"""Report whether this machine and environment can run llmrun, and a given artifact.
+
+Under mpirun also how the ranks' collectives travel, and how long an all-reduce takes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-from llmrun import __version__, console, launcher, library
+from llmrun import __version__, console, gpu_report, launcher, library
 from llmrun.commands import common
-from llmrun.errors import IncompatibleError, LlmpackError
+from llmrun.errors import IncompatibleError, LlmpackError, PeerError
+
+_ALL_REDUCE_BYTES = (8192, 16384)  # a token's hidden states in float32, of small and of 7B models
+_ALL_REDUCE_CALLS = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +31,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check one thing after the other; the exit code is that of the worst."""
+    try:
+        collectives: str | LlmpackError = _collectives()  # on every rank; the other checks are rank 0's
+    except LlmpackError as error:
+        collectives = error
+    joined = None if arguments.artifact is None else gpu_report.of_artifact(arguments.artifact)  # on every rank
     if console.environment_rank() != 0:
         return 0
+
+    def found_collectives() -> str:
+        if isinstance(collectives, LlmpackError):
+            raise collectives
+        return collectives
+
+    def gpu_collectives() -> str:
+        if isinstance(joined, LlmpackError):
+            raise joined
+        return joined or ""
+
     checks: dict[str, Callable[[], str]] = {
         "python": lambda: f"{platform.python_version()}, llmrun {__version__}, {sys.prefix}",
         "machine": _machine,
         "onnxruntime": _onnxruntime,
         "operators": _operators,
         "mpi": _mpi,
+        "collectives": found_collectives,
+        "gpus": _gpus,
     }
+    if joined is not None:
+        checks["gpu ranks"] = gpu_collectives
     if arguments.artifact is not None:
         checks["artifact"] = lambda: _artifact(arguments.artifact)
     findings: list[dict[str, Any]] = []
@@ -84,12 +113,58 @@ def _operators() -> str:
     return f"version {ops.llmpack_ops_version()}, {ops.llmpack_ops_isa().decode()}, {place}"
 
 
+def _gpus() -> str:
+    from llmrun.session import import_onnxruntime
+
+    return gpu_report.describe(import_onnxruntime().get_available_providers())
+
+
 def _mpi() -> str:
     if launcher.library_family() is None and not _has_mpi4py():
         return "none: models of one rank only"
     path, family = launcher.find_mpirun()
     launcher.check_launcher()
     return f"{family}, {path}"
+
+
+def _collectives() -> str:
+    """Name the transport of the collectives between this job's ranks, and measure it as llmrun uses it."""
+    from llmrun import comm, cores, mpi_functions
+
+    if launcher.launcher_family() is None or launcher.launcher_size() == 1:
+        return "one rank: none (`mpirun -n 2 llmrun doctor` measures them)"
+    ops = mpi_functions.load_library(library.find_library())
+    ranks = comm.connect()
+    everyone = ranks.agree({"cores": sorted(os.sched_getaffinity(0))})
+    local = comm.local_ranks(ranks.peers, ranks.rank)
+    share = cores.share_cores([everyone[rank]["cores"] for rank in local], local.index(ranks.rank), 1)
+    allowed = os.sched_getaffinity(0)
+    if share.cores:
+        os.sched_setaffinity(0, share.cores)
+    if ranks.op_communicator is None:
+        raise PeerError("the ranks have no communicator.")
+    described = mpi_functions.communicator_struct(ranks.op_communicator)
+    if ops.llmpack_ops_set_communicator(ctypes.byref(described)) != 0 or ops.llmpack_ops_share_memory() < 0:
+        raise PeerError(f"operator library: {ops.llmpack_ops_last_error().decode('utf-8', 'replace')}")
+    medians = [_all_reduce_s(ops, size) for size in _ALL_REDUCE_BYTES]
+    os.sched_setaffinity(0, allowed)
+    times = ", ".join(
+        f"{size >> 10} KB in {s * 1e6:.1f} us" for size, s in zip(_ALL_REDUCE_BYTES, medians, strict=True)
+    )
+    where = "own cores" if share.cores else "shared cores"
+    return f"{ops.llmpack_ops_transport().decode()}, {ranks.size} ranks, {where}; all-reduce of {times} (median)"
+
+
+def _all_reduce_s(ops: ctypes.CDLL, size: int) -> float:
+    """Return the median seconds of a call, from Python; every rank calls it."""
+    vector = (ctypes.c_float * (size // 4))()
+    times = []
+    for _ in range(_ALL_REDUCE_CALLS):
+        started = time.perf_counter()
+        if ops.llmpack_ops_all_reduce(vector, vector, len(vector)) != 0:
+            raise PeerError(f"all-reduce: {ops.llmpack_ops_last_error().decode('utf-8', 'replace')}")
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def _has_mpi4py() -> bool:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to complete")
     parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from FILE")
     parser.add_argument("--ids", action="store_true", help="the prompt is a JSON list of token ids")
-    parser.set_defaults(system=None)
+    parser.set_defaults(system=None, no_history=False)
     common.add_sampling_options(parser)
     common.add_engine_options(parser)
 
@@ -74,7 +74,7 @@ class _Generate:
                 elif event.token_id is not None:
                     common.write(f"{event.token_id} ")
         if arguments.json:
-            common.write_json(vars(engine.completion(request)))
+            common.write_json(engine.completion(request).as_json())
         else:
             common.write("\n")
         return 0

@@ -1,0 +1,228 @@
+#include "gpu/launcher.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "gpu/collectives.h"
+
+namespace llmpack::gpu {
+
+namespace {
+
+std::unique_ptr<Launcher>& instance() {
+    // Never destroyed at exit: the driver may be gone by then.
+    static auto& launcher = *new std::unique_ptr<Launcher>;
+    return launcher;
+}
+
+std::string words(const std::map<std::string, int64_t>& constants) {
+    std::string text;
+    for (const auto& [name, value] : constants)
+        text += (text.empty() ? "" : ", ") + name + " " + std::to_string(value);
+    return text;
+}
+
+// FORMAT.md 8.1: a cubin of the same compute capability's first number and a smaller second one runs too.
+bool runs_on(const KernelFile& file, const std::string& chip) {
+    if (file.arch == chip) return true;
+    if (file.backend != "cuda" || chip.rfind("sm_", 0) != 0 || file.arch.rfind("sm_", 0) != 0) return false;
+    const int found = std::atoi(file.arch.c_str() + 3), wanted = std::atoi(chip.c_str() + 3);
+    return found <= wanted && (file.kind == CodeKind::kPtx || found / 10 == wanted / 10);
+}
+
+}  // namespace
+
+Value::Value(float number) : bits(0) { std::memcpy(&bits, &number, sizeof(number)); }
+
+Launcher& Launcher::open(const Settings& settings) {
+    if (instance() != nullptr)
+        throw GpuError("a GPU is in use by this process already, expected one for each process");
+    instance().reset(new Launcher(settings));
+    return *instance();
+}
+
+Launcher& Launcher::current() {
+    if (instance() == nullptr) {
+        throw GpuError("no GPU is in use, expected llmpack_ops_gpu_open before a session is made");
+    }
+    return *instance();
+}
+
+bool Launcher::is_open() { return instance() != nullptr; }
+
+void Launcher::close() { instance().reset(); }
+
+Launcher::Launcher(const Settings& wanted)
+    : settings(wanted),
+      driver(Driver::get(wanted.vendor)),
+      device([&] {
+          const int count = driver.device_count();
+          if (wanted.device < 0 || wanted.device >= count) {
+              throw GpuError("there is no GPU " + std::to_string(wanted.device) + ": the driver shows " +
+                             std::to_string(count));
+          }
+          return driver.device_facts(wanted.device);
+      }()),
+      file(read_kernel_file(wanted.kernels)) {
+    const bool is_hip = file.backend == "hip";
+    if (is_hip != (settings.vendor == Vendor::kHip) || !runs_on(file, device.chip)) {
+        throw GpuError(file.path + " holds code for " + file.arch + ", and GPU " +
+                       std::to_string(device.ordinal) + " (" + device.name + ") is " + device.chip +
+                       ": pack with --targets " + device.chip);
+    }
+    driver.check(driver.call.stream_create(&stream_, kNonBlockingStream), "making a stream");
+}
+
+Launcher::~Launcher() {
+    collectives.reset();
+    for (DevicePointer memory : allocations_) driver.call.release(memory);
+    if (workspace_ != 0) driver.call.release(workspace_);
+    for (const auto& [offset, module] : modules_) driver.call.module_unload(module);
+    if (stream_ != nullptr) driver.call.stream_destroy(stream_);
+}
+
+Function Launcher::function_of(const KernelRecord& record) {
+    driver.make_current(device.ordinal);
+    Module& module = modules_[record.code_offset];
+    if (module == nullptr) {
+        const std::string what = "loading " + record.function + " from " + file.path +
+                                 (file.kind == CodeKind::kPtx ? " (PTX, compiled by the driver)" : "");
+        driver.check(driver.call.module_load(&module, file.data.data() + record.code_offset), what);
+    }
+    Function function = nullptr;
+    driver.check(driver.call.module_function(&function, module, record.function.c_str()),
+                 "finding " + record.function + " in " + file.path);
+    driver.allow_shared_memory(function, record.shared_bytes);
+    return function;
+}
+
+Operation Launcher::operation(const std::string& op, Constants constants,
+                              std::initializer_list<Argument> arguments,
+                              std::initializer_list<const char*> free) {
+    std::map<std::string, int64_t> wanted(constants.begin(), constants.end());
+    Operation operation;
+    operation.driver_ = &driver;
+    operation.warp_size_ = file.warp_size;
+    operation.arguments_.assign(arguments);
+    for (const KernelRecord& record : file.kernels) {
+        if (record.op != op) continue;
+        auto own = record.constants;
+        const int64_t max_rows = own.count("max_rows") != 0 ? own.at("max_rows") : 0;
+        own.erase("max_rows");
+        for (const char* name : free) own.erase(name);
+        if (own != wanted) continue;
+        Operation::Variant variant{&record, function_of(record), max_rows, {}};
+        for (const Parameter& p : record.parameters) {
+            int index = -1;
+            for (size_t i = 0; i < arguments.size(); i++) {
+                const Argument& a = arguments.begin()[i];
+                const bool fits = a.kind == Argument::kPointer   ? p.is_pointer()
+                                  : a.kind == Argument::kInteger ? p.type == "i32"
+                                                                 : p.type == "fp32";
+                if (p.name == a.name && fits) index = static_cast<int>(i);
+            }
+            const bool is_scratch = p.name == "global_scratch" || p.name == "profile_scratch";
+            if (index < 0 && !is_scratch) {
+                throw GpuError(
+                    file.path + ": " + record.function + " has the parameter " + p.name + " (" + p.type +
+                    "), which this release does not know; install the one that the artifact was packed with");
+            }
+            variant.bindings.push_back(index);
+        }
+        operation.variants_.push_back(std::move(variant));
+    }
+    if (operation.variants_.empty()) {
+        throw GpuError(file.path + " has no " + op + " with " + words(wanted) +
+                       ": it belongs to another model; copy the artifact again");
+    }
+    std::sort(operation.variants_.begin(), operation.variants_.end(), [](const auto& a, const auto& b) {
+        return static_cast<uint64_t>(a.max_rows - 1) < static_cast<uint64_t>(b.max_rows - 1);  // 0 comes last
+    });
+    return operation;
+}
+
+int64_t Operation::most_rows() const { return variants_.back().max_rows; }
+
+int64_t Operation::constant(const std::string& name) const {
+    return variants_.back().record->constants.at(name);
+}
+
+void Operation::launch(const Step& step, std::initializer_list<Value> values, Stream stream) const {
+    const Variant* variant = nullptr;
+    for (const Variant& candidate : variants_) {
+        variant = &candidate;
+        if (candidate.max_rows == 0 || step.rows <= candidate.max_rows) break;
+    }
+    const KernelRecord& record = *variant->record;
+    if (variant->max_rows != 0 && step.rows > variant->max_rows) {
+        throw GpuError(record.op + " of " + std::to_string(step.rows) + " rows, expected at most " +
+                       std::to_string(variant->max_rows));
+    }
+    static const uint64_t null = 0;
+    constexpr size_t kMost = 64;
+    void* parameters[kMost];
+    const size_t count = record.parameters.size();
+    if (count > kMost || values.size() != arguments_.size()) {
+        throw GpuError(record.op + ": " + std::to_string(values.size()) + " arguments for " +
+                       std::to_string(count) + " parameters");
+    }
+    for (size_t i = 0; i < count; i++) {
+        const Parameter& parameter = record.parameters[i];
+        const int index = variant->bindings[i];
+        const uint64_t& bits = index < 0 ? null : values.begin()[index].bits;
+        if (bits % parameter.divisor != 0) {
+            throw GpuError(record.op + ": " + parameter.name + " is " + std::to_string(bits) +
+                           ", expected a multiple of " + std::to_string(parameter.divisor));
+        }
+        parameters[i] = const_cast<uint64_t*>(&bits);
+    }
+    const int64_t dimensions[] = {1, step.rows, step.sequences, step.splits};
+    unsigned grid[3];
+    for (int axis = 0; axis < 3; axis++) {
+        const GridAxis& a = record.grid[axis];
+        int64_t programs = (dimensions[a.dimension] + a.divisor - 1) / a.divisor * a.factor;
+        if (a.plus != 0) programs += dimensions[a.plus];
+        if (programs == 0) return;  // no row, nothing to do
+        if (programs > (axis == 0 ? 2147483647 : 65535)) {
+            throw GpuError(record.op + ": " + std::to_string(programs) + " programs along axis " +
+                           std::to_string(axis) + ", more than a GPU takes");
+        }
+        grid[axis] = static_cast<unsigned>(programs);
+    }
+    const unsigned threads = record.num_warps * warp_size_;
+    const int code =
+        record.is_cooperative
+            ? driver_->call.launch_cooperative(variant->function, grid[0], grid[1], grid[2], threads, 1, 1,
+                                               record.shared_bytes, stream, parameters)
+            : driver_->call.launch(variant->function, grid[0], grid[1], grid[2], threads, 1, 1,
+                                   record.shared_bytes, stream, parameters, nullptr);
+    if (code != 0) driver_->check(code, "launching " + record.function);
+}
+
+void Launcher::reserve(size_t bytes) {
+    if (bytes <= workspace_bytes_) return;
+    driver.make_current(device.ordinal);
+    if (workspace_ != 0) driver.check(driver.call.release(workspace_), "freeing GPU memory");
+    workspace_ = 0;
+    driver.check(driver.call.allocate(&workspace_, bytes),
+                 "allocating " + std::to_string(bytes) + " bytes of GPU memory");
+    workspace_bytes_ = bytes;
+}
+
+DevicePointer Launcher::allocate_zeroed(size_t bytes) {
+    driver.make_current(device.ordinal);
+    DevicePointer memory = 0;
+    driver.check(driver.call.allocate(&memory, bytes),
+                 "allocating " + std::to_string(bytes) + " bytes of GPU memory");
+    allocations_.push_back(memory);
+    driver.check(driver.call.fill(memory, 0, bytes, stream_), "clearing GPU memory");
+    driver.check(driver.call.stream_synchronize(stream_), "clearing GPU memory");
+    return memory;
+}
+
+void Launcher::upload(DevicePointer to, const void* from, size_t bytes) {
+    driver.check(driver.call.copy_in(to, from, bytes, stream_), "copying to the GPU");
+    driver.check(driver.call.stream_synchronize(stream_), "copying to the GPU");
+}
+
+}  // namespace llmpack::gpu

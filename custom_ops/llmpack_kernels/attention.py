@@ -1,0 +1,242 @@
+"""Paged attention (FORMAT.md 5.5, 8.4): `cache_write`, then `attention`, or `attention_split` and `attention_combine`.
+
+`attention`: any step. A program takes BLOCK_M queries of one sequence and head, and passes over the keys that they see with a
+running maximum and sum (Milakov and Gimelshein 2018; FlashAttention-2's order of loops).
+`attention_split`: meant for one query a sequence. The query heads of a KV head are the rows of one product; the keys of a
+sequence are cut into S equal parts, a program each, so that a long context fills the device (flash-decoding);
+`attention_combine` joins the parts.
+
+Keys and queries are held as two halves: element j is rotated with j + D / 2, and a score is the sum of two products.
+Queries are rotated in float32 and rounded to float16 for the matrix units. Exponents are of base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from llmpack_kernels.matmul import saturate
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def cache_write(
+    qkv,
+    cos_sin,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Rotate k, write k and v of token `axis 0`, KV head `axis 1` to its slot; negative: nowhere. HALF >= D / 2, power of 2."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:
+        j = tl.arange(0, HALF)
+        inside = j < D // 2
+        source = qkv + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D) + (HEADS + head) * D
+        cos = tl.load(cos_sin + token * D + j, mask=inside, other=0.0)
+        sin = tl.load(cos_sin + token * D + D // 2 + j, mask=inside, other=0.0)
+        a = tl.load(source + j, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(source + D // 2 + j, mask=inside, other=0.0).to(tl.float32)
+        target = (slot.to(tl.int64) * KV_HEADS + head) * D + j
+        tl.store(key_cache + target, saturate(a * cos - b * sin, key_cache), mask=inside)
+        tl.store(key_cache + target + D // 2, saturate(b * cos + a * sin, key_cache), mask=inside)
+        source += KV_HEADS * D
+        tl.store(value_cache + target, tl.load(source + j, mask=inside, other=0.0), mask=inside)
+        tl.store(value_cache + target + D // 2, tl.load(source + D // 2 + j, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _rotated(qkv, cos_sin, token, head, mask, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, j):
+    """Return queries [rows, 1] of `token` and `head`, rotated: the two halves, float16 [rows, HALF]."""
+    source = qkv + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D) + head * D + j
+    cos = tl.load(cos_sin + token * D + j, mask=mask, other=0.0)
+    sin = tl.load(cos_sin + token * D + D // 2 + j, mask=mask, other=0.0)
+    a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32)
+    return (a * cos - b * sin).to(tl.float16), (b * cos + a * sin).to(tl.float16)
+
+
+@triton.jit
+def _pass_over(
+    q0,
+    q1,
+    last,
+    begin,
+    end,
+    key_cache,
+    value_cache,
+    blocks,
+    kv_head,
+    scale,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attend to positions begin to end: rows of q0, q1 see those up to `last` [rows].
+
+    Returns: weighted values [rows, WIDTH] not yet divided, maxima [rows] in base 2, sums [rows].
+    """
+    ROWS: tl.constexpr = q0.shape[0]
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    j = tl.arange(0, HALF)
+    d = tl.arange(0, WIDTH)
+    for start in range(begin, end, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        known = position < end
+        block = tl.load(blocks + position // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
+        slot = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head) * D
+        there = known[None, :] & (j < D // 2)[:, None]
+        k0 = tl.load(key_cache + slot[None, :] + j[:, None], mask=there, other=0.0)
+        k1 = tl.load(key_cache + slot[None, :] + (j + D // 2)[:, None], mask=there, other=0.0)
+        scores = (tl.dot(q0, k0) + tl.dot(q1, k1)) * (scale * LOG2E)
+        seen = (position[None, :] <= last[:, None]) & known[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A row that has seen nothing yet has no maximum: 0 keeps the exponents finite.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp2(top - base)
+        p = tl.exp2(scores - base[:, None])
+        norm = norm * shrink + tl.sum(p, 1)
+        v = tl.load(value_cache + slot[:, None] + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0.0)
+        total = total * shrink[:, None]
+        total = tl.dot(p.to(tl.float16), v, total)
+        top = new_top
+    return total, top, norm
+
+
+@triton.jit
+def attention(
+    out,
+    qkv,
+    cos_sin,
+    key_cache,
+    value_cache,
+    query_start,
+    seq_lens,
+    block_table,
+    table_stride,
+    num_sequences,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries, as many as can be; axis 1: heads."""
+    piece = tl.program_id(0)
+    head = tl.program_id(1)
+    # The sequence whose pieces `piece` is among; num_sequences: none.
+    sequence = piece * 0
+    before = piece * 0
+    pieces = (tl.load(query_start + 1) - tl.load(query_start) + BLOCK_M - 1) // BLOCK_M
+    while (sequence < num_sequences) & (piece >= before + pieces):
+        before += pieces
+        sequence += 1
+        if sequence < num_sequences:
+            count = tl.load(query_start + sequence + 1) - tl.load(query_start + sequence)
+            pieces = (count + BLOCK_M - 1) // BLOCK_M
+    if sequence < num_sequences:
+        first = tl.load(query_start + sequence)
+        count = tl.load(query_start + sequence + 1) - first
+        i = (piece - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+        j = tl.arange(0, HALF)
+        token = first + i
+        mask = (i < count)[:, None] & (j < D // 2)[None, :]
+        q0, q1 = _rotated(qkv, cos_sin, token[:, None], head, mask, HEADS, KV_HEADS, D, j[None, :])
+        last = tl.load(seq_lens + sequence) - count + i
+        end = tl.minimum(tl.load(seq_lens + sequence), tl.max(last, 0) + 1)
+        total, _, norm = _pass_over(
+            q0, q1, last, 0, end, key_cache, value_cache, block_table + sequence.to(tl.int64) * table_stride,
+            head // (HEADS // KV_HEADS), scale, KV_HEADS, D, HALF, WIDTH, BLOCK_SIZE, BLOCK_N,
+        )  # fmt: skip
+        d = tl.arange(0, WIDTH)
+        target = out + token.to(tl.int64)[:, None] * (HEADS * D) + head * D + d[None, :]
+        tl.store(target, saturate(total / norm[:, None], out), mask=(i < count)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def attention_split(
+    partial,
+    qkv,
+    cos_sin,
+    key_cache,
+    value_cache,
+    query_start,
+    seq_lens,
+    block_table,
+    table_stride,
+    num_splits,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write partial float32 [T, H, num_splits, D + 2]: values, maximum, sum; axes: sequences, KV heads, splits; GROUP >= H / KV."""
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    HEADS_HERE: tl.constexpr = HEADS // KV_HEADS
+    first = tl.load(query_start + sequence)
+    end_token = tl.load(query_start + sequence + 1)
+    length = tl.load(seq_lens + sequence)
+    share = ((length + num_splits - 1) // num_splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    g = tl.arange(0, GROUP)
+    j = tl.arange(0, HALF)
+    d = tl.arange(0, WIDTH)
+    head = kv_head * HEADS_HERE + g
+    real = g < HEADS_HERE
+    for i in range(end_token - first):
+        token = first + i
+        position = length - (end_token - token)
+        row = (token + g * 0)[:, None]
+        mask = real[:, None] & (j < D // 2)[None, :]
+        q0, q1 = _rotated(qkv, cos_sin, row, head[:, None], mask, HEADS, KV_HEADS, D, j[None, :])
+        total, top, norm = _pass_over(
+            q0, q1, position + g * 0, split * share, tl.minimum((split + 1) * share, position + 1), key_cache, value_cache,
+            block_table + sequence.to(tl.int64) * table_stride, kv_head, scale, KV_HEADS, D, HALF, WIDTH, BLOCK_SIZE, BLOCK_N,
+        )  # fmt: skip
+        target = partial + ((token.to(tl.int64) * HEADS + head) * num_splits + split) * (D + 2)
+        tl.store(target[:, None] + d[None, :], total, mask=real[:, None] & (d < D)[None, :])
+        tl.store(target + D, top, mask=real)
+        tl.store(target + D + 1, norm, mask=real)
+
+
+@triton.jit
+def attention_combine(out, partial, num_splits, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Join the splits of token `axis 0`, head `axis 1`: out float16 [T, H D]."""
+    at = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    d = tl.arange(0, WIDTH)
+    top = tl.full([], float("-inf"), tl.float32)
+    norm = tl.zeros([], tl.float32)
+    total = tl.zeros([WIDTH], tl.float32)
+    for split in range(num_splits):
+        source = partial + (at * num_splits + split) * (D + 2)
+        part_top = tl.load(source + D)
+        part_norm = tl.load(source + D + 1)
+        new_top = tl.maximum(top, part_top)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp2(top - base)
+        grow = tl.exp2(part_top - base)
+        total = total * shrink + tl.load(source + d, mask=d < D, other=0.0) * grow
+        norm = norm * shrink + part_norm * grow
+        top = new_top
+    tl.store(out + at * D + d, saturate(total / norm, out), mask=d < D)

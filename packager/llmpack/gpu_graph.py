@@ -1,0 +1,165 @@
+"""One rank's graph for the CPU -> the same rank's graph for a GPU (FORMAT 5.9): the same weights, other activations.
+
+In: what `split.py` made. Out: a graph whose operators are the launcher's, with every number that chooses a kernel as an
+attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce fused with the norm behind
+it; and the likeliest tokens beside the logits. Initializers stay as they are: both graphs map one weights.bin. Requires: no
+weight is float32 but norms and biases. It knows no kernel and no chip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from llmrun.artifact import OPS_DOMAIN
+
+TOP_K = 64  # likeliest tokens that a step gives beside the logits; kernel_plan.py compiles the kernel
+_MATMULS = ("MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4")
+_FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def gpu_graph(model: onnx.ModelProto, head_dim: int, block_size: int) -> onnx.ModelProto:
+    """Return the graph for a GPU.
+
+    Args:
+        model: a rank's graph for the CPU; not changed.
+        head_dim: of the attention.
+        block_size: tokens in one block of the KV cache.
+
+    Raises:
+        ValueError: an operator that has no counterpart on a GPU.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    rewrite = _Rewrite(result.graph, head_dim, block_size)
+    nodes = rewrite.nodes()
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    rewrite.set_types()
+    return result
+
+
+class _Rewrite:
+    def __init__(self, graph: onnx.GraphProto, head_dim: int, block_size: int) -> None:
+        self.graph, self.head_dim, self.block_size = graph, head_dim, block_size
+        self.dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        self.shapes = {info.name: _shape(info) for info in (*graph.value_info, *graph.input, *graph.output)}
+        self.types: dict[str, int] = {}
+        self.vocab_size = self.shapes["logits"][-1]
+        consumers = [name for node in graph.node for name in node.input]
+        self.reduced = {
+            node.output[0]: node
+            for node in graph.node
+            if node.op_type == "AllReduce" and consumers.count(node.output[0]) == 1
+        }
+        fused = {node.input[0] for node in graph.node if node.op_type == "AddRMSNorm"}
+        self.reduced = {name: node for name, node in self.reduced.items() if name in fused}
+
+    def nodes(self) -> list[onnx.NodeProto]:
+        """Return the nodes in order, attributes completed."""
+        nodes: list[onnx.NodeProto] = []
+        for node in self.graph.node:
+            nodes += self._lower(node)
+        top = helper.make_node(
+            "TopK",
+            ["logits"],
+            ["top_values", "top_ids"],
+            "/top_k",
+            domain=OPS_DOMAIN,
+            vocab_size=self.vocab_size,
+            k=TOP_K,
+        )
+        rows = self.shapes["logits"][0]
+        for name, kind in (("top_values", _FLOAT), ("top_ids", TensorProto.INT32)):
+            self.graph.output.append(helper.make_tensor_value_info(name, kind, [rows, TOP_K]))
+        return [*nodes, top]
+
+    def set_types(self) -> None:
+        """Give every intermediate value its type; those of removed nodes go."""
+        produced = {name for node in self.graph.node for name in node.output}
+        outputs = {value.name for value in self.graph.output}
+        del self.graph.value_info[:]
+        for name in sorted(produced - outputs):
+            kind = self.types.get(name, _FLOAT)
+            self.graph.value_info.append(helper.make_tensor_value_info(name, kind, self.shapes[name]))
+
+    def _lower(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        op, width = node.op_type, (self.shapes.get(node.input[0]) or [0])[-1]
+        new = onnx.NodeProto()
+        new.CopyFrom(node)
+        if op == "AllReduce" and node.output[0] in self.reduced:
+            return []
+        if op in ("AddRMSNorm", "RMSNorm"):
+            return [self._norm(new, width)]
+        if op in _MATMULS:
+            is_head = self._leads_to_logits(node)
+            new.op_type = op + ("F32" if is_head else "")
+            _set(new, in_features=width)
+            self.types[new.output[0]] = _FLOAT if is_head else _HALF
+        elif op == "SwiGLU":
+            _set(new, in_features=width // 2)
+            self.types[new.output[0]] = _HALF
+        elif op == "PagedAttention":
+            _set(new, head_dim=self.head_dim, block_size=self.block_size)
+            self.types[new.output[0]] = _HALF
+        elif op == "AllReduce":
+            _set(new, in_features=width)
+            self.types[new.output[0]] = _HALF
+        elif op == "AllGather":
+            _set(new, in_features=width)
+        elif op in ("EmbeddingQ6", "EmbeddingQ8"):
+            _set(new, in_features=self.shapes[new.output[0]][-1])
+        elif op == "Gather" and node.input[1] == "input_ids":
+            return [self._embedding(new)]
+        elif op == "Cast" and node.input[0] in self.types and self.types[node.input[0]] == _FLOAT:
+            return []  # of the embedding's rows, which are float32 here
+        elif op == "Gather":
+            self.types[new.output[0]] = self.types[new.input[0]]
+        elif op == "Add":
+            return self._bias(new)
+        elif op not in ("Cast", "Mul", "Cos", "Sin", "Concat", "Unsqueeze"):
+            raise ValueError(f"{node.name}: operator {op} has no counterpart on a GPU")
+        return [new]
+
+    def _leads_to_logits(self, node: onnx.NodeProto) -> bool:
+        gathers = {n.input[0] for n in self.graph.node if n.op_type == "AllGather"}
+        return node.output[0] == "logits" or node.output[0] in gathers
+
+    def _norm(self, node: onnx.NodeProto, width: int) -> onnx.NodeProto:
+        _set(node, in_features=width)
+        self.types[node.output[0]] = _HALF
+        if node.op_type == "RMSNorm":
+            node.op_type = "RMSNormF16"
+        elif (before := self.reduced.get(node.input[0])) is not None:
+            node.op_type = "AllReduceAddRMSNorm"
+            node.input[0] = before.input[0]
+        return node
+
+    def _embedding(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        weight, ids = node.input
+        (cast,) = [n for n in self.graph.node if n.op_type == "Cast" and n.input[0] == node.output[0]]
+        self.types[node.output[0]] = _FLOAT  # marks the Cast as done
+        width = self.dims[weight][1]
+        return helper.make_node(
+            "EmbeddingF16", [ids, weight], [cast.output[0]], node.name, domain=OPS_DOMAIN, in_features=width
+        )
+
+    def _bias(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Add in float16: the stored float32 bias is rounded in front of it."""
+        (place,) = [i for i, name in enumerate(node.input) if name in self.dims]
+        rounded = f"{node.input[place]}.float16"
+        cast = helper.make_node("Cast", [node.input[place]], [rounded], f"{node.name}/float16", to=_HALF)
+        self.shapes[rounded] = self.dims[node.input[place]]
+        self.types[rounded] = self.types[node.output[0]] = _HALF
+        node.input[place] = rounded
+        return [cast, node]
+
+
+def _shape(info: onnx.ValueInfoProto) -> list[Any]:
+    return [dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim]
+
+
+def _set(node: onnx.NodeProto, **attributes: int) -> None:
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())

@@ -1,0 +1,251 @@
+"""Which GPU kernels a model needs: one `KernelSpec` per operation and variant, for the model's own shapes (FORMAT.md 8.4).
+
+In: the architecture, one rank's weights, the number of ranks. Out: pure data, for any target: functions of `llmpack_kernels` by
+name, their compile-time constants, the types of their parameters, and grids. It compiles and imports no kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmpack.kernel_file import GridAxis
+from llmpack.weights import RankWeight, heads_per_rank
+from llmrun.artifact import IncompatibleError, ModelConfig
+
+# Rows that a variant of a product serves; 0: any number. Up to 4 rows the weights are multiplied where they are unpacked,
+# beyond that on the matrix units.
+ROWS = (1, 4, 16, 64, 0)
+TOP_K = (1, 64)
+ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
+GATHER_ROWS = 8
+FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
+# Stands for the target's own number among compile-time constants (llmpack_kernels.decode).
+BACKEND = "BACKEND"
+
+_ONE, _ROW = GridAxis(), GridAxis("rows")
+Grid = tuple[GridAxis, GridAxis, GridAxis]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A function to compile.
+
+    `constants` are what the launcher chooses by; `constexprs` what the function is compiled with; `types` are the parameters of
+    the function that stay, in order. `threads` are those of one program. What a grid is made of is the same on every chip.
+    """
+
+    op: str
+    constants: dict[str, int]
+    function: str  # "module.name" in llmpack_kernels
+    constexprs: dict[str, int | str]
+    types: dict[str, str]
+    grid: Grid
+    threads: int
+    stages: int = 2
+    # Constexprs, "stages" and "buffer_ops" (AMD's, default 1) that differ on chips whose name starts like this.
+    chips: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    def on(self, chip: str) -> dict[str, int]:
+        """Return what differs on a chip."""
+        return {name: v for prefix, own in self.chips.items() if chip.startswith(prefix) for name, v in own.items()}
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _clamp(number: int, low: int, high: int) -> int:
+    return max(low, min(number, high))
+
+
+def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, block_size: int) -> list[KernelSpec]:
+    """Return every kernel that one rank needs; all ranks need the same.
+
+    Args:
+        config: the architecture.
+        weights: all weights of any rank.
+        shards: number of ranks.
+        block_size: tokens in one block of the KV cache.
+
+    Raises:
+        IncompatibleError: weights are stored as float32, for which there are no GPU kernels.
+    """
+    if any(w.storage == "f32" for w in weights if w.row.role in ("linear", "head")):
+        raise IncompatibleError("--quant f32 has no GPU kernels: choose --targets cpu, or --quant f16, q8 or q4.")
+    table = next(w for w in weights if w.row.role == "embedding")
+    specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
+    specs += elementwise(config.hidden_size, config.intermediate_size // shards)
+    specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
+    specs += sampling(config.vocab_size)
+    if shards > 1:
+        head = next(w for w in weights if w.row.role == "head")
+        specs += collectives(config.hidden_size, config.vocab_size, head.num_rows, shards)
+    return specs
+
+
+def _products(weights: list[RankWeight]) -> Iterator[KernelSpec]:
+    matrices = {
+        (w.storage, w.num_rows, w.num_columns, w.group_size or 0, 32 if w.row.role == "head" else 16)
+        for w in weights
+        if w.row.role in ("linear", "head")
+    }
+    for storage, out_features, in_features, group_size, y_bits in sorted(matrices):
+        for max_rows in ROWS:
+            yield product(storage, out_features, in_features, group_size, y_bits, max_rows)
+
+
+def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows: int) -> KernelSpec:
+    """Plan a matrix of n output and k input features, for up to `max_rows` tokens; group_size 0: none."""
+    constants = {"in_features": k, "out_features": n, "y_bits": y_bits, "max_rows": max_rows}
+    constexprs: dict[str, int | str] = {"K": k, "N": n}
+    is_f16 = storage == "f16"
+    weight = {"weight": "*fp16"} if is_f16 else {"weight": "*u8", "scales": "*fp16"}
+    types = {"x": "*fp16", **weight, "y": f"*fp{y_bits}", "num_rows": "i32"}
+    if not is_f16:
+        constants["group_size"] = group_size
+        constexprs |= {"STORAGE": storage, "GROUP": group_size, "BACKEND": BACKEND}
+    name = "matmul_f16" if is_f16 else "matmul"
+    if 0 < max_rows <= 4:
+        # 16 bytes a thread: four words, or eight float16, of the 16 rows of a tile.
+        chunks, share = (128, 8) if is_f16 else (64, 4)
+        chunks = min(chunks, _power_of_two(k // FEATURES_PER_CHUNK.get(storage, 1)))
+        constexprs |= {"ROWS": max_rows, "CHUNKS": chunks}
+        grid = (GridAxis(factor=-(-n // 16)), _ONE, _ONE)
+        threads = _clamp(chunks * 16 // share, 32, 256)
+        return KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_rows", constexprs, types, grid, threads)
+    block_m, block_n, block_k, threads, stages = {
+        16: (16, 32, 128, 128, 4),
+        64: (64, 64, 64, 128, 3),
+        0: (128, 128, 64, 256, 3),
+    }[max_rows]
+    constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, _power_of_two(k)))}
+    grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)
+    return KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_blocks", constexprs, types, grid, threads, stages)
+
+
+def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
+    """Plan rows of the embedding."""
+    if storage == "f16":
+        types = {"ids": "*i32", "weight": "*fp16", "y": "*fp32"}
+        constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
+        function, constants = "elementwise.embed_f16", {"in_features": hidden}
+    else:
+        types = {"ids": "*i32", "weight": "*u8", "scales": "*fp16", "y": "*fp32"}
+        chunks = _power_of_two(hidden // FEATURES_PER_CHUNK[storage])
+        constexprs = {"STORAGE": storage, "H": hidden, "GROUP": group_size, "CHUNKS": chunks}
+        function, constants = "elementwise.embed_tiles", {"in_features": hidden, "group_size": group_size}
+    return KernelSpec(f"embed_{storage}", constants, function, constexprs, types, (_ROW, _ONE, _ONE), 128)
+
+
+def elementwise(hidden: int, intermediate: int) -> Iterator[KernelSpec]:
+    """Plan norms of hidden_size, and SwiGLU of intermediate_size per rank."""
+    constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
+    threads = _clamp(_power_of_two(hidden) // 16, 64, 512)
+    grid, constants = (_ROW, _ONE, _ONE), {"in_features": hidden}
+    types = {"x": "*fp32", "weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
+    yield KernelSpec("rms_norm", constants, "elementwise.rms_norm", constexprs, types, grid, threads)
+    types = {"x": "*fp16", "residual": "*fp32", "weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
+    yield KernelSpec("add_rms_norm", constants, "elementwise.add_rms_norm", constexprs, types, grid, threads)
+    grid = (GridAxis(factor=-(-intermediate // 1024)), _ROW, _ONE)
+    types = {"gate_up": "*fp16", "y": "*fp16"}
+    constants = {"in_features": intermediate}
+    yield KernelSpec("swiglu", constants, "elementwise.swiglu", {"F": intermediate, "BLOCK": 1024}, types, grid, 128)
+
+
+def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[KernelSpec]:
+    """Plan cache writes and attention of heads per rank and head_dim d."""
+    half, width = max(16, _power_of_two(d // 2)), max(16, _power_of_two(d))
+    shape: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "HALF": half}
+    constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
+    types = {"qkv": "*fp16", "cos_sin": "*fp32", "key_cache": "*fp16", "value_cache": "*fp16", "slot_mapping": "*i32"}
+    grid = (_ROW, GridAxis(factor=kv_heads), _ONE)
+    yield KernelSpec("cache_write", constants, "attention.cache_write", shape, types, grid, 32)
+
+    sequences = {"query_start": "*i32", "seq_lens": "*i32", "block_table": "*i32", "table_stride": "i32"}
+    types = {name: type for name, type in types.items() if name != "slot_mapping"} | sequences
+    constants = {**constants, "block_size": block_size}
+    block_m, block_n = 64, 64 if width <= 128 else 32
+    # Matrix operands take more registers there, on RDNA 3 twice as many.
+    chips = {"gfx": {"BLOCK_N": 32, "stages": 1}}
+    narrow = {**chips, "gfx11": {"BLOCK_N": 16}}
+    constexprs = {**shape, "WIDTH": width, "BLOCK_SIZE": block_size}
+    yield KernelSpec(
+        "attention",
+        constants,
+        "attention.attention",
+        {**constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n},
+        {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32"},
+        (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), _ONE),
+        128,
+        chips=narrow,
+    )
+    yield KernelSpec(
+        "attention_split",
+        constants,
+        "attention.attention_split",
+        {**constexprs, "GROUP": max(16, _power_of_two(heads // kv_heads)), "BLOCK_N": block_n},
+        {"partial": "*fp32", **types, "num_splits": "i32", "scale": "fp32"},
+        (GridAxis("sequences"), GridAxis(factor=kv_heads), GridAxis("splits")),
+        128,
+        chips=chips,
+    )
+    yield KernelSpec(
+        "attention_combine",
+        {"num_heads": heads, "head_dim": d},
+        "attention.attention_combine",
+        {"HEADS": heads, "D": d, "WIDTH": width},
+        {"out": "*fp16", "partial": "*fp32", "num_splits": "i32"},
+        (_ROW, GridAxis(factor=heads), _ONE),
+        _clamp(width, 32, 128),
+    )
+
+
+def sampling(vocab_size: int) -> Iterator[KernelSpec]:
+    """Plan the choice of the largest logits."""
+    for k in TOP_K:
+        chunk = min(4096 if k == 1 else 2048, max(k, _power_of_two(vocab_size)))
+        parts = -(-vocab_size // chunk)
+        constants = {"vocab_size": vocab_size, "k": k, "chunk": chunk}
+        grid = (GridAxis(factor=parts), _ROW, _ONE)
+        types = {"logits": "*fp32", "keys": "*i64"}
+        constexprs: dict[str, int | str] = {"V": vocab_size, "K": k, "CHUNK": chunk}
+        yield KernelSpec("top_k_first", constants, "sampling.top_k_first", constexprs, types, grid, 256)
+        types = {"keys": "*i64", "values": "*fp32", "ids": "*i32"}
+        constexprs = {"COUNT": parts * k, "BLOCK": _power_of_two(parts * k), "K": k}
+        threads = _clamp(_power_of_two(parts * k) // 4, 32, 256)
+        yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (_ROW, _ONE, _ONE), threads)
+
+
+def collectives(hidden: int, vocab_size: int, vocab_per_rank: int, shards: int) -> Iterator[KernelSpec]:
+    """Plan the one-shot collectives."""
+    constants = {"in_features": hidden, "ranks": shards, "max_rows": ONE_SHOT_ROWS}
+    meeting = {"buffers": "*i64", "flags": "*i64", "epochs": "*i32", "rank": "i32"}
+    constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden), "RANKS": shards}
+    constexprs |= {"MAX_ROWS": ONE_SHOT_ROWS, "DRAIN": 0}
+    # Addresses come from memory: where the compiler would make buffers of them, it would loop over the lanes.
+    chips = {"gfx": {"buffer_ops": 0}, "gfx9": {"DRAIN": 1}}
+    threads = _clamp(_power_of_two(hidden) // 8, 64, 1024)
+    grid = (_ROW, _ONE, _ONE)
+    types = {"x": "*fp16", "residual": "*fp32", "weight": "*fp32", "y": "*fp16", **meeting, "epsilon": "fp32"}
+    name = "all_reduce_add_rms_norm"
+    yield KernelSpec(name, constants, f"collectives.{name}", constexprs, types, grid, threads, chips=chips)
+    types = {"x": "*fp16", "y": "*fp16", **meeting}
+    yield KernelSpec("all_reduce", constants, "collectives.all_reduce", constexprs, types, grid, threads, chips=chips)
+    constants = {
+        "in_features": vocab_per_rank,
+        "out_features": vocab_size,
+        "ranks": shards,
+        "max_rows": GATHER_ROWS,
+    }
+    constexprs = {
+        "C": vocab_per_rank,
+        "N": vocab_size,
+        "BLOCK": 4096,
+        "RANKS": shards,
+        "MAX_ROWS": GATHER_ROWS,
+        "DRAIN": 0,
+    }
+    types = {"x": "*fp32", "y": "*fp32", **meeting}
+    yield KernelSpec("all_gather", constants, "collectives.all_gather", constexprs, types, grid, 1024, chips=chips)

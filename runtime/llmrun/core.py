@@ -1,0 +1,386 @@
+"""Requests in, events out: the engine without its conveniences. Rank 0 only, one thread only.
+
+A step is: plan, run on all ranks, sample, record. Knows nothing of generators, of threads or of other ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrun.constraint import Constraint, allowed_tokens
+from llmrun.errors import InternalError, LlmpackError, NumericError, UsageError
+from llmrun.kv_cache import BlockPool
+from llmrun.logprobs import TokenLogprobs, token_logprobs
+from llmrun.lookup import PromptLookup
+from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check_prompt
+from llmrun.sampler import Sampler, SamplingParams, TokenHistory
+from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, Scheduler
+from llmrun.sequence import Piece, RunningSequence
+from llmrun.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrun.job import Job
+    from llmrun.manifest import Manifest
+    from llmrun.tokenizer import Tokenizer
+
+MAX_DRAFTS = 16
+_MAX_ROW_BYTES = 64 << 20  # logits of prompt tokens that one step may ask for
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The engine in numbers, at one moment; counts are since the start.
+
+    Attributes:
+        running, waiting: requests.
+        kv_blocks_used, kv_blocks_total: blocks that requests hold (those that only remember a prefix are free), of all.
+        prefix_hits, prefix_queries: prompt tokens found in the cache, of those looked for.
+        prompt_tokens, generated_tokens: of all requests.
+        draft_tokens, accepted_tokens: proposed by speculation, and found right.
+        preemptions: requests that lost their blocks and are computed again.
+        steps: steps run; last_step_s: seconds that the last one took.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_hits: int = 0
+    prefix_queries: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    last_step_s: float = 0.0
+
+
+class Core:
+    """Holds the open requests and runs them, step by step."""
+
+    def __init__(
+        self,
+        job: Job,
+        tokenizer: Tokenizer | None,
+        *,
+        max_seq_len: int,
+        max_num_seqs: int,
+        speculate: int = 0,
+        num_blocks: int | None = None,
+    ) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            job: loaded.
+            tokenizer: None: ids in, ids out.
+            max_seq_len: positions of one sequence at most.
+            max_num_seqs: sequences that run at the same time.
+            speculate: tokens that are guessed ahead, at most, unless a request says otherwise.
+            num_blocks: blocks of the cache to use; None: all.
+        """
+        self._job = job
+        self.tokenizer = tokenizer
+        self.manifest: Manifest = job.manifest
+        self.max_seq_len = max_seq_len
+        self._max_num_seqs = max_num_seqs
+        self._speculate = speculate
+        identity = f"{job.artifact.digest} {self.manifest.kv_cache.dtype}".encode()
+        self._pool = BlockPool(num_blocks or job.num_blocks, self.manifest.kv_cache.block_size, identity)
+        self._scheduler = self._new_scheduler(DEFAULT_TOKEN_BUDGET)
+        self._requests: dict[int, Request] = {}
+        self._num_prompt_tokens = self._num_generated = self._num_drafts = self._num_accepted = self._num_steps = 0
+        self._last_step_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return self._scheduler.has_work
+
+    def stats(self) -> Stats:
+        """Return the numbers of now."""
+        running, waiting = self._scheduler.counts()
+        return Stats(
+            running=running,
+            waiting=waiting,
+            kv_blocks_used=self._pool.num_blocks - self._pool.num_free,
+            kv_blocks_total=self._pool.num_blocks,
+            prefix_hits=self._scheduler.prefix_hits,
+            prefix_queries=self._scheduler.prefix_queries,
+            prompt_tokens=self._num_prompt_tokens,
+            generated_tokens=self._num_generated,
+            draft_tokens=self._num_drafts,
+            accepted_tokens=self._num_accepted,
+            preemptions=self._scheduler.num_preemptions,
+            steps=self._num_steps,
+            last_step_s=self._last_step_s,
+        )
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        constraint: Constraint | None = None,
+        speculate: int | None = None,
+        reuse_prefix: bool = True,
+        **sampling: Any,
+    ) -> Request:
+        """Check and tokenize; arguments and errors as in `Engine.submit`. Changes nothing, so any thread may call it."""
+        vocab_size = self.manifest.model.vocab_size
+        least_tokens = 1 if prompt_logprobs is None else 0
+        prompt_ids, max_tokens = check_prompt(
+            prompt, max_tokens, self.tokenizer, vocab_size, self.max_seq_len, least_tokens=least_tokens
+        )
+        params = self.sampling_params(**sampling)
+        if logit_bias:
+            check_ids(list(logit_bias), vocab_size)
+        for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+            if value is not None and (isinstance(value, bool) or not 0 <= value <= vocab_size):
+                raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {vocab_size}.")
+        speculate = self._speculate if speculate is None else speculate
+        if not 0 <= speculate <= MAX_DRAFTS:
+            raise UsageError(f"speculate {speculate}: expected 0 (off) to {MAX_DRAFTS} tokens.")
+        if stop and self.tokenizer is None:
+            raise UsageError("stop texts need a tokenizer, and the artifact has none.", code="E205")
+        self._scheduler.check(len(prompt_ids), max_tokens)
+        is_text = isinstance(prompt, str)
+        sequence = RunningSequence(
+            -1,
+            list(prompt_ids),
+            len(prompt_ids),
+            max_tokens,
+            num_rows_taken=len(prompt_ids) if prompt_logprobs is None else 0,
+            can_share=reuse_prefix,
+        )
+        sampler = Sampler(params, logit_bias)
+        return Request(
+            sequence,
+            prompt_ids,
+            sampler,
+            TextStream(self.tokenizer, stop, is_continuation=is_text) if self.tokenizer else None,
+            frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
+            constraint,
+            TokenHistory(prompt_ids) if sampler.needs_history else None,
+            PromptLookup(speculate) if speculate else None,
+            num_top=logprobs,
+            num_prompt_top=prompt_logprobs,
+            logprobs=None if logprobs is None else [],
+            prompt_logprobs=None if prompt_logprobs is None else [None],
+        )
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a prepared request."""
+        self._scheduler.submit(request.sequence)
+        self._requests[request.sequence.id] = request
+        self._num_prompt_tokens += request.sequence.num_prompt
+
+    def step(self, *, raises: bool = True) -> list[Event]:
+        """Run one step of whatever is queued; return what it added.
+
+        Args:
+            raises: raise the error of a request that failed; otherwise it is only in the request's last event.
+        Raises:
+            NumericError: a logit of a request is NaN or infinite; nothing is sampled from it.
+            LlmpackError: the step failed, and with it every request.
+        """
+        started = time.perf_counter()
+        plan, pieces = self._scheduler.plan(self._propose)
+        logits = self._job.run(plan)
+        is_finite = bool(np.isfinite(logits).all())
+        events: list[Event] = []
+        for piece in pieces:
+            request = self._requests[piece.sequence.id]
+            try:
+                if not is_finite and not np.isfinite(logits[piece.rows]).all():
+                    raise NumericError(
+                        "the model computed NaN or infinity. `llmrun verify --deep` tells whether the artifact or this"
+                        " machine is at fault."
+                    )
+                events += self._record(request, piece, logits[piece.rows])
+            except Exception as error:  # a constraint is somebody else's code: its failure is its request's alone
+                known = error if isinstance(error, LlmpackError) else InternalError(f"{type(error).__name__}: {error}")
+                events.append(self._end(request, "error", error=known))
+        self._num_steps += 1
+        self._last_step_s = time.perf_counter() - started
+        if raises and (errors := [event.error for event in events if event.error is not None]):
+            raise errors[0]
+        return events
+
+    def cancel(self, request: Request) -> None:
+        """End a request, whatever its state, and free its cache blocks; one that has ended stays as it is."""
+        if self._requests.pop(request.sequence.id, None) is not None:
+            self._scheduler.finish(request.sequence, is_sound=not isinstance(request.error, NumericError))
+            request.finish_reason = request.finish_reason or "cancelled"
+
+    def logits(self, sequences: Sequence[Sequence[int]], chunk: int | None) -> list[NDArray[np.float32]]:
+        """Return the logits after each id of several sequences, run together; see `Engine.logits`."""
+        previous = self._scheduler
+        if previous.has_work:
+            raise UsageError("logits: other requests are still running.")
+        self._scheduler = self._new_scheduler(chunk or DEFAULT_TOKEN_BUDGET)
+        requests: list[Request] = []
+        try:
+            for ids in sequences:
+                checked = check_ids(ids, self.manifest.model.vocab_size)
+                self._scheduler.check(len(checked), 0, least_tokens=0)
+                request = Request(RunningSequence(-1, list(checked), len(checked), 0, num_rows_taken=0), checked)
+                requests.append(request)
+                self.enqueue(request)
+            while any(request.finish_reason is None for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+            self._scheduler = previous
+        return [np.concatenate(request.rows) for request in requests]
+
+    def completion(self, request: Request, load_ms: float) -> Completion:
+        """Return a finished (or cancelled) request as a result."""
+        prompt_s = request.first_token_s - request.submitted_s if request.first_token_s else 0.0
+        timings = {
+            "prompt_n": len(request.prompt_ids),
+            "prompt_ms": round(prompt_s * 1e3, 3),
+            "predicted_n": request.num_generated,
+            "predicted_ms": round((request.last_token_s - request.first_token_s) * 1e3, 3),
+            "load_ms": round(load_ms, 3),
+        }
+        text = None if request.stream is None else request.text
+        reason = request.finish_reason or "stop"
+        return Completion(
+            text, request.prompt_ids, request.ids, reason, timings, request.logprobs, request.prompt_logprobs
+        )
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """Return the given parameters (None: not given), completed with the artifact's defaults.
+
+        Raises:
+            UsageError: there is no such parameter, or its value is out of range.
+        """
+        wanted = {name: value for name, value in given.items() if value is not None}
+        if unknown := wanted.keys() - SamplingParams.__dataclass_fields__.keys():
+            raise UsageError(f"sampling: there is no parameter {min(unknown)!r}.")
+        return SamplingParams(**{**vars(self.manifest.generation), **wanted})
+
+    def _new_scheduler(self, token_budget: int) -> Scheduler:
+        return Scheduler(
+            self._pool,
+            max_seq_len=self.max_seq_len,
+            max_num_seqs=min(self._max_num_seqs, token_budget),
+            token_budget=token_budget,
+            max_rows=max(1, _MAX_ROW_BYTES // (4 * self.manifest.model.vocab_size)),
+        )
+
+    def _propose(self, sequence: RunningSequence, limit: int) -> Sequence[int]:
+        lookup = self._requests[sequence.id].lookup
+        return () if lookup is None else lookup.propose(sequence.tokens, limit)
+
+    def _record(self, request: Request, piece: Piece, rows: NDArray[np.float32]) -> list[Event]:
+        """Take a step's logits into a request; return its events."""
+        if piece.num_prompt_rows:
+            self._take_prompt_rows(request, piece, rows[: piece.num_prompt_rows])
+        if not piece.is_last:
+            self._scheduler.advance(piece, [])
+            return []
+        if len(request.ids) >= request.sequence.max_tokens:
+            self._scheduler.advance(piece, [])
+            return [self._end(request, "length")]
+        sampled, scored = self._sample(request, piece, rows[len(rows) - 1 - len(piece.drafts) :])
+        self._scheduler.advance(piece, sampled)
+        events: list[Event] = []
+        for token_id, logprobs in zip(sampled, scored, strict=True):
+            events.append(self._take_token(request, token_id, logprobs))
+            if request.finish_reason is not None:
+                break
+        return events
+
+    def _sample(
+        self, request: Request, piece: Piece, rows: NDArray[np.float32]
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Sample a token from each row, as long as the rows before it were computed from the very tokens sampled.
+
+        So the tokens are those that would have been sampled one by one, random numbers included.
+        """
+        assert request.sampler is not None
+        sampled: list[int] = []
+        constraint, allowed = request.constraint, None
+        for row, draft in zip(rows, [*piece.drafts, None], strict=True):
+            if constraint is not None:
+                allowed = allowed_tokens(constraint.mask(request.ids + sampled), rows.shape[1])
+            token_id = request.sampler.sample(row, request.history or (), allowed)
+            sampled.append(token_id)
+            is_over = token_id != draft or token_id in request.end_ids
+            if request.history is not None:
+                request.history.append(token_id)
+            if constraint is not None and token_id not in request.end_ids:
+                constraint.accept(token_id)
+                is_over = is_over or constraint.is_done
+            if is_over:
+                break
+        scored: list[TokenLogprobs | None] = [None] * len(sampled)
+        if request.num_top is not None:
+            scored = [*token_logprobs(rows[: len(sampled)], sampled, request.num_top)]
+        if request.lookup is not None:
+            request.lookup.learn(len(piece.drafts), len(sampled) - 1)
+            self._num_drafts += len(piece.drafts)
+            self._num_accepted += len(sampled) - 1
+        return sampled, scored
+
+    def _take_token(self, request: Request, token_id: int, scored: TokenLogprobs | None) -> Event:
+        """Add a sampled token to a request; decide whether the request ends."""
+        request.last_token_s = time.perf_counter()
+        request.first_token_s = request.first_token_s or request.last_token_s
+        self._num_generated += 1
+        request.num_generated += 1
+        if token_id in request.end_ids:
+            return self._end(request, "stop", logprobs=scored)
+        request.ids.append(token_id)
+        if request.logprobs is not None and scored is not None:
+            request.logprobs.append(scored)
+        text = ""
+        if request.stream is not None and self.tokenizer is not None and token_id < self.tokenizer.vocab_size:
+            text = request.stream.push(token_id)
+        has_stopped = request.stream is not None and request.stream.stopped
+        if has_stopped or (request.constraint is not None and request.constraint.is_done):
+            return self._end(request, "stop", token_id, text, scored)
+        if len(request.ids) >= request.sequence.max_tokens:
+            return self._end(request, "length", token_id, text, scored)
+        request.text += text
+        return Event(request, token_id, text, scored)
+
+    def _end(
+        self,
+        request: Request,
+        reason: str,
+        token_id: int | None = None,
+        text: str = "",
+        logprobs: TokenLogprobs | None = None,
+        error: Exception | None = None,
+    ) -> Event:
+        text += request.stream.finish() if request.stream is not None else ""
+        request.text += text
+        request.error = error
+        self.cancel(request)
+        request.finish_reason = reason
+        return Event(request, token_id, text, logprobs, reason, error)
+
+    def _take_prompt_rows(self, request: Request, piece: Piece, rows: NDArray[np.float32]) -> None:
+        """Keep the logits of prompt tokens, or what they say of the tokens that follow."""
+        if request.prompt_logprobs is None:
+            request.rows.append(rows.copy())
+            return
+        first = piece.first_prompt_row + 1
+        following = request.prompt_ids[first : first + len(rows)]  # the prompt's last row predicts no prompt token
+        request.prompt_logprobs += token_logprobs(rows[: len(following)], following, request.num_prompt_top or 0)

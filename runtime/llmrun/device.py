@@ -1,0 +1,268 @@
+"""Which processor a rank computes on: the CPU or one GPU, which GPU, with which code, and whether everything fits.
+
+In: what the artifact holds, what the driver shows (through the operator library, which finds the driver at run time), what the
+user asked for. Out: a `Placement`, or one sentence that says what is missing. Opens no session; knows no graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmrun.errors import IncompatibleError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from llmrun.manifest import Manifest
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rocm": "ROCMExecutionProvider"}
+_VENDORS = {"cuda": 0, "rocm": 1}
+_PACKAGES = {"cuda": "onnxruntime-gpu", "rocm": "onnxruntime-rocm"}
+_JSON_BYTES = 1 << 16
+_SPARE_SHARE = 0.05  # of a GPU's free memory: allocators round up
+GRAPH = "gpu"  # the key of a rank's graph for any GPU
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as its driver shows it; `chip` is "sm_89" or "gfx1100"."""
+
+    ordinal: int
+    name: str
+    chip: str
+    pci_id: str
+    multiprocessors: int
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank computes. On the CPU, `gpu` and `kernels` are None; `sharers`: ranks on the same GPU."""
+
+    provider: str
+    gpu: Gpu | None = None
+    kernels: str | None = None
+    sharers: int = 1
+
+    @property
+    def graph(self) -> str:
+        """Key of the rank's graph in the manifest."""
+        return "cpu" if self.gpu is None else GRAPH
+
+
+def probe(ops: ctypes.CDLL, provider: str) -> tuple[str, list[Gpu]]:
+    """Return the driver's version and its GPUs.
+
+    Raises:
+        IncompatibleError: there is no driver, it is too old, or it shows no GPU.
+    """
+    found = _ask(ops.llmpack_ops_gpu_probe, ops, _VENDORS[provider])
+    return f"{found['library']}, {found['version']}", [Gpu(**gpu) for gpu in found["devices"]]
+
+
+def measure(ops: ctypes.CDLL, provider: str, device: int, peer: int = -1) -> dict[str, Any]:
+    """Measure a GPU's links (llmpack_ops.h); `peer`: another GPU, -1 for none."""
+    return _ask(ops.llmpack_ops_gpu_measure, ops, _VENDORS[provider], device, peer)
+
+
+def _ask(function: Any, ops: ctypes.CDLL, *arguments: int) -> dict[str, Any]:
+    text = ctypes.create_string_buffer(_JSON_BYTES)
+    if function(*arguments, text, _JSON_BYTES) != 0:
+        raise IncompatibleError(_last_error(ops), code="E421")
+    return json.loads(text.value)
+
+
+def _last_error(ops: ctypes.CDLL) -> str:
+    text = ops.llmpack_ops_last_error().decode("utf-8", "replace")
+    return text.partition(": ")[2] or text  # without the function's name
+
+
+def choose_kernels(chip: str, kernels: Mapping[str, str]) -> str | None:
+    """Return which of the targets in `kernels` runs on a chip; None: no one does (FORMAT 8.1).
+
+    >>> choose_kernels("sm_89", {"sm_86": "", "sm_80": "", "ptx_80": ""})
+    'sm_86'
+    >>> choose_kernels("sm_121", {"sm_120": "", "ptx_80": ""})
+    'ptx_80'
+    """
+    if chip in kernels:
+        return chip
+    if not chip.startswith("sm_"):
+        return None
+    number = int(chip.removeprefix("sm_"))
+    if number // 10 == 8:
+        near = [int(name.removeprefix("sm_")) for name in kernels if name.startswith("sm_8")]
+        if older := [n for n in near if n < number]:
+            return f"sm_{max(older)}"
+    texts = [int(name.removeprefix("ptx_")) for name in kernels if name.startswith("ptx_")]
+    usable = [n for n in texts if n <= number]
+    return f"ptx_{max(usable)}" if usable else None
+
+
+def place(
+    provider: str,
+    manifest: Manifest,
+    ops: ctypes.CDLL,
+    available: Sequence[str],
+    *,
+    local_rank: int,
+    local_size: int,
+    share_gpu: bool = False,
+) -> Placement:
+    """Decide where a rank computes.
+
+    Args:
+        provider: "auto", "cpu", "cuda" or "rocm".
+        manifest: what the artifact holds.
+        ops: the operator library.
+        available: ONNX Runtime's execution providers.
+        local_rank: number of this rank among those of its host.
+        local_size: how many those are.
+        share_gpu: let ranks share a GPU where there are too few.
+
+    Raises:
+        IncompatibleError: what was asked for cannot run here.
+        UsageError: more ranks than GPUs.
+    """
+    if provider == "auto":
+        wanted = [name for name in ("cuda", "rocm") if PROVIDERS[name] in available and _holds(manifest, name)]
+        for name in wanted:
+            try:
+                return _place_on_gpu(name, manifest, ops, local_rank, local_size, share_gpu)
+            except (IncompatibleError, UsageError):
+                if "cpu" not in manifest.targets:
+                    raise
+        provider = "cpu"
+    if provider == "cpu":
+        if "cpu" not in manifest.targets:
+            raise IncompatibleError(f"--provider cpu: the artifact is for {_targets(manifest)} only.", code="E415")
+        return Placement("cpu")
+    if not _holds(manifest, provider):
+        raise IncompatibleError(
+            f"--provider {provider}: the artifact holds code for {_targets(manifest)} only. Use --provider cpu, or pack with"
+            f" --targets {provider}.",
+            code="E415",
+        )
+    placement = _place_on_gpu(provider, manifest, ops, local_rank, local_size, share_gpu)
+    if PROVIDERS[provider] not in available:
+        raise IncompatibleError(
+            f"--provider {provider}: the installed onnxruntime has {', '.join(available)} only. Uninstall it and"
+            f' `pip install "llmpack[{provider}]"` ({_PACKAGES[provider]}).',
+            code="E414",
+        )
+    return placement
+
+
+def _place_on_gpu(
+    provider: str, manifest: Manifest, ops: ctypes.CDLL, local_rank: int, local_size: int, share_gpu: bool
+) -> Placement:
+    _, gpus = probe(ops, provider)
+    if not gpus:
+        raise IncompatibleError(f"--provider {provider}: the driver shows no GPU.", code="E421")
+    if local_size > len(gpus) and not share_gpu:
+        raise UsageError(
+            f"--provider {provider}: {local_size} ranks and {len(gpus)} GPU{'s' * (len(gpus) > 1)} on this host. Pack for"
+            f" --shards {len(gpus)}, or let them share with --share-gpu (slow).",
+            code="E209",
+        )
+    gpu = gpus[local_rank % len(gpus)]
+    target = choose_kernels(gpu.chip, manifest.kernels)
+    if target is None:
+        raise IncompatibleError(
+            f"--provider {provider}: no code for GPU {gpu.ordinal} ({gpu.name}, {gpu.chip}); the artifact holds"
+            f" {_targets(manifest)}. Pack with --targets {gpu.chip}.",
+            code="E422",
+        )
+    sharers = sum(rank % len(gpus) == local_rank % len(gpus) for rank in range(local_size))
+    return Placement(provider, gpu, target, sharers)
+
+
+def _holds(manifest: Manifest, provider: str) -> bool:
+    prefixes = ("gfx",) if provider == "rocm" else ("sm_", "ptx_")
+    return any(name.startswith(prefixes) for name in manifest.kernels)
+
+
+def _targets(manifest: Manifest) -> str:
+    return ", ".join(dict.fromkeys((*manifest.targets, *manifest.kernels)))
+
+
+def activation_bytes(manifest: Manifest, num_tokens: int) -> int:
+    """Bound the memory of a step beside weights and cache: activations, logits of every row, and the launcher's workspace."""
+    model, shards = manifest.model, manifest.shards
+    heads = (model.num_attention_heads + 2 * max(model.num_key_value_heads, shards)) // shards * model.head_dim
+    per_token = 3 * 4 * model.hidden_size + 2 * 2 * model.hidden_size + 2 * heads
+    per_token += 2 * 3 * model.intermediate_size // shards + 4 * model.head_dim
+    per_row = 4 * model.vocab_size * (2 if shards > 1 else 1) + 8 * 64 * (model.vocab_size // 2048 + 1)
+    return num_tokens * (per_token + per_row) + (64 << 20)
+
+
+def fit_blocks(placement: Placement, manifest: Manifest, rank: int, wanted: int, least: int, num_tokens: int) -> int:
+    """Return how many of the wanted cache blocks the GPU's free memory holds beside the weights.
+
+    Args:
+        placement: on a GPU.
+        manifest: sizes.
+        rank: whose.
+        wanted: cache blocks.
+        least: blocks of one sequence of full length.
+        num_tokens: in a step, at most.
+
+    Raises:
+        ResourceError: not even `least`; says what is needed and what is free.
+    """
+    gpu = placement.gpu
+    assert gpu is not None
+    spec, weight_bytes = manifest.kv_cache, manifest.ranks[rank].weight_bytes
+    block_bytes = spec.block_size * spec.bytes_per_token
+    fixed = weight_bytes + activation_bytes(manifest, num_tokens)
+    free = int(gpu.free_bytes * (1 - _SPARE_SHARE)) // placement.sharers
+    num_blocks = min(wanted, (free - fixed) // block_bytes)
+    if num_blocks < least:
+        need, positions = fixed + least * block_bytes, least * spec.block_size
+        sharing = f", shared by {placement.sharers} ranks" if placement.sharers > 1 else ""
+        raise ResourceError(
+            f"rank {rank} needs {need / 1e9:.1f} GB ({weight_bytes / 1e9:.1f} weights,"
+            f" {least * block_bytes / 1e9:.1f} KV cache of {positions} positions), GPU {gpu.ordinal} has"
+            f" {gpu.free_bytes / 1e9:.1f} GB free{sharing}: use a shorter --max-seq-len, or pack for more shards.",
+            code="E504",
+        )
+    return num_blocks
+
+
+class _Description(ctypes.Structure):
+    """`LlmpackGpu` of llmpack_ops.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_int32),
+        ("vendor", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("max_sequences", ctypes.c_int32),
+        ("max_rows", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("kernels", ctypes.c_char_p),
+    )
+
+
+def open_gpu(ops: ctypes.CDLL, placement: Placement, kernels: bytes, max_sequences: int, num_tokens: int) -> None:
+    """Make the GPU and its code those of this process.
+
+    Raises:
+        IncompatibleError: the driver or the launcher refuses; says what it found.
+    """
+    assert placement.gpu is not None
+    size, vendor = ctypes.sizeof(_Description), _VENDORS[placement.provider]
+    given = _Description(size, vendor, placement.gpu.ordinal, max_sequences, num_tokens, 0, kernels)
+    if ops.llmpack_ops_gpu_open(ctypes.byref(given)) != 0:
+        raise IncompatibleError(_last_error(ops), code="E422")
+
+
+def join_gpus(ops: ctypes.CDLL) -> tuple[str, bool]:
+    """Join the ranks' GPUs, in step on every rank; return how values travel, and whether a step may be captured."""
+    if ops.llmpack_ops_gpu_share() != 0:
+        raise IncompatibleError(_last_error(ops), code="E422")
+    flag = ctypes.c_int()
+    text = ops.llmpack_ops_gpu_transport(ctypes.byref(flag)).decode()
+    return text, bool(flag.value)

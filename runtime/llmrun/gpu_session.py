@@ -1,0 +1,158 @@
+"""One rank's graph on a GPU under ONNX Runtime: the session, the KV cache on the device, and running one step plan.
+
+In: a verified gpu.onnx, the operator library with its launcher open. Out: logits. A step sends the inputs that have changed and
+takes the chosen rows back, on rank 0 only. Decode steps run as captured graphs, one for each number of sequences; their block
+tables have room for the longest sequence, so that a graph stays right while sequences grow. Not yet run on hardware.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrun.device import PROVIDERS, Placement
+from llmrun.errors import IncompatibleError, InternalError
+from llmrun.graph_check import check_session
+from llmrun.session import FATAL_ONLY, import_onnxruntime
+from llmrun.step_plan import FIELDS, StepPlan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrun.manifest import KvCacheSpec
+
+_EAGER = "-1"  # gpu_graph_id of a run that is neither captured nor replayed
+_MOST_SHAPES = 32  # of eager steps whose memory is kept
+
+
+@dataclass
+class _Shape:
+    """A step's memory on the device, for one shape; `sent` is what lies there."""
+
+    binding: Any
+    inputs: dict[str, Any]
+    outputs: list[Any]  # logits first
+    options: Any
+    sent: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+
+
+class GpuSession:
+    """A loaded graph with its KV cache on a GPU; the interface of `session.RankSession`."""
+
+    def __init__(
+        self,
+        graph: Path,
+        library: Path,
+        kv_cache: KvCacheSpec,
+        placement: Placement,
+        *,
+        num_blocks: int,
+        vocab_size: int,
+        max_seq_len: int,
+        gives_logits: bool,
+        captures: bool,
+    ) -> None:
+        """Load `graph` onto the placement's GPU; `gives_logits`: copy them to the host (rank 0).
+
+        Raises:
+            IncompatibleError: ORT refuses the graph, the operator library or the GPU; or the graph is another model's.
+        """
+        assert placement.gpu is not None
+        self._ort = import_onnxruntime()
+        self._device = placement.gpu.ordinal
+        self._vocab_size, self._gives_logits, self._captures = vocab_size, gives_logits, captures
+        self._columns = -(-max_seq_len // kv_cache.block_size)
+        options = self._ort.SessionOptions()
+        options.log_severity_level = FATAL_ONLY
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        try:
+            options.register_custom_ops_library(str(library))
+            self._session = self._ort.InferenceSession(
+                str(graph), options, providers=[(PROVIDERS[placement.provider], self._provider_options(placement))]
+            )
+        except Exception as error:  # ORT's exception types have no common base
+            text = " ".join(str(error).split())
+            raise IncompatibleError(
+                f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
+            ) from error
+        check_session(graph, self._session, kv_cache, vocab_size)
+        self._top_k = next(node.shape[1] for node in self._session.get_outputs() if node.name == "top_values")
+        self._caches = self._make_caches(kv_cache, num_blocks)
+        self._shapes: dict[tuple[Any, ...], _Shape] = {}
+
+    def run(self, plan: StepPlan) -> NDArray[np.float32]:
+        """Run one step; see `RankSession.run`. On ranks that give no logits the rows are zeros.
+
+        Raises:
+            InternalError: an operator failed; its sentence is in the message.
+        """
+        is_captured = self._captures and plan.is_decode and len(plan.logit_rows) == len(plan.seq_lens)
+        table = plan.block_table
+        if is_captured:
+            table = np.zeros((len(table), self._columns), np.int32)
+            table[:, : plan.block_table.shape[1]] = plan.block_table
+        values = {name: getattr(plan, name) for name in FIELDS} | {"block_table": table}
+        shape = self._shape_of(values, is_captured)
+        for name, value in values.items():
+            if name not in shape.sent or not np.array_equal(shape.sent[name], value):
+                shape.inputs[name].update_inplace(np.ascontiguousarray(value, np.int32))
+                shape.sent[name] = np.array(value, np.int32)
+        try:
+            self._session.run_with_iobinding(shape.binding, shape.options)
+        except Exception as error:
+            raise InternalError(f"a step failed: {' '.join(str(error).split())}") from error
+        if not self._gives_logits:
+            return np.zeros((len(plan.logit_rows), self._vocab_size), np.float32)
+        return shape.outputs[0].numpy()
+
+    def spoil_cache(self) -> None:
+        """Put NaN into a cache, for fault injection."""
+        cache = self._caches["value_cache.0"]
+        cache.update_inplace(np.full(cache.shape(), np.nan, np.float16))
+
+    def _provider_options(self, placement: Placement) -> dict[str, str]:
+        options = {"device_id": str(self._device), "arena_extend_strategy": "kSameAsRequested"}
+        if self._captures:
+            options["enable_cuda_graph" if placement.provider == "cuda" else "enable_hip_graph"] = "1"
+        return options
+
+    def _value(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        # ROCm's build, too, calls the memory of its GPU "cuda".
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", self._device)
+
+    def _make_caches(self, spec: KvCacheSpec, num_blocks: int) -> dict[str, Any]:
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads_per_rank, spec.head_dim)
+        names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in ("key", "value")]
+        return {name: self._value(shape, np.dtype(spec.dtype)) for name in names}
+
+    def _shape_of(self, values: dict[str, NDArray[np.int32]], is_captured: bool) -> _Shape:
+        key = (is_captured, *(value.shape for value in values.values()))
+        if key in self._shapes:
+            return self._shapes[key]
+        eager = [known for known in self._shapes if not known[0]]
+        if len(eager) >= _MOST_SHAPES:  # captured ones stay: their addresses are in a graph
+            del self._shapes[eager[0]]
+        binding = self._session.io_binding()
+        inputs = {name: self._value(value.shape, np.int32) for name, value in values.items()}
+        for name, value in {**self._caches, **inputs}.items():
+            binding.bind_ortvalue_input(name, value)
+        logits = self._value((len(values["logit_rows"]), self._vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", logits)
+        kept = [logits]
+        for name, dtype in (("top_values", np.float32), ("top_ids", np.int32)):
+            kept.append(self._value((len(values["logit_rows"]), self._top_k), dtype))
+            binding.bind_ortvalue_output(name, kept[-1])
+        options = self._ort.RunOptions()
+        options.log_severity_level = FATAL_ONLY
+        if self._captures:
+            # One graph for each number of sequences; 0 is ORT's own.
+            options.add_run_config_entry("gpu_graph_id", str(len(values["seq_lens"])) if is_captured else _EAGER)
+        self._shapes[key] = _Shape(binding, inputs, kept, options)
+        return self._shapes[key]

@@ -1,0 +1,145 @@
+"""Lines from a person at a terminal: editing, history, and messages of several lines.
+
+In: the terminal, through the standard library's readline where Python has it. Out: one message at a time. The history
+is a private file of one JSON string a line, because a message may hold newlines. Knows nothing of chats but the names of
+the commands that Tab completes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+PROMPT, CONTINUATION = "> ", ". "
+QUOTES = '"""'
+MAX_HISTORY = 1000
+
+
+def default_history() -> Path | None:
+    """Return $XDG_STATE_HOME/llmrun/history; None where there is no home."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state):
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home):
+            return None
+        state = os.path.join(home, ".local", "state")
+    return Path(state, "llmrun", "history")
+
+
+class LineEditor:
+    """Reads messages. `history` None: only what is typed now can be recalled, and nothing is written."""
+
+    def __init__(self, commands: Sequence[str], history: Path | None) -> None:
+        """Prepare the terminal's editing; a history that cannot be read is an empty one."""
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+        self._history = history
+        self._commands = sorted(commands)
+        try:
+            import readline
+        except ImportError:  # a Python built without it: lines still arrive, as the terminal itself edits them
+            self._readline = None
+            return
+        self._readline = readline
+        readline.set_auto_history(False)  # a message of several lines is one entry
+        readline.set_completer_delims(" ")
+        readline.set_completer(self._complete)
+        readline.parse_and_bind("tab: complete")
+        if os.environ.get("TERM", "dumb") != "dumb":
+            readline.parse_and_bind(
+                "set enable-bracketed-paste on"
+            )  # pasted lines are one message; Python turns it off
+        for message in _load(history):
+            readline.add_history(message)
+
+    def read(self) -> str:
+        r"""Return the next message, as typed.
+
+        A line that begins with three double quotes opens a block, which the next three at the end of a line close; a
+        backslash at the end of a line goes on in the next one.
+
+        Raises:
+            EOFError: Ctrl-D on an empty line.
+            KeyboardInterrupt: Ctrl-C; what was typed is gone.
+        """
+        line = input(PROMPT)
+        if line.lstrip().startswith(QUOTES):
+            text = self._read_block(line.lstrip().removeprefix(QUOTES))
+        else:
+            lines = [line]
+            while lines[-1].endswith("\\"):
+                lines[-1] = lines[-1][:-1]
+                lines.append(input(CONTINUATION))
+            text = "\n".join(lines)
+        self._remember(text)
+        return text
+
+    def _read_block(self, first: str) -> str:
+        lines = [first]
+        while not lines[-1].rstrip().endswith(QUOTES):
+            lines.append(input(CONTINUATION))
+        lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
+        return "\n" + "\n".join(lines).strip("\n")  # a block is text, whatever it begins with
+
+    def _remember(self, text: str) -> None:
+        text = text.strip("\n")
+        readline = self._readline
+        if readline is None or not text.strip():
+            return
+        length = readline.get_current_history_length()
+        if length and readline.get_history_item(length) == text:
+            return
+        readline.add_history(text)
+        if self._history is not None:
+            _append(self._history, text)
+
+    def _complete(self, text: str, state: int) -> str | None:
+        """Complete a command at the beginning of the line, and the file name of /save."""
+        assert self._readline is not None
+        begin = self._readline.get_begidx()
+        if begin == 0:
+            found = [name + " " for name in self._commands if name.startswith(text)] if text.startswith("/") else []
+        elif self._readline.get_line_buffer().startswith("/save "):
+            pattern = glob.escape(os.path.expanduser(text)) + "*"
+            found = [path + "/" * os.path.isdir(path) for path in sorted(glob.glob(pattern))]
+        else:
+            found = []
+        return found[state] if state < len(found) else None
+
+
+def _load(path: Path | None) -> list[str]:
+    """Return the latest messages of a history; shorten the file where it has grown to twice what is kept."""
+    if path is None:
+        return []
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    messages = []
+    for line in lines[-MAX_HISTORY:]:
+        with contextlib.suppress(ValueError):
+            if isinstance(message := json.loads(line), str):
+                messages.append(message)
+    if len(lines) > 2 * MAX_HISTORY:
+        with contextlib.suppress(OSError):
+            descriptor, name = tempfile.mkstemp(dir=path.parent)  # private
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(message) + "\n" for message in messages)
+            os.replace(name, path)
+    return messages
+
+
+def _append(path: Path, text: str) -> None:
+    """Add a message to a history; what people ask is nobody else's affair, so file and folder are private."""
+    with contextlib.suppress(OSError):  # a read-only home: no history
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, (json.dumps(text) + "\n").encode())
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,44 @@
+"""Log-probabilities of tokens, as the model gives them: before constraint, bias, penalties and temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["TokenLogprobs", "token_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token's natural log-probability, and the most likely tokens of its position, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprobs(logits: NDArray[np.float32], token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Return what each row of logits says of the token that followed.
+
+    Args:
+        logits: [len(token_ids), vocab_size], float32, finite.
+        token_ids: the token of each row.
+        num_top: how many alternatives; equal logits are ordered by id.
+    """
+    results = []
+    for row, token_id in zip(logits, token_ids, strict=True):
+        # In float64 and relative to the highest: the sum of 128k terms keeps all digits that float32 logits have.
+        scores = row.astype(np.float64)
+        scores -= scores.max()
+        scores -= np.log(np.exp(scores).sum())
+        top: tuple[tuple[int, float], ...] = ()
+        if num_top > 0:
+            least = np.partition(row, row.shape[0] - num_top)[row.shape[0] - num_top] if num_top < len(row) else -np.inf
+            ids = np.flatnonzero(row >= least)
+            ids = ids[np.argsort(-row[ids], kind="stable")][:num_top]
+            top = tuple((int(i), float(scores[i])) for i in ids)
+        results.append(TokenLogprobs(int(token_id), float(scores[token_id]), top))
+    return results

@@ -1,0 +1,177 @@
+"""`/v1/completions`: texts or token ids to continuations, with log-probabilities of both."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmrun.requests import Event
+from llmrun.server.errors import ApiError, as_api_error
+from llmrun.server.guard import ClientGoneError, Receive, Scope, Send, send_json
+from llmrun.server.replies import DONE, PING, Stream, TokenTexts, frame, usage
+from llmrun.server.schemas import CompletionCall
+from llmrun.server.service import Service
+from llmrun.server.tasks import Answer, Choice
+
+if TYPE_CHECKING:
+    from llmrun.engine_loop import Ticket
+
+
+class Completions:
+    """The route; an ASGI application."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        service = self._service
+        body, headers = await service.read(scope, receive, service.schemas.completion)
+        call = service.schemas.completion_call(body)
+        service.check_model(call.model)
+        await service.compile(call.sampled.grammar)
+        num_sequences = len(call.prompts) * call.sampled.n
+        async with Answer(service, receive, num_sequences) as answer:
+            writer = _Writer(service, call)
+            await answer.submit([self._submitter(call, prompt) for prompt in call.prompts], call.sampled.n)
+            if call.sampled.stream:
+                await _stream(answer, writer, Stream(send, headers))
+            else:
+                await send_json(send, await _whole(answer, writer), headers)
+
+    def _submitter(
+        self, call: CompletionCall, prompt: str | list[int]
+    ) -> Callable[[Callable[[Event], None], int], Ticket]:
+        sampled, loop, service = call.sampled, self._service.loop, self._service
+        if not prompt:
+            prompt = service.empty_prompt()
+        prompt_logprobs = call.logprobs if call.echo else None
+        if sampled.max_tokens == 0:
+            prompt_logprobs = call.logprobs or 0
+
+        def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
+            constraint = service.constraint(sampled.grammar)
+            return loop.submit(
+                prompt,
+                on_event=on_event,
+                max_tokens=sampled.max_tokens,
+                stop=sampled.stop,
+                ignore_eos=sampled.ignore_eos and constraint is None,
+                logprobs=call.logprobs,
+                prompt_logprobs=prompt_logprobs,
+                logit_bias=sampled.logit_bias or None,
+                constraint=constraint,
+                seed=None if sampled.seed is None else (sampled.seed + i) % 2**63,
+                **sampled.sampling,
+            )
+
+        return submit
+
+
+class _Writer:
+    """Makes the objects of one request."""
+
+    def __init__(self, service: Service, call: CompletionCall) -> None:
+        self.call = call
+        self._service, self._texts = service, TokenTexts(service.engine.tokenizer)
+        self._offsets: dict[int, int] = {}
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+            "system_fingerprint": service.fingerprint,
+        }
+
+    def body(self, choices: list[dict[str, Any]], numbers: dict[str, Any] | None) -> dict[str, Any]:
+        """Return a response, or a chunk of one."""
+        return {**self._head, "choices": choices, "usage": numbers}
+
+    def first(self, choice: Choice) -> dict[str, Any] | None:
+        """Return the echo of the prompt, if it is wanted; to be called at a choice's first event."""
+        if choice.index in self._offsets:
+            return None
+        self._offsets[choice.index] = 0
+        if not self.call.echo or choice.ticket is None:
+            return None
+        request, prompt = choice.ticket.request, self.call.prompts[choice.prompt_index]
+        tokenizer = self._service.engine.tokenizer
+        text = prompt if isinstance(prompt, str) else "" if tokenizer is None else tokenizer.decode(request.prompt_ids)
+        logprobs = None
+        if self.call.logprobs is not None and request.prompt_logprobs is not None:
+            logprobs = self._texts.completion(request.prompt_logprobs, request.prompt_ids, 0)
+        self._offsets[choice.index] = len(text)
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def piece(self, choice: Choice, event: Event) -> dict[str, Any]:
+        """Return what an event adds to a choice."""
+        logprobs = None
+        if self.call.logprobs is not None:
+            has_token = event.token_id is not None and event.logprobs is not None
+            entries, ids = ([event.logprobs], [event.token_id]) if has_token else ([], [])
+            logprobs = self._texts.completion(entries, ids, self._offsets[choice.index])  # type: ignore[arg-type]
+        self._offsets[choice.index] += len(event.text)
+        return {"index": choice.index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
+
+
+async def _whole(answer: Answer, writer: _Writer) -> dict[str, Any]:
+    results: dict[int, dict[str, Any]] = {}
+    while (events := await answer.events()) != []:
+        for choice, event in events or ():
+            for piece in (writer.first(choice), writer.piece(choice, event)):
+                if piece is not None:
+                    _add(results.setdefault(choice.index, {"index": choice.index, "text": "", "logprobs": None}), piece)
+    choices = [results[index] for index in sorted(results)]
+    return writer.body(choices, usage(answer.choices))
+
+
+def _add(result: dict[str, Any], piece: dict[str, Any]) -> None:
+    result["text"] += piece["text"]
+    result["finish_reason"] = piece["finish_reason"]
+    if piece["logprobs"] is not None:
+        if result["logprobs"] is None:
+            result["logprobs"] = {name: [] for name in piece["logprobs"]}
+        for name, values in piece["logprobs"].items():
+            result["logprobs"][name] += values
+
+
+async def _stream(answer: Answer, writer: _Writer, stream: Stream) -> None:
+    await stream.start()
+    has_usage = writer.call.sampled.include_usage
+    try:
+        while (events := await answer.events()) != []:
+            data = PING if events is None else b""
+            for choice, event in events or ():
+                for piece in (writer.first(choice), writer.piece(choice, event)):
+                    if piece is None or not (piece["text"] or piece["finish_reason"] or _has_tokens(piece)):
+                        continue
+                    chunk = writer.body([piece], None)
+                    if not has_usage:
+                        del chunk["usage"]
+                    data += frame(chunk)
+            await stream.write(data)
+        if has_usage:
+            await stream.write(frame(writer.body([], usage(answer.choices))))
+        await stream.write(DONE)
+    except ClientGoneError:
+        raise
+    except Exception as error:
+        await stream.write(frame(report(error).body()))
+    await stream.end()
+
+
+def _has_tokens(piece: dict[str, Any]) -> bool:
+    return piece["logprobs"] is not None and bool(piece["logprobs"]["tokens"])
+
+
+def report(error: Exception) -> ApiError:
+    """Return an error for an event in a stream; a bug of ours goes to the log as well."""
+    known = as_api_error(error)
+    if known.status >= 500 and known is not error:
+        from llmrun import console
+
+        console.show_traceback(error)
+        console.say(console.error_line(error))
+    return known

@@ -1,0 +1,240 @@
+"""Structured output: a JSON schema, regular expression, list of choices or grammar, as a constraint on tokens (llguidance).
+
+Sources come from clients. They are bounded before they are compiled (size, depth, enum), compiled away from the
+engine's thread, and the library's own limits bound what they may use up at each token. A constraint that fails then
+ends its own request with an error and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import re
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrun.errors import UsageError
+from llmrun.server.errors import ApiError, bad
+from llmrun.server.limits import Limits
+
+if TYPE_CHECKING:
+    from llmrun.tokenizer import Tokenizer
+
+CACHE_ENTRIES = 32
+_MAX_LEXER_STATES = 10_000  # 1 to 2 kB each
+# Between the tokens of JSON: a space, or a line break and its indentation. Without a bound a weak model never stops.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
+
+
+def is_available() -> bool:
+    """Tell whether llguidance is installed."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
+class Grammars:
+    """Compiles sources for one tokenizer, and remembers the last ones. May be used from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int], limits: Limits) -> None:
+        """`vocab_size`: the model's, of which the tokenizer may know fewer."""
+        self._tokenizer, self._vocab_size, self._eos, self._limits = tokenizer, vocab_size, list(eos_token_ids), limits
+        self._lock = threading.Lock()
+        self._library_tokenizer: Any = None
+        self._compiled: collections.OrderedDict[str, Any] = collections.OrderedDict()
+
+    def constraint(self, kind: str, source: Any) -> TokenConstraint:
+        """Return a new constraint; compiles the source unless it is remembered.
+
+        Args:
+            kind: "json" (a schema, or its text), "regex", "choice" (a list of texts) or "grammar" (Lark, or GBNF).
+            source: what the request holds.
+        Raises:
+            ApiError: 400, with what is wrong with the source.
+        """
+        if not is_available():
+            raise bad(
+                "structured output needs llguidance: `pip install 'llmpack[serve]'` on the server.", "response_format"
+            )
+        grammar = self._grammar(kind, source)
+        with self._lock:
+            base = self._compiled.get(grammar)
+            if base is None:
+                base = self._compile(grammar)
+                self._compiled[grammar] = base
+                if len(self._compiled) > CACHE_ENTRIES:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return TokenConstraint(base.deep_copy(), self._vocab_size)
+
+    def _grammar(self, kind: str, source: Any) -> str:
+        from llguidance import LLMatcher
+
+        try:
+            if kind == "json":
+                return LLMatcher.grammar_from_json_schema(
+                    json.dumps(self._checked_schema(source)), defaults=_JSON_OPTIONS
+                )
+            if kind == "regex":
+                return LLMatcher.grammar_from_regex(source)
+            if kind == "choice":
+                text = "|".join(map(_escape, source))
+                if len(text) > self._limits.max_schema_bytes:
+                    raise bad(f"the choices are larger than {self._limits.max_schema_bytes} bytes.", "response_format")
+                return LLMatcher.grammar_from_regex(text)
+            return LLMatcher.grammar_from_lark(_lark(source))
+        except ApiError:
+            raise
+        except Exception as error:
+            raise _refused(str(error)) from None
+
+    def _checked_schema(self, source: Any) -> Any:
+        limits = self._limits
+        if isinstance(source, str):
+            from llmrun.server.json_body import parse_json
+
+            source = parse_json(source.encode(), max_depth=limits.max_schema_depth)
+        check_schema(source, limits)
+        return source
+
+    def _compile(self, grammar: str) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if self._library_tokenizer is None:
+            self._library_tokenizer = self._make_tokenizer()
+        bounds = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+        try:
+            matcher = LLMatcher(self._library_tokenizer, grammar, log_level=0, limits=bounds)
+            matcher.deep_copy().compute_bitmask()  # what is only found out while it runs is better found out here
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise _refused("the library failed on it") from None
+        if matcher.is_error():
+            raise _refused(matcher.get_error())
+        return matcher
+
+    def _make_tokenizer(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        tokenizer = self._tokenizer
+        special = sorted(tokenizer.special_tokens.values())
+        names = {token_id: text.encode() for text, token_id in tokenizer.special_tokens.items()}
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else next(iter(special), None)
+
+        class Vocabulary:
+            eos_token_id = self._eos[0] if self._eos else 0
+            bos_token_id = tokenizer.bos_token_id
+            special_token_ids = special
+            tokens = tuple(
+                names.get(i) or (tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"")
+                for i in range(self._vocab_size)
+            )
+
+            def __call__(self, data: bytes | str) -> list[int]:
+                text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+                # After another token, because the answer goes on after a prompt: no prefix space.
+                return tokenizer.encode_segments([text] if first is None else [first, text])[
+                    0 if first is None else 1 :
+                ]
+
+        return LLTokenizer(TokenizerWrapper(Vocabulary()), n_vocab=self._vocab_size, eos_token=self._eos or None)
+
+
+class TokenConstraint:
+    """One request's place in a grammar (`llmrun.constraint.Constraint`)."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._bits = np.zeros((1, -(-vocab_size // 32)), np.int32)
+
+    def mask(self, tokens: Sequence[int]) -> NDArray[Any]:
+        """Return the tokens that may follow, as bits.
+
+        Raises:
+            UsageError: the grammar has become too complex here.
+        """
+        from llguidance.numpy import fill_next_token_bitmask
+
+        try:
+            fill_next_token_bitmask(self._matcher, self._bits, 0)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise UsageError("the grammar library failed") from None
+        if self._matcher.is_error():
+            raise UsageError(f"the grammar cannot go on: {_first_line(self._matcher.get_error())}")
+        return self._bits[0]
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that was sampled.
+
+        Raises:
+            UsageError: the grammar has become too complex here.
+        """
+        if not self._matcher.consume_token(token_id):
+            raise UsageError(f"the grammar cannot go on: {_first_line(self._matcher.get_error())}")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher.is_stopped()
+
+
+def check_schema(schema: Any, limits: Limits) -> None:
+    """Refuse a JSON schema that is too large, too deep, has too many enum values, or points outside of itself.
+
+    Raises:
+        ApiError: 400.
+    """
+    size = len(json.dumps(schema, ensure_ascii=False).encode())
+    if size > limits.max_schema_bytes:
+        raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", "response_format")
+    level, depth = [schema], 0
+    while level:
+        depth += 1
+        if depth > limits.max_schema_depth:
+            raise bad(f"the schema is nested more than {limits.max_schema_depth} deep.", "response_format")
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                values = item.get("enum")
+                if isinstance(values, list) and len(values) > limits.max_enum:
+                    raise bad(f"an enum of {len(values)}: at most {limits.max_enum} are allowed.", "response_format")
+                target = item.get("$ref")
+                if isinstance(target, str) and not target.startswith("#"):
+                    raise bad(
+                        f"$ref {target[:100]!r}: only references within the schema are allowed.", "response_format"
+                    )
+                deeper += item.values()
+            elif isinstance(item, list):
+                deeper += item
+        level = deeper
+
+
+def _lark(source: str) -> str:
+    """Return a grammar as Lark; llama.cpp's GBNF is told by its `::=`."""
+    if "::=" not in source:
+        return source
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    return gbnf_to_lark(source)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/\"<>@])", r"\\\1", text)
+
+
+def _refused(why: str) -> ApiError:
+    return bad(f"the schema or grammar is refused: {_first_line(why)}.", "response_format", "invalid_grammar")
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["unknown error"])[0][:300].rstrip(".")
+
+
+def _is_panic(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

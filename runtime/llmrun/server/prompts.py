@@ -1,0 +1,67 @@
+"""Messages of a chat to the ids of a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llmrun.chat import encode_chat
+from llmrun.server.errors import bad
+from llmrun.tokenizer import Tokenizer
+
+
+def chat_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] = (),
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Return the prompt's ids.
+
+    Raises:
+        ApiError: 400: a message holds something else than text, or a call's arguments are not JSON.
+        UsageError: the template refuses the messages.
+    """
+    flat = [_flat(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return encode_chat(tokenizer, flat, add_generation_prompt=add_generation_prompt, tools=tools or None)
+
+
+def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a message as templates expect it: content as text, arguments of calls as objects."""
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = []
+        for i, part in enumerate(content):
+            if part["type"] != "text" or "text" not in part:
+                raise bad(
+                    f"{where}.content[{i}] is of type {part['type'][:40]!r}: this model only reads text.",
+                    f"{where}.content",
+                )
+            texts.append(part["text"])
+        content = "".join(texts)
+    calls = message.get("tool_calls", [])
+    if content is None and not calls:
+        raise bad(f"{where}.content is missing.", f"{where}.content", "missing_required_parameter")
+    role = "system" if message["role"] == "developer" else message["role"]
+    flat: dict[str, Any] = {"role": role, "content": content or ""}
+    for name in ("name", "tool_call_id"):
+        if name in message:
+            flat[name] = message[name]
+    if calls:
+        flat["tool_calls"] = [_call(call, where) for call in calls]
+    return flat
+
+
+def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise bad(
+            f"{where}.tool_calls: the arguments of {function['name']!r} are not a JSON object.", f"{where}.tool_calls"
+        )
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -1,0 +1,122 @@
+"""OpenAI's objects: log-probabilities, usage, and the frames of a stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llmrun.logprobs import TokenLogprobs
+from llmrun.server.guard import Send
+from llmrun.server.tasks import Choice
+from llmrun.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def frame(value: Any) -> bytes:
+    """Return one event of a stream."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+
+
+class Stream:
+    """A response of server-sent events."""
+
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self._send, self._headers = send, headers
+
+    async def start(self) -> None:
+        """Send the status."""
+        headers = [*_STREAM_HEADERS, *self._headers]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, data: bytes) -> None:
+        """Send frames; waits while the client does not read."""
+        if data:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """End the response."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Return the tokens of a request; a prompt counts once, however many answers it has."""
+    prompts = {choice.prompt_index: choice.num_prompt for choice in choices}
+    cached = {c.prompt_index: c.ticket.request.num_cached_prompt for c in reversed(choices) if c.ticket is not None}
+    generated = sum(choice.num_generated for choice in choices)
+    return {
+        "prompt_tokens": sum(prompts.values()),
+        "completion_tokens": generated,
+        "total_tokens": sum(prompts.values()) + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+    }
+
+
+class TokenTexts:
+    """Token ids as OpenAI's log-probabilities show them."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._special = {} if tokenizer is None else {i: text for text, i in tokenizer.special_tokens.items()}
+
+    def data(self, token_id: int) -> bytes:
+        """Return a token's bytes; those of a special token's name, or of `token_id:N` where there is no text."""
+        if token_id in self._special:
+            return self._special[token_id].encode()
+        if self._tokenizer is None or token_id >= self._tokenizer.vocab_size:
+            return f"token_id:{token_id}".encode()
+        return self._tokenizer.token_bytes(token_id)
+
+    def text(self, token_id: int) -> str:
+        """Return a token's text, or `bytes:` and its bytes if they are not characters."""
+        data = self.data(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def chat(self, entries: Sequence[TokenLogprobs], num_top: int) -> dict[str, Any]:
+        """Return `logprobs` of a chat's choice."""
+        content = []
+        for entry in entries:
+            top = [self._chat_entry(i, logprob) for i, logprob in entry.top[:num_top]]
+            content.append({**self._chat_entry(entry.token_id, entry.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def completion(self, entries: Sequence[TokenLogprobs | None], ids: Sequence[int], offset: int) -> dict[str, Any]:
+        """Return `logprobs` of a completion's choice.
+
+        Args:
+            entries: one for each id; None: nothing is known (the first token of a prompt).
+            ids: the tokens.
+            offset: characters of the choice's text before the first of them.
+        """
+        result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token_id, entry in zip(ids, entries, strict=True):
+            result["tokens"].append(self.text(token_id))
+            result["token_logprobs"].append(None if entry is None else _finite(entry.logprob))
+            # OpenAI's dictionary holds the token itself too; of two tokens with one text the likelier stays.
+            top: dict[str, float] = {}
+            for i, logprob in [] if entry is None else [*entry.top, (entry.token_id, entry.logprob)]:
+                name = self.text(i)
+                top[name] = max(top.get(name, -9999.0), _finite(logprob))
+            result["top_logprobs"].append(top if entry is not None else None)
+            result["text_offset"].append(offset)
+            offset += 0 if token_id in self._special else len(self.data(token_id).decode("utf-8", "ignore"))
+        return result
+
+    def _chat_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self.data(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float) -> float:
+    """Return what JSON can hold; OpenAI writes -9999 for impossible."""
+    return max(logprob, -9999.0)

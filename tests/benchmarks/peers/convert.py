@@ -1,0 +1,83 @@
+"""Write a GGUF in F16 from a Hugging Face directory, without a vocabulary. Runs in the peers' environment.
+
+    python convert.py HF_DIR OUT.gguf
+
+llama.cpp's own convert_hf_to_gguf.py does the same through torch and wants a tokenizer; this takes less time and memory, which
+is in llama.cpp's favour.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+from safetensors import safe_open
+
+WHOLE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def main(source: Path, target: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config["hidden_size"] // heads
+    writer = GGUFWriter(target, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(1)
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                value = file.get_tensor(name)
+                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                    value = neighbouring_pairs(value, kv_heads if "k_proj" in name else heads)
+                dtype = np.float32 if value.ndim == 1 else np.float16
+                writer.add_tensor(gguf_name(name), np.ascontiguousarray(value, dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    if name in WHOLE:
+        return WHOLE[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{LAYER[rest.removesuffix('.weight')]}.weight"
+
+
+def neighbouring_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring rows of a head, Hugging Face row i with row i + head_dim / 2."""
+    return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,141 @@
+// What this machine can do: read bandwidth from memory, and the peak of 8-bit dot products. Best of several.
+//
+//   machine THREADS -> {"read_bytes_per_s": .., "int8_ops_per_s": .. or null, "int8_instruction": ".."}
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum { kRepeats = 9, kMostThreads = 256 };
+static const size_t kBytes = (size_t)1 << 30;  // of all threads together: far beyond any cache
+static const long kRounds = 20000000;
+
+// Eight independent sums hide the latency of the instruction; each instruction makes `kOps` multiplications
+// and additions.
+#if defined(__AVX512VNNI__)
+#    define NAME "vpdpbusd zmm"
+#    define CHAIN(n) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #n "\n"
+#    define DOT                                                                                \
+        asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7):: \
+                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7")
+static const double kOps = 8 * 128;
+#elif defined(__AVX2__)
+#    define NAME "vpmaddubsw + vpmaddwd + vpaddd ymm"
+#    define CHAIN(n)                                                                                     \
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm8\nvpmaddwd %%ymm13, %%ymm8, %%ymm8\nvpaddd %%ymm8, %%ymm" #n \
+        ", %%ymm" #n "\n"
+#    define DOT                                                                                \
+        asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7):: \
+                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8")
+static const double kOps = 8 * 64;
+#elif defined(__ARM_FEATURE_DOTPROD)
+#    define NAME "sdot"
+#    define CHAIN(n) "sdot v" #n ".4s, v30.16b, v31.16b\n"
+#    define DOT                                                                                \
+        asm volatile(CHAIN(0) CHAIN(1) CHAIN(2) CHAIN(3) CHAIN(4) CHAIN(5) CHAIN(6) CHAIN(7):: \
+                         : "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7")
+static const double kOps = 8 * 32;
+#endif
+
+typedef uint64_t Vector __attribute__((vector_size(64)));
+
+typedef struct {
+    pthread_barrier_t* barrier;
+    int core;
+    const Vector* data;
+    size_t count;
+    double read_s[kRepeats], dot_s[kRepeats];
+    uint64_t sum;
+} Thread;
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static void* run(void* argument) {
+    Thread* t = argument;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(t->core, &set);
+    sched_setaffinity(0, sizeof set, &set);
+    for (int r = 0; r < kRepeats; r++) {
+        pthread_barrier_wait(t->barrier);
+        double began = now();
+        // Two streams: one does not keep the prefetchers of a core busy.
+        Vector a = {0}, b = a, c = a, d = a;
+        const size_t half = t->count / 2;
+        for (size_t i = 0; i + 2 <= half; i += 2) {
+            __builtin_prefetch((const char*)(t->data + i) + 2048);
+            __builtin_prefetch((const char*)(t->data + i + 1) + 2048);
+            __builtin_prefetch((const char*)(t->data + half + i) + 2048);
+            __builtin_prefetch((const char*)(t->data + half + i + 1) + 2048);
+            a += t->data[i];
+            b += t->data[i + 1];
+            c += t->data[half + i];
+            d += t->data[half + i + 1];
+        }
+        a += b + c + d;
+        t->sum += a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
+        t->read_s[r] = now() - began;
+        pthread_barrier_wait(t->barrier);
+        began = now();
+#ifdef NAME
+        for (long i = 0; i < kRounds; i++) DOT;
+#endif
+        t->dot_s[r] = now() - began;
+    }
+    return NULL;
+}
+
+int main(int argc, char** argv) {
+    const int threads = argc > 1 ? atoi(argv[1]) : 2;
+    cpu_set_t allowed;
+    if (threads < 1 || threads > kMostThreads || sched_getaffinity(0, sizeof allowed, &allowed) != 0)
+        return 1;
+    static Thread all[kMostThreads];
+    pthread_t ids[kMostThreads];
+    pthread_barrier_t barrier;
+    pthread_barrier_init(&barrier, NULL, (unsigned)threads);
+    const size_t bytes = kBytes / (size_t)threads / 128 * 128;
+    int core = -1;
+    for (int i = 0; i < threads; i++) {
+        do core = (core + 1) % CPU_SETSIZE;
+        while (!CPU_ISSET(core, &allowed));
+        uint64_t* data = aligned_alloc(64, bytes);
+        if (data == NULL) return 1;
+        for (size_t j = 0; j < bytes / 8; j++) data[j] = j;
+        all[i] =
+            (Thread){.barrier = &barrier, .core = core, .data = (const Vector*)data, .count = bytes / 64};
+        pthread_create(&ids[i], NULL, run, &all[i]);
+    }
+    uint64_t sum = 0;
+    for (int i = 0; i < threads; i++) {
+        pthread_join(ids[i], NULL);
+        sum += all[i].sum;
+    }
+    double read_s = 1e9, dot_s = 1e9;  // of the best repetition; the slowest thread's
+    for (int r = 0; r < kRepeats; r++) {
+        double read = 0, dot = 0;
+        for (int i = 0; i < threads; i++) {
+            if (all[i].read_s[r] > read) read = all[i].read_s[r];
+            if (all[i].dot_s[r] > dot) dot = all[i].dot_s[r];
+        }
+        if (read < read_s) read_s = read;
+        if (dot < dot_s) dot_s = dot;
+    }
+    printf("{\"read_bytes_per_s\": %.6g, ", (double)bytes * threads / read_s);
+#ifdef NAME
+    printf("\"int8_ops_per_s\": %.6g, \"int8_instruction\": \"%s\"", (double)kRounds * kOps * threads / dot_s,
+           NAME);
+#else
+    printf(
+        "\"int8_ops_per_s\": null, \"int8_instruction\": \"no 8-bit dot product that this program knows\"");
+#endif
+    printf(", \"checksum\": %llu}\n", (unsigned long long)sum);
+    return 0;
+}

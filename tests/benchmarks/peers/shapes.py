@@ -1,0 +1,110 @@
+"""Random checkpoints of published shapes: where speed and memory are measured, the values of the weights do not matter.
+
+Shapes follow each model's published config.json. Weights are N(0, 0.02) in float16, norms are 1; no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+_POOL = 1 << 24  # random numbers, of which each tensor takes a stretch of its own: sampling 7 billion takes minutes
+_FILE_BYTES = 2 << 30
+KV_BYTES = 2  # of a cached number: float16, in all programs measured here
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What config.json says of a model; names are its."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers that a layer's keys of one position have."""
+        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """Bytes of all layers' keys and values of one position, in float16."""
+        return 2 * self.num_hidden_layers * self.kv_width * KV_BYTES
+
+    @property
+    def num_parameters(self) -> int:
+        """Embedding and head included."""
+        return sum(int(np.prod(shape)) for _, shape in self.tensors())
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of every tensor, in the order of the layers."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        layer = [
+            ("input_layernorm", (hidden,)),
+            ("post_attention_layernorm", (hidden,)),
+            ("self_attn.q_proj", (hidden, hidden)),
+            ("self_attn.k_proj", (self.kv_width, hidden)),
+            ("self_attn.v_proj", (self.kv_width, hidden)),
+            ("self_attn.o_proj", (hidden, hidden)),
+            ("mlp.gate_proj", (inner, hidden)),
+            ("mlp.up_proj", (inner, hidden)),
+            ("mlp.down_proj", (hidden, inner)),
+        ]
+        layers = [
+            (f"model.layers.{i}.{name}.weight", shape) for i in range(self.num_hidden_layers) for name, shape in layer
+        ]
+        vocabulary = (self.vocab_size, hidden)
+        embedding, head = ("model.embed_tokens.weight", vocabulary), ("lm_head.weight", vocabulary)
+        return [embedding, *layers, ("model.norm.weight", (hidden,)), head]
+
+
+SHAPES = {
+    "110m": Shape(768, 2048, 12, 12, 12, 32000, 2048),
+    "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
+    "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
+}
+
+
+def write_checkpoint(shape: Shape, folder: Path) -> None:
+    """Write a Hugging Face directory; config.json comes last, so that one with it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pool = (rng.standard_normal(_POOL, np.float32) * 0.02).astype(np.float16)
+    where: dict[str, str] = {}
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        name = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+        save_file(pending, folder / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for name, size in shape.tensors():
+        count = int(np.prod(size))
+        stretch = np.resize(np.roll(pool, int(rng.integers(_POOL))), count)
+        pending[name] = np.ones(size, np.float16) if len(size) == 1 else stretch.reshape(size)
+        if sum(tensor.nbytes for tensor in pending.values()) > _FILE_BYTES:
+            flush()
+    flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config = {
+        **vars(shape),
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))

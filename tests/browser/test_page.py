@@ -1,0 +1,318 @@
+"""The chat page in a real browser, against a server of the protocol that plays parts."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser.openai_server import MARKDOWN, Server
+
+PAGE = Path(__file__).parents[2] / "runtime" / "llmrun" / "page" / "index.html"
+LAST = ".assistant:last-child .body"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(tab: Any, text: str) -> None:
+    tab.fill("#prompt", text)
+    tab.press("#prompt", "Enter")
+
+
+def wait(tab: Any, condition: str) -> None:
+    """Wait until an expression holds; playwright's own way evaluates inside the page, which its policy forbids."""
+    until = time.monotonic() + 10
+    while not tab.evaluate(condition):
+        assert time.monotonic() < until, condition
+        time.sleep(0.02)
+
+
+def wait_until_done(tab: Any) -> None:
+    wait(tab, "document.querySelector('#send').textContent === 'Send'")
+
+
+def test_the_page_is_small_and_needs_nothing_from_outside() -> None:
+    text = PAGE.read_text()
+    assert len(text.encode()) < 40_000
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text)
+    assert not re.search(r"\s(src|srcset|action)=|@import|url\(|\son\w+=", text.partition("<script>")[0])
+
+
+def test_an_answer_streams_and_tells_its_speed(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    wait(tab, "document.title === 'demo-q4-tp2'")
+    ask(tab, "slow")
+    wait(tab, "document.querySelector('.assistant .body').textContent.includes('word5 ')")
+    assert tab.inner_text("#send") == "Stop"
+    tab.press("#prompt", "Escape")
+    wait_until_done(tab)
+    stopped_at = tab.inner_text(LAST)
+    time.sleep(0.3)
+    assert tab.inner_text(LAST) == stopped_at  # and nothing is added later
+    assert "word5 " in stopped_at
+    assert "stopped" in tab.inner_text(".assistant .tools")
+    until = time.monotonic() + 5
+    while not server.broken_pipes and time.monotonic() < until:
+        time.sleep(0.05)
+    assert server.broken_pipes == 1  # the server was told
+    ask(tab, "Grüße, 世界 🙂")
+    wait_until_done(tab)
+    assert tab.inner_text(LAST) == "You said: Grüße, 世界 🙂"
+    assert "tokens/s" in tab.inner_text(".assistant:last-child .tools")
+    sent = server.requests[-1]
+    assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "user"]
+    assert (sent["stream"], sent["model"]) == (True, "demo-q4-tp2")
+    assert "temperature" not in sent
+    assert tab.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_the_stop_button_stops(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    ask(tab, "slow")
+    wait(tab, "document.querySelector('.assistant .body').textContent.includes('word2 ')")
+    tab.click("#send")
+    wait_until_done(tab)
+    assert "stopped" in tab.inner_text(".assistant .tools")
+
+
+def test_shift_and_enter_make_a_line(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    tab.fill("#prompt", "a")
+    low = tab.evaluate("document.querySelector('#prompt').clientHeight")
+    tab.press("#prompt", "Shift+Enter")
+    tab.keyboard.type("b")
+    assert tab.evaluate("document.querySelector('#prompt').clientHeight") > low
+    tab.press("#prompt", "Enter")
+    wait_until_done(tab)
+    assert server.requests[0]["messages"][0]["content"] == "a\nb"
+
+
+def test_hostile_markdown_does_nothing(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    ask(tab, "hostile")
+    wait_until_done(tab)
+    time.sleep(0.3)
+    assert tab.evaluate("window.hacked") is None
+    names = set(tab.eval_on_selector_all(f"{LAST} *", "all => all.map(e => e.tagName.toLowerCase())"))
+    assert names.isdisjoint({"script", "img", "svg", "iframe", "object", "style", "form", "input"})
+    links = tab.eval_on_selector_all(f"{LAST} a", "all => all.map(e => [e.href, e.rel, e.target])")
+    assert {rel for _, rel, _ in links} == {"noopener noreferrer"}
+    assert [url for url, _, _ in links][:2] == ["https://example.org/a_(b)?c=1", "https://example.org/bare"]
+    assert all(url.startswith("https://example.org") for url, _, _ in links)
+    attributes = tab.eval_on_selector_all(f"{LAST} *", "all => all.flatMap(e => e.getAttributeNames())")
+    assert set(attributes) <= {"href", "rel", "target", "class", "type", "start"}
+    assert "<script>window.hacked = 1</script>" in tab.inner_text(f"{LAST} h1")
+
+
+def test_a_script_that_gets_into_the_page_all_the_same_does_not_run(tab: Any, server: Server) -> None:
+    """The policy is the second wall: here something puts markup into the page."""
+    tab.allowed.append("Content Security Policy")
+    tab.goto(server.url)
+    tab.evaluate("""() => {
+        document.querySelector('#chat').innerHTML =
+            '<img src=x onerror="window.hacked = 1"><a href="javascript:window.hacked=2">x</a>';
+        const script = document.createElement('script');
+        script.textContent = 'window.hacked = 3';
+        document.body.append(script);
+        document.querySelector('#chat a').click();
+    }""")
+    time.sleep(0.3)
+    assert tab.evaluate("window.hacked") is None
+    assert "refused" in tab.evaluate("fetch('https://example.org').catch(() => 'refused')")
+
+
+def test_markdown_becomes_elements(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    ask(tab, "markdown")
+    wait_until_done(tab)
+    texts = {
+        name: tab.eval_on_selector_all(f"{LAST} {name}", "all => all.map(e => e.textContent)")
+        for name in (
+            "h2",
+            "strong",
+            "em",
+            "del",
+            "p code",
+            "ol > li",
+            "ol ul > li",
+            "blockquote blockquote",
+            "th",
+            "td",
+        )
+    }
+    assert texts["h2"] == ["Two ways"]
+    assert texts["strong"] == ["bold", "Both\nlines", "one"]
+    assert (texts["em"], texts["del"], texts["p code"]) == (["italic"], ["gone"], ["code"])
+    assert len(texts["ol > li"]) == 2
+    assert texts["ol ul > li"] == ["nested one", "nested two"]
+    assert [text.strip() for text in texts["blockquote blockquote"]] == ["twice"]
+    assert (texts["th"], texts["td"]) == (["name", "size"], ["a | b", "12"])
+    assert tab.eval_on_selector(f"{LAST} td:nth-child(2)", "e => getComputedStyle(e).textAlign") == "right"
+    assert tab.eval_on_selector(f"{LAST} pre", "e => e.textContent") == 'if a < b:\n    print("**not bold**")'
+    assert tab.inner_text(f"{LAST} .code > div span") == "python"
+    assert len(tab.query_selector_all(f"{LAST} p br")) == 1
+    assert len(tab.query_selector_all(f"{LAST} hr")) == 1
+    assert "snake_case_name and 2 * 3 * 4." in tab.inner_text(LAST)
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.click(f"{LAST} .code button")
+    assert tab.evaluate("navigator.clipboard.readText()") == 'if a < b:\n    print("**not bold**")'
+    tab.click(".assistant .tools button >> text=Copy")
+    assert tab.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_nasty_markdown_does_not_hold_the_page(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    ask(tab, "nasty")
+    wait_until_done(tab)
+    took_ms = tab.evaluate("""() => {
+        const text = document.querySelector('.assistant .body').sources.join('\\n'), started = performance.now();
+        showMarkdown(document.createElement('div'), text);
+        return performance.now() - started;
+    }""")
+    assert took_ms < 1000
+
+
+def test_settings_go_into_the_request(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    tab.click("#open-settings")
+    for name, value in {"system": "Be brief.", "temperature": "0", "top_p": "0.5", "max_tokens": "12"}.items():
+        tab.fill(f"#{name}", value)
+    tab.fill("#top_p", "3")
+    tab.click("#save")
+    assert tab.is_visible("#settings")  # 3 is no probability
+    tab.fill("#top_p", "0.5")
+    tab.press("#top_p", "Enter")
+    ask(tab, "hello")
+    wait_until_done(tab)
+    sent = server.requests[0]
+    assert (sent["temperature"], sent["top_p"], sent["max_tokens"]) == (0, 0.5, 12)
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_a_missing_key_is_asked_for_and_kept_for_the_tab_only(tab: Any, server: Server) -> None:
+    tab.allowed.append("401")
+    server.key = "s3cret"
+    tab.goto(server.url)
+    tab.wait_for_selector("#settings[open]")
+    assert "wants an API key" in tab.inner_text("#trouble")
+    tab.fill("#key", "wrong")
+    tab.press("#key", "Enter")
+    wait(tab, "document.querySelector('#trouble').textContent.includes('does not accept')")
+    tab.fill("#key", "s3cret")
+    tab.press("#key", "Enter")
+    wait(tab, "document.title === 'demo-q4-tp2'")
+    assert tab.evaluate("localStorage.length") == 0
+    assert tab.evaluate("document.cookie") == ""
+    tab.reload()
+    wait(tab, "document.title === 'demo-q4-tp2'")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [((429, "full"), "The server is busy; it asks to wait 7 s."), ((500, "rank 1 is lost."), "rank 1 is lost.")],
+)
+def test_a_refusal_is_told_and_can_be_tried_again(
+    refusal: tuple[int, str], said: str, tab: Any, server: Server
+) -> None:
+    tab.allowed.append(str(refusal[0]))
+    tab.goto(server.url)
+    server.refusals.append(refusal)
+    ask(tab, "hello")
+    wait_until_done(tab)
+    assert tab.inner_text("#trouble span") == said
+    tab.click("#trouble button")
+    wait_until_done(tab)
+    assert tab.inner_text(LAST) == "You said: hello"
+    assert tab.is_hidden("#trouble")
+    assert len(server.requests[-1]["messages"]) == 1
+
+
+@pytest.mark.parametrize(("part", "said"), [("die", "rank 1 (pid 4711) is gone"), ("break off", "broke off")])
+def test_an_answer_that_dies_is_told(part: str, said: str, tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    ask(tab, part)
+    wait_until_done(tab)
+    assert said in tab.inner_text("#trouble span")
+    assert tab.inner_text(LAST) == "so far"
+
+
+def test_a_server_that_is_gone_is_told(tab: Any, server: Server) -> None:
+    tab.allowed.append("ERR_CONNECTION_REFUSED")
+    tab.goto(server.url)
+    server.shutdown()
+    server.server_close()
+    ask(tab, "hello")
+    wait_until_done(tab)
+    assert "connection" in tab.inner_text("#trouble span")
+
+
+def test_again_edit_and_new_chat(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    for text in ("one", "two"):
+        ask(tab, text)
+        wait_until_done(tab)
+    tab.click(".assistant:last-child .tools button >> text=Again")
+    wait_until_done(tab)
+    assert [m["content"] for m in server.requests[-1]["messages"]] == ["one", "You said: one", "two"]
+    tab.click(".user .tools button >> text=Edit")
+    assert tab.input_value("#prompt") == "two"
+    assert len(tab.query_selector_all(".turn")) == 2
+    tab.fill("#prompt", "three")
+    tab.click("#send")
+    wait_until_done(tab)
+    assert [m["content"] for m in server.requests[-1]["messages"]] == ["one", "You said: one", "three"]
+    ask(tab, "slow")
+    wait(tab, "document.querySelector('.assistant:last-child .body').textContent.includes('word2 ')")
+    tab.click("#new")
+    assert tab.query_selector_all(".turn") == []
+    ask(tab, "four")
+    wait_until_done(tab)
+    assert tab.inner_text("#chat").count("You said: four") == 1
+    assert len(server.requests[-1]["messages"]) == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_in_light_and_dark(scheme: str, tab: Any, server: Server) -> None:
+    tab.set_viewport_size({"width": 360, "height": 640})
+    tab.emulate_media(color_scheme=scheme)
+    tab.goto(server.url)
+    ask(tab, "markdown")
+    wait_until_done(tab)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    box = tab.eval_on_selector("#send", "e => e.getBoundingClientRect().bottom")
+    assert box <= 640
+    # WCAG AA: 4.5 to 1
+    for selector in ("body", ".tools span", ".user .body", "#send"):
+        assert contrast(tab, selector) >= 4.5, selector
+
+
+def contrast(tab: Any, selector: str) -> float:
+    """Return the contrast of an element's text with what is behind it."""
+    colours = tab.evaluate(
+        """(selector) => {
+        let element = document.querySelector(selector);
+        const parse = (text) => text.match(/[\\d.]+/g).map(Number), ink = parse(getComputedStyle(element).color);
+        for (; element; element = element.parentElement) {
+            const behind = parse(getComputedStyle(element).backgroundColor);
+            if (behind.length === 3 || behind[3] === 1) return [ink, behind];
+        }
+    }""",
+        selector,
+    )
+
+    def luminance(colour: list[float]) -> float:
+        parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    light, dark = sorted(map(luminance, colours), reverse=True)
+    return (light + 0.05) / (dark + 0.05)

@@ -1,0 +1,50 @@
+"""`llmrun bench --profile` accounts for the whole step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models import TINY
+from mpi.harness import run_alone, run_ranks
+
+Packed = Callable[..., Path]
+LAYERS = TINY["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(("shards", "scheme", "op"), [(1, "f32", "MatMulF32"), (2, "q4", "MatMulQ4")])
+def test_the_places_add_up_to_the_step(shards: int, scheme: str, op: str, packed_tiny: Packed) -> None:
+    options = ["-p", 24, "-n", 8, "-d", 16, "-b", 3, "-r", 1, "--profile", "--json"]
+    outcome = run_ranks(shards, "bench", packed_tiny(shards, scheme), *options)
+    assert (outcome.code, outcome.errors) == (0, [])
+    prompt, generation = json.loads(outcome.stdout)
+    assert (generation["n_depth"], generation["n_seqs"], generation["profile"]["steps"]) == (16, 3, 8)
+    for result in (prompt, generation):
+        profile = result["profile"]
+        rows = profile["rows"]
+        assert sum(row["ms"] for row in rows) == pytest.approx(profile["step_ms"], rel=1e-9)
+        assert sum(row["share"] for row in rows) == pytest.approx(1, rel=1e-9)
+        # What the operators took was measured inside of what ONNX Runtime took, and that inside of the step: an
+        # operator counted twice, or in another step, makes one of these negative.
+        assert all(row["ms"] >= 0 for row in rows)
+        calls = {(row["op"], row["role"]): row["calls"] for row in rows}
+        assert calls[op, "mlp/down_proj"] == calls["PagedAttention", "self_attn/attention"] == LAYERS
+        assert calls[op, "lm_head"] == 1
+        assert calls.get(("AllReduce", "mlp/down_proj"), 0) == (LAYERS if shards > 1 else 0)
+
+
+def test_a_context_that_is_too_short_is_refused(packed_tiny: Packed) -> None:
+    outcome = run_alone("bench", packed_tiny(1, "f32"), "-p", 0, "-n", 8, "-d", 120)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert "do not fit the context of 128" in outcome.errors[0]
+
+
+def test_doctor_measures_the_collectives_under_mpirun(packed_tiny: Packed) -> None:
+    outcome = run_ranks(2, "doctor", packed_tiny(2, "q4"), "--json")
+    assert outcome.code == 0
+    checks = {check["check"]: check["found"] for check in json.loads(outcome.stdout)["checks"]}
+    assert checks["collectives"].startswith("shared-memory, 2 ranks")
+    assert "all-reduce of 8 KB in " in checks["collectives"]

@@ -1,0 +1,199 @@
+"""Every operator on the device against numpy float64: inputs to the device, the operator through mini_ort, outputs back.
+
+Also on the stand-in, where it shows that this program is right. Tolerances are relative to the largest number of the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import helpers
+import numpy as np
+import shapes
+from device import Device
+from executor import MiniOrt
+
+from llmpack.kernel_plan import KernelSpec
+from llmpack.weights import Quantization, plan_rank
+from llmpack_ops import reference
+
+ELEMENT = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.int32): 6, np.dtype(np.float16): 10}
+N, K, VOCABULARY = 256, 512, 512
+# float16 results are rounded once (2^-11), and their terms are sums in float32; scores pass through exponentials.
+TOLERANCES = {"matmul": 2e-3, "norm": 2e-3, "swiglu": 2e-3, "attention": 4e-3, "exact": 0.0}
+
+
+def extra_specs() -> list[KernelSpec]:
+    """The kernels of the operators checked: those of the tiny model, in every storage."""
+    from llmpack.kernel_plan import plan_kernels
+
+    config = shapes.config_of("dry")
+    found = []
+    for quantization in (Quantization("q4", 64), Quantization("q8", 32), Quantization("f16", 64)):
+        found += plan_kernels(config, plan_rank(config, quantization, 1, 0), 1, shapes.BLOCK_SIZE)
+    return found
+
+
+def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
+    checks = Checks(ort, device)
+    for name in ("products", "norms", "swiglu", "embeddings", "attention", "top_k"):
+        error = getattr(checks, name)()
+        bench.results[f"operators/{name}"] = error
+        bench.row(f"operators: {name}", f"{error:.1e}", "of the largest number, against float64")
+
+
+class Checks:
+    def __init__(self, ort: MiniOrt, device: Device) -> None:
+        self.ort, self.device = ort, device
+        self.rng = np.random.default_rng(0)
+        self.config = shapes.config_of("dry")
+
+    def run(
+        self,
+        node: Any,
+        inputs: list[np.ndarray],
+        outputs: list[tuple[tuple[int, ...], Any]],
+        shared: dict[int, int] | None = None,
+    ) -> list[np.ndarray]:
+        """Run a node; `shared`: output -> input whose memory it has."""
+        given = [(ELEMENT[a.dtype], a.shape, self.device.put(a)) for a in inputs]
+        made = []
+        for i, (shape, dtype) in enumerate(outputs):
+            num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            address = given[shared[i]][2] if shared and i in shared else self.device.allocate(num_bytes)
+            made.append((ELEMENT[np.dtype(dtype)], shape, address))
+        self.ort.call(node, given, made, self.device.stream)
+        self.device.synchronize()
+        results = [self.device.read(t[2], shape, dtype) for t, (shape, dtype) in zip(made, outputs, strict=True)]
+        self.caches = [self.device.read(t[2], t[1], a.dtype) for t, a in zip(given, inputs, strict=True)]
+        for address in {t[2] for t in (*given, *made)}:
+            self.device.free(address)
+        return results
+
+    def close_to(self, found: np.ndarray, expected: np.ndarray, kind: str, what: str) -> float:
+        error = float(np.abs(found.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-30))
+        if not error <= TOLERANCES[kind]:
+            raise AssertionError(f"{what}: {error:.2e} of the largest number, expected at most {TOLERANCES[kind]:.0e}")
+        return error
+
+    def products(self) -> float:
+        """Every storage, every variant of rows, both types of y."""
+        worst = 0.0
+        hidden = self.config.hidden_size
+        cases = [
+            ("q4", 64, 512, ""),
+            ("q8", 32, 512, ""),
+            ("f16", 0, 512, ""),
+            ("q6", 128, 512, "F32"),
+            ("q8", 32, 512, "F32"),
+        ]
+        for scheme, group, _, suffix in cases:
+            n = self.config.vocab_size if suffix else 2 * self.config.intermediate_size
+            projection = helpers.random_projection(scheme, n, hidden, group or 32)
+            attributes = {"in_features": hidden, **projection.attributes}
+            node = self.ort.node(f"MatMul{scheme.upper()}{suffix}", **attributes)
+            for rows in (1, 2, 4, 5, 16, 33, 64, 65, 130):
+                x = self.rng.standard_normal((rows, hidden)).astype(np.float16)
+                dtype = np.float32 if suffix else np.float16
+                (y,) = self.run(node, [x, *projection.initializers.values()], [((rows, n), dtype)])
+                worst = max(
+                    worst,
+                    self.close_to(y, reference.matmul(x, projection.weight), "matmul", f"MatMul {scheme}, {rows} rows"),
+                )
+        return worst
+
+    def norms(self) -> float:
+        worst, hidden = 0.0, self.config.hidden_size
+        weight = self.rng.standard_normal(hidden).astype(np.float32)
+        first = self.ort.node("RMSNormF16", epsilon=1e-5, in_features=hidden)
+        added = self.ort.node("AddRMSNorm", epsilon=1e-5, in_features=hidden)
+        for rows in (1, 7):
+            x = self.rng.standard_normal((rows, hidden)).astype(np.float32)
+            (y,) = self.run(first, [x, weight], [((rows, hidden), np.float16)])
+            worst = max(worst, self.close_to(y, reference.rms_norm(x, weight, 1e-5), "norm", "RMSNorm"))
+            for shared in ({}, {1: 1}):  # with the residual's memory apart, and the same
+                outputs = [((rows, hidden), np.float16), ((rows, hidden), np.float32)]
+                y, total = self.run(added, [x.astype(np.float16), x * 3, weight], outputs, shared)
+                expected = reference.add_rms_norm(x.astype(np.float16), x * 3, weight, 1e-5)
+                worst = max(
+                    worst,
+                    *(self.close_to(f, e, "norm", "AddRMSNorm") for f, e in zip((y, total), expected, strict=True)),
+                )
+        return worst
+
+    def swiglu(self) -> float:
+        width = self.config.intermediate_size
+        x = self.rng.standard_normal((5, 2 * width)).astype(np.float16) * 3
+        (y,) = self.run(self.ort.node("SwiGLU", in_features=width), [x], [((5, width), np.float16)])
+        return self.close_to(y, reference.swiglu(x), "swiglu", "SwiGLU")
+
+    def embeddings(self) -> float:
+        worst, hidden, n = 0.0, self.config.hidden_size, self.config.vocab_size
+        ids = np.array([0, 5, n - 1, 5], np.int32)
+        for scheme, group in (("q6", 128), ("q8", 32)):
+            table = helpers.random_projection(scheme, n, hidden, group)
+            node = self.ort.node(f"Embedding{scheme.upper()}", in_features=hidden, num_embeddings=n, group_size=group)
+            (y,) = self.run(node, [ids, *table.initializers.values()], [((4, hidden), np.float32)])
+            worst = max(
+                worst,
+                self.close_to(
+                    y, reference.embedding(ids, table.weight).astype(np.float32), "exact", f"Embedding {scheme}"
+                ),
+            )
+        plain = self.rng.standard_normal((n, hidden)).astype(np.float16)
+        (y,) = self.run(self.ort.node("EmbeddingF16", in_features=hidden), [ids, plain], [((4, hidden), np.float32)])
+        return max(worst, self.close_to(y, plain[ids].astype(np.float64), "exact", "Embedding f16"))
+
+    def attention(self) -> float:
+        """Prefill, decode and mixed steps; blocks in any order; a token without a slot."""
+        config, size = self.config, shapes.BLOCK_SIZE
+        heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        scale = dim**-0.5
+        node = self.ort.node(
+            "PagedAttention", num_heads=heads, num_kv_heads=kv, head_dim=dim, block_size=size, scale=scale
+        )
+        worst = 0.0
+        for queries, lengths in (
+            ([20], [20]),
+            ([1], [150]),
+            ([1, 1, 1], [1, 40, 70]),
+            ([1, 9, 1], [33, 20, 5]),
+            ([70], [100]),
+        ):
+            tokens, blocks = sum(queries), 12
+            table = self.rng.permutation(len(queries) * blocks).reshape(-1, blocks).astype(np.int32)
+            slots = [
+                table[b][p // size] * size + p % size
+                for b, (q, n) in enumerate(zip(queries, lengths, strict=True))
+                for p in range(n - q, n)
+            ]
+            caches = [
+                self.rng.standard_normal((len(queries) * blocks, size, kv, dim)).astype(np.float16) for _ in range(2)
+            ]
+            angles = self.rng.uniform(0, 6, (tokens, dim // 2))
+            given = [
+                self.rng.standard_normal((tokens, (heads + 2 * kv) * dim)).astype(np.float16),
+                np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32),
+                *caches,
+                np.array(slots, np.int32),
+                np.cumsum([0, *queries]).astype(np.int32),
+                np.array(lengths, np.int32),
+                table,
+            ]
+            (out,) = self.run(node, given, [((tokens, heads * dim), np.float16)])
+            expected, keys, values = reference.paged_attention(*given, num_heads=heads, num_kv_heads=kv, scale=scale)  # type: ignore[misc]
+            worst = max(worst, self.close_to(out, expected, "attention", f"PagedAttention of {queries} over {lengths}"))
+            self.close_to(self.caches[2], keys.astype(np.float64), "attention", "key_cache")
+            self.close_to(self.caches[3], values.astype(np.float64), "exact", "value_cache")
+        return worst
+
+    def top_k(self) -> float:
+        n = self.config.vocab_size
+        logits = self.rng.standard_normal((3, n)).astype(np.float32)
+        logits[1, 7] = logits[1, 300] = 9.0  # equal: the lower id comes first
+        node = self.ort.node("TopK", vocab_size=n, k=64)
+        values, ids = self.run(node, [logits], [((3, 64), np.float32), ((3, 64), np.int32)])
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :64]
+        if not (ids == order).all():
+            raise AssertionError("TopK: other ids than numpy's")
+        return self.close_to(values, np.take_along_axis(logits, order, 1).astype(np.float64), "exact", "TopK")

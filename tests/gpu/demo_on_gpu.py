@@ -1,0 +1,42 @@
+"""The demo model of hardware.py: python demo_on_gpu.py ARTIFACT OPERATORS MINI_ORT CHIP"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE)]
+
+import box  # noqa: E402
+from device import Device  # noqa: E402
+from executor import GpuModel, MiniOrt  # noqa: E402
+
+BOUND = 1e-2  # float16 between operators, against float64, as a share of the largest logit
+
+
+def main(artifact: Path, operators: Path, mini: Path, chip: str) -> None:
+    from llmrun.device import choose_kernels
+
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    target = choose_kernels(chip, manifest["kernels"])
+    if target is None:
+        raise SystemExit(f"{artifact} holds code for {', '.join(manifest['kernels'])}, not for {chip}")
+    box.open_gpu(box.load_operators(operators), artifact / manifest["kernels"][target])
+    model = GpuModel(artifact / "rank-0" / "gpu.onnx", MiniOrt(mini, operators), Device(), num_blocks=64)
+    check = json.loads((artifact / "selfcheck.json").read_text())
+    expected = np.array(check["logits"])
+    errors = []
+    for chunk in (1, len(check["ids"])):
+        found = box.logits_of(model, check["ids"], chunk)[-1]
+        errors.append(float(np.abs(found - expected).max() / np.abs(expected).max()))
+    if not max(errors) <= BOUND:
+        raise SystemExit(f"logits differ by {max(errors):.2e} of the largest, expected at most {BOUND}")
+    print(json.dumps({"error": max(errors), "bound": BOUND, "tokens": len(check["ids"]), "target": target}))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), sys.argv[4])

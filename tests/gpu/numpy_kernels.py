@@ -1,0 +1,255 @@
+"""The kernels of FORMAT 8.4 in numpy, on the stand-in driver's memory: what a launch must mean, read from the specification.
+
+In: the callback's op, constants, parameter values and grid. They follow the pointers that the launcher gave, so a wrong
+pointer, shape or order gives wrong numbers. Layouts are undone here a second time, independently of the packager.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmpack_ops import reference
+
+TAG = 1 << 62
+WAIT_S = 60.0
+
+Launch = dict[str, Any]  # parameter name -> value, constants, "grid"
+
+
+def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """View the stand-in's device memory."""
+    import ctypes
+
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * count).from_address(address & ~TAG), dtype).reshape(shape)
+
+
+def half(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, -65504, 65504).astype(np.float16)
+
+
+def untile(storage: str, n: int, k: int, p: Launch) -> np.ndarray:
+    """Undo FORMAT 4.3: the weight [n, k] in float32."""
+    tiles = -(-n // 16)
+    if storage == "f16":
+        return at(p["weight"], (tiles, k, 16), np.float16).transpose(0, 2, 1).reshape(-1, k)[:n].astype(np.float32)
+    if storage == "q4":
+        b = at(p["weight"], (tiles, k // 8, 16, 4), np.uint8)
+        q = np.concatenate([b & 15, b >> 4], axis=3)
+    elif storage == "q6":
+        b = at(p["weight"], (tiles, k // 16, 3, 16, 4), np.uint8)
+        parts = [b[:, :, i] & 63 for i in range(3)]
+        fourth = (b[:, :, 0] >> 6) | (b[:, :, 1] >> 6) << 2 | (b[:, :, 2] >> 6) << 4
+        q = np.concatenate([*parts, fourth], axis=3)
+    else:
+        q = at(p["weight"], (tiles, k // 4, 16, 4), np.uint8)
+    q = q.transpose(0, 2, 1, 3).reshape(-1, k)[:n]
+    groups = k // p["group_size"]
+    scales = at(p["scales"], (tiles, groups, 16), np.float16).transpose(0, 2, 1).reshape(-1, groups)[:n]
+    return reference.dequantize(q, scales, storage).astype(np.float32)
+
+
+_weights: dict[tuple, np.ndarray] = {}
+
+
+def weight(storage: str, n: int, k: int, p: Launch) -> np.ndarray:
+    key = (p["weight"], storage, n, k)
+    if key not in _weights:
+        _weights[key] = untile(storage, n, k, p)
+    return _weights[key]
+
+
+def matmul(storage: str, p: Launch) -> None:
+    rows, k, n = p["num_rows"], p["in_features"], p["out_features"]
+    x = at(p["x"], (rows, k), np.float16).astype(np.float32)
+    y = x @ weight(storage, n, k, p).T
+    if p["y_bits"] == 32:
+        at(p["y"], (rows, n), np.float32)[:] = y
+    else:
+        at(p["y"], (rows, n), np.float16)[:] = half(y)
+
+
+def embed(storage: str, p: Launch) -> None:
+    rows, width = p["grid"][0], p["in_features"]
+    ids = at(p["ids"], (rows,), np.int32)
+    y = at(p["y"], (rows, width), np.float32)
+    if storage == "f16":
+        y[:] = at(p["weight"], (int(ids.max()) + 1, width), np.float16)[ids]
+    else:
+        y[:] = untile(storage, int(ids.max()) + 1, width, p)[ids]
+
+
+def norm(p: Launch, rows: int, x: np.ndarray) -> None:
+    w = at(p["weight"], (x.shape[1],), np.float32)
+    at(p["y"], (rows, x.shape[1]), np.float16)[:] = half(reference.rms_norm(x, w, p["epsilon"]))
+
+
+def rms_norm(p: Launch) -> None:
+    rows, width = p["grid"][0], p["in_features"]
+    norm(p, rows, at(p["x"], (rows, width), np.float32))
+
+
+def add_rms_norm(p: Launch) -> None:
+    rows, width = p["grid"][0], p["in_features"]
+    residual = at(p["residual"], (rows, width), np.float32)
+    residual += at(p["x"], (rows, width), np.float16)
+    norm(p, rows, residual)
+
+
+def swiglu(p: Launch) -> None:
+    rows, width = p["grid"][1], p["in_features"]
+    gate_up = at(p["gate_up"], (rows, 2 * width), np.float16)
+    at(p["y"], (rows, width), np.float16)[:] = half(reference.swiglu(gate_up))
+
+
+def cache_write(p: Launch) -> None:
+    rows, heads, kv, dim = p["grid"][0], p["num_heads"], p["num_kv_heads"], p["head_dim"]
+    qkv = at(p["qkv"], (rows, heads + 2 * kv, dim), np.float16)
+    cos_sin = at(p["cos_sin"], (rows, dim), np.float32)
+    slots = at(p["slot_mapping"], (rows,), np.int32)
+    k = reference.rotate(qkv[:, heads : heads + kv], cos_sin)
+    for t in range(rows):
+        if slots[t] >= 0:
+            start = int(slots[t]) * kv * dim * 2
+            at(p["key_cache"] + start, (kv, dim), np.float16)[:] = half(k[t])
+            at(p["value_cache"] + start, (kv, dim), np.float16)[:] = qkv[t, heads + kv :]
+
+
+def _attend(p: Launch, b: int, first: int, end: int, part: slice | None = None) -> Any:
+    """Yield (token, head, scores, values) of a sequence."""
+    heads, kv, dim, size = p["num_heads"], p["num_kv_heads"], p["head_dim"], p["block_size"]
+    length = int(at(p["seq_lens"] + 4 * b, (1,), np.int32)[0])
+    table = at(p["block_table"] + 4 * b * p["table_stride"], (p["table_stride"],), np.int32)
+    positions = np.arange(length)
+    slots = table[positions // size].astype(np.int64) * size + positions % size
+    top = int(slots.max()) + 1
+    keys = at(p["key_cache"], (top, kv, dim), np.float16)[slots].astype(np.float64)
+    values = at(p["value_cache"], (top, kv, dim), np.float16)[slots].astype(np.float64)
+    qkv = at(p["qkv"], (end, heads + 2 * kv, dim), np.float16)
+    q = reference.rotate(qkv[:, :heads], at(p["cos_sin"], (end, dim), np.float32))
+    for t in range(first, end):
+        seen = length - (end - t) + 1
+        for h in range(heads):
+            scores = keys[:seen, h * kv // heads] @ q[t, h] * p["scale"]
+            yield t, h, scores, values[:seen, h * kv // heads]
+
+
+def attention(p: Launch) -> None:
+    starts = at(p["query_start"], (p["num_sequences"] + 1,), np.int32)
+    out = at(p["out"], (int(starts[-1]), p["num_heads"], p["head_dim"]), np.float16)
+    for b in range(p["num_sequences"]):
+        for t, h, scores, values in _attend(p, b, int(starts[b]), int(starts[b + 1])):
+            w = np.exp(scores - scores.max())
+            out[t, h] = half(w @ values / w.sum())
+
+
+def attention_split(p: Launch) -> None:
+    sequences, splits = p["grid"][0], p["num_splits"]
+    starts = at(p["query_start"], (sequences + 1,), np.int32)
+    partial = at(p["partial"], (int(starts[-1]), p["num_heads"], splits, p["head_dim"] + 2), np.float32)
+    for b in range(sequences):
+        for t, h, scores, values in _attend(p, b, int(starts[b]), int(starts[b + 1])):
+            share = -(-len(scores) // splits)
+            for s in range(splits):
+                own = slice(s * share, (s + 1) * share)
+                top = scores[own].max(initial=-np.inf)
+                w = np.exp(scores[own] - top) if len(scores[own]) else np.zeros(0)
+                partial[t, h, s, :-2] = w @ values[own]
+                partial[t, h, s, -2:] = top, w.sum()
+
+
+def attention_combine(p: Launch) -> None:
+    rows, heads, dim, splits = p["grid"][0], p["num_heads"], p["head_dim"], p["num_splits"]
+    partial = at(p["partial"], (rows, heads, splits, dim + 2), np.float32).astype(np.float64)
+    w = np.exp(partial[..., -2] - partial[..., -2].max(axis=2, keepdims=True))
+    total = (partial[..., :-2] * w[..., None]).sum(axis=2) / (partial[..., -1] * w).sum(axis=2)[..., None]
+    at(p["out"], (rows, heads, dim), np.float16)[:] = half(total)
+
+
+def top_k_first(p: Launch) -> None:
+    vocab, k, chunk, rows = p["vocab_size"], p["k"], p["chunk"], p["grid"][1]
+    parts = -(-vocab // chunk)
+    logits = at(p["logits"], (rows, vocab), np.float32)
+    keys = at(p["keys"], (rows, parts, k), np.int64)
+    keys[:] = np.iinfo(np.int64).min + 1
+    bits = logits.view(np.int32)
+    ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32 | (0x7FFFFFFF - np.arange(vocab))
+    for part in range(parts):
+        own = -np.sort(-ordered[:, part * chunk : (part + 1) * chunk], axis=1)[:, :k]
+        keys[:, part, : own.shape[1]] = own
+
+
+def top_k_last(p: Launch) -> None:
+    vocab, k, chunk, rows = p["vocab_size"], p["k"], p["chunk"], p["grid"][0]
+    keys = at(p["keys"], (rows, -(-vocab // chunk) * k), np.int64)
+    best = -np.sort(-keys, axis=1)[:, :k]
+    bits = (best >> 32).astype(np.int32)
+    bits = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int32)
+    at(p["values"], (rows, k), np.float32)[:] = bits.view(np.float32)
+    at(p["ids"], (rows, k), np.int32)[:] = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+
+
+def meet(p: Launch, own: np.ndarray) -> np.ndarray:
+    """The protocol of 8.5 for own [rows, width]; returns every rank's: [ranks, rows, width]."""
+    rows, width = own.shape
+    ranks, most = p["ranks"], p["max_rows"]
+    buffers, flags = (at(p[name], (ranks,), np.int64) for name in ("buffers", "flags"))
+    epochs = at(p["epochs"], (most,), np.int32)
+    all_rows = np.empty((ranks, *own.shape), own.dtype)
+    steps = epochs[:rows] + 1
+    mine = at(int(buffers[p["rank"]]), (2, most, width), own.dtype)
+    for i in range(rows):
+        mine[steps[i] % 2, i] = own[i]
+        at(int(flags[p["rank"]]), (most, 32), np.int32)[i, 0] = steps[i]
+    until = time.monotonic() + WAIT_S
+    for r in range(ranks):
+        theirs = at(int(buffers[r]), (2, most, width), own.dtype)
+        for i in range(rows):
+            while int(at(int(flags[r]), (most, 32), np.int32)[i, 0]) - int(steps[i]) < 0:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"rank {r} does not come to step {steps[i]} of row {i}")
+                time.sleep(0.0005)
+            all_rows[r, i] = theirs[steps[i] % 2, i]
+    epochs[:rows] = steps
+    return all_rows
+
+
+def all_reduce_add_rms_norm(p: Launch) -> None:
+    rows, width = p["grid"][0], p["in_features"]
+    residual = at(p["residual"], (rows, width), np.float32)
+    residual += reference.all_reduce(list(meet(p, at(p["x"], (rows, width), np.float16))))
+    norm(p, rows, residual)
+
+
+def all_reduce(p: Launch) -> None:
+    rows, width = p["grid"][0], p["in_features"]
+    total = reference.all_reduce(list(meet(p, at(p["x"], (rows, width), np.float16))))
+    at(p["y"], (rows, width), np.float16)[:] = half(total)
+
+
+def all_gather(p: Launch) -> None:
+    rows, width, n = p["grid"][0], p["in_features"], p["out_features"]
+    parts = meet(p, at(p["x"], (rows, width), np.float32))
+    at(p["y"], (rows, n), np.float32)[:] = reference.all_gather(list(parts), n)
+
+
+KERNELS: dict[str, Callable[[Launch], None]] = {
+    **{f"matmul_{s}": (lambda p, s=s: matmul(s, p)) for s in ("f16", "q8", "q6", "q4")},
+    **{f"embed_{s}": (lambda p, s=s: embed(s, p)) for s in ("f16", "q8", "q6")},
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "swiglu": swiglu,
+    "cache_write": cache_write,
+    "attention": attention,
+    "attention_split": attention_split,
+    "attention_combine": attention_combine,
+    "top_k_first": top_k_first,
+    "top_k_last": top_k_last,
+    "all_reduce_add_rms_norm": all_reduce_add_rms_norm,
+    "all_reduce": all_reduce,
+    "all_gather": all_gather,
+}

@@ -1,0 +1,160 @@
+"""The launcher's refusals, one sentence each, and its care for code and memory, on the stand-in driver."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import shapes
+import standin
+
+CODE = """
+import sys, numpy as np, box, shapes, standin
+from checks import Checks
+from device import Device
+from executor import MiniOrt
+operators, mini, kernels = sys.argv[1:4]
+library = box.load_operators(operators)
+try:
+    box.open_gpu(library, kernels)
+    driver = standin.serve_launches(shapes.specs_of(shapes.config_of("dry")))
+    checks = Checks(MiniOrt(mini, operators), Device())
+    {body}
+    print(driver.standin_violations(), driver.standin_report().decode())
+except RuntimeError as error:
+    print(error)
+"""
+NORM = 'print("%.1e" % checks.norms())'
+
+
+@pytest.fixture
+def run(standins: Path, operators: Path, tmp_path: Path):
+    def run(kernels: Path, body: str = "pass", folder: Path = standins, **settings: object) -> str:
+        done = standin.run(folder, CODE.format(body=body), operators, standins / "libmini_ort.so", kernels, **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def specs():
+    return shapes.specs_of(shapes.config_of("dry"))
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, specs) -> Path:
+    path = tmp_path / "cuda-sm_89.bin"
+    standin.write_kernels(path, specs)
+    return path
+
+
+def test_no_driver(run, kernels, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "libcuda.so.1").write_text("no library")
+    said = run(kernels, folder=tmp_path / "broken")
+    assert "no NVIDIA driver (" in said
+    assert "install the NVIDIA driver, or use --provider cpu." in said
+
+
+def test_a_driver_that_is_too_old(run, kernels):
+    assert "libcuda.so.1 supports CUDA 11.4, expected CUDA 12.0 or later" in run(kernels, version=11040)
+
+
+def test_code_for_another_chip(run, kernels):
+    said = run(kernels, chip="sm_120")
+    assert "holds code for sm_89, and GPU 0 (stand-in 0) is sm_120: pack with --targets sm_120." in said
+
+
+def test_code_for_another_vendor(run, specs, tmp_path):
+    standin.write_kernels(tmp_path / "k.bin", specs, "gfx1100")
+    assert "holds code for gfx1100" in run(tmp_path / "k.bin")
+
+
+def test_code_of_an_older_chip_of_the_same_family_runs(run, specs, tmp_path):
+    standin.write_kernels(tmp_path / "k.bin", specs, "sm_86")
+    assert run(tmp_path / "k.bin", NORM).endswith("0 \n")
+
+
+def test_no_such_gpu(run, kernels):
+    assert "there is no GPU 0: the driver shows 0" in run(kernels, devices=0) or "error 100" in run(kernels, devices=0)
+
+
+def test_code_is_loaded_once_for_all_nodes(run, kernels):
+    body = """
+    nodes = [checks.ort.node("SwiGLU", in_features=512) for _ in range(5)]
+    print("loads", driver.standin_count(2))"""
+    assert "loads 1\n0 \n" in run(kernels, body)
+
+
+def test_shared_memory_beyond_48_kb_is_asked_for(run, specs, tmp_path):
+    standin.write_kernels(tmp_path / "k.bin", specs, shared_bytes=90000)
+    assert run(tmp_path / "k.bin", NORM).endswith("0 \n")
+
+
+def test_more_shared_memory_than_the_chip_has(run, specs, tmp_path):
+    standin.write_kernels(tmp_path / "k.bin", specs, shared_bytes=200000)
+    assert "asking for 200000 bytes of shared memory: the driver says" in run(tmp_path / "k.bin", NORM)
+
+
+def test_a_model_without_its_kernel(run, kernels):
+    said = run(kernels, 'checks.ort.node("SwiGLU", name="/mlp/act", in_features=96)')
+    assert "SwiGLU '/mlp/act': " in said
+    assert "has no swiglu with in_features 96: it belongs to another model; copy the artifact again." in said
+
+
+def test_a_parameter_that_nobody_knows(run, specs, tmp_path):
+    changed = [dataclasses.replace(s, types={**s.types, "surprise": "*fp16"}) if s.op == "swiglu" else s for s in specs]
+    standin.write_kernels(tmp_path / "k.bin", changed)
+    assert "has the parameter surprise (*fp16), which this release does not know" in run(
+        tmp_path / "k.bin", 'checks.ort.node("SwiGLU", in_features=512)'
+    )
+
+
+def test_an_argument_that_breaks_a_divisor(run, kernels):
+    body = """
+    node = checks.ort.node("SwiGLU", in_features=512)
+    x, y = checks.device.allocate(4096), checks.device.allocate(4096)
+    checks.ort.call(node, [(10, (1, 1024), x + 8)], [(10, (1, 512), y)], checks.device.stream)"""
+    assert "swiglu: gate_up is " in (said := run(kernels, body))
+    assert "expected a multiple of 16" in said
+
+
+def test_a_wrong_shape_is_named(run, kernels):
+    body = """
+    node = checks.ort.node("SwiGLU", name="act", in_features=512)
+    x, y = checks.device.allocate(4096), checks.device.allocate(4096)
+    checks.ort.call(node, [(10, (1, 512), x)], [(10, (1, 512), y)], checks.device.stream)"""
+    assert "SwiGLU 'act': input gate_up has shape [1, 512], expected [any, 1024]" in run(kernels, body)
+
+
+def test_damaged_kernel_files_are_refused(standins, operators, kernels, tmp_path):
+    """Cut anywhere, and with any byte of the tables changed: a sentence or a file that reads, never a crash."""
+    whole = kernels.read_bytes()
+    code = """
+import sys, box, pathlib
+library = box.load_operators(sys.argv[1])
+path, whole = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]).read_bytes()
+refused = 0
+def attempt(data):
+    path.write_bytes(data)
+    try:
+        box.open_gpu(library, path)
+        library.llmpack_ops_gpu_close()
+        return 0
+    except RuntimeError as error:
+        assert str(path) in str(error) or "GPU" in str(error), error
+        return 1
+tables = whole.index(b"\\x7fELF")
+cuts = sum(attempt(whole[:n]) for n in [*range(0, 300), *range(300, len(whole), 997)])
+print(cuts, len([*range(0, 300), *range(300, len(whole), 997)]))
+changes = sum(attempt(whole[:n] + bytes([whole[n] ^ 0xFF]) + whole[n + 1:]) for n in range(0, tables, 7))
+print(changes)
+"""
+    done = standin.run(standins, code, operators, tmp_path / "changed.bin", kernels)
+    assert done.returncode == 0, done.stderr
+    (refused, cut), (changed,) = ([int(n) for n in line.split()] for line in done.stdout.splitlines())
+    assert refused == cut
+    assert changed > 0
+    assert len(whole) > 1000

@@ -1,0 +1,115 @@
+"""A rank's gpu.onnx through our operators, launcher and collectives on a stand-in driver, with numpy for the kernels.
+
+The reference is selfcheck.json: logits in float64 from the packed bytes, by other code and another graph. What is shown: the
+graph, every node's attributes, pointers, shapes, the order of launches and the collectives. What is not: the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import standin
+
+WORKER = Path(standin.HERE) / "worker.py"
+# float16 between operators (2^-11 each), two layers, against float64, relative to the largest logit: seen 1e-3.
+TOLERANCE = 6e-3
+
+
+@pytest.fixture
+def run_ranks(standins: Path, operators: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    def run(
+        scenario: str, artifact: Path, size: int = 1, folder: Path = standins, **settings: object
+    ) -> list[dict[str, Any]]:
+        exchange = tmp_path / "exchange"
+        exchange.mkdir(exist_ok=True)
+        mini = standins / "libmini_ort.so"
+        commands = [
+            [
+                sys.executable,
+                str(WORKER),
+                scenario,
+                str(artifact),
+                str(operators),
+                str(mini),
+                str(exchange),
+                str(rank),
+                str(size),
+            ]
+            for rank in range(size)
+        ]
+        environment = standin.environment(folder, **{"devices": size, **settings})
+        ranks = [
+            subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for c in commands
+        ]
+        results = []
+        try:
+            outputs = [rank.communicate(timeout=200) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        for rank, (out, err) in zip(ranks, outputs, strict=True):
+            assert rank.returncode == 0, err
+            results.append(json.loads(out))
+            assert results[-1]["violations"] == 0, results[-1]["report"]
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+def test_a_gpu_gives_the_logits_of_the_packed_bytes(quant, gpu_artifact, tiny_checkpoint, run_ranks):
+    (result,) = run_ranks("logits", gpu_artifact(tiny_checkpoint, 1, quant))
+    assert max(result["errors"]) < TOLERANCE, result["errors"]
+
+
+def test_rocm_gives_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpoint, run_ranks):
+    (result,) = run_ranks("logits-hip", gpu_artifact(tiny_checkpoint, 1, "q4"), chip="gfx1100")
+    assert max(result["errors"]) < TOLERANCE, result["errors"]
+
+
+def test_two_gpus_give_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpoint, run_ranks):
+    results = run_ranks("logits", gpu_artifact(tiny_checkpoint, 2, "q4"), 2)
+    assert max(*results[0]["errors"], *results[1]["errors"]) < TOLERANCE
+    assert results[0]["logits"] == results[1]["logits"]
+    assert "one-shot through mapped host memory" in results[0]["transport"]
+    assert "libnccl.so.2 2.22.3" in results[0]["transport"]
+
+
+@pytest.mark.parametrize("way", ["nccl", "staged", "no-mapping"])
+def test_rows_beyond_one_shot_give_the_same_logits(way, gpu_artifact, tiny_checkpoint, run_ranks, standins, tmp_path):
+    folder, settings = standins, {}
+    if way != "nccl":
+        folder = standin.build(tmp_path / "without-nccl", "libcuda.so.1")
+    if way == "no-mapping":
+        settings["register"] = 0
+    results = run_ranks("long", gpu_artifact(tiny_checkpoint, 2, "q4"), 2, folder, **settings)
+    assert results[0]["error"] < TOLERANCE
+    assert results[0]["logits"] == results[1]["logits"]
+    assert ("by way of the CPU" in results[0]["transport"]) == (way != "nccl")
+    assert ("not one-shot" in results[0]["transport"]) == (way == "no-mapping")
+
+
+def test_ranks_that_share_a_gpu_do_without_nccl(gpu_artifact, tiny_checkpoint, run_ranks):
+    results = run_ranks("logits", gpu_artifact(tiny_checkpoint, 2, "q4"), 2, devices=1)
+    assert max(*results[0]["errors"], *results[1]["errors"]) < TOLERANCE
+    assert "ranks share a GPU" in results[0]["transport"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_decode_steps_are_captured_and_quiet(size, gpu_artifact, tiny_checkpoint, run_ranks):
+    results = run_ranks("steps", gpu_artifact(tiny_checkpoint, size, "q4"), size)
+    assert results[0]["launches"] > 0
+
+
+def test_all_reduces_are_timed(gpu_artifact, tiny_checkpoint, run_ranks):
+    results = run_ranks("timed", gpu_artifact(tiny_checkpoint, 2, "q4"), 2)
+    assert [result["code"] for result in results] == [0, 0]
+    assert np.isfinite(results[0]["microseconds"])

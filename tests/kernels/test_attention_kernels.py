@@ -1,0 +1,148 @@
+"""Paged attention on the GPU's terms against float64: float16 queries, keys and values (FORMAT.md 5.5, 8.4)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from interpreter import launch
+
+from llmpack import kernel_plan
+from llmpack_ops import reference
+
+# Queries and the exponentials are rounded to float16 (2^-11 each); the values are about 1, the weights sum to 1.
+TOLERANCE = 3e-3
+HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1), "wide_GQA": (20, 1)}
+
+
+class World:
+    """Sequences of random tokens in a paged cache; `step` compares what is written and what is attended to."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, block_size: int, lengths: list[int], seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.heads, self.kv_heads, self.d, self.block_size = heads, kv_heads, head_dim, block_size
+        width = (heads + 2 * kv_heads) * head_dim
+        self.qkv = [rng.standard_normal((n, width)).astype(np.float16) for n in lengths]
+        angles = np.arange(max(lengths))[:, None] / 10000 ** (np.arange(head_dim // 2) * 2 / head_dim)
+        self.cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        counts = [-(-n // block_size) for n in lengths]
+        blocks = rng.permutation(sum(counts) + 2)
+        self.blocks = np.split(blocks[: sum(counts)], np.cumsum(counts)[:-1])
+        shape = (len(blocks), block_size, kv_heads, head_dim)
+        self.keys, self.values = np.full(shape, 7, np.float16), np.full(shape, 7, np.float16)
+        self.specs = {s.op: s for s in kernel_plan.attention(heads, kv_heads, head_dim, block_size)}
+
+    def step(self, spans: list[tuple[int, int, int]], splits: int = 3, skip: int = 0) -> np.ndarray:
+        """Run a step, few tokens both ways. A span is (sequence, first position, end); `skip` first tokens are not written."""
+        table = np.full((len(spans), max(len(b) for b in self.blocks) + 1), -1, np.int32)
+        slots, rows, angles = [], [np.zeros((0, self.qkv[0].shape[1]), np.float16)], [self.cos_sin[:0]]
+        for i, (b, first, end) in enumerate(spans):
+            used = -(-end // self.block_size)
+            table[i, :used] = self.blocks[b][:used]
+            slots += [self.blocks[b][p // self.block_size] * self.block_size + p % self.block_size
+                      for p in range(first, end)]  # fmt: skip
+            rows.append(self.qkv[b][first:end])
+            angles.append(self.cos_sin[first:end])
+        slot_mapping = np.array(slots, np.int32)
+        slot_mapping[:skip] = -1
+        inputs = {
+            "qkv": np.concatenate(rows),
+            "cos_sin": np.concatenate(angles),
+            "key_cache": self.keys,
+            "value_cache": self.values,
+        }
+        write = self.specs["cache_write"]
+        _, keys, values = self._reference(inputs, slot_mapping, spans, table)
+        launch(write, **inputs, slot_mapping=slot_mapping)
+        np.testing.assert_allclose(self.keys.astype(float), keys.astype(float), rtol=2.0**-10, atol=1e-6)
+        np.testing.assert_array_equal(self.values, values)
+
+        exact, *_ = self._reference(inputs, np.full_like(slot_mapping, -1), spans, table)
+        steps = {
+            "query_start": np.cumsum([0] + [end - first for _, first, end in spans]).astype(np.int32),
+            "seq_lens": np.array([end for *_, end in spans], np.int32),
+            "block_table": table,
+        }
+        numbers = {"table_stride": table.shape[1], "scale": float(self.d**-0.5)}
+        out = np.full((len(slots), self.heads * self.d), 7, np.float16)
+        count = len(spans)
+        launch(self.specs["attention"], sequences=count, out=out, **inputs, **steps, **numbers, num_sequences=count)
+        np.testing.assert_allclose(out.astype(float), exact, rtol=0, atol=TOLERANCE)
+
+        if len(slots) > 12:
+            return out
+        partial = np.full((len(slots), self.heads, splits, self.d + 2), np.nan, np.float32)
+        again = np.full_like(out, 7)
+        launch(self.specs["attention_split"], sequences=count, splits=splits, partial=partial, **inputs, **steps,
+               **numbers, num_splits=splits)  # fmt: skip
+        launch(self.specs["attention_combine"], out=again, partial=partial, num_splits=splits)
+        np.testing.assert_allclose(again.astype(float), exact, rtol=0, atol=TOLERANCE)
+        return out
+
+    def _reference(self, inputs, slot_mapping, spans, table):
+        return reference.paged_attention(
+            **inputs,
+            slot_mapping=slot_mapping,
+            query_start=np.cumsum([0] + [end - first for _, first, end in spans]),
+            seq_lens=np.array([end for *_, end in spans]),
+            block_table=table,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            scale=float(self.d**-0.5),
+        )
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_prefill_of_one_sequence(heads: str) -> None:
+    world = World(*HEADS[heads], 32, 8, [37])
+    world.step([(0, 0, 36)])
+    world.step([(0, 36, 37)])
+
+
+@pytest.mark.parametrize("head_dim", [2, 64, 80, 128])
+def test_head_dims(head_dim: int) -> None:
+    World(2, 1, head_dim, 16, [12]).step([(0, 0, 12)])
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 64])
+def test_block_sizes(block_size: int) -> None:
+    world = World(2, 1, 16, block_size, [21])
+    world.step([(0, 0, 15)])
+    world.step([(0, 15, 21)])
+
+
+def test_context_across_blocks_of_keys_and_of_queries() -> None:
+    world = World(2, 1, 16, 16, [150])
+    world.step([(0, 0, 130)])
+    world.step([(0, 130, 150)])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 64], ids=lambda s: f"{s}_splits")
+def test_decode(splits: int) -> None:
+    """Splits beyond the context have nothing to say, and their share must not be read as numbers."""
+    world = World(4, 2, 16, 16, [130, 1, 64])
+    world.step([(0, 0, 129), (2, 0, 63)])
+    world.step([(0, 129, 130), (1, 0, 1), (2, 63, 64)], splits)
+
+
+def test_prefill_and_decode_in_one_step() -> None:
+    world = World(4, 2, 32, 16, [40, 5, 17])
+    world.step([(0, 0, 39), (2, 0, 16)])
+    world.step([(0, 39, 40), (1, 0, 5), (2, 16, 17)])
+
+
+def test_sequences_without_tokens_in_this_step() -> None:
+    world = World(2, 1, 16, 8, [9, 5, 20])
+    world.step([(0, 0, 9), (2, 0, 20)])
+    world.step([(0, 9, 9), (1, 0, 5), (2, 20, 20)])
+
+
+def test_a_negative_slot_writes_nothing() -> None:
+    World(2, 1, 16, 8, [9]).step([(0, 0, 9)], skip=2)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    world = World(2, 1, 16, 8, [20])
+    for qkv in world.qkv:
+        qkv[:, : 3 * 16] *= 30  # queries and keys; scores of thousands, one key takes all
+    inputs = world.step([(0, 0, 20)])
+    assert np.isfinite(inputs).all()

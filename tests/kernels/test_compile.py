@@ -1,0 +1,143 @@
+"""Every kind of kernel compiles for every target, without spills, within its shared memory, and to the same bytes anywhere.
+
+`make kernels` does the same for every variant and several published shapes, and prints the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shapes import SHARED_MEMORY_LIMITS, specs_of
+
+from llmpack import kernel_file, kernels
+from llmpack.kernel_file import Kernel, KernelFile
+from llmpack.kernel_plan import KernelSpec
+
+ROOT = Path(__file__).parents[2]
+LIKE_OTHERS = ("all_reduce", "all_gather", "rms_norm", "swiglu", "top_k_last", "attention_combine")
+CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
+
+
+def representative() -> list[KernelSpec]:
+    """One of each kind, at the sizes of Llama-2-70B on two GPUs."""
+    chosen = []
+    for spec in specs_of("llama-2-70b", 2):
+        if spec.op.startswith("matmul"):
+            rows = (1, 4, 0) if spec.op == "matmul_q4" else (1,)
+            if spec.constants["max_rows"] in rows and spec.constants["out_features"] in (5120, 16000):
+                chosen.append(spec)
+        elif spec.op not in LIKE_OTHERS and spec.constants.get("k", 64) == 64:
+            chosen.append(spec)
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LLMPACK_CACHE", str(tmp_path_factory.mktemp("kernel-cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def files(cache) -> dict[str, KernelFile]:
+    return kernels.build(representative(), kernels.GPU_TARGETS)
+
+
+@pytest.mark.slow
+def test_every_target_gets_every_kernel(files: dict[str, KernelFile]) -> None:
+    assert set(files) == {*kernels.GPU_TARGETS, kernels.PTX_TARGET}
+    wanted = [(s.op, s.constants) for s in representative()]
+    for target, file in files.items():
+        assert [(k.op, k.constants) for k in file.kernels] == wanted, target
+        assert all(k.code.startswith(CODE_STARTS[file.code_kind]) for k in file.kernels), target
+        assert file.warp_size == (64 if target in ("gfx90a", "gfx942") else 32)
+    assert b".target sm_80\n" in files[kernels.PTX_TARGET].kernels[0].code
+    assert files[kernels.PTX_TARGET].kernels[0].code.endswith(b"\0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", kernels.GPU_TARGETS)
+def test_no_spill_and_no_more_shared_memory_than_there_is(files: dict[str, KernelFile], target: str) -> None:
+    for kernel in files[target].kernels:
+        assert kernel.registers > 0, kernel.op
+        assert kernel.spill_bytes == 0, f"{kernel.op} {kernel.constants}: {kernel.spill_bytes} bytes spilled"
+        assert kernel.shared_bytes + kernel.static_shared_bytes <= SHARED_MEMORY_LIMITS[target], kernel.op
+        assert kernel.num_warps * files[target].warp_size <= 1024
+        assert (kernel.num_ctas, kernel.cooperative, kernel.global_scratch_bytes, kernel.profile_scratch_bytes) == (
+            1, False, 0, 0,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_files_read_back_as_written(files: dict[str, KernelFile]) -> None:
+    for name, file in files.items():
+        data = kernel_file.to_bytes(file)
+        again = kernel_file.from_bytes(data, name)
+        assert kernel_file.to_bytes(again) == data
+        assert sorted(map(_key, again.kernels)) == sorted(map(_key, file.kernels))
+
+
+def _key(kernel: Kernel) -> tuple[object, ...]:
+    return (
+        kernel.op,
+        sorted(kernel.constants.items()),
+        kernel.code,
+        kernel.grid,
+        kernel.parameters,
+        kernel.shared_bytes,
+    )
+
+
+# Compiles without the cache, from a copy of the kernels in another directory.
+_ELSEWHERE = """
+import hashlib, sys
+sys.meta_path[:] = [f for f in sys.meta_path if "Redirect" not in type(f).__name__]
+sys.path[:0] = sys.argv[1:]
+from llmpack.kernel_compiler import compile_kernel, prepare_worker
+prepare_worker(sys.argv[1] + "/scratch")
+from test_compile import representative
+import llmpack_kernels
+assert llmpack_kernels.__file__.startswith(sys.argv[1]), llmpack_kernels.__file__
+specs = {s.op: s for s in representative()}
+for op, chip in (("add_rms_norm", "sm_89"), ("cache_write", "gfx1100")):
+    for kind, kernel in compile_kernel(specs[op], "hip" if chip[0] == "g" else "cuda", chip).items():
+        print(op, chip, kind, hashlib.sha256(kernel.code).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_another_directory_gives_the_same_bytes(files: dict[str, KernelFile], tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "custom_ops/llmpack_kernels", tmp_path / "llmpack_kernels")
+    paths = [tmp_path, ROOT / "packager", ROOT / "runtime", ROOT / "tests/kernels"]
+    command = [sys.executable, "-c", _ELSEWHERE, *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [(op, kind) for op, _, kind, _ in lines] == [
+        ("add_rms_norm", "cubin"), ("add_rms_norm", "ptx"), ("cache_write", "hsaco"),
+    ]  # fmt: skip
+    for op, chip, kind, digest in lines:
+        if kind == "ptx":
+            continue  # of sm_89; the file holds sm_80's
+        (kernel,) = [k for k in files[chip].kernels if k.op == op]
+        assert hashlib.sha256(kernel.code).hexdigest() == digest, op
+
+
+@pytest.mark.slow
+def test_the_cache_gives_the_same_bytes_and_survives_damage(files: dict[str, KernelFile]) -> None:
+    specs = [s for s in representative() if s.op == "cache_write"]
+    entries = sorted(kernels.cache_directory().iterdir())
+    assert len(entries) == len(representative()) * len(kernels.GPU_TARGETS)
+    for entry in entries:  # one changed byte in each
+        data = bytearray(entry.read_bytes())
+        data[len(data) // 2] ^= 1
+        entry.write_bytes(data)
+    again = kernels.build(specs, ["gfx1100"])
+    (kernel,) = [k for k in files["gfx1100"].kernels if k.op == "cache_write"]
+    assert again["gfx1100"].kernels[0].code == kernel.code

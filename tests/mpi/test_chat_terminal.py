@@ -1,0 +1,289 @@
+"""`llmrun chat` at a real pseudo-terminal, on one rank and on two: keys in, screen out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import _MARK, LEFTOVER_S
+from terminal import Terminal
+
+Packed = Callable[..., Path]
+UP, LEFT, HOME, CTRL_A, CTRL_C, CTRL_D, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[H", "\x01", "\x03", "\x04", "\x7f"
+STATS = re.compile(r"\[\d+ tokens?(, [\d.]+ tokens/s)?, first after [\d.]+ s.*\]")
+
+
+@pytest.fixture(params=[1, 2], ids=["1-rank", "2-ranks"])
+def artifact(request: pytest.FixtureRequest, packed_demo: Packed) -> Path:
+    return packed_demo(request.param, "q4")
+
+
+class Chat(Terminal):
+    """A chat with the demo model; each has its own home."""
+
+    def __init__(self, home: Path, *arguments: object, environment: dict[str, str] | None = None) -> None:
+        self.mark = f"{home}"
+        command = [sys.executable, "-m", "llmrun", *map(str, arguments), "--temperature", "0"]
+        variables = {"XDG_STATE_HOME": str(home / "state"), _MARK: self.mark, "LLMRUN_WATCHDOG_S": "0"}
+        super().__init__(command, environment={**variables, **(environment or {})}, columns=200)
+
+    def answers(self) -> int:
+        return sum(bool(STATS.search(line)) for line in self.screen)
+
+    def ask(self, keys: str) -> None:
+        """Type a message and wait for the end of its answer."""
+        count = self.answers()
+        self.type(keys)
+        self.wait(lambda: self.answers() == count + 1 and self.screen[-1] == ">")
+
+    def processes(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(
+                    b"\0"
+                ):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def rank_pid(self, rank: int, size: int) -> int:
+        """Return the pid of a rank: of several by mpirun's variables, a single one is the child of what was typed."""
+        wanted = {f"PMI_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()}
+        for pid in self.processes():
+            if size == 1 and pid != self.pid:
+                return pid
+            if wanted & set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+                return pid
+        raise AssertionError("no such rank")
+
+
+@pytest.fixture
+def chat(tmp_path: Path, artifact: Path) -> Iterator[Chat]:
+    with Chat(tmp_path, artifact, "-n", "8") as chat:
+        chat.wait("/help shows")
+        yield chat
+
+
+def test_typing_editing_and_every_command(chat: Chat, tmp_path: Path) -> None:
+    chat.ask("The kxng" + LEFT * 2 + BACKSPACE + "i\r")
+    assert "> The king" in chat.screen
+    assert STATS.search(chat.text)
+    assert b"\x1b[2m[" in chat.raw  # dim
+    chat.type("/help\r")
+    chat.wait("/save FILE")
+    chat.type("/system\r")
+    chat.wait("There is no system message.")
+    chat.type("/system Speak like a duke.\r/system\r")
+    chat.wait(lambda: chat.screen.count("Speak like a duke.") == 1)
+    chat.type("/save " + str(tmp_path / "talk.json") + "\r")
+    chat.wait("3 messages are in")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    assert saved[1]["content"] == "The king"
+    answer = chat.text.partition("> The king\n")[2].partition("\n[")[0]
+    assert saved[2]["content"].split() == answer.split()
+    chat.type("/save " + str(tmp_path / "talk.json") + "\r")
+    chat.wait("exists already")
+    chat.type("/save " + str(tmp_path / "no" / "talk.txt") + "\r")
+    chat.wait("No such file")
+    chat.type("/stats\r")
+    chat.wait("conversation  1 answer, ")
+    chat.type("/reset\r/stats\r")
+    chat.wait("conversation  0 answers, 0 of 512 tokens of context")
+    chat.type("/system -\r/save " + str(tmp_path / "empty.txt") + "\r")
+    chat.wait("0 messages are in")
+    chat.type("/nonsense here\r")
+    chat.wait("/nonsense: there is no such command")
+    chat.type("/sy\tNew.\r/system\r")  # Tab completes
+    chat.wait("\nNew.")
+    chat.ask(" /etc is text\r")
+    chat.type("/quit\r")
+    assert chat.finish() == 0
+    assert chat.echoes()
+    gone_by = time.monotonic() + LEFTOVER_S
+    while chat.processes() and time.monotonic() < gone_by:
+        time.sleep(0.05)
+    assert chat.processes() == []
+
+
+def test_history_is_recalled_kept_and_private(tmp_path: Path, packed_demo: Packed) -> None:
+    path = packed_demo(1, "q4")
+    with Chat(tmp_path, path, "-n", "2") as chat:
+        chat.wait("/help shows")
+        chat.ask("first question\r")
+        chat.ask('"""one\rtwo"""\r')
+        chat.ask(UP + UP + CTRL_A + "my \r")
+        assert "> my first question" in chat.screen
+        chat.type(CTRL_D)
+        assert chat.finish() == 0
+    file = tmp_path / "state" / "llmrun" / "history"
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        "first question",
+        "one\ntwo",
+        "my first question",
+    ]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    with Chat(tmp_path, path, "-n", "2") as chat:
+        chat.wait("/help shows")
+        chat.type(UP)
+        chat.wait("> my first question")
+        chat.type("\r")
+        chat.wait(lambda: chat.answers() == 1)
+    with Chat(tmp_path, "chat", path, "-n", "2", "--no-history") as chat:
+        chat.wait("/help shows")
+        chat.type(UP + "x\r")
+        chat.wait("\n> x")
+        chat.wait(lambda: chat.answers() == 1)
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_messages_of_several_lines(chat: Chat, tmp_path: Path) -> None:
+    chat.ask('"""a\r/b\r\rc"""\r')
+    chat.ask("d\\\re\r")
+    chat.ask("\x1b[200~f\rg\x1b[201~\r")  # a paste
+    chat.type("/save " + str(tmp_path / "talk.json") + "\r")
+    chat.wait("messages are in")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["content"] for message in saved if message["role"] == "user"] == ["a\n/b\n\nc", "d\ne", "f\ng"]
+
+
+def test_ctrl_c_stops_the_answer_and_the_next_question_is_answered(tmp_path: Path, artifact: Path) -> None:
+    with Chat(tmp_path, artifact, "-n", "450", "--ignore-eos") as chat:
+        chat.wait("/help shows")
+        before = len(chat.raw)
+        chat.type("Tell\r")
+        chat.wait(lambda: len(chat.raw) > before + 60)  # it streams
+        chat.type(CTRL_C)
+        chat.wait(lambda: chat.answers() == 1)
+        assert "stopped]" in chat.text
+        tokens = int(re.search(r"\[(\d+) tokens?,", chat.text)[1])  # type: ignore[index]
+        assert 0 < tokens < 450
+        chat.type("/reset\r")
+        chat.type("More\r")
+        chat.wait(lambda: chat.answers() == 2)
+        assert "450 tokens" in chat.text
+        assert "cut at --max-tokens]" in chat.text
+        chat.type(CTRL_D)
+        assert chat.finish() == 0
+
+
+def test_ctrl_c_at_the_prompt_clears_and_twice_leaves(chat: Chat) -> None:
+    chat.type("half a li" + CTRL_C)
+    chat.wait(lambda: chat.screen[-1] == ">")
+    time.sleep(1.2)
+    chat.ask("whole\r")
+    assert "\n> whole" in chat.text
+    chat.type('"""block' + "\r" + CTRL_C)
+    chat.wait(lambda: chat.screen[-1] == ">")
+    chat.type(CTRL_C)
+    assert chat.finish() == 130
+    assert chat.echoes()
+
+
+def test_ctrl_c_while_it_loads_leaves(tmp_path: Path, artifact: Path) -> None:
+    with Chat(tmp_path, artifact, environment={"LLMRUN_FAULT": "0:load:slow"}) as chat:
+        chat.wait(lambda: len(chat.processes()) > 1)
+        time.sleep(0.5)
+        chat.type(CTRL_C)
+        assert chat.finish(15) == 130
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["no-colour", "dumb"])
+def test_a_terminal_without_colours(environment: dict[str, str], tmp_path: Path, packed_demo: Packed) -> None:
+    with Chat(tmp_path, packed_demo(1, "q4"), "-n", "2", environment=environment) as chat:
+        chat.wait("/help shows")
+        chat.ask("hello\r")
+        assert not re.search(rb"\x1b\[\d+m", chat.raw)
+        if "TERM" in environment:
+            assert b"\x1b" not in chat.raw
+        chat.type(CTRL_D)
+        assert chat.finish() == 0
+
+
+def test_a_window_that_changes_its_size(chat: Chat, tmp_path: Path) -> None:
+    chat.resize(30, 20)
+    words = "a line that is longer than the narrow window is wide"
+    chat.type(words)
+    chat.wait(lambda: words.replace(" ", "") in "".join(chat.screen).replace(" ", ""))
+    assert len(chat.screen[-1]) <= 30
+    chat.type(HOME + "X")
+    chat.resize(100, 20)
+    chat.pump(0.3)
+    chat.ask("\r")
+    chat.type("/save " + str(tmp_path / "talk.json") + "\r")
+    chat.wait("messages are in")
+    assert json.loads((tmp_path / "talk.json").read_text())[0]["content"] == "X" + words
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_at_the_prompt_ends_the_chat(rank: int, tmp_path: Path, packed_demo: Packed) -> None:
+    with Chat(tmp_path, packed_demo(2, "q4")) as chat:
+        chat.wait("/help shows")
+        chat.type("half a line")
+        chat.wait("> half a line")
+        os.kill(chat.rank_pid(rank, 2), signal.SIGKILL)
+        assert chat.finish() == 6
+        assert "SIGKILL" in chat.text
+        assert chat.echoes()
+
+
+def test_a_rank_that_dies_in_an_answer_ends_the_chat(tmp_path: Path, artifact: Path, packed_demo: Packed) -> None:
+    size = 2 if artifact == packed_demo(2, "q4") else 1
+    with Chat(tmp_path, artifact, "-n", "450", "--ignore-eos") as chat:
+        chat.wait("/help shows")
+        before = len(chat.raw)
+        chat.type("Tell\r")
+        chat.wait(lambda: len(chat.raw) > before + 60)
+        os.kill(chat.rank_pid(size - 1, size), signal.SIGKILL)
+        assert chat.finish() == 6
+        assert "error[E602]" in chat.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_and_leaves_nothing(number: signal.Signals, chat: Chat) -> None:
+    os.kill(chat.pid, number)
+    assert chat.finish() == 128 + number
+    gone_by = time.monotonic() + LEFTOVER_S
+    while chat.processes() and time.monotonic() < gone_by:
+        time.sleep(0.05)
+    assert chat.processes() == []
+    assert chat.echoes()
+
+
+def test_answers_go_to_a_file_and_the_rest_to_the_terminal(tmp_path: Path, packed_demo: Packed) -> None:
+    line = [sys.executable, "-m", "llmrun", "chat", str(packed_demo(1, "q4")), "-n", "4", "--temperature", "0"]
+    shell = ["sh", "-c", '"$@" > ' + str(tmp_path / "answers"), "sh", *line]
+    with Terminal(shell, environment={"XDG_STATE_HOME": str(tmp_path)}) as terminal:
+        terminal.wait("/help shows")
+        terminal.type("hellp" + BACKSPACE + "o\r")
+        terminal.wait("first after")
+        assert "> hello" in terminal.screen
+        terminal.type(CTRL_D)
+        assert terminal.finish() == 0
+    answers = (tmp_path / "answers").read_text()
+    assert answers.strip()
+    assert "hello" not in answers
+    assert ">" not in answers
+
+
+def test_an_artifact_that_cannot_chat_is_refused(tmp_path: Path, packed: Packed, tiny_checkpoint: Path) -> None:
+    with Chat(tmp_path, "chat", packed(tiny_checkpoint)) as chat:
+        assert chat.finish() == 2
+        assert "error[E205]" in chat.text
+
+
+def test_a_conversation_that_outgrows_the_context_is_told(chat: Chat) -> None:
+    chat.type(" ".join(["word"] * 700) + "\r")
+    chat.wait("error[E204]")
+    chat.ask("short\r")

@@ -1,0 +1,143 @@
+"""How a server begins and ends: ready after a decode, drained by SIGTERM, loud when a rank is lost, refusing to be careless."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Served, events
+
+from mpi.harness import mpirun_command, run_alone
+
+Packed = Callable[..., Path]
+LONG: dict[str, Any] = {"prompt": "The king", "max_tokens": 200, "ignore_eos": True, "stream": True}
+
+
+def collect(response: Any, into: list[Any]) -> threading.Thread:
+    thread = threading.Thread(target=lambda: into.extend(events(response)))
+    thread.start()
+    return thread
+
+
+def test_sigterm_lets_answers_finish(packed_demo: Packed) -> None:
+    with Served(packed_demo(2, "f32")) as served:
+        got: list[Any] = []
+        reader = collect(served.request("/v1/completions", LONG), got)
+        while not got:
+            time.sleep(0.01)
+        served.job.process.terminate()
+        time.sleep(0.5)
+        with pytest.raises(ConnectionRefusedError):
+            served.connect()
+        outcome = served.wait(60)
+        reader.join()
+    assert (outcome.code, outcome.errors, outcome.leftovers) == (0, [], [])
+    assert got[-1] == "[DONE]"
+    assert got[-2]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_drain_that_takes_too_long_ends_with_an_error_event(packed_demo: Packed) -> None:
+    with Served(packed_demo(2, "f32"), "--drain-timeout", 0.3) as served:
+        got: list[Any] = []
+        reader = collect(served.request("/v1/completions", {**LONG, "n": 8}), got)
+        while not got:
+            time.sleep(0.01)
+        served.job.process.terminate()
+        outcome = served.wait()
+        reader.join()
+    assert (outcome.code, outcome.leftovers) == (0, [])
+    assert got[-1]["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "by mpirun"])
+def test_a_lost_rank_is_told_to_every_stream(how: str, packed_demo: Packed) -> None:
+    launcher = mpirun_command(2) if how == "by mpirun" else None
+    with Served(packed_demo(2, "f32"), environment={"LLMRUN_WATCHDOG_S": "2"}, launcher=launcher) as served:
+        got: list[list[Any]] = [[] for _ in range(4)]
+        readers = [collect(served.request("/v1/completions", LONG), own) for own in got]
+        while not all(got):
+            time.sleep(0.01)
+        os.kill(served.job.rank_pid(1), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+        lost = time.monotonic()
+        outcome = served.wait()
+        assert time.monotonic() - lost < 10
+        for reader in readers:
+            reader.join(20)
+    assert outcome.leftovers == []
+    assert outcome.code == 6 if launcher is None else outcome.code != 0
+    assert len(outcome.errors) == 1
+    for own in got:
+        assert own[-1]["error"]["code"] == "peer_lost"
+
+
+def test_health_waits_for_a_decode(packed_demo: Packed) -> None:
+    """The first step takes 3 s here: until it is over the port is open and the answer is 503."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    served = Served(packed_demo(1, "f32"), "--port", port, environment={"LLMRUN_FAULT": "0:prefill:slow"})
+    served.host, served.port = "127.0.0.1", port
+    seen: list[tuple[int, str]] = []
+    until = time.monotonic() + 30
+    while not seen or seen[-1][0] != 200:
+        assert time.monotonic() < until
+        try:
+            status, body = served.ask("/health")
+            seen.append((status, body["status"]))
+            if status != 200:
+                assert served.ask("/v1/models")[0] == 503
+        except OSError:
+            continue
+    with served:
+        assert seen[0] == (503, "loading")
+        assert seen[-1] == (200, "ok")
+
+
+def test_beyond_loopback_a_key_is_needed(packed_demo: Packed) -> None:
+    outcome = run_alone("serve", packed_demo(1, "f32"), "--host", "0.0.0.0", "--port", 0)
+    assert (outcome.code, len(outcome.errors)) == (2, 1)
+    assert "--api-key-file" in outcome.errors[0]
+
+
+def test_a_key_from_a_file_is_asked_for(packed_demo: Packed, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\n\ntwo \n")
+    arguments = ("--host", "0.0.0.0", "--api-key-file", tmp_path / "keys")
+    with Served(packed_demo(1, "f32"), *arguments, key="two") as served:
+        served.host = "127.0.0.1"
+        assert served.ask("/v1/models")[0] == 200
+        served.key = "three"
+        assert served.ask("/v1/models")[0] == 401
+        assert served.health() == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--port", 70000), 2),
+        (("--host", "no.such.host.invalid", "--api-key", "a"), 2),
+        (("--api-key", ""), 2),
+        (("--api-key-file", "/nonexistent"), 2),
+        (("--api-key-file", "/dev/null"), 2),
+        (("--max-queue", 0), 2),
+        (("--max-num-seqs", 0), 2),
+    ],
+)
+def test_a_careless_command_line_is_refused(arguments: tuple[Any, ...], code: int, packed_demo: Packed) -> None:
+    outcome = run_alone("serve", packed_demo(1, "f32"), *arguments)
+    assert (outcome.code, len(outcome.errors)) == (code, 1), outcome
+
+
+def test_a_taken_port_is_a_sentence(packed_demo: Packed) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        outcome = run_alone("serve", packed_demo(2, "f32"), "--port", sock.getsockname()[1])
+    assert (outcome.code, len(outcome.errors), outcome.leftovers) == (5, 1, [])
+    assert "--port" in outcome.errors[0]

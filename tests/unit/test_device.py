@@ -1,0 +1,139 @@
+"""Where a rank computes: decided from what the artifact holds, what the driver shows, and what the user asked for."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from llmrun import device
+from llmrun.errors import IncompatibleError, ResourceError, UsageError
+from llmrun.manifest import KvCacheSpec
+
+ALL = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CPUExecutionProvider")
+CPU_ONLY = ("CPUExecutionProvider",)
+
+
+class FakeOps:
+    """An operator library whose driver shows these chips; None: there is no driver."""
+
+    def __init__(self, chips=None, free=24_000_000_000):
+        self.chips, self.free = chips, free
+
+    def llmpack_ops_gpu_probe(self, vendor, text, size):
+        if self.chips is None or bool(self.chips and self.chips[0].startswith("gfx")) != bool(vendor):
+            return -1
+        gpus = [
+            {"ordinal": i, "name": "RTX", "chip": chip, "pci_id": f"{i}", "multiprocessors": 128, "free_bytes": self.free,
+             "total_bytes": self.free}
+            for i, chip in enumerate(self.chips)
+        ]  # fmt: skip
+        data = json.dumps({"library": "libcuda.so.1", "version": "CUDA 12.8", "devices": gpus}).encode()
+        assert len(data) < size
+        text.value = data
+        return 0
+
+    def llmpack_ops_last_error(self):
+        return b"llmpack_ops_gpu_probe: no NVIDIA driver (not found): install it."
+
+
+def manifest(*targets, kernels=None, scheme_bytes=18_200_000_000):
+    names = targets or ("cpu", "sm_89")
+    kernels = {name: name for name in names if name != "cpu"} if kernels is None else kernels
+    model = SimpleNamespace(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+                            head_dim=128, vocab_size=32000)  # fmt: skip
+    cache = KvCacheSpec("float16", 16, 80, 4, 128)
+    ranks = [SimpleNamespace(weight_bytes=scheme_bytes)] * 2
+    return SimpleNamespace(targets=names, kernels=kernels, model=model, kv_cache=cache, shards=2, ranks=ranks)
+
+
+def place(provider, held, ops, available=ALL, rank=0, size=1, **options):
+    return device.place(provider, held, ops, available, local_rank=rank, local_size=size, **options)
+
+
+@pytest.mark.parametrize(
+    ("chip", "held", "taken"),
+    [
+        ("sm_89", ("sm_80", "sm_89", "ptx_80"), "sm_89"),
+        ("sm_89", ("sm_80", "sm_86", "ptx_80"), "sm_86"),
+        ("sm_86", ("sm_89", "ptx_80"), "ptx_80"),
+        ("sm_90", ("sm_89", "ptx_80"), "ptx_80"),
+        ("sm_121", ("sm_120", "ptx_80"), "ptx_80"),
+        ("sm_75", ("sm_80", "ptx_80"), None),
+        ("gfx1100", ("gfx1100",), "gfx1100"),
+        ("gfx1101", ("gfx1100",), None),
+    ],
+)
+def test_the_code_for_a_chip(chip, held, taken):
+    assert device.choose_kernels(chip, dict.fromkeys(held, "")) == taken
+
+
+def test_auto_takes_the_gpu_that_the_artifact_has_code_for():
+    placement = place("auto", manifest(), FakeOps(["sm_89"]))
+    assert (placement.provider, placement.kernels, placement.graph) == ("cuda", "sm_89", "gpu")
+
+
+@pytest.mark.parametrize(
+    ("held", "ops", "available"),
+    [
+        (manifest("cpu"), FakeOps(["sm_89"]), ALL),
+        (manifest(), FakeOps(None), ALL),
+        (manifest(), FakeOps(["sm_75"]), ALL),
+        (manifest(), FakeOps(["sm_89"]), CPU_ONLY),
+    ],
+)
+def test_auto_falls_back_to_the_cpu(held, ops, available):
+    assert place("auto", held, ops, available) == device.Placement("cpu")
+
+
+def test_auto_takes_rocm():
+    held = manifest("cpu", "gfx1100")
+    assert place("auto", held, FakeOps(["gfx1100"])).provider == "rocm"
+
+
+@pytest.mark.parametrize(
+    ("provider", "held", "ops", "available", "kind", "text"),
+    [
+        ("cuda", manifest("cpu"), FakeOps(["sm_89"]), ALL, IncompatibleError, "holds code for cpu only"),
+        ("rocm", manifest(), FakeOps(["gfx1100"]), ALL, IncompatibleError, "pack with --targets rocm"),
+        ("cuda", manifest(), FakeOps(None), ALL, IncompatibleError, "no NVIDIA driver"),
+        ("cuda", manifest(), FakeOps([]), ALL, IncompatibleError, "the driver shows no GPU"),
+        ("cuda", manifest(), FakeOps(["sm_75"]), ALL, IncompatibleError, "GPU 0 (RTX, sm_75); the artifact holds cpu, sm_89."),
+        ("cuda", manifest(), FakeOps(["sm_89"]), CPU_ONLY, IncompatibleError, '`pip install "llmpack[cuda]"`'),
+        ("cpu", manifest("sm_89"), FakeOps(["sm_89"]), ALL, IncompatibleError, "is for sm_89 only"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_in_one_sentence(provider, held, ops, available, kind, text):
+    with pytest.raises(kind) as caught:
+        place(provider, held, ops, available)
+    assert text in str(caught.value)
+
+
+def test_more_ranks_than_gpus():
+    with pytest.raises(UsageError, match=r"2 ranks and 1 GPU on this host.*--share-gpu"):
+        place("cuda", manifest(), FakeOps(["sm_89"]), size=2)
+    placement = place("cuda", manifest(), FakeOps(["sm_89"]), rank=1, size=2, share_gpu=True)
+    assert placement.gpu is not None
+    assert (placement.gpu.ordinal, placement.sharers) == (0, 2)
+
+
+def test_each_local_rank_has_its_own_gpu():
+    placements = [place("cuda", manifest(), FakeOps(["sm_89"] * 2), rank=rank, size=2) for rank in range(2)]
+    assert [(p.gpu.ordinal, p.sharers) for p in placements if p.gpu] == [(0, 1), (1, 1)]
+
+
+def test_the_memory_plan_names_need_and_room():
+    placement = place("cuda", manifest(), FakeOps(["sm_89"], free=17_200_000_000))
+    with pytest.raises(ResourceError, match=r"rank 0 needs 1\d\.\d GB .*GPU 0 has 17\.2 GB free") as caught:
+        device.fit_blocks(placement, manifest(), 0, wanted=512, least=256, num_tokens=512)
+    assert caught.value.exit_code == 5
+
+
+def test_the_cache_takes_what_is_left():
+    placement = place("cuda", manifest(), FakeOps(["sm_89"], free=20_000_000_000))
+    blocks = device.fit_blocks(placement, manifest(), 0, wanted=100_000, least=16, num_tokens=512)
+    assert 16 <= blocks < 100_000
+    shared = device.Placement("cuda", placement.gpu, "sm_89", sharers=2)
+    with pytest.raises(ResourceError, match="shared by 2 ranks"):
+        device.fit_blocks(shared, manifest(), 0, wanted=100, least=16, num_tokens=512)
