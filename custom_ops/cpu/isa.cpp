@@ -62,8 +62,8 @@ bool has_avx2_vnni() {
 }
 #    endif
 #elif defined(__aarch64__)
-// The kernels are compiled for Armv8.2, to which the dot products were added: a machine that has these has all
-// of it.
+// The kernels are compiled for Armv8.2, to which the dot products were added: a machine that has these has
+// all of it.
 bool has_neon_dot_products() {
     constexpr unsigned long kAsimdDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
     return (getauxval(AT_HWCAP) & kAsimdDotProduct) != 0;

@@ -11,8 +11,8 @@ namespace llmpack::LLMPACK_ISA {
 
 namespace {
 
-// Tokens whose sums fit in the vector registers: 32 of 64 bytes (AVX-512), 16 of 32 (AVX2), 32 of 16 (NEON) or
-// 16 of 16 (SSE2).
+// Tokens whose sums fit in the vector registers: 32 of 64 bytes (AVX-512), 16 of 32 (AVX2), 32 of 16 (NEON)
+// or 16 of 16 (SSE2).
 #if defined(LLMPACK_ISA_avx512)
 constexpr int kQuantizedBlock = 8;
 constexpr int kFloatBlock = 8;

@@ -16,8 +16,8 @@
 //   Bytes            64 of them, as [16, 4]: four input features of 16 rows. shift_right may let bits of the
 //                    neighbour byte come in; lookup takes 16 bytes, 16-aligned, by indices below 16.
 //   SmallBytes, UnsignedBytes
-//                    dot products of weights up to 127 and up to 255: dot4 adds to each row's sum the products
-//                    of its four weights, less kOffset, with four activations in -127..127, exactly.
+//                    dot products of weights up to 127 and up to 255: dot4 adds to each row's sum the
+//                    products of its four weights, less kOffset, with four activations in -127..127, exactly.
 #ifndef LLMPACK_CPU_SIMD_H_
 #define LLMPACK_CPU_SIMD_H_
 

@@ -15,8 +15,8 @@ struct I32x16 {
     int32x4_t v[4];
 };
 
-// A function whose four quarters are `expression` of i. Written out: indices are constants from the start, and
-// the quarters stay in registers.
+// A function whose four quarters are `expression` of i. Written out: indices are constants from the start,
+// and the quarters stay in registers.
 #define LLMPACK_QUARTER(n, expression) \
     {                                  \
         constexpr int i = n;           \

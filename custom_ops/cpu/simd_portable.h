@@ -18,9 +18,9 @@ struct I32x16 {
 };
 
 #define LLMPACK_EACH(type, expression)                 \
-        type r;                                            \
-        for (int i = 0; i < 4; i++) r.v[i] = (expression); \
-        return r
+    type r;                                            \
+    for (int i = 0; i < 4; i++) r.v[i] = (expression); \
+    return r
 
 LLMPACK_INLINE F32x16 set1(float x) { LLMPACK_EACH(F32x16, (F32x4{x, x, x, x})); }
 LLMPACK_INLINE F32x16 load(const float* p) {

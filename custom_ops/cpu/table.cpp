@@ -4,16 +4,11 @@ namespace llmpack::LLMPACK_ISA {
 
 const Kernels& table() {
     static const Kernels kernels = {
-        LLMPACK_ISA_NAME,
-        kQuantizedTokenBlock,
-        quantize,
-        matmul_quantized,
-        matmul_float,
-        embedding,
-        rms_norm,
-        swiglu,
-        attention_write,
-        attention_read,
+        LLMPACK_ISA_NAME, kQuantizedTokenBlock,
+        quantize,         matmul_quantized,
+        matmul_float,     embedding,
+        rms_norm,         swiglu,
+        attention_write,  attention_read,
     };
     return kernels;
 }

@@ -78,9 +78,7 @@ class Engine:
         """
         started = time.perf_counter()
         self._closed = False
-        options = JobOptions(
-            provider, threads, max_seq_len, max_num_seqs, verify, isa, kv_cache_mb, share_gpu
-        )
+        options = JobOptions(provider, threads, max_seq_len, max_num_seqs, verify, isa, kv_cache_mb, share_gpu)
         self._job = job = Job(path, options)
         try:
             self.rank, self.size = job.rank, job.size

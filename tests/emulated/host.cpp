@@ -1,13 +1,14 @@
-// Runs the operator library's functions for another process: the part of ONNX Runtime that the operators use, and
-// calls of the exported functions, over standard input and output. emulator.py starts it under qemu-user, with the
-// library for the emulated machine, and so the tests of the operators run there unchanged.
+// Runs the operator library's functions for another process: the part of ONNX Runtime that the operators use,
+// and calls of the exported functions, over standard input and output. emulator.py starts it under qemu-user,
+// with the library for the emulated machine, and so the tests of the operators run there unchanged.
 //
 //   host LIBRARY
 //
 // A request is a word (what to do) and its arguments, an answer a string (the error, or "") and its results;
 // integers are little-endian, strings and arrays have their length in bytes before them (8 bytes).
 //
-// Tensors end where their page ends, and the next page is closed: a kernel that reads or writes beyond one dies.
+// Tensors end where their page ends, and the next page is closed: a kernel that reads or writes beyond one
+// dies.
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -244,8 +245,8 @@ std::string taken(OrtStatus* status) {
     return message;
 }
 
-// run: operator, node, integer and float attributes, inputs, number of outputs, threads -> outputs, and all inputs
-// as they are afterwards.
+// run: operator, node, integer and float attributes, inputs, number of outputs, threads -> outputs, and all
+// inputs as they are afterwards.
 void run() {
     const std::string name = read_string();
     OrtKernelInfo info;
@@ -328,8 +329,8 @@ void product() {
     write_bytes(y.data(), y.size());
 }
 
-// MPI between the processes of `ranks`: each writes what it sends into memory that all see, waits for the others,
-// and reads what is meant for it.
+// MPI between the processes of `ranks`: each writes what it sends into memory that all see, waits for the
+// others, and reads what is meant for it.
 struct Exchange {
     static constexpr size_t kMost = 1 << 16;  // bytes that a rank sends
     std::atomic<uint32_t> arrived;
@@ -399,7 +400,7 @@ int be_rank(bool shares_memory, const float* x, size_t n, float* y, float* gathe
     for (int i = 0; i < 5; i++)
         check(symbol<decltype(llmpack_ops_all_reduce)>("llmpack_ops_all_reduce")(x, y, length));
     check(symbol<decltype(llmpack_ops_all_gather)>("llmpack_ops_all_gather")(x, gathered, 1, length,
-                                                                            length * all_ranks));
+                                                                             length * all_ranks));
     return 0;
 }
 
@@ -411,8 +412,8 @@ void ranks() {
     const size_t size = static_cast<size_t>(all_ranks), n = x->size() / sizeof(float) / size;
     const size_t y_bytes = x->size(), gathered_bytes = size * x->size();
     const size_t bytes = sizeof(Exchange) + y_bytes + gathered_bytes;
-    char* memory = static_cast<char*>(
-        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    char* memory =
+        static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     if (memory == MAP_FAILED) fail("no memory");
     exchange = reinterpret_cast<Exchange*>(memory);
     float* y = reinterpret_cast<float*>(memory + sizeof(Exchange));

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from emulated.emulator import Emulator
 from onnx import TensorProto, helper
+
+from emulated.emulator import Emulator
 
 ROOT = Path(__file__).parents[2]
 TILE_ROWS = 16

@@ -6,14 +6,14 @@ import subprocess
 
 import numpy as np
 import pytest
-from emulated.emulator import BUILD, WITHOUT, EmulatedError, Emulator
 from helpers import random_projection, random_x
 
+from emulated.emulator import BUILD, WITHOUT, EmulatedError, Emulator
 from llmpack_ops import reference
 
 
 def test_the_best_instruction_set_is_chosen(emulator: Emulator) -> None:
-    with pytest.raises(EmulatedError, match="sse9 is not .*, expected one of: neon, portable"):
+    with pytest.raises(EmulatedError, match=r"sse9 is not .*, expected one of: neon, portable"):
         emulator.set_isa("sse9")
     fresh = Emulator()
     assert fresh.isa() == "neon"
@@ -24,7 +24,7 @@ def test_a_machine_without_dot_products_takes_the_portable_path(emulator: Emulat
     old = Emulator(WITHOUT)
     try:
         assert old.isa() == "portable"
-        with pytest.raises(EmulatedError, match="neon is not an instruction set of this machine, .* one of: portable"):
+        with pytest.raises(EmulatedError, match=r"neon is not an instruction set of this machine, .* one of: portable"):
             old.set_isa("neon")
         # No instruction in the portable kernels or around them is newer than this machine.
         projection, x = random_projection("q4", 40, 128), random_x(5, 128)
