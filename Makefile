@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan lint format bench bench-quick clean
+.PHONY: demo test test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -62,6 +62,12 @@ bench: $(VENV)/.test
 
 bench-quick: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers --shapes 110m --rounds 3 --no-peers $(ARGS)
+
+# The operators' and the packer's tests on an emulated aarch64. `make test` runs these too where both programs are on PATH.
+test-neon: $(VENV)/.test
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	{ echo "make test-neon needs a cross compiler and an emulator: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 2; }
+	$(BIN)/pytest tests/ops tests/unit/test_native.py -k 'aarch64 or emulated' $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from emulated.emulator import Emulator, build, missing
 from llmpack.pack import Options, pack
 from models import DEMO, make_checkpoint
 
@@ -18,6 +19,17 @@ from models import DEMO, make_checkpoint
 settings.register_profile("gate", derandomize=True, deadline=None)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile(os.environ.get("LLMPACK_HYPOTHESIS", "gate"))
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[Emulator]:
+    """The operator library on an emulated aarch64 machine."""
+    if reason := missing():
+        pytest.skip(reason)
+    build()
+    emulator = Emulator()
+    yield emulator
+    emulator.close()
 
 
 @pytest.fixture(scope="session")

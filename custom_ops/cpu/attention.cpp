@@ -25,7 +25,7 @@ constexpr int64_t kStretch = 32;  // positions per step of the softmax
 // Rows and vectors of each row whose sums fit in the registers.
 #if defined(LLMPACK_ISA_avx512)
 constexpr int kRowsTogether = 8, kVectors = 2;
-#elif defined(LLMPACK_ISA_avx2)
+#elif defined(LLMPACK_ISA_avx2) || defined(LLMPACK_ISA_neon)
 constexpr int kRowsTogether = 6, kVectors = 1;
 #else
 constexpr int kRowsTogether = 2, kVectors = 1;

@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #    include <cpuid.h>
+#elif defined(__aarch64__)
+#    include <sys/auxv.h>
 #endif
 
 namespace llmpack {
@@ -17,7 +19,16 @@ const Kernels& table();
 namespace avx2 {
 const Kernels& table();
 }
+#    if defined(LLMPACK_HAS_AVX2_VNNI)
+namespace avx2_vnni {
+const Kernels& table();
+}
+#    endif
 namespace avx512 {
+const Kernels& table();
+}
+#elif defined(__aarch64__)
+namespace neon {
 const Kernels& table();
 }
 #endif
@@ -40,6 +51,23 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+
+#    if defined(LLMPACK_HAS_AVX2_VNNI)
+// AVX-VNNI has no name for __builtin_cpu_supports in older compilers either.
+bool has_avx2_vnni() {
+    constexpr unsigned kAvxVnni = 1u << 4;
+    unsigned eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && eax >= 1 &&
+           __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
+}
+#    endif
+#elif defined(__aarch64__)
+// The kernels are compiled for Armv8.2, to which the dot products were added: a machine that has these has
+// all of it.
+bool has_neon_dot_products() {
+    constexpr unsigned long kAsimdDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+    return (getauxval(AT_HWCAP) & kAsimdDotProduct) != 0;
+}
 #endif
 
 struct Level {
@@ -51,7 +79,12 @@ struct Level {
 constexpr Level kLevels[] = {
 #if defined(__x86_64__)
     {avx512::table, has_avx512},
+#    if defined(LLMPACK_HAS_AVX2_VNNI)
+    {avx2_vnni::table, has_avx2_vnni},
+#    endif
     {avx2::table, has_avx2},
+#elif defined(__aarch64__)
+    {neon::table, has_neon_dot_products},
 #endif
     {portable::table, always},
 };

@@ -11,14 +11,17 @@ namespace llmpack::LLMPACK_ISA {
 
 namespace {
 
-// Tokens whose sums fit in the vector registers: 32 of 64 bytes (AVX-512), 16 of 32 (AVX2) or 16 of 16
-// (SSE2).
+// Tokens whose sums fit in the vector registers: 32 of 64 bytes (AVX-512), 16 of 32 (AVX2), 32 of 16 (NEON)
+// or 16 of 16 (SSE2).
 #if defined(LLMPACK_ISA_avx512)
 constexpr int kQuantizedBlock = 8;
 constexpr int kFloatBlock = 8;
 #elif defined(LLMPACK_ISA_avx2)
 constexpr int kQuantizedBlock = 4;
 constexpr int kFloatBlock = 3;
+#elif defined(LLMPACK_ISA_neon)
+constexpr int kQuantizedBlock = 4;
+constexpr int kFloatBlock = 2;
 #else
 constexpr int kQuantizedBlock = 2;
 constexpr int kFloatBlock = 2;
@@ -26,163 +29,21 @@ constexpr int kFloatBlock = 2;
 
 // -----------------------------------------------------------------------------------------------------------
 // Integer dot products. A scheme's decode turns the bytes of kStep input features of a tile's 16 rows into
-// vectors of four features each, [kStep / 4][16, 4]; its dot4 adds, to each row's sum, the products of such a
-// vector with four activations in -127..127. The sums are exact. kZero is what decoded weights are too large
-// by.
+// vectors of four features each, [kStep / 4][16, 4], for dot4 (simd.h). kZero is what the weights that dot4
+// multiplies with are too large by.
 
 constexpr uint8_t level(int value) { return static_cast<uint8_t>(value + 64); }
-alignas(64) [[maybe_unused]] constexpr uint8_t kLevels[16] = {
+alignas(64) constexpr uint8_t kLevels[16] = {
     level(-64), level(-52), level(-42), level(-32), level(-24), level(-18), level(-11), level(-5),
     level(0),   level(6),   level(12),  level(19),  level(26),  level(34),  level(44),  level(56)};
-
-#if defined(LLMPACK_ISA_avx512)
-
-typedef __m512i Bytes;  // [16, 4], unsigned
-LLMPACK_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-LLMPACK_INLINE void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
-LLMPACK_INLINE Bytes and_bytes(Bytes a, uint8_t mask) {
-    return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask)));
-}
-template <int bits>
-LLMPACK_INLINE Bytes shift_right(Bytes a) {  // bits of the neighbour come in
-    return _mm512_srli_epi16(a, bits);
-}
-LLMPACK_INLINE Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-LLMPACK_INLINE Bytes levels_of(Bytes nibbles) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kLevels)), nibbles);
-}
-
-// vpdpbusd multiplies unsigned weights with signed activations and adds four products to each 32-bit lane, no
-// saturation.
-struct UnsignedBytes {
-    static constexpr int kOffset = 0;
-    static LLMPACK_INLINE void dot4(Bytes w, const int8_t* x, I32x16& sum) {
-        sum.v = _mm512_dpbusd_epi32(sum.v, w, _mm512_set1_epi32(load_i32(x)));
-    }
-};
-typedef UnsignedBytes SmallBytes;
-
-#elif defined(LLMPACK_ISA_avx2)
-
-struct Bytes {
-    __m256i a, b;
-};
-LLMPACK_INLINE Bytes load_bytes(const uint8_t* p) {
-    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
-}
-LLMPACK_INLINE void store_bytes(uint8_t* p, Bytes w) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w.a);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), w.b);
-}
-LLMPACK_INLINE Bytes and_bytes(Bytes w, uint8_t mask) {
-    const __m256i bits = _mm256_set1_epi8(static_cast<char>(mask));
-    return {_mm256_and_si256(w.a, bits), _mm256_and_si256(w.b, bits)};
-}
-template <int bits>
-LLMPACK_INLINE Bytes shift_right(Bytes w) {  // bits of the neighbour come in
-    return {_mm256_srli_epi16(w.a, bits), _mm256_srli_epi16(w.b, bits)};
-}
-LLMPACK_INLINE Bytes or_bytes(Bytes v, Bytes w) {
-    return {_mm256_or_si256(v.a, w.a), _mm256_or_si256(v.b, w.b)};
-}
-LLMPACK_INLINE Bytes levels_of(Bytes nibbles) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kLevels));
-    return {_mm256_shuffle_epi8(table, nibbles.a), _mm256_shuffle_epi8(table, nibbles.b)};
-}
-
-// vpmaddubsw adds two products in 16 bits and saturates there: weights of 7 bits give at most 2 * 127 * 127 =
-// 32258.
-struct SmallBytes {
-    static constexpr int kOffset = 0;
-    static LLMPACK_INLINE void dot4(Bytes w, const int8_t* x, I32x16& sum) {
-        const __m256i xs = _mm256_set1_epi32(load_i32(x)), ones = _mm256_set1_epi16(1);
-        sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, xs), ones));
-        sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, xs), ones));
-    }
-};
-
-// Weights up to 255 would saturate. As signed numbers their magnitude is at most 128, and 2 * 128 * 127 =
-// 32512 does not: the sign of the weight moves to the activation.
-struct UnsignedBytes {
-    static constexpr int kOffset = 128;
-    static LLMPACK_INLINE void dot4(Bytes w, const int8_t* x, I32x16& sum) {
-        const __m256i sign_bit = _mm256_set1_epi8(static_cast<char>(0x80));
-        const __m256i xs = _mm256_set1_epi32(load_i32(x)), ones = _mm256_set1_epi16(1);
-        const __m256i a = _mm256_xor_si256(w.a, sign_bit), b = _mm256_xor_si256(w.b, sign_bit);
-        const __m256i pairs_a = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(xs, a));
-        const __m256i pairs_b = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(xs, b));
-        sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(pairs_a, ones));
-        sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(pairs_b, ones));
-    }
-};
-
-#else
-
-typedef int16_t I16x8 __attribute__((vector_size(16)));
-typedef uint16_t U16x8 __attribute__((vector_size(16)));
-struct Bytes {
-    U16x8 v[4];
-};
-LLMPACK_INLINE Bytes load_bytes(const uint8_t* p) {
-    Bytes w;
-    std::memcpy(&w, p, sizeof(w));
-    return w;
-}
-LLMPACK_INLINE void store_bytes(uint8_t* p, const Bytes& w) { std::memcpy(p, &w, sizeof(w)); }
-LLMPACK_INLINE Bytes and_bytes(Bytes w, uint8_t mask) {
-    for (int i = 0; i < 4; i++) w.v[i] &= static_cast<uint16_t>(mask * 0x0101);
-    return w;
-}
-template <int bits>
-LLMPACK_INLINE Bytes shift_right(Bytes w) {  // bits of the neighbour come in
-    for (int i = 0; i < 4; i++) w.v[i] >>= bits;
-    return w;
-}
-LLMPACK_INLINE Bytes or_bytes(Bytes v, const Bytes& w) {
-    for (int i = 0; i < 4; i++) v.v[i] |= w.v[i];
-    return v;
-}
-LLMPACK_INLINE Bytes levels_of(const Bytes& nibbles) {
-    uint8_t bytes[64];
-    store_bytes(bytes, nibbles);
-    for (int i = 0; i < 64; i++) bytes[i] = kLevels[bytes[i]];
-    return load_bytes(bytes);
-}
-
-// Even and odd bytes of each 16-bit lane, sign-extended.
-LLMPACK_INLINE I16x8 even_bytes(U16x8 words) { return (I16x8)(words << 8) >> 8; }
-LLMPACK_INLINE I16x8 odd_bytes(U16x8 words) { return (I16x8)words >> 8; }
-LLMPACK_INLINE I32x4 add_pairs(I16x8 words) {
-    return ((I32x4)((U32x4)words << 16) >> 16) + ((I32x4)words >> 16);
-}
-
-template <uint16_t sign_bits, int offset>
-struct Portable {
-    static constexpr int kOffset = offset;
-    static LLMPACK_INLINE void dot4(const Bytes& w, const int8_t* x, I32x16& sum) {
-        const int32_t four = load_i32(x);
-        const U16x8 xs = (U16x8)(I32x4{four, four, four, four});
-        const I16x8 even = even_bytes(xs), odd = odd_bytes(xs);
-        for (int i = 0; i < 4; i++) {
-            const U16x8 words = w.v[i] ^ sign_bits;
-            sum.v[i] += add_pairs(even_bytes(words) * even + odd_bytes(words) * odd);
-        }
-    }
-};
-// 16-bit sums of two products, as for AVX2.
-typedef Portable<0, 0> SmallBytes;
-typedef Portable<0x8080, 128> UnsignedBytes;
-
-#endif
 
 struct Q4 : SmallBytes {
     static constexpr int kZero = 64, kStep = 8;
     static constexpr int64_t kBytes32 = 256;
     static LLMPACK_INLINE void decode(const uint8_t* w, Bytes (&q)[2]) {
         const Bytes both = load_bytes(w);
-        q[0] = levels_of(and_bytes(both, 15));
-        q[1] = levels_of(and_bytes(shift_right<4>(both), 15));
+        q[0] = lookup(kLevels, and_bytes(both, 15));
+        q[1] = lookup(kLevels, and_bytes(shift_right<4>(both), 15));
     }
 };
 

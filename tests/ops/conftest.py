@@ -43,9 +43,19 @@ def library(library_path: Path) -> ctypes.CDLL:
     return load_library(library_path)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, library: ctypes.CDLL):
-    """Runs the test once on each instruction set that this machine has."""
+EMULATED = "aarch64:"
+
+
+@pytest.fixture(params=["portable", "avx2", "avx2-vnni", "avx512", "neon", EMULATED + "portable", EMULATED + "neon"])
+def isa(request: pytest.FixtureRequest):
+    """Runs the test once on each instruction set that this machine has, and on those of an emulated aarch64."""
+    if request.param.startswith(EMULATED):
+        helpers.EMULATOR = request.getfixturevalue("emulator")
+        helpers.EMULATOR.set_isa(request.param.removeprefix(EMULATED))
+        yield request.param
+        helpers.EMULATOR = None
+        return
+    library: ctypes.CDLL = request.getfixturevalue("library")
     before = library.llmpack_ops_isa()
     if library.llmpack_ops_set_isa(request.param.encode()) != 0:
         pytest.skip(library.llmpack_ops_last_error().decode())

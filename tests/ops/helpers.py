@@ -17,11 +17,14 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from emulated.emulator import Emulator
+
 ROOT = Path(__file__).parents[2]
 TILE_ROWS = 16
 
-# Set by conftest.py.
+# Set by conftest.py. EMULATOR: where nodes run in place of this machine's ONNX Runtime.
 LIBRARY_PATH = Path()
+EMULATOR: Emulator | None = None
 
 ELEMENT_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -93,6 +96,9 @@ class Node:
         return serialize(graph)
 
     def run(self, threads: int = 1) -> list[np.ndarray]:
+        if EMULATOR is not None:
+            attributes = self.attributes or {}
+            return EMULATOR.run(self.op, self.inputs, len(self.outputs), attributes, name=self.name, threads=threads)
         feeds = {n: a for n, a in self.inputs.items() if n not in self.initializers}
         return session(self.model(), threads).run(None, feeds)
 

@@ -16,7 +16,7 @@ def isas():
     library = native.library()
     library.llmpack_ops_set_isa.argtypes = [ctypes.c_char_p]
     library.llmpack_ops_isa.restype = ctypes.c_char_p
-    names = ("portable", "avx2", "avx512")
+    names = ("portable", "avx2", "avx2-vnni", "avx512", "neon")
     found, best = [], library.llmpack_ops_isa()
     for name in names:
         if library.llmpack_ops_set_isa(name.encode()) == 0:
@@ -25,9 +25,48 @@ def isas():
     return found
 
 
-@pytest.fixture(params=isas())
-def isa(request):
-    """Run a test once for each instruction set of this machine."""
+class EmulatedLibrary:
+    """The two packing functions of an emulated machine's library, called as ctypes calls them."""
+
+    def __init__(self, emulator):
+        self._emulator = emulator
+
+    def llmpack_ops_pack_rows(self, reference):
+        a = reference._obj
+        source = ((a.num_rows - 1) * a.row_stride + a.num_columns) * (4 if a.source_type == 0 else 2)
+        bits = {0: 32, 1: 16, 3: 8, 4: 4, 5: 6}[a.storage]
+        cells = a.num_tiles * 16 * a.num_columns * bits // 8
+        scales = a.num_tiles * 16 * a.num_columns // a.group_size * 2 if a.scales else 0
+        numbers = [a.source_type, a.storage, a.group_size, a.num_rows, a.num_columns, a.row_stride, a.num_tiles]
+        arrays = [(a.rows, source), (a.candidates, 4 * a.num_candidates), (a.weight, cells), (a.scales, scales)]
+        contents = [ctypes.string_at(address, size) if size > 0 else b"" for address, size in arrays]
+        code, weight, made_scales = self._emulator.pack(numbers, contents)
+        ctypes.memmove(a.weight, weight, len(weight))
+        if made_scales:
+            ctypes.memmove(a.scales, made_scales, len(made_scales))
+        return code
+
+    def llmpack_ops_packed_product(self, reference):
+        a = reference._obj
+        bits = {0: 32, 1: 16, 3: 8, 4: 4, 5: 6}[a.storage]
+        cells = a.num_tiles * 16 * a.num_columns * bits // 8
+        scales = a.num_tiles * 16 * a.num_columns // a.group_size * 2 if a.scales else 0
+        arrays = [(a.weight, cells), (a.scales, scales), (a.x, a.num_columns * native.VECTORS * 8)]
+        contents = [ctypes.string_at(address, size) if size else b"" for address, size in arrays]
+        code, y = self._emulator.product([a.storage, a.group_size, a.num_tiles, a.num_columns], contents)
+        ctypes.memmove(a.y, y, len(y))
+        return code
+
+
+# On aarch64 one compiled version serves every instruction set.
+@pytest.fixture(params=[*isas(), "aarch64"])
+def isa(request, monkeypatch):
+    """Run a test once for each instruction set of this machine, and on an emulated aarch64."""
+    if request.param == "aarch64":
+        emulated = EmulatedLibrary(request.getfixturevalue("emulator"))
+        monkeypatch.setattr(native, "library", lambda: emulated)
+        yield request.param
+        return
     library = native.library()
     best = library.llmpack_ops_isa()
     assert library.llmpack_ops_set_isa(request.param.encode()) == 0
@@ -204,6 +243,18 @@ def test_product_is_that_of_the_numpy_reference_and_the_same_bits_everywhere(sto
     bound = 1e-14 * (np.abs(logical).astype(np.float64) @ np.abs(x))
     assert (np.abs(products[0] - reference.matmul(x.T, logical).T) <= bound).all()
     assert all(np.array_equal(products[0].view(np.uint64), y.view(np.uint64)) for y in products)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_product_has_the_same_bits_on_aarch64(emulator, storage):
+    weight, scales = empty_tiles(40, 256, storage, 64)
+    native.pack_rows(hard_values(6, 40, 256, "random"), storage, 64, weight, scales)
+    x = np.random.default_rng(7).standard_normal((256, native.VECTORS))
+    here = native.packed_product(weight, scales, storage, 64, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: EmulatedLibrary(emulator))
+        there = native.packed_product(weight, scales, storage, 64, x)
+    assert np.array_equal(here.view(np.uint64), there.view(np.uint64))
 
 
 def test_arguments_that_do_not_fit_are_refused():

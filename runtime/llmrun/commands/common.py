@@ -45,7 +45,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
     )
-    group.add_argument("--isa", choices=("portable", "avx2", "avx512"), help="instruction set of the CPU kernels")
+    group.add_argument(
+        "--isa",
+        choices=("portable", "avx2", "avx2-vnni", "avx512", "neon"),
+        help="instruction set of the CPU kernels (default: the best that the machine has)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
