@@ -75,7 +75,6 @@ class Load:
             return 1
         if self.depth == 0:
             return self.n_gen
-        from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET  # not for --help: it brings numpy
 
         # Once the first sequence generates, the prompts of the others share what a step then takes of prompts.
         budget = DEFAULT_TOKEN_BUDGET if self.batch == 1 else DEFAULT_MIXED_BUDGET
