@@ -93,9 +93,12 @@ $(VENV)/.run: $(SOURCES)
 	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.run
+# Not after .run: that would build the library twice.
+$(VENV)/.test: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -e '.[packager,cpu,mpich,serve,test$(if $(shell command -v chromium),$(comma)browser)]'
-	touch $@
+	touch $(VENV)/.run $@
 
 .venv-openmpi/.test: $(SOURCES)
 	$(PYTHON) -m venv .venv-openmpi
