@@ -42,6 +42,7 @@ class Storage:
 
     restore: Callable[[Matrix], Matrix]
     bits: float
+    group_size: int = 1  # divides in_features
 
 
 FLOAT16 = Storage(lambda weight: weight.half().float(), 16)
@@ -54,7 +55,7 @@ def ours(storage: str, group_size: int) -> Storage:
     def restore(weight: Matrix) -> Matrix:
         return torch.from_numpy(dequantize(*quantize(weight.numpy(), group_size), storage).astype(np.float32))
 
-    return Storage(restore, int(storage[1]) + 16 / group_size)
+    return Storage(restore, int(storage[1]) + 16 / group_size, group_size)
 
 
 def llama_cpp(library: ctypes.CDLL, name: str) -> Storage:
@@ -65,8 +66,6 @@ def llama_cpp(library: ctypes.CDLL, name: str) -> Storage:
     def restore(weight: Matrix) -> Matrix:
         source = np.ascontiguousarray(weight.numpy(), np.float32)
         rows, columns = source.shape
-        if columns % block:
-            raise ValueError(f"{name} needs rows of a multiple of {block}; llama.cpp takes another type here")
         packed = np.zeros(source.size // block * block_bytes, np.uint8)
         pointer = ctypes.c_void_p
         library.ggml_quantize_chunk(
@@ -79,7 +78,7 @@ def llama_cpp(library: ctypes.CDLL, name: str) -> Storage:
         )
         return torch.from_numpy(restored)
 
-    return Storage(restore, 8 * block_bytes / block)
+    return Storage(restore, 8 * block_bytes / block, block)
 
 
 class Judge:
@@ -111,6 +110,15 @@ class Judge:
                 loss -= logs.gather(2, windows[:, 1:, None]).double().sum().item()
                 count += windows[:, 1:].numel()
         return loss / count, divergence / count
+
+    def fits(self, linear: Storage, head: Storage, embedding: Storage) -> bool:
+        """Tell whether the groups divide every in_features; llama.cpp takes other types where its own do not."""
+        storages = {"embed_tokens": embedding, "lm_head": head}
+        sizes = [
+            (weight.shape[1], next((s for part, s in storages.items() if part in name), linear).group_size)
+            for name, weight in self.original.items()
+        ]
+        return all(columns % group_size == 0 for columns, group_size in sizes)
 
     def row(self, name: str, linear: Storage, head: Storage, embedding: Storage) -> str:
         """Measure one setting. A tied embedding is stored once where head and embedding are stored alike."""
@@ -182,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         print("| stored as | bits, file | bits, token | RMS | perplexity / float32's | KL |\n|---|---|---|---|---|---|")
         for name, *storages in settings(ggml, judge.is_tied):
-            if args.only in name:
+            if args.only in name and judge.fits(*storages):
                 print(judge.row(name, *storages), flush=True)
 
 
