@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-quick clean
+.PHONY: demo test test-all test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
 	$(BIN)/mpirun -n 2 $(BIN)/llmrun $(DEMO) -p "In the evening the prince" --max-tokens 80 --seed 7
 
 test: $(VENV)/.test .venv-ort122/.done lint
+	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest -m "not extended" $(ARGS)
+
+# These too: operators on an emulated aarch64, several hosts in network namespaces.
+test-all: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
 
 # The chat page in Debian's chromium. `make test` runs these too where chromium is on PATH.
@@ -63,7 +67,7 @@ bench: $(VENV)/.test
 bench-quick: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers --shapes 110m --rounds 3 --no-peers $(ARGS)
 
-# The operators' and the packer's tests on an emulated aarch64. `make test` runs these too where both programs are on PATH.
+# The operators' and the packer's tests on an emulated aarch64.
 test-neon: $(VENV)/.test
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
 	{ echo "make test-neon needs a cross compiler and an emulator: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 2; }

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Kernels run in Triton's interpreter, which must be chosen before anything (torch, say) imports Triton.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 from hypothesis import settings
 
@@ -19,6 +22,13 @@ from models import DEMO, make_checkpoint
 settings.register_profile("gate", derandomize=True, deadline=None)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile(os.environ.get("LLMPACK_HYPOTHESIS", "gate"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test` leaves to `make test-all`: minutes on an emulator, and between network namespaces."""
+    for item in items:
+        if "aarch64" in item.nodeid or "emulat" in item.nodeid or item.path.parent.name == "hosts":
+            item.add_marker("extended")
 
 
 @pytest.fixture(scope="session")
