@@ -14,7 +14,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest -m "not extended" $(ARGS)
 
-# These too: operators on an emulated aarch64, several hosts in network namespaces.
+# Minutes more: tests/conftest.py says of what.
 test-all: $(VENV)/.test .venv-ort122/.done lint
 	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
 
