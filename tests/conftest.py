@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make test` leaves to `make test-all`.
 
     That is minutes on an emulator, between network namespaces and in builds with sanitizers, the launches of really compiled
-    GPU code on the stand-in driver, and AMD's spelling of kernels in the interpreter (`make test` runs NVIDIA's, compiles both).
+    GPU code on the stand-in driver, and AMD's spelling of kernels in the interpreter (`make test` runs the other one).
     """
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # pyright: ignore[reportAttributeAccessIssue]
