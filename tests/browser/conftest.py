@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """A browser for one module of tests: while playwright runs, its event loop is the thread's, and asyncio.run refuses."""
     api: Any = pytest.importorskip("playwright.sync_api", reason="no playwright: make test-browser")
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALLOWED_MB = 100  # measured 84 for this model; the interpreter with numpy and ONNX Runtime alone needs about 65
+# What is promised of a rank, at any model's size; of it libraries' files take 50 to 60, as the system maps ahead.
+ALLOWED_MB = 150
+# Measured 43 for this model, of which the interpreter with numpy and ONNX Runtime takes about 25.
+ALLOWED_ANONYMOUS_MB = 55
 
 SCRIPT = """
 import sys
@@ -15,16 +18,18 @@ with Engine(sys.argv[1]) as engine:
     num_tokens = min(512, engine.max_seq_len - 8)
     prompt = [3 + i % 100 for i in range(num_tokens)]
     assert len(list(engine.generate_ids(prompt, max_tokens=8, ignore_eos=True))) == 8
-    sizes, name = {}, ""
+    sizes, anonymous, name = {}, 0, ""
     for line in open("/proc/self/smaps"):
         key, *rest = line.split()
         if not key.endswith(":"):
             name = rest[-1] if len(rest) == 5 else ""
         elif key == "Rss:":
             sizes[name] = sizes.get(name, 0) + 1024 * int(rest[0])
+        elif key == "Anonymous:":
+            anonymous += 1024 * int(rest[0])
     weights = sum(size for name, size in sizes.items() if name.endswith("weights.bin"))
     cache = engine.manifest.kv_cache.bytes_per_token * (num_tokens + 8)
-    print(sum(sizes.values()) - weights - cache, weights)
+    print(sum(sizes.values()) - weights - cache, anonymous - cache, weights)
 """
 
 
@@ -36,6 +41,7 @@ def test_a_rank_holds_little_beside_weights_and_cache(packed_demo):
         timeout=120,
         check=True,
     )
-    beside, weights = map(int, done.stdout.split())
+    beside, anonymous, weights = map(int, done.stdout.split())
     assert weights > 0  # mapped, not copied
     assert beside <= ALLOWED_MB * 10**6
+    assert anonymous <= ALLOWED_ANONYMOUS_MB * 10**6

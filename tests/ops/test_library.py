@@ -64,7 +64,7 @@ def test_the_profile_tells_places_apart_and_layers_not(library: ctypes.CDLL) -> 
     for node in sessions:
         node.run()
     assert library.llmpack_ops_profile(0) == 0
-    counts = {name: calls for name, (calls, _) in read_profile(library).items() if "/model/" in name}
+    counts = {name: calls for name, (calls, _) in read_profile(library).items() if calls}  # other tests' places count 0
     assert counts == {"SwiGLU /model/layers.*/mlp/act_fn": 2, "SwiGLU /model/other": 1}
 
 
