@@ -187,7 +187,7 @@ class _Blocks:
             piece = view[: _BLOCK_BYTES - start]
             if (whole := self._take(number, start, piece)) is not None:
                 _write_all(self._descriptor, whole, number * _BLOCK_BYTES)
-                with self._lock:
+                if len(whole) == _BLOCK_BYTES:  # the file's last block may be shorter
                     self._spare.append(whole)
             view, offset = view[len(piece) :], offset + len(piece)
 
