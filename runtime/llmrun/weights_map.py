@@ -1,20 +1,17 @@
 """A rank's weights.bin in memory: the file mapped once, whole and read-only, on huge pages where the system has them.
 
-ONNX Runtime would map each initializer by itself: hundreds of mappings, few of which begin where a huge page could. A whole
-mapping of a file whose page cache consists of 2 MB folios (Linux: xfs, ext4 from 6.16, tmpfs by option) has one entry of the
-page table for each, and a decode step, which reads every weight once, waits less for the page tables (LOG.md 2026-11-25:
-a read loop gains 8 % in a virtual machine). Elsewhere it is an ordinary mapping.
+ONNX Runtime would map each initializer by itself: hundreds of mappings, few of which begin where a huge page could.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from llmrun.huge_pages import map_read_only
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,12 +30,9 @@ class MappedWeights:
         """
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            self._map = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            self._bytes = np.frombuffer(map_read_only(descriptor), np.uint8)
         finally:
             os.close(descriptor)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = np.frombuffer(self._map, np.uint8)
 
     def tensor(self, stored: StoredTensor) -> NDArray[Any]:
         """Return the tensor in the mapping, without a copy."""
