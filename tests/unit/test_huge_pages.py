@@ -53,6 +53,8 @@ def test_what_comes_from_the_disk_comes_in_huge_pages(small_pages):
     reader = Reader(descriptor, 0, SIZE)
     for offset in range(0, SIZE, HUGE_PAGE_BYTES):
         reader.bring(offset)
+        for piece in range(offset, offset + HUGE_PAGE_BYTES, 1 << 18):
+            os.pread(descriptor, 1 << 18, piece)
     reader.close()
     os.close(descriptor)
     assert huge_bytes(small_pages) >= SIZE // 4  # the system's own reading ahead may come between
