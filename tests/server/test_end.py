@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -105,39 +104,6 @@ def test_health_waits_for_a_decode(packed_demo: Packed) -> None:
     with served:
         assert seen[0] == (503, "loading")
         assert seen[-1] == (200, "ok")
-
-
-def test_a_stuck_rank_is_told_by_health_and_ends_requests_in_time(packed_demo: Packed) -> None:
-    """The watchdog is off, so nothing but the server itself notices that rank 1 stands still."""
-    limits = ("--health-timeout", 1, "--ping-interval", 0.2, "--request-timeout", 4)
-    with Served(packed_demo(2, "f32"), *limits, environment={"LLMRUN_WATCHDOG_S": "0"}) as served:
-
-        def wait_for(state: tuple[int, str]) -> None:
-            until = time.monotonic() + 20
-            while served.ask("/health") != (state[0], {"status": state[1]}):
-                assert time.monotonic() < until, state
-                time.sleep(0.05)
-
-        stream = served.request("/v1/completions", LONG)
-        assert stream.readline().startswith(b"data: {")
-        rank = served.job.rank_pid(1)
-        os.kill(rank, signal.SIGSTOP)
-        try:
-            whole: list[Any] = []
-            waiter = threading.Thread(
-                target=lambda: whole.extend(served.ask("/v1/completions", {**LONG, "stream": False}))
-            )
-            waiter.start()
-            wait_for((503, "stuck"))
-            lines = [line for line in stream.read().split(b"\n") if line]
-            waiter.join(20)
-        finally:
-            os.kill(rank, signal.SIGCONT)
-        assert lines.count(b": ping") >= 5
-        assert json.loads(lines[-1].removeprefix(b"data: "))["error"]["code"] == "request_timeout"
-        assert (whole[0], whole[1]["error"]["code"]) == (408, "request_timeout")
-        wait_for((200, "ok"))
-        assert served.ask("/v1/completions", {"prompt": "The king", "max_tokens": 2})[0] == 200
 
 
 def test_beyond_loopback_a_key_is_needed(packed_demo: Packed) -> None:
