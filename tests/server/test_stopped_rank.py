@@ -25,9 +25,14 @@ def server(packed_demo: Callable[..., Path]) -> Iterator[Served]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def rank(server: Served) -> int:
+    """The pid of rank 1; looking for it takes longer than an answer on a busy machine."""
+    return server.job.rank_pid(1)
+
+
 @contextlib.contextmanager
-def stopped(server: Served) -> Iterator[None]:
-    rank = server.job.rank_pid(1)
+def stopped(rank: int) -> Iterator[None]:
     os.kill(rank, signal.SIGSTOP)
     try:
         yield
@@ -47,11 +52,11 @@ def count(server: Served, name: str, **labels: str) -> float:
     return server.metrics()[f"vllm:{name}{{{text}}}"]
 
 
-def test_health_says_so_and_requests_end_in_time(server: Served) -> None:
+def test_health_says_so_and_requests_end_in_time(server: Served, rank: int) -> None:
     stream = server.request("/v1/completions", {**LONG, "stream": True})
     assert stream.readline().startswith(b"data: {")
     whole: list[Any] = []
-    with stopped(server):
+    with stopped(rank):
         waiter = threading.Thread(target=lambda: whole.extend(server.ask("/v1/completions", LONG)))
         waiter.start()
         wait_for(lambda: server.ask("/health") == (503, {"status": "stuck"}))
@@ -69,14 +74,14 @@ def test_health_says_so_and_requests_end_in_time(server: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_is_cancelled_before_the_next_step(stream: bool, server: Served) -> None:
+def test_a_client_that_leaves_is_cancelled_before_the_next_step(stream: bool, server: Served, rank: int) -> None:
     server.wait_until_idle()
     aborted = count(server, "request_success_total", finished_reason="abort")
     before = count(server, "generation_tokens_total")
     sock = server.connect()
     sock.sendall(raw_post("/v1/completions", json.dumps({**LONG, "n": 2, "stream": stream}).encode()))
     wait_for(lambda: count(server, "generation_tokens_total") >= before + 4)
-    with stopped(server):
+    with stopped(rank):
         time.sleep(0.3)  # a step that began before ends, if rank 1 had done its part
         steps = count(server, "engine_steps_total")
         assert server.running() == 2
