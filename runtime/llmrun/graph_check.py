@@ -8,7 +8,6 @@ only: reads the few fields of onnx.proto that matter, and refuses protobuf that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +46,10 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> None:
         IncompatibleError: another rank's graph, or an operator that no graph of this format has.
     """
     try:
-        model = list(_fields(path.read_bytes()))
+        model = _fields(path.read_bytes())
         if {_MODEL_TRAINING, _MODEL_FUNCTIONS} & {number for number, _ in model}:
             raise ValueError("it holds functions or training code")
-        graph = list(_fields(_only(model, _MODEL_GRAPH)))
+        graph = _fields(_only(model, _MODEL_GRAPH))
         metadata = [_entry(value) for number, value in model if number == _MODEL_METADATA]
         operators = {_operator(value) for number, value in graph if number == _GRAPH_NODE}
         _check_initializers(graph, weights)
@@ -101,7 +100,7 @@ def _check_initializers(graph: Fields, weights: Path) -> None:
             raise ValueError("it holds a sparse tensor")
         if number != _GRAPH_INITIALIZER:
             continue
-        tensor = list(_fields(value))
+        tensor = _fields(value)
         entries = [_entry(item) for number, item in tensor if number == _TENSOR_EXTERNAL_DATA]
         if not entries and all(number != _TENSOR_LOCATION for number, _ in tensor):
             continue
@@ -119,7 +118,7 @@ def _check_initializers(graph: Fields, weights: Path) -> None:
 
 def _operator(node: bytes) -> tuple[str, str]:
     """Return (domain, type) of a node; its attributes must be plain values."""
-    fields = list(_fields(node))
+    fields = _fields(node)
     for number, value in fields:
         if number == _NODE_ATTRIBUTE and _ATTRIBUTE_HOLDS_MORE & {number for number, _ in _fields(value)}:
             raise ValueError("an attribute holds a tensor or a graph")
@@ -129,7 +128,7 @@ def _operator(node: bytes) -> tuple[str, str]:
 
 def _entry(data: bytes) -> tuple[str, str]:
     """Return (key, value) of a StringStringEntryProto."""
-    fields = list(_fields(data))
+    fields = _fields(data)
     return _text(_only(fields, _ENTRY_KEY)), _text(_only(fields, _ENTRY_VALUE))
 
 
@@ -145,29 +144,36 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8")
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the fields of a message (protobuf.dev/programming-guides/encoding).
+def _fields(data: bytes) -> Fields:
+    """Return the fields of a message (protobuf.dev/programming-guides/encoding).
 
     Raises:
         ValueError: the bytes are no message.
     """
     if not isinstance(data, bytes):
         raise ValueError("a number stands where a message is expected")  # noqa: TRY004
-    place = 0
-    while place < len(data):
-        tag, place = _varint(data, place)
+    fields: Fields = []
+    place, end = 0, len(data)
+    while place < end:
+        # Almost every tag and length is one byte, and there are thousands: no call for those.
+        tag, place = (data[place], place + 1) if data[place] < 128 else _varint(data, place)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
             value, place = _varint(data, place)
         elif wire in (1, 2, 5):
-            length, place = _varint(data, place) if wire == 2 else ((8 if wire == 1 else 4), place)
-            value = data[place : place + length]
-            if len(value) != length:
+            if wire == 2:
+                is_short = place < end and data[place] < 128
+                length, place = (data[place], place + 1) if is_short else _varint(data, place)
+            else:
+                length = 8 if wire == 1 else 4
+            if length > end - place:
                 raise ValueError("it ends early")
+            value = data[place : place + length]
             place += length
         else:
             raise ValueError(f"wire type {wire} at byte {place}")
-        yield number, value
+        fields.append((number, value))
+    return fields
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
