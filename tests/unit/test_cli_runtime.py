@@ -45,8 +45,10 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_a_greedy_start_loads_no_more_than_it_needs(packed_tiny: Packed) -> None:
-    spared = ("concurrent.futures", "logging", "numpy.random", "socket", "subprocess", "tempfile")  # 2 to 10 ms each
-    program = f"import sys; from llmrun.cli import main; main(sys.argv[1:]); print([m for m in {spared} if m in sys.modules])"
+    spared = ("concurrent.futures", "logging", "numpy.random", "socket", "subprocess")  # 2 to 10 ms each
+    program = (
+        f"import sys; from llmrun.cli import main; main(sys.argv[1:]); print([m for m in {spared} if m in sys.modules])"
+    )
     arguments = [packed_tiny(1, "f32"), "--ids", "-p", "[1]", "-n", 1, "--temperature", 0, "--verify", "size"]
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
