@@ -123,6 +123,10 @@ class Artifact:
             raise InternalError(f"{relative} is not listed in {self.path / MANIFEST_NAME}")
         return self.path / relative
 
+    def with_ranks(self, ranks: Sequence[int]) -> Artifact:
+        """Return the artifact with the folders of `ranks` complete on this host; raises as `open_artifact`."""
+        return Artifact(self.path, self.manifest, self.digest, _check_tree(self.path, self.manifest, ranks))
+
     def files_of_rank(self, rank: int) -> list[str]:
         """Return what one rank reads: the common files and its own folder's."""
         mine = self.manifest.ranks[rank].folder + "/"

@@ -61,10 +61,10 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[Store
         IncompatibleError: another rank's graph, or an operator that no graph of this format has.
     """
     try:
-        model = list(_fields(path.read_bytes()))
+        model = _fields(path.read_bytes())
         if {_MODEL_TRAINING, _MODEL_FUNCTIONS} & {number for number, _ in model}:
             raise ValueError("it holds functions or training code")
-        graph = list(_fields(_only(model, _MODEL_GRAPH)))
+        graph = _fields(_only(model, _MODEL_GRAPH))
         metadata = [_entry(value) for number, value in model if number == _MODEL_METADATA]
         operators = {_operator(value) for number, value in graph if number == _GRAPH_NODE}
         stored = list(_stored_tensors(graph, weights))
@@ -116,7 +116,7 @@ def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
             raise ValueError("it holds a sparse tensor")
         if number != _GRAPH_INITIALIZER:
             continue
-        tensor = list(_fields(value))
+        tensor = _fields(value)
         entries = [_entry(item) for number, item in tensor if number == _TENSOR_EXTERNAL_DATA]
         if not entries and all(number != _TENSOR_LOCATION for number, _ in tensor):
             continue
@@ -139,7 +139,7 @@ def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
 
 def _operator(node: bytes) -> tuple[str, str]:
     """Return (domain, type) of a node; its attributes must be plain values."""
-    fields = list(_fields(node))
+    fields = _fields(node)
     for number, value in fields:
         if number == _NODE_ATTRIBUTE and _ATTRIBUTE_HOLDS_MORE & {number for number, _ in _fields(value)}:
             raise ValueError("an attribute holds a tensor or a graph")
@@ -149,7 +149,7 @@ def _operator(node: bytes) -> tuple[str, str]:
 
 def _entry(data: bytes) -> tuple[str, str]:
     """Return (key, value) of a StringStringEntryProto."""
-    fields = list(_fields(data))
+    fields = _fields(data)
     return _text(_only(fields, _ENTRY_KEY)), _text(_only(fields, _ENTRY_VALUE))
 
 
@@ -177,29 +177,36 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8")
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the fields of a message (protobuf.dev/programming-guides/encoding).
+def _fields(data: bytes) -> Fields:
+    """Return the fields of a message (protobuf.dev/programming-guides/encoding).
 
     Raises:
         ValueError: the bytes are no message.
     """
     if not isinstance(data, bytes):
         raise ValueError("a number stands where a message is expected")  # noqa: TRY004
-    place = 0
-    while place < len(data):
-        tag, place = _varint(data, place)
+    fields: Fields = []
+    place, end = 0, len(data)
+    while place < end:
+        # Almost every tag and length is one byte, and there are thousands: no call for those.
+        tag, place = (data[place], place + 1) if data[place] < 128 else _varint(data, place)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
             value, place = _varint(data, place)
         elif wire in (1, 2, 5):
-            length, place = _varint(data, place) if wire == 2 else ((8 if wire == 1 else 4), place)
-            value = data[place : place + length]
-            if len(value) != length:
+            if wire == 2:
+                is_short = place < end and data[place] < 128
+                length, place = (data[place], place + 1) if is_short else _varint(data, place)
+            else:
+                length = 8 if wire == 1 else 4
+            if length > end - place:
                 raise ValueError("it ends early")
+            value = data[place : place + length]
             place += length
         else:
             raise ValueError(f"wire type {wire} at byte {place}")
-        yield number, value
+        fields.append((number, value))
+    return fields
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:

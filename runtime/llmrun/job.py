@@ -197,7 +197,7 @@ class Job:
         if whole.manifest.shards != self.size:
             message = launcher.wrong_size_message(path, whole.manifest.shards, self.size)
             raise IncompatibleError(message, code="E412")
-        artifact = open_artifact(path, ranks=[self.rank])
+        artifact = whole.with_ranks([self.rank])
         place = library.find_library()
         try:
             self._ops = mpi_functions.load_library(place)

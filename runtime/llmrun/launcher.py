@@ -66,6 +66,12 @@ def launcher_size(environment: Mapping[str, str] = os.environ) -> int | None:
     return None
 
 
+def is_on_one_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether MPICH's launcher says that it started all ranks on this host."""
+    local, size = environment.get("MPI_LOCALNRANKS", ""), environment.get("PMI_SIZE", "")
+    return size.isdigit() and local == size
+
+
 def library_family() -> str | None:
     """Return whose MPI library mpi4py would load, without loading it; None: unknown, or no mpi4py.
 

@@ -16,6 +16,7 @@ Only rank 0 samples. Nothing here knows of ranks, of stop conditions or of text.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -90,8 +91,12 @@ class Sampler:
             UsageError: a bias is NaN, +inf or not a number, or an id is negative.
         """
         self.params = params
-        self._rng = np.random.Generator(np.random.PCG64(params.seed))
         self._bias_ids, self._biases = _check_bias(logit_bias or {})
+
+    @functools.cached_property
+    def _rng(self) -> np.random.Generator:
+        """The random state; made when it is needed, as numpy imports `numpy.random` only then."""
+        return np.random.Generator(np.random.PCG64(self.params.seed))
 
     @property
     def needs_history(self) -> bool:

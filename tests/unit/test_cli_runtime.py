@@ -57,6 +57,17 @@ def test_help_takes_less_than_a_seventh_of_a_second_of_processor_time(tmp_path: 
     assert min(seconds) < 0.15
 
 
+def test_a_greedy_start_loads_no_more_than_it_needs(packed_tiny: Packed) -> None:
+    spared = ("concurrent.futures", "logging", "numpy.random", "socket", "subprocess")  # 2 to 10 ms each
+    program = (
+        f"import sys; from llmrun.cli import main; main(sys.argv[1:]); print([m for m in {spared} if m in sys.modules])"
+    )
+    arguments = [packed_tiny(1, "f32"), "--ids", "-p", "[1]", "-n", 1, "--temperature", 0, "--verify", "size"]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
 def test_standard_output_is_the_text_and_nothing_else(packed_tiny: Packed) -> None:
     path = packed_tiny(1, "f32")
     plain = llmrun(path, "-p", "The king", "-n", 8, "--temperature", 0)

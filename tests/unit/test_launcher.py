@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrun import launcher
+from llmrun import comm, launcher
 from llmrun.errors import IncompatibleError
 from llmrun.launcher import MPICH, OPEN_MPI
 
@@ -23,6 +23,18 @@ def test_launchers_are_known_by_their_environment(
 ) -> None:
     assert launcher.launcher_family(environment) == family
     assert launcher.launcher_size(environment) == size
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_on_one"),
+    [(HYDRA, True), ({**HYDRA, "PMI_SIZE": "4"}, False), ({"PMI_SIZE": "2", "PMI_RANK": "0"}, False), (PRTE, False)],
+)
+def test_only_ranks_of_one_host_do_without_a_network(environment: dict[str, str], is_on_one: bool) -> None:
+    assert launcher.is_on_one_host(environment) == is_on_one
+    given = {**environment, "UCX_TLS": "the user's"}
+    comm._need_no_network(given)
+    assert given.pop("UCX_TLS") == "the user's"
+    assert given == {**environment, **({"UCX_MEM_EVENTS": "no"} if is_on_one else {})}
 
 
 @pytest.mark.parametrize(("environment", "library"), [(HYDRA, OPEN_MPI), (PRTE, MPICH)])
