@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from llmpack import __version__
-from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError
+from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError, UsageError
 
 _EXAMPLES = """examples:
   pack models/Llama-2-7b-hf -o artifacts/llama-q4-tp2 --shards 2 --quant q4
@@ -117,11 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(args, progress)
     except LlmpackError as error:
         progress.end()
-        print(f"pack: error[{error.code}]: {error}", file=sys.stderr)
+        _report(error)
         return error.exit_code
     except MemoryError:
         progress.end()
-        print("pack: error[E501]: not enough memory.", file=sys.stderr)
+        _report(ResourceError("not enough memory."))
         return ResourceError.exit_code
     except KeyboardInterrupt:
         progress.end()
@@ -134,6 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout left, which is its right
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
         return 0
+    except OSError as error:
+        progress.end()
+        where = f"{error.filename}: " if error.filename else ""
+        _report(ResourceError(f"{where}{error.strerror or error}.", code="E502"))
+        return ResourceError.exit_code
     except Exception as error:  # the last resort: one line for the user, the traceback on request
         progress.end()
         if os.environ.get("LLMPACK_DEBUG"):
@@ -143,6 +148,12 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _report(error: LlmpackError) -> None:
+    """Print one line, whatever bytes the names in it hold."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
+    print(f"pack: error[{error.code}]: {text}", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace, progress: _Progress) -> int:
@@ -156,6 +167,11 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
             " `pip install 'llmpack[packager]'` adds it."
         ) from None
 
+    for path in (args.model_dir, args.output):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{path}: the path is not UTF-8, and ONNX Runtime opens no other.") from None
     options = Options(
         shards=args.shards,
         scheme=args.quant,

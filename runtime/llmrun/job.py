@@ -212,6 +212,10 @@ class Job:
         if self.options.isa is not None and self._ops.llmpack_ops_set_isa(self.options.isa.encode()) != 0:
             raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
         ort = session.import_onnxruntime()
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise errors.UsageError(f"{path}: the path is not UTF-8, and ONNX Runtime opens no other.") from None
         local = communication.local_ranks(self.comm.peers, self.rank)
         self._library_path = place
         self.placement = device.place(
