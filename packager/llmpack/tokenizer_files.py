@@ -28,7 +28,7 @@ from typing import Any
 
 from llmpack.config import read_file, read_json
 from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
-from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError, UsageError
+from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError
 
 __all__ = ["GOLDEN_TEXTS", "Generation", "TokenizerFiles", "read_generation", "read_tokenizer"]
 
