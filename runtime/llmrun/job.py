@@ -73,7 +73,8 @@ class Job:
         """
         deadline_s = watchdog.deadline_from_environment()
         self.options = options
-        self.comm = communication.connect()
+        with watchdog.joining(deadline_s):
+            self.comm = communication.connect()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,31 @@ def test_a_faulty_rank_ends_a_job_of_the_users_mpirun(
     # MPICH's launcher kills the other ranks, and may report their death instead of the code (seen twice, under load).
     assert outcome.code in (EXIT_CODES[kind], 9 if kind in ("raise", "stop") else EXIT_CODES[kind]), outcome
     assert len(outcome.errors) == 1
+    assert outcome.leftovers == []
+
+
+@pytest.mark.parametrize(("rank", "start"), [(0, "llmrun"), (1, "mpirun")])
+def test_a_rank_stopped_before_it_joins_the_others_is_named(rank: int, start: str, packed_tiny: Packed) -> None:
+    """Before MPI is initialised; the others wait inside MPI_Init."""
+    command = [*(mpirun_command(2) if start == "mpirun" else []), *llmrun_command(packed_tiny(2, "f32"), *ARGUMENTS)]
+    job = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)})
+    pid = job.rank_pid(rank)
+    os.kill(pid, signal.SIGSTOP)
+    outcome = job.finish()
+    assert (outcome.code, outcome.stdout, outcome.leftovers) == (6, "", [])
+    assert len(outcome.errors) == 1
+    assert f"rank {rank} (pid {pid}) is stopped" in outcome.errors[0]
+
+
+def test_a_rank_that_never_joins_is_not_waited_for_for_ever(packed_tiny: Packed, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import os, sys, time\nfrom llmrun import Engine, watchdog\nwatchdog.LOAD_S = 2\n"
+        "if '1' in (os.environ.get('PMI_RANK'), os.environ.get('OMPI_COMM_WORLD_RANK')): time.sleep(50)\nEngine(sys.argv[1])\n"
+    )
+    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
+    outcome = RunningJob(command).finish(45)
+    assert outcome.code == 6
+    assert "rank 0 is stuck: no progress in waiting for all ranks to start" in outcome.errors[0]
     assert outcome.leftovers == []
 
 
