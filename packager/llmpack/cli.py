@@ -107,12 +107,20 @@ def _terminate(number: int, _frame: object) -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """Run `pack`; return the exit code."""
     parser = _parser()
+    _open_closed_streams()
     args = parser.parse_args(arguments)
     if args.output is None and not args.dry_run:
         parser.error("-o DIR is needed (or --dry-run)")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     progress = _Progress(sys.stderr, enabled=not args.json)
+    before = _identity(args.output)
+
+    def outcome() -> str:
+        if _identity(args.output) == before:
+            return "nothing was written"
+        return f"{args.output} is complete"  # it came after the last rename
+
     try:
         return _run(args, progress)
     except LlmpackError as error:
@@ -125,11 +133,11 @@ def main(arguments: list[str] | None = None) -> int:
         return ResourceError.exit_code
     except KeyboardInterrupt:
         progress.end()
-        print("pack: interrupted; nothing was written.", file=sys.stderr)
+        print(f"pack: interrupted; {outcome()}.", file=sys.stderr)
         return 128 + signal.SIGINT
     except _Terminated as stop:
         progress.end()
-        print("pack: terminated; nothing was written.", file=sys.stderr)
+        print(f"pack: terminated; {outcome()}.", file=sys.stderr)
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout left, which is its right
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
@@ -148,6 +156,26 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _open_closed_streams() -> None:
+    """Occupy the numbers of closed standard streams, or the next file opened would be one."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)  # writing fails, as it should
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    """Return what tells a directory from the one that replaced it; None: there is none."""
+    try:
+        info = os.stat(path or "")
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _report(error: LlmpackError) -> None:
@@ -184,12 +212,16 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
     summary = pack(args.model_dir, None if args.dry_run else args.output, options, progress)
     progress.end()
     if args.json:
-        print(json.dumps({**summary, "output": None if args.dry_run else str(args.output)}, indent=1))
+        text = json.dumps({**summary, "output": None if args.dry_run else str(args.output)}, indent=1)
     else:
-        print("\n".join(report.lines(summary)))
-        if not args.dry_run:
-            print(f"packed {args.output}")
-    sys.stdout.flush()
+        text = "\n".join([*report.lines(summary), *([] if args.dry_run else [f"packed {args.output}"])])
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
+        raise ResourceError(f"standard output: {error.strerror}.", code="E503") from None
     return 0
 
 

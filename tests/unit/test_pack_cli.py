@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from llmpack import cli, write
 from llmpack.checkpoint import Checkpoint
 from llmpack.pack import Options, pack
 from llmpack.weights import source_shape, weight_rows
@@ -171,6 +172,35 @@ def test_names_with_spaces_and_letters_of_any_script_work(tmp_path, tiny_text_ch
     assert run(folder, "-o", out).returncode == 0
     with Engine(out) as engine:
         assert len(list(engine.generate_ids([1, 2], max_tokens=2, ignore_eos=True))) == 2
+
+
+def test_standard_output_that_takes_nothing_is_one_sentence():
+    for redirect, words in ((">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")):
+        command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *PACK, str(DEMO), "--dry-run"]
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (result.returncode, result.stderr) == (5, f"pack: error[E503]: standard output: {words}.\n")
+
+
+def test_closed_streams_become_none_of_the_artifacts_files(tmp_path):
+    run(DEMO, "-o", tmp_path / "a")
+    for redirect in ("<&- 2>&-", "2>&-"):
+        command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *PACK, str(DEMO), "-o", str(tmp_path / "b"), "--force"]
+        assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+        assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
+
+
+def test_an_interrupt_after_the_last_rename_says_what_is_there(tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "_sync", interrupt)
+    assert cli.main([str(DEMO), "-o", str(tmp_path / "a"), "--json"]) == 130
+    assert capsys.readouterr().err == "pack: interrupted; nothing was written.\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(write.Staging, "__exit__", interrupt)
+    assert cli.main([str(DEMO), "-o", str(tmp_path / "a"), "--json"]) == 130
+    assert capsys.readouterr().err == f"pack: interrupted; {tmp_path / 'a'} is complete.\n"
+    open_artifact(tmp_path / "a").verify(open_artifact(tmp_path / "a").manifest.files)
 
 
 def test_unknown_targets_are_refused_with_those_that_are_known(tmp_path):
