@@ -126,9 +126,7 @@ def test_a_signal_ends_it_quickly_and_quietly(
     number: signal.Signals, code: int, shards: int, packed_tiny: Packed
 ) -> None:
     job = RunningJob(llmrun_command(packed_tiny(shards, "f32"), *LONG), environment=SLOW)
-    if shards > 1:
-        job.rank_pid(1)
-    time.sleep(1.5)
+    job.wait_for_output()
     sent = time.monotonic()
     job.process.send_signal(number)
     outcome = job.finish()
@@ -139,8 +137,7 @@ def test_a_signal_ends_it_quickly_and_quietly(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_users_mpirun_leaves_nothing(number: signal.Signals, packed_tiny: Packed) -> None:
     job = RunningJob([*mpirun_command(2), *llmrun_command(packed_tiny(2, "f32"), *LONG)], environment=SLOW)
-    job.rank_pid(1)
-    time.sleep(1.5)
+    job.wait_for_output()
     job.process.send_signal(number)
     outcome = job.finish()
     assert outcome.code != 0
@@ -159,7 +156,7 @@ def test_killing_the_launching_llmrun_leaves_nothing(packed_tiny: Packed) -> Non
 def test_a_rank_killed_from_outside_is_reported(rank: int, packed_tiny: Packed) -> None:
     job = RunningJob(llmrun_command(packed_tiny(2, "f32"), *LONG), environment=SLOW)
     pid = job.rank_pid(rank)
-    time.sleep(1.5)
+    job.wait_for_output()
     os.kill(pid, signal.SIGKILL)
     outcome = job.finish()
     assert (outcome.code, len(outcome.errors), outcome.leftovers) == (6, 1, [])
