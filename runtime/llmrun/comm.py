@@ -111,11 +111,14 @@ def _ancestors(pid: int) -> list[int]:
 def _environment_rank(pid: int) -> int | None:
     """Return the rank that a launcher gave a process; None: none did, or it is gone."""
     try:
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
     except OSError:
         return None
-    values = dict(pair.decode("utf-8", "replace").partition("=")[::2] for pair in pairs)
-    return next((int(v) for name in console.RANK_VARIABLES if (v := values.get(name, "")).isdigit()), None)
+    for line in lines:
+        name, _, value = line.partition("=")
+        if name in console.RANK_VARIABLES and value.isdigit():
+            return int(value)
+    return None
 
 
 def _host_identity() -> str:
