@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
 
-.PHONY: demo test test-all test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-quick clean
+.PHONY: demo test test-all test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-server bench-quick clean
 
 demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
@@ -63,6 +63,11 @@ test-asan: $(VENV)/.test
 # ARGS="--shapes llama-2-7b --rounds 3 --json FILE" and the like: tests/benchmarks/peers/__main__.py.
 bench: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(ARGS)
+
+# `llmrun serve` beside llama.cpp's server, built in .venv-peers too: throughput and time to the first token of 1 to 16 clients.
+# ARGS="--shape 110m --rounds 3 --json FILE" and the like: tests/benchmarks/peers/servers.py.
+bench-server: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers.servers $(ARGS)
 
 bench-quick: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers --shapes 110m --rounds 3 --no-peers $(ARGS)

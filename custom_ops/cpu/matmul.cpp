@@ -80,17 +80,20 @@ LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
     }
 }
 
-// How far ahead of its use a weight is asked for, in bytes. Tiles follow each other in memory, so this also
-// fetches the next tile's first bytes, across the page boundaries at which the hardware's prefetcher stops.
-// The hardware alone keeps one token's stream full, but not that of several: their work between two lines of
-// weights fills the window of instructions in flight (tests/benchmarks/LOG.md).
-constexpr int64_t kAhead = 2048;
+// How far ahead of its use a weight is asked for, in bytes: from memory into the second-level cache, and from
+// there into the first. A core can have some 50 lines on their way into the second level and 10 to 16 into
+// the first, so that asking for all in one step leaves bandwidth unused (tests/benchmarks/LOG.md,
+// 2026-11-25). Tiles follow each other in memory, so this also fetches the next tile's first bytes, across
+// the page boundaries at which the hardware's prefetcher stops.
+constexpr int64_t kAhead = 8192, kNear = 1024;
 
 // PRECOND: none; a prefetch beyond the last tile's page does nothing.
 template <int64_t bytes>
 LLMPACK_INLINE void prefetch_ahead(const void* p) {
-    for (int64_t line = 0; line < bytes; line += 64)
-        __builtin_prefetch(static_cast<const char*>(p) + kAhead + line);
+    for (int64_t line = 0; line < bytes; line += 64) {
+        __builtin_prefetch(static_cast<const char*>(p) + kAhead + line, 0, 2);
+        __builtin_prefetch(static_cast<const char*>(p) + kNear + line);
+    }
 }
 
 // Tiles `tile`, `tile` + apart, ..., as many as `streams`, for the m tokens of one block: y[t, row] = sum
@@ -190,7 +193,7 @@ LLMPACK_INLINE void dot_decoded(const uint8_t* decoded, const int8_t* x, I32x16 
             load_bytes(decoded + i * kStretch * 16 + 64 * s);
         LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
             LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++)
-                Scheme::dot4(w[i], x + 4 * (s * m + t), sum[i][t]);
+                dot4_shared<Scheme>(w[i], x + 4 * (s * m + t), sum[i][t]);
         }
     }
 }

@@ -18,6 +18,7 @@
 //   SmallBytes, UnsignedBytes
 //                    dot products of weights up to 127 and up to 255: dot4 adds to each row's sum the
 //                    products of its four weights, less kOffset, with four activations in -127..127, exactly.
+//                    dot4_shared: the same, for activations that several weights meet in turn.
 #ifndef LLMPACK_CPU_SIMD_H_
 #define LLMPACK_CPU_SIMD_H_
 
@@ -39,6 +40,13 @@
 namespace llmpack::LLMPACK_ISA {
 
 LLMPACK_INLINE F32x16 zero() { return set1(0.0f); }
+
+#if !defined(LLMPACK_ISA_avx512)
+template <class Products>
+LLMPACK_INLINE void dot4_shared(const Bytes& w, const int8_t* x, I32x16& sum) {
+    Products::dot4(w, x, sum);
+}
+#endif
 
 // The first n lanes from or to memory, n in 1..16; other lanes are zero, or not stored.
 LLMPACK_INLINE F32x16 load_first(const float* p, int64_t n) {

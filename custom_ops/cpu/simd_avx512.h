@@ -112,11 +112,20 @@ LLMPACK_INLINE Bytes lookup(const uint8_t* table, Bytes indices) {
 // saturation.
 struct UnsignedBytes {
     static constexpr int kOffset = 0;
+    // In assembly because GCC 12 copies the sum and loads x apart from the intrinsic: 8 tokens take 9 %
+    // longer.
     static LLMPACK_INLINE void dot4(Bytes w, const int8_t* x, I32x16& sum) {
-        sum.v = _mm512_dpbusd_epi32(sum.v, w, _mm512_set1_epi32(load_i32(x)));
+        asm("vpdpbusd %2%{1to16%}, %1, %0"
+            : "+v"(sum.v)
+            : "v"(w), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
     }
 };
 typedef UnsignedBytes SmallBytes;
+
+template <class>
+LLMPACK_INLINE void dot4_shared(Bytes w, const int8_t* x, I32x16& sum) {
+    sum.v = _mm512_dpbusd_epi32(sum.v, w, _mm512_set1_epi32(load_i32(x)));
+}
 
 }  // namespace llmpack::LLMPACK_ISA
 

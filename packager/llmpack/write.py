@@ -14,6 +14,8 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from llmrun.artifact import (
 
 _RENAME_EXCHANGE = 2  # <linux/fs.h>
 _AT_FDCWD = -100  # <fcntl.h>
+_BLOCK_BYTES = 2 << 20
+_MAX_OPEN_BLOCKS = 16
 
 
 class Staging:
@@ -100,7 +104,7 @@ class Staging:
             path.write_bytes(data)
 
     @contextlib.contextmanager
-    def create(self, name: str, size: int) -> Any:
+    def create(self, name: str, size: int) -> Iterator[Callable[[int, np.ndarray], None]]:
         """Open a file of `size` bytes (zeros so far); yields write(offset, array), for any number of threads.
 
         Once it is closed it must not change: it is hashed and made durable while other work goes on.
@@ -110,14 +114,9 @@ class Staging:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 file.truncate(size)
-
-                def write(offset: int, array: np.ndarray) -> None:
-                    view = np.ascontiguousarray(array).data.cast("B")
-                    while len(view):
-                        count = os.pwrite(file.fileno(), view, offset)
-                        view, offset = view[count:], offset + count
-
-                yield write
+                blocks = _Blocks(file.fileno(), size)
+                yield blocks.write
+                blocks.flush()
             self._sealed[name] = self._background.submit(self._seal, name)
 
     def publish(self, members: dict[str, Any]) -> None:
@@ -162,6 +161,80 @@ class Staging:
         os.rename(self.target, old)
         os.rename(self.partial, self.target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+class _Blocks:
+    """A file that gets its bytes in whole aligned blocks of 2 MB, whatever the pieces that threads write.
+
+    Linux keeps what came in one write as one piece of the page cache; pieces that are huge pages are mapped as such, so that
+    who runs the artifact without having copied it reads its weights faster (`llmrun/weights_map.py`).
+    """
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor, self._size = descriptor, size
+        self._lock = threading.Lock()
+        self._open: dict[
+            int, tuple[memoryview, int]
+        ] = {}  # block number: its bytes, how many of them are still to come
+        self._early: set[int] = set()  # blocks that were written before they were whole
+        self._spare: list[memoryview] = []
+
+    def write(self, offset: int, array: np.ndarray) -> None:
+        """Take bytes at `offset`, once for each byte of the file at most; bytes that nobody writes are zero."""
+        view = np.ascontiguousarray(array).data.cast("B")
+        while len(view):
+            number, start = divmod(offset, _BLOCK_BYTES)
+            piece = view[: _BLOCK_BYTES - start]
+            if (whole := self._take(number, start, piece)) is not None:
+                _write_all(self._descriptor, whole, number * _BLOCK_BYTES)
+                if len(whole) == _BLOCK_BYTES:  # the file's last block may be shorter
+                    self._spare.append(whole)
+            view, offset = view[len(piece) :], offset + len(piece)
+
+    def flush(self) -> None:
+        """Write what is left."""
+        with self._lock:
+            for number in list(self._open):
+                self._write_early(number)
+
+    def _take(self, number: int, start: int, piece: memoryview) -> memoryview | None:
+        """Put a piece into its block; return the block if that makes it whole."""
+        with self._lock:
+            if number in self._early:
+                _write_all(self._descriptor, piece, number * _BLOCK_BYTES + start)
+                return None
+            if number not in self._open:
+                # Bytes between weights never come, so some blocks never get whole: the oldest give way.
+                if len(self._open) == _MAX_OPEN_BLOCKS:
+                    self._write_early(next(iter(self._open)))
+                self._open[number] = self._new_block(number)
+            block, missing = self._open[number]
+            block[start : start + len(piece)] = piece
+            if missing > len(piece):
+                self._open[number] = (block, missing - len(piece))
+                return None
+            del self._open[number]
+            return block
+
+    def _new_block(self, number: int) -> tuple[memoryview, int]:
+        length = min(_BLOCK_BYTES, self._size - number * _BLOCK_BYTES)
+        if length == _BLOCK_BYTES and self._spare:
+            block = self._spare.pop()
+            np.frombuffer(block, np.uint8)[:] = 0
+        else:
+            block = memoryview(bytearray(length))
+        return block, length
+
+    def _write_early(self, number: int) -> None:
+        block, _ = self._open.pop(number)
+        self._early.add(number)
+        _write_all(self._descriptor, block, number * _BLOCK_BYTES)
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while len(view):
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def _sync(path: Path) -> None:

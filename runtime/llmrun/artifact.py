@@ -8,6 +8,7 @@ while the model runs: `Artifact.recheck` notices a replaced or rewritten file, n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrun import huge_pages
 from llmrun.errors import (
     IncompatibleError,
     IntegrityError,
@@ -169,9 +171,14 @@ class Artifact:
                     raise _changed(self.path / name)
                 file.seek(index * CHUNK_BYTES)
                 size = left
-                while left > 0 and (piece := file.read(min(left, 1 << 20))):
-                    digest.update(piece)
-                    left -= len(piece)
+                with contextlib.closing(huge_pages.Reader(file.fileno(), index * CHUNK_BYTES, size)) as pages:
+                    while left > 0:
+                        if (size - left) % huge_pages.HUGE_PAGE_BYTES == 0:
+                            pages.bring(size - left)
+                        if not (piece := file.read(min(left, 1 << 20))):
+                            break
+                        digest.update(piece)
+                        left -= len(piece)
         except OSError as error:
             raise _unreadable(self.path / name, error) from None
         if left > 0 or digest.hexdigest() != entry.chunks[index]:

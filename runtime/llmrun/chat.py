@@ -275,12 +275,15 @@ def _bounded_join(pieces: Any) -> str:
 
 
 def _within_limits(render: Callable[[], str]) -> str:
-    """Run render under a trace function, which sees every line and every result of Python code in this thread."""
-    deadline = time.thread_time() + MAX_RENDER_S  # of computing: a busy machine is no fault of the template
+    """Run render under a trace function, which sees every line and every result of Python code in this thread.
+
+    Time is the thread's own: on a busy machine a harmless template takes seconds.
+    """
+    deadline = time.thread_time() + MAX_RENDER_S
 
     def trace(_frame: FrameType, event: str, value: Any) -> Any:
         if time.thread_time() > deadline:
-            raise _LimitExceededError(f"it took longer than {MAX_RENDER_S:g} s")
+            raise _LimitExceededError(f"it took more than {MAX_RENDER_S:g} s of processor time")
         if event == "return" and isinstance(value, str) and len(value) > MAX_CHAT_CHARS:
             raise _LimitExceededError(f"it built a text longer than {MAX_CHAT_CHARS} characters")
         return trace

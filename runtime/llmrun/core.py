@@ -203,6 +203,7 @@ class Core:
         events: list[Event] = []
         for piece in pieces:
             request = self._requests[piece.sequence.id]
+            request.started_s = request.started_s or started
             try:
                 if not is_finite and not np.isfinite(logits[piece.rows]).all():
                     raise NumericError(

@@ -8,9 +8,10 @@ only: reads the few fields of onnx.proto that matter, and refuses protobuf that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmrun.errors import IncompatibleError, IntegrityError
 from llmrun.manifest import OPS_DOMAIN, WEIGHT_ALIGNMENT
@@ -33,15 +34,28 @@ _MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 14, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
 _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
 _ATTRIBUTE_HOLDS_MORE = {5, 6, 10, 11, 22, 23}  # tensors and graphs
-_TENSOR_EXTERNAL_DATA, _TENSOR_LOCATION = 13, 14
+_TENSOR_SHAPE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_LOCATION = 1, 2, 8, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_STORED_TYPES = {1: ("float32", 4), 2: ("uint8", 1), 10: ("float16", 2)}  # TensorProto.DataType: name, bytes
 
 Fields = list[tuple[int, Any]]  # (field number, bytes or int), in the order of the file
 
 
-def check_graph(path: Path, weights: Path, rank: int, shards: int) -> None:
+class StoredTensor(NamedTuple):
+    """An initializer of the graph: `dtype` is numpy's name; `offset` and `num_bytes` are its place in weights.bin."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[StoredTensor]:
     """Check the file of a rank's graph, whose external data must lie in `weights`.
 
+    Returns:
+        what lies there.
     Raises:
         IntegrityError: not an ONNX model, or its weights are elsewhere.
         IncompatibleError: another rank's graph, or an operator that no graph of this format has.
@@ -53,7 +67,7 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> None:
         graph = list(_fields(_only(model, _MODEL_GRAPH)))
         metadata = [_entry(value) for number, value in model if number == _MODEL_METADATA]
         operators = {_operator(value) for number, value in graph if number == _GRAPH_NODE}
-        _check_initializers(graph, weights)
+        stored = list(_stored_tensors(graph, weights))
     except (ValueError, OSError) as error:
         raise IntegrityError(
             f"{path}: not a graph made by `pack`: {error}. Pack the model again.", code="E320"
@@ -71,6 +85,7 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> None:
             f"{path}: has the operator {strange[0]!r}, which no graph of this format has. Pack the model again.",
             code="E419",
         )
+    return stored
 
 
 def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, vocab_size: int) -> None:
@@ -94,7 +109,7 @@ def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, vocab_size: i
         )
 
 
-def _check_initializers(graph: Fields, weights: Path) -> None:
+def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
     size = weights.stat().st_size
     for number, value in graph:
         if number == _GRAPH_SPARSE:
@@ -115,6 +130,11 @@ def _check_initializers(graph: Fields, weights: Path) -> None:
         offset, length = int(data["offset"]), int(data["length"])
         if offset % WEIGHT_ALIGNMENT or offset + length > size:
             raise ValueError(f"external data at {offset}, {length} bytes long, in a file of {size} bytes")
+        name, shape = _text(_only(tensor, _TENSOR_NAME)), tuple(_numbers(tensor, _TENSOR_SHAPE))
+        dtype, item_bytes = _STORED_TYPES.get(next(_numbers(tensor, _TENSOR_TYPE), 0), ("", 0))
+        if length != math.prod(shape) * item_bytes or not dtype:
+            raise ValueError(f"external data of {length} bytes for {name!r:.100}, of shape {list(shape)} and {dtype!r}")
+        yield StoredTensor(name, dtype, shape, offset, length)
 
 
 def _operator(node: bytes) -> tuple[str, str]:
@@ -139,6 +159,18 @@ def _only(fields: Fields, wanted: int) -> bytes:
     if len(values) != 1 or not isinstance(values[0], bytes):
         raise ValueError(f"field {wanted} occurs {len(values)} times, or is no text")
     return values[0]
+
+
+def _numbers(fields: Fields, wanted: int) -> Iterator[int]:
+    """Yield the numbers of a repeated field, packed (as proto3 writes them) or one by one."""
+    for number, value in fields:
+        if number == wanted and isinstance(value, int):
+            yield value
+        elif number == wanted:
+            place = 0
+            while place < len(value):
+                item, place = _varint(value, place)
+                yield item
 
 
 def _text(data: bytes) -> str:

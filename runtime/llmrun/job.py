@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrun.gpu_session import GpuSession
+    from llmrun.graph_check import StoredTensor
     from llmrun.session import RankSession
 
 Result = TypeVar("Result")
@@ -316,16 +317,19 @@ class Job:
         entry = self.manifest.ranks[self.rank]
         self.verify([name for name in names if name != entry.weights])
         graph = self.artifact.resolve(entry.graphs[self.placement.graph])
-        graph_check.check_graph(graph, self.artifact.resolve(entry.weights), self.rank, self.size)
+        weights = self.artifact.resolve(entry.weights)
+        stored = graph_check.check_graph(graph, weights, self.rank, self.size)
         share = self._pin()
         # The weights are mapped, not parsed: their digests may be computed while the session is made. All ranks wait for
         # each other at the end of this stage, so that nothing runs before every digest is known to be right.
         with self._files.verifying([entry.weights], share.num_threads):
-            self._session = self._make_session(graph, share)
+            self._session = self._make_session(graph, weights, stored, share)
         self.watchdog.count_collectives(self._collective_state)
         self._files.conclude()
 
-    def _make_session(self, graph: Path, share: CoreShare) -> RankSession | GpuSession:
+    def _make_session(
+        self, graph: Path, weights: Path, stored: list[StoredTensor], share: CoreShare
+    ) -> RankSession | GpuSession:
         from llmrun import gpu_session, session
 
         if self.placement.gpu is not None:
@@ -342,6 +346,8 @@ class Job:
             )
         return session.RankSession(
             graph,
+            weights,
+            stored,
             self._library_path,
             self.manifest.kv_cache,
             num_blocks=self.num_blocks,

@@ -92,6 +92,7 @@ class Request:
     events: collections.deque[Event] | None = None  # not yet taken, where somebody takes them one by one
     rows: list[NDArray[np.float32]] = field(default_factory=list)
     submitted_s: float = field(default_factory=time.perf_counter)
+    started_s: float = 0.0  # its first step
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 

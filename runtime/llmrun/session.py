@@ -1,8 +1,8 @@
 """One rank's graph on ONNX Runtime: the session, the KV cache's memory, and running one step plan.
 
-In: a verified graph file and the operator library. Out: logits. The packager has decided everything about the graph,
-so graph optimizations are off; weights are mapped by ORT, cache and step inputs are numpy memory that ORT uses in
-place. Plans nothing, knows no other rank: the collectives inside the graph are the operator library's.
+In: a verified graph file, its weights and the operator library. Out: logits. The packager has decided everything about the
+graph, so graph optimizations are off; weights, cache and step inputs are memory of ours that ORT uses in place. Plans
+nothing, knows no other rank: the collectives inside the graph are the operator library's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from llmrun.device import PROVIDERS
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.graph_check import check_session
 from llmrun.step_plan import FIELDS, StepPlan
+from llmrun.weights_map import MappedWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
+    from llmrun.graph_check import StoredTensor
     from llmrun.manifest import KvCacheSpec
 
 MIN_ORT_VERSION = (1, 22)
@@ -62,6 +66,8 @@ class RankSession:
     def __init__(
         self,
         graph: Path,
+        weights: Path,
+        stored: Sequence[StoredTensor],
         library: Path,
         kv_cache: KvCacheSpec,
         *,
@@ -71,6 +77,15 @@ class RankSession:
     ) -> None:
         """Load `graph`, and reserve `num_blocks` cache blocks, whose memory is taken as they are used.
 
+        Args:
+            graph: checked by `check_graph`.
+            weights: the file that holds what `check_graph` returned.
+            stored: that.
+            library: the operators'.
+            kv_cache: the manifest's.
+            num_blocks: of the cache.
+            vocab_size: columns of the logits.
+            share: threads and cores.
         Raises:
             IncompatibleError: ORT is too old, or refuses the graph or the operator library; or the graph is another model's.
             ResourceError: the system refuses the memory.
@@ -79,6 +94,13 @@ class RankSession:
         self._vocab_size = vocab_size
         options = self._options(share)
         try:
+            self._weights = MappedWeights(weights)
+        except OSError as error:
+            raise ResourceError(f"{weights}: cannot be mapped: {error.strerror}.", code="E502") from None
+        values = {tensor.name: self._value_of(self._weights.tensor(tensor)) for tensor in stored}
+        try:
+            for name, value in values.items():
+                options.add_initializer(name, value)
             options.register_custom_ops_library(str(library))
             self._session = self._ort.InferenceSession(str(graph), sess_options=options, providers=[PROVIDERS["cpu"]])
         except MemoryError:
@@ -88,6 +110,7 @@ class RankSession:
             raise IncompatibleError(
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error
+        self._values = values  # ORT uses them as long as the session lives
         check_session(graph, self._session, kv_cache, vocab_size)
         self._run_options = self._ort.RunOptions()
         self._run_options.log_severity_level = FATAL_ONLY

@@ -6,6 +6,7 @@ Each client streams one completion after the other, with prompts that share noth
 (`ignore_eos`, which llama.cpp's server, vLLM and llmrun know). Tokens are counted by the server (`usage`); a chunk is
 taken for a token where there is none. Start each server alone on the machine, with the same weights and the same number of
 threads; give llama.cpp's `-np 16` and llmrun `--max-num-seqs 16`. One round before the clock starts warms up.
+`make bench-server` does all that, with llama.cpp's server beside ours.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Target:
         connection.request("GET", f"{self._path}/models", headers=self._headers)
         return json.loads(connection.getresponse().read())["data"][0]["id"]
 
-    def complete(self, prompt: str, num_tokens: int, into: Round) -> None:
+    def complete(self, prompt: str | list[int], num_tokens: int, into: Round) -> None:
         """Stream one completion and add what it measured."""
         body = {
             "model": self.model,
@@ -92,6 +93,11 @@ class Target:
         into.prompt_tokens += usage["prompt_tokens"] if usage else 0
 
 
+def some_ids(rng: random.Random, length: int) -> list[int]:
+    """Return a prompt of token ids of ordinary pieces, that every vocabulary of Llama's has."""
+    return [1, *(rng.randrange(300, 3000) for _ in range(length - 1))]
+
+
 def measure(target: Target, num_clients: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one round; return its figures."""
     results = [Round() for _ in range(num_clients)]
@@ -99,7 +105,10 @@ def measure(target: Target, num_clients: int, arguments: argparse.Namespace) -> 
     def client(index: int) -> None:
         rng = random.Random(f"{arguments.seed} {num_clients} {index}")
         for _ in range(arguments.requests):
-            prompt = " ".join(rng.choice(WORDS) for _ in range(arguments.prompt_words))
+            if arguments.prompt_ids:
+                prompt = some_ids(rng, arguments.prompt_ids)
+            else:
+                prompt = " ".join(rng.choice(WORDS) for _ in range(arguments.prompt_words))
             target.complete(prompt, arguments.tokens, results[index])
 
     threads = [threading.Thread(target=client, args=(index,)) for index in range(num_clients)]
@@ -134,6 +143,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=3, help="of each client, one after the other (3)")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (64)")
     parser.add_argument("--prompt-words", type=int, default=100, help="of each prompt (100)")
+    parser.add_argument("--prompt-ids", type=int, default=0, help="send token ids instead, so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

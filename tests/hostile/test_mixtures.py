@@ -251,6 +251,22 @@ def test_3_1_not_a_graph(artifact, data):
     assert graph_refusal(artifact).code == "E320"
 
 
+@pytest.mark.parametrize("change", ["shape", "type", "length"])
+def test_3_1_weights_of_another_size_than_their_shape(artifact, change):
+    def lie(model):
+        tensor = next(t for t in model.graph.initializer if t.name.endswith("down_proj.weight"))
+        if change == "shape":
+            tensor.dims[0] += 1
+        elif change == "type":
+            tensor.data_type = onnx.TensorProto.INT64
+        else:
+            entry = next(e for e in tensor.external_data if e.key == "length")
+            entry.value = str(int(entry.value) - 64)
+
+    change_graph(artifact, lie)
+    assert graph_refusal(artifact).code == "E320"
+
+
 def test_3_1_protobuf_that_would_be_merged(artifact):
     path = artifact / "rank-0/cpu.onnx"
     path.write_bytes(path.read_bytes() * 2)
@@ -303,7 +319,7 @@ def test_golden_texts_that_are_none(single, text):
 def test_control_without_the_graph_check_strangers_are_let_in(single, monkeypatch):
     change_graph(single, lambda model: helper.set_model_props(model, {"rank": "1", "shards": "2"}))
     assert isinstance(refusal(lambda: Engine(single)), IncompatibleError)
-    monkeypatch.setattr(llmrun.graph_check, "check_graph", lambda *_: None)
+    monkeypatch.setattr(llmrun.graph_check, "check_graph", lambda graph, weights, *_: check_graph(graph, weights, 1, 2))
     with Engine(single) as engine:
         assert len(list(engine.generate_ids([1, 5], max_tokens=2, ignore_eos=True))) == 2
 

@@ -14,6 +14,14 @@ SMALL_LIMITS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let `make test-openmpi` run these too."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker("mpi")
+
+
 @pytest.fixture(scope="session")
 def served(packed_demo: Callable[..., Path]) -> Iterator[Served]:
     server = Served(packed_demo(2, "f32"), *SMALL_LIMITS)

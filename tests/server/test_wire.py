@@ -279,6 +279,36 @@ def test_other_routes(served: Served) -> None:
         assert "unsafe" not in policy
 
 
+VLLM_NAMES = (
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"),
+    *("prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total", "prefix_cache_hits_total"),
+)
+VLLM_HISTOGRAMS = {"time_to_first_token_seconds": 1, "inter_token_latency_seconds": 4, "e2e_request_latency_seconds": 1}
+VLLM_HISTOGRAMS |= {f"request_{part}_time_seconds": 1 for part in ("queue", "prefill", "decode")}
+VLLM_HISTOGRAMS |= {"request_prompt_tokens": 1, "request_generation_tokens": 1}
+
+
+def test_a_request_is_counted_under_vllms_names(served: Served) -> None:
+    served.wait_until_idle()
+    before = served.metrics()
+    ids = served.ask("/tokenize", {"prompt": "The king of nowhere"})[1]["tokens"]
+    served.ask("/v1/completions", {"prompt": ids, "max_tokens": 5, "ignore_eos": True})
+    after = served.metrics()
+    label = f'{{model_name="{served.model}"}}'
+    gained = {name: after[name] - before[name] for name in after if name in before}
+    for name in VLLM_NAMES:
+        assert f"vllm:{name}{label}" in after
+    assert gained[f"vllm:prompt_tokens_total{label}"] == len(ids)
+    assert gained[f"vllm:generation_tokens_total{label}"] == 5
+    assert gained[f'vllm:request_success_total{{finished_reason="length",model_name="{served.model}"}}'] == 1
+    for name, count in VLLM_HISTOGRAMS.items():
+        assert gained[f"vllm:{name}_count{label}"] == count, name
+    seconds = {name: gained[f"vllm:{name}_sum{label}"] for name in VLLM_HISTOGRAMS if name.endswith("_seconds")}
+    parts = sum(seconds[f"request_{part}_time_seconds"] for part in ("queue", "prefill", "decode"))
+    assert 0 < seconds["request_prefill_time_seconds"] <= seconds["time_to_first_token_seconds"]
+    assert parts <= seconds["e2e_request_latency_seconds"] * 1.01
+
+
 def test_ignored_fields_are_named(served: Served) -> None:
     response = served.request(
         "/v1/completions", {"prompt": "a", "max_tokens": 1, "mirostat": 2, "a b": 1, "user": "me"}

@@ -71,6 +71,8 @@ class Metrics:
             "time_to_first_token_seconds": (Histogram(LATENCY_BUCKETS), "Seconds from the request to its first token."),
             "inter_token_latency_seconds": (Histogram(LATENCY_BUCKETS), "Seconds between two tokens of a sequence."),
             "e2e_request_latency_seconds": (Histogram(REQUEST_BUCKETS), "Seconds from the request to its last token."),
+            "request_queue_time_seconds": (Histogram(REQUEST_BUCKETS), "Seconds from the request to its first step."),
+            "request_prefill_time_seconds": (Histogram(REQUEST_BUCKETS), "Seconds from its first step to a token."),
             "request_decode_time_seconds": (Histogram(REQUEST_BUCKETS), "Seconds from the first token to the last."),
             "request_prompt_tokens": (Histogram(TOKEN_BUCKETS), "Tokens of a prompt."),
             "request_generation_tokens": (Histogram(TOKEN_BUCKETS), "Tokens of an answer."),

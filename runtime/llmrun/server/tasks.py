@@ -173,6 +173,11 @@ class Answer:
         metrics.observe("request_generation_tokens", choice.num_generated)
         if choice.first_s:
             metrics.observe("request_decode_time_seconds", choice.last_s - choice.first_s)
+        if choice.ticket is None or not (request := choice.ticket.request).started_s:
+            return
+        metrics.observe("request_queue_time_seconds", request.started_s - request.submitted_s)
+        if request.first_token_s:
+            metrics.observe("request_prefill_time_seconds", request.first_token_s - request.started_s)
 
     async def _watch_client(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":

@@ -1,6 +1,8 @@
-"""Write a GGUF in F16 from a Hugging Face directory, without a vocabulary. Runs in the peers' environment.
+"""Write a GGUF in F16 from a Hugging Face directory. Runs in the peers' environment.
 
     python convert.py HF_DIR OUT.gguf
+
+The vocabulary is that of vocabulary.json (`vocabulary.py` writes it); without that file there is none.
 
 llama.cpp's own convert_hf_to_gguf.py does the same through torch and wants a tokenizer; this takes less time and memory, which
 is in llama.cpp's favour.
@@ -51,7 +53,7 @@ def main(source: Path, target: Path) -> None:
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    add_vocabulary(writer, source / "vocabulary.json")
     writer.add_file_type(1)
     for path in sorted(source.glob("*.safetensors")):
         with safe_open(path, "np") as file:
@@ -65,6 +67,20 @@ def main(source: Path, target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_vocabulary(writer: GGUFWriter, path: Path) -> None:
+    if not path.exists():
+        writer.add_tokenizer_model("no_vocab")
+        return
+    pieces = json.loads(path.read_text())
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece["text"] for piece in pieces])
+    writer.add_token_scores([piece["score"] for piece in pieces])
+    writer.add_token_types([piece["type"] for piece in pieces])  # SentencePiece's numbers are GGUF's
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def gguf_name(name: str) -> str:

@@ -39,7 +39,8 @@ class Peers:
     python: Path
     llama_cpp: Path | str
     converter: Path | str
-    genai: Path | str
+    genai: Path | str = "not asked for"
+    server: Path | str = "not asked for"
 
 
 def call(command: Sequence[object], *, timeout_s: float = 3600, cwd: Path | None = None) -> str:
@@ -95,14 +96,25 @@ def machine_facts() -> dict[str, object]:
 
 
 def build_peers(folder: Path, cores: int) -> Peers:
-    """Make the peers' environment, or what is missing of it. llama.cpp compiles for ten minutes on two cores."""
+    """Make what `make bench` needs, or what is missing of it. llama.cpp compiles for ten minutes on two cores."""
+    peers = _llama_peers(folder, cores)
+    peers.genai = _part(lambda: _install(peers.python, folder, "genai", GENAI))
+    return peers
+
+
+def build_server_peers(folder: Path, cores: int) -> Peers:
+    """Make what `make bench-server` needs, in the same folder: llama.cpp's server takes ten minutes more."""
+    peers = _llama_peers(folder, cores)
+    peers.server = _part(lambda: _llama_server(peers.python, folder, cores))
+    return peers
+
+
+def _llama_peers(folder: Path, cores: int) -> Peers:
     python = folder / "bin" / "python"
     if not python.exists():
         call([sys.executable, "-m", "venv", folder])
     converter = _part(lambda: _install(python, folder, "converter", CONVERTER))
-    genai = _part(lambda: _install(python, folder, "genai", GENAI))
-    llama_cpp = _part(lambda: _llama_cpp(python, folder, cores))
-    return Peers(python, llama_cpp, converter, genai)
+    return Peers(python, _part(lambda: _llama_cpp(python, folder, cores)), converter)
 
 
 def _part(make: Callable[[], Path]) -> Path | str:
@@ -123,27 +135,41 @@ def _install(python: Path, folder: Path, name: str, packages: Sequence[str]) -> 
 
 def _llama_cpp(python: Path, folder: Path, cores: int) -> Path:
     """Build llama.cpp's library from its source as llama.cpp's own CMake files have it, and our driver with it."""
-    driver, place = folder / "bin" / "llamacpp", folder / "llama.cpp"
+    source, libraries = _llama_target(python, folder, cores, "llama")
+    includes = [f"-I{source}/include", f"-I{source}/ggml/include"]
+    links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
+    return compile_c("llamacpp.c", folder / "bin" / "llamacpp", *includes, *links)
+
+
+def _llama_server(python: Path, folder: Path, cores: int) -> Path:
+    """Build llama.cpp's server beside its library, from the same objects; without its page, which comes from the network."""
+    return _llama_target(python, folder, cores, "llama-server")[1] / "llama-server"
+
+
+def _llama_target(python: Path, folder: Path, cores: int, target: str) -> tuple[Path, Path]:
+    """Build one of llama.cpp's targets, once; return the sources, and the folder of what was built."""
+    place = folder / "llama.cpp"
     version = LLAMA_CPP_PYTHON.rpartition("=")[2]
     source = place / f"llama_cpp_python-{version}" / "vendor" / "llama.cpp"
     build = place / f"build-{version}"
-    if not (build / "done").exists():
-        say(f"building llama.cpp of {LLAMA_CPP_PYTHON}")
-        download = ["download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", place, LLAMA_CPP_PYTHON]
-        call([python, "-m", "pip", *download], timeout_s=_BUILD_S)
-        with tarfile.open(next(place.glob(f"llama_cpp_python-{version}.tar.gz"))) as archive:
-            archive.extractall(place, filter="data")
+    stamp = build / ("done" if target == "llama" else f"{target}-done")
+    if not stamp.exists():
+        say(f"building {target} of {LLAMA_CPP_PYTHON}")
+        if not source.exists():
+            download = ["download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", place, LLAMA_CPP_PYTHON]
+            call([python, "-m", "pip", *download], timeout_s=_BUILD_S)
+            with tarfile.open(next(place.glob(f"llama_cpp_python-{version}.tar.gz"))) as archive:
+                archive.extractall(place, filter="data")
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_OPENSSL=OFF"]
-        options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "EXAMPLES", "TOOLS", "SERVER", "APP")]
+        options += [f"-DLLAMA_BUILD_{part}=ON" for part in ("COMMON", "TOOLS", "SERVER")]
+        options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP", "UI")]
+        options += ["-DLLAMA_USE_PREBUILT_UI=OFF"]
         cmake = Path(sys.executable).with_name("cmake")
         cmake = cmake if cmake.exists() else Path("cmake")
         call([cmake, "-S", source, "-B", build, *options])
-        call([cmake, "--build", build, "--target", "llama", "-j", cores], timeout_s=_BUILD_S)
-        (build / "done").touch()
-    libraries = build / "bin"
-    includes = [f"-I{source}/include", f"-I{source}/ggml/include"]
-    links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
-    return compile_c("llamacpp.c", driver, *includes, *links)
+        call([cmake, "--build", build, "--target", target, "-j", cores], timeout_s=_BUILD_S)
+        stamp.touch()
+    return source, build / "bin"
 
 
 def _lines(path: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +82,15 @@ def depth_cost(near: float, far: float, kv_bytes: float, read_bytes_per_s: float
     return (1 / far - kv_bytes / read_bytes_per_s) * near
 
 
-def format_table(rows: list[Row]) -> str:
-    """Return the table, and below it why figures are missing."""
+def format_table(rows: list[Row], names: Sequence[str] = PROGRAMS) -> str:
+    """Return the table of these programs, and below it why figures are missing."""
     reasons: list[str] = []
-    head = ["shape", "what", *PROGRAMS, *(f"x {peer.split()[0]}" for peer in PEERS), "to reach"]
+    peers = [name for name in names if name in PEERS]
+    head = ["shape", "what", *names, *(f"x {peer.split()[0]}" for peer in peers), "to reach"]
     lines = [head]
     for row in rows:
-        cells = [_cell(row, row.figures.get(program), reasons) for program in PROGRAMS]
-        ratios = ["" if (r := row.ratio(peer)) is None else f"{r:.2f}" for peer in PEERS]
+        cells = [_cell(row, row.figures.get(program), reasons) for program in names]
+        ratios = ["" if (r := row.ratio(peer)) is None else f"{r:.2f}" for peer in peers]
         lines.append([row.shape, f"{row.what}, {row.unit}" if row.unit else row.what, *cells, *ratios, row.goal])
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
