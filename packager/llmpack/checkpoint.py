@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from llmpack.config import read_config, read_json
+from llmpack.config import open_regular, read_config, read_json
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
-_INDEX = "model.safetensors.index.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
@@ -41,7 +41,7 @@ class Checkpoint:
         self.model_dir = model_dir
         self.config = config
         self.tensors = tensors
-        self._files = {name: os.open(model_dir / name, os.O_RDONLY) for name in {t.file for t in tensors.values()}}
+        self._files = {name: open_regular(model_dir / name) for name in {t.file for t in tensors.values()}}
         self._stamps = {name: self._stamp(name) for name in self._files}
 
     def __enter__(self) -> Checkpoint:
@@ -99,7 +99,12 @@ class Checkpoint:
         info = self.tensors[name]
         view, position = raw.data.cast("B"), info.offset + rows.start * raw.shape[1] * raw.itemsize
         while len(view):
-            count = os.preadv(self._files[info.file], [view], position)
+            try:
+                count = os.preadv(self._files[info.file], [view], position)
+            except OSError as error:
+                raise IntegrityError(
+                    f"{self.model_dir / info.file}: {name}: cannot be read: {error.strerror}.", code="E311"
+                ) from None
             if count <= 0:
                 raise IntegrityError(
                     f"{self.model_dir / info.file}: {name}: the file ends early. Fetch it again.", code="E311"
@@ -128,7 +133,7 @@ class Checkpoint:
         piece = bytearray(1 << 20)
         for name in sorted(names):
             digest, size = hashlib.sha256(), 0
-            with open(self.model_dir / name, "rb", buffering=0) as file:
+            with open(open_regular(self.model_dir / name), "rb", buffering=0) as file:
                 while (count := file.readinto(piece)) and not is_cancelled():
                     digest.update(memoryview(piece)[:count])
                     size += count
@@ -144,8 +149,9 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
         IntegrityError: a file is missing, truncated or not safetensors; names the file, and the tensor where one is known.
         IncompatibleError: a model or a data type that llmpack does not support.
     """
-    if not model_dir.is_dir():
-        raise UsageError(f"{model_dir}: no such directory; expected a Hugging Face model directory.", code="E202")
+    if not os.path.isdir(model_dir):
+        found = "not a directory" if os.path.exists(model_dir) else "no such directory"
+        raise UsageError(f"{model_dir}: {found}; expected a Hugging Face model directory.", code="E202")
     config = read_config(model_dir)
     tensors: dict[str, TensorInfo] = {}
     for name in _weight_files(model_dir):
@@ -165,12 +171,15 @@ def _weight_files(model_dir: Path) -> list[str]:
             raise IntegrityError(f"{model_dir / _INDEX}: no weight_map.", code="E310")
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
-            if "/" in name or not (model_dir / name).is_file():
+            if "/" in name or not os.path.isfile(model_dir / name):
                 raise IntegrityError(
                     f"{model_dir / name}: named by {_INDEX}, but missing. Fetch it again.", code="E311"
                 )
         return names
-    names = sorted(path.name for path in model_dir.glob("*.safetensors"))
+    # Beside it some publishers put the same weights in the form of another program.
+    names = sorted(path.name for path in model_dir.glob(_SINGLE)) or sorted(
+        path.name for path in model_dir.glob("*.safetensors")
+    )
     if names:
         return names
     if any(model_dir.glob("*.bin")):
@@ -183,7 +192,7 @@ def _weight_files(model_dir: Path) -> list[str]:
 
 def _read_header(model_dir: Path, name: str) -> dict[str, TensorInfo]:
     path = model_dir / name
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
             raise IntegrityError(

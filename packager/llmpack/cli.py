@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from llmpack import __version__
-from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError
+from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError, UsageError
 
 _EXAMPLES = """examples:
   pack models/Llama-2-7b-hf -o artifacts/llama-q4-tp2 --shards 2 --quant q4
@@ -107,33 +107,46 @@ def _terminate(number: int, _frame: object) -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """Run `pack`; return the exit code."""
     parser = _parser()
+    _open_closed_streams()
     args = parser.parse_args(arguments)
     if args.output is None and not args.dry_run:
         parser.error("-o DIR is needed (or --dry-run)")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     progress = _Progress(sys.stderr, enabled=not args.json)
+    before = _identity(args.output)
+
+    def outcome() -> str:
+        if _identity(args.output) == before:
+            return "nothing was written"
+        return f"{args.output} is complete"  # it came after the last rename
+
     try:
         return _run(args, progress)
     except LlmpackError as error:
         progress.end()
-        print(f"pack: error[{error.code}]: {error}", file=sys.stderr)
+        _report(error)
         return error.exit_code
     except MemoryError:
         progress.end()
-        print("pack: error[E501]: not enough memory.", file=sys.stderr)
+        _report(ResourceError("not enough memory."))
         return ResourceError.exit_code
     except KeyboardInterrupt:
         progress.end()
-        print("pack: interrupted; nothing was written.", file=sys.stderr)
+        print(f"pack: interrupted; {outcome()}.", file=sys.stderr)
         return 128 + signal.SIGINT
     except _Terminated as stop:
         progress.end()
-        print("pack: terminated; nothing was written.", file=sys.stderr)
+        print(f"pack: terminated; {outcome()}.", file=sys.stderr)
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout left, which is its right
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
         return 0
+    except OSError as error:
+        progress.end()
+        where = f"{error.filename}: " if error.filename else ""
+        _report(ResourceError(f"{where}{error.strerror or error}.", code="E502"))
+        return ResourceError.exit_code
     except Exception as error:  # the last resort: one line for the user, the traceback on request
         progress.end()
         if os.environ.get("LLMPACK_DEBUG"):
@@ -143,6 +156,32 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _open_closed_streams() -> None:
+    """Occupy the numbers of closed standard streams, or the next file opened would be one."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)  # writing fails, as it should
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    """Return what tells a directory from the one that replaced it; None: there is none."""
+    try:
+        info = os.stat(path or "")
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _report(error: LlmpackError) -> None:
+    """Print one line, whatever bytes the names in it hold."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
+    print(f"pack: error[{error.code}]: {text}", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace, progress: _Progress) -> int:
@@ -156,6 +195,11 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
             " `pip install 'llmpack[packager]'` adds it."
         ) from None
 
+    for path in (args.model_dir, args.output):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{path}: the path is not UTF-8, and ONNX Runtime opens no other.") from None
     options = Options(
         shards=args.shards,
         scheme=args.quant,
@@ -168,12 +212,16 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
     summary = pack(args.model_dir, None if args.dry_run else args.output, options, progress)
     progress.end()
     if args.json:
-        print(json.dumps({**summary, "output": None if args.dry_run else str(args.output)}, indent=1))
+        text = json.dumps({**summary, "output": None if args.dry_run else str(args.output)}, indent=1)
     else:
-        print("\n".join(report.lines(summary)))
-        if not args.dry_run:
-            print(f"packed {args.output}")
-    sys.stdout.flush()
+        text = "\n".join([*report.lines(summary), *([] if args.dry_run else [f"packed {args.output}"])])
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
+        raise ResourceError(f"standard output: {error.strerror}.", code="E503") from None
     return 0
 
 

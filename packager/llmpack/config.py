@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +38,42 @@ _ROPE_NUMBERS = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or broken file is an error that names it."""
+def open_regular(path: Path) -> int:
+    """Open a checkpoint's file for reading; return the descriptor.
+
+    Raises:
+        UsageError: it is not there, may not be read, or is something else than a file (a pipe would be waited for).
+        IntegrityError: a link to nothing, as an interrupted download leaves it.
+    """
     try:
-        data = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise IntegrityError(f"{path}: a link to a file that is missing. Fetch it again.", code="E311") from None
         raise UsageError(f"{path}: no such file; expected a Hugging Face model directory.", code="E202") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.", code="E202") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"{path}: cannot be read: not a regular file.", code="E202")
+    return descriptor
+
+
+def read_file(path: Path) -> bytes:
+    """Read a small file of a checkpoint; errors as those of `open_regular`, and a Git LFS pointer is explained."""
+    with open(open_regular(path), "rb") as file:
+        data = file.read()
     if data.startswith(b"version https://git-lfs"):
         raise IntegrityError(
             f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.", code="E310"
         )
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file is an error that names it."""
     try:
-        value = json.loads(data)
+        value = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path}: not JSON: {error}.", code="E310") from None
     if not isinstance(value, dict):
@@ -78,7 +102,8 @@ def read_config(model_dir: Path) -> ModelConfig:
             raise IncompatibleError(
                 f"{path}: {key} is {raw[key]!r}, which is not supported; supported: {allowed[0]!r}."
             )
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise IncompatibleError(f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' only.")
 
     hidden_size = reader.size("hidden_size")
@@ -128,7 +153,7 @@ def _read_rope(reader: _Reader) -> dict[str, Any]:
         if not isinstance(given, dict):
             raise IncompatibleError(f"{path}: {key} is {given!r}; expected an object or null.")
         kind = given.get("rope_type", given.get("type", "default"))
-        if kind not in _ROPE_NUMBERS:
+        if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
             raise IncompatibleError(f"{path}: {key}.rope_type is {kind!r}; supported: {', '.join(_ROPE_NUMBERS)}.")
         if given.get("partial_rotary_factor") not in (None, 1.0):
             raise IncompatibleError(

@@ -116,7 +116,7 @@ def pack(
             config, quantization, plans, kv_cache, max_seq_len, is_group_size_default=options.group_size is None
         )
         tokenizer = read_tokenizer(model_dir, config.vocab_size)
-        generation = read_generation(model_dir)
+        generation = read_generation(model_dir, config.vocab_size)
         if target is None:
             return summary
         with contextlib.ExitStack() as stack:

@@ -20,14 +20,15 @@ Golden vectors are computed with the tokenizer libraries directly, not with llmr
 # ruff: noqa: RUF001 - golden texts hold characters that look like others on purpose
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpack.config import read_json
+from llmpack.config import read_file, read_json
 from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
-from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError, UsageError
+from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError
 
 __all__ = ["GOLDEN_TEXTS", "Generation", "TokenizerFiles", "read_generation", "read_tokenizer"]
 
@@ -96,13 +97,13 @@ class Generation:
     sources: tuple[str, ...]
 
 
-def read_generation(model_dir: Path) -> Generation:
+def read_generation(model_dir: Path, vocab_size: int) -> Generation:
     """Read generation_config.json, and EOS ids from config.json if it has none.
 
     `do_sample` false or absent means temperature 0; a sampling setting that is absent is off.
 
     Raises:
-        IncompatibleError: a value is out of range (names file, key and value).
+        IncompatibleError: a value, or an EOS id, is out of range (names file, key and value).
         IntegrityError: a file is not a JSON object.
     """
     files = _Files(model_dir)
@@ -126,7 +127,7 @@ def read_generation(model_dir: Path) -> Generation:
         min_p=float(number("min_p", 0.0, "0 to below 1", lambda x: 0 <= x < 1)),
         repeat_penalty=float(number("repetition_penalty", 1.0, "above 0, at most 10", lambda x: 0 < x <= 10)),
     )
-    eos = files.ids("generation_config.json", "eos_token_id") or files.ids("config.json", "eos_token_id")
+    eos = _eos_ids(files, vocab_size)
     return Generation(defaults, eos, files.names())
 
 
@@ -162,14 +163,9 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
             if bos_ids and library.text(bos_ids[0]) is not None:
                 bos_id, bos_token = bos_ids[0], library.text(bos_ids[0])
                 break
-    eos_ids = files.ids("generation_config.json", "eos_token_id") or files.ids("config.json", "eos_token_id")
+    eos_ids = _eos_ids(files, vocab_size)
     if not eos_ids and eos_token is not None:
         eos_ids = (library.id(eos_token),)
-    for token_id in eos_ids:
-        if token_id >= vocab_size:
-            raise IncompatibleError(
-                f"{model_dir}: eos_token_id: found {token_id}, but the model's vocab_size is {vocab_size}."
-            )
     if eos_token is None and eos_ids:
         eos_token = library.text(eos_ids[0])
     special = dict(library.special_tokens)
@@ -204,7 +200,7 @@ class _Files:
         self._read: dict[str, Any] = {}
 
     def exists(self, name: str) -> bool:
-        return (self.model_dir / name).is_file()
+        return os.path.lexists(self.model_dir / name)  # a link to nothing is an error, not the absence of a tokenizer
 
     def json(self, name: str) -> dict[str, Any]:
         if not self.exists(name):
@@ -214,15 +210,8 @@ class _Files:
         return self._read[name]
 
     def bytes(self, name: str) -> bytes:
-        path = self.model_dir / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
-        if data.startswith(b"version https://git-lfs"):
-            raise IntegrityError(f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
         self._read.setdefault(name, None)
-        return data
+        return read_file(self.model_dir / name)
 
     def ids(self, name: str, key: str) -> tuple[int, ...]:
         """Return the token ids that a JSON file gives under key: none, one or a list."""
@@ -235,6 +224,16 @@ class _Files:
 
     def names(self, *more: str) -> tuple[str, ...]:
         return tuple(sorted({*self._read, *more}))
+
+
+def _eos_ids(files: _Files, vocab_size: int) -> tuple[int, ...]:
+    ids = files.ids("generation_config.json", "eos_token_id") or files.ids("config.json", "eos_token_id")
+    for token_id in ids:
+        if token_id >= vocab_size:
+            raise IncompatibleError(
+                f"{files.model_dir}: eos_token_id: found {token_id}, but the model's vocab_size is {vocab_size}."
+            )
+    return ids
 
 
 def _open_library(files: _Files) -> Library | None:

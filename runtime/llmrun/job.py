@@ -74,7 +74,8 @@ class Job:
         """
         deadline_s = watchdog.deadline_from_environment()
         self.options = options
-        self.comm = communication.connect()
+        with watchdog.joining(deadline_s):
+            self.comm = communication.connect()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)
@@ -213,6 +214,10 @@ class Job:
         if self.options.isa is not None and self._ops.llmpack_ops_set_isa(self.options.isa.encode()) != 0:
             raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
         ort = session.import_onnxruntime()
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise errors.UsageError(f"{path}: the path is not UTF-8, and ONNX Runtime opens no other.") from None
         local = communication.local_ranks(self.comm.peers, self.rank)
         self._library_path = place
         self.placement = device.place(

@@ -13,10 +13,10 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from llmrun import console, failstop
-from llmrun.comm import Peer, local_ranks, read_process_stat
+from llmrun import console, failstop, launcher
+from llmrun.comm import Peer, local_ranks, read_process_stat, stopped_siblings
 from llmrun.errors import UsageError
 
 DEFAULT_S = 30.0
@@ -53,12 +53,17 @@ class Watchdog:
         peers: tuple[Peer, ...],
         deadline_s: float,
         *,
+        find_peers: Callable[[], Sequence[Peer]] | None = None,
         on_lost: Callable[[str], None] | None = None,
         peer_state: Callable[[Peer], str] | None = None,
     ) -> None:
-        """`on_lost` is told in one sentence what is wrong, and by default ends the job; `peer_state` as the function."""
+        """Watch `peers` on this host, or those that `find_peers` names at each look.
+
+        `on_lost` is told in one sentence what is wrong, and by default ends the job; `peer_state` as the function.
+        """
         self._rank, self._size, self._deadline_s = rank, len(peers), deadline_s
-        self._peers = [peers[r] for r in local_ranks(peers, rank) if r != rank]
+        own_host = [peers[r] for r in local_ranks(peers, rank) if r != rank] if peers else []
+        self._find_peers = find_peers or (lambda: own_host)
         self._on_lost = on_lost or _end_job
         self._peer_state = peer_state or process_state
         self._collectives: CollectiveState = lambda: (0, 0)
@@ -99,7 +104,7 @@ class Watchdog:
 
     def tick(self, elapsed_s: float) -> None:
         """Look once; `elapsed_s` since the last look."""
-        for peer in self._peers:
+        for peer in self._find_peers():
             self._look_at(peer, elapsed_s)
         with self._lock:
             phase = self._phase
@@ -144,6 +149,20 @@ class Watchdog:
             now = time.monotonic()
             self.tick(min(now - last, 2 * poll_s))
             last = now
+
+
+@contextlib.contextmanager
+def joining(deadline_s: float) -> Iterator[None]:
+    """Watch while this rank joins the others, who they are being unknown yet: a stopped one, or one that never comes."""
+    if launcher.launcher_family() is None:
+        yield
+        return
+    rank = console.environment_rank()
+    dog = Watchdog(rank, (), deadline_s, find_peers=stopped_siblings)
+    dog.start()
+    with dog.phase("waiting for all ranks to start", LOAD_S):
+        yield
+    dog.close()
 
 
 def process_state(peer: Peer) -> str:

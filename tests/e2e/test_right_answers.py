@@ -44,6 +44,13 @@ VARIANTS = {
 }
 
 
+# What the split itself decides about, with biases and a vocabulary that no number of ranks divides.
+SPLIT_VARIANTS = {
+    "replicated-kv-head": (4, {"num_key_value_heads": 1}),
+    "tied-and-wide-heads": (2, {"tie_word_embeddings": True, "head_dim": 64, "dtype": "bfloat16"}),
+}
+
+
 def transformers_logits(checkpoint, sequences):
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -124,11 +131,10 @@ def test_shards_agree_with_one_rank_and_speak_the_same(shards, one_rank, tmp_pat
 
 
 @pytest.mark.mpi
-def test_shards_agree_where_kv_heads_are_replicated(tmp_path, packed):
-    folder = make_checkpoint(
-        tmp_path / "mqa", num_key_value_heads=1, attention_bias=True, mlp_bias=True, vocab_size=301
-    )
-    split = answers(packed(folder, 4, "f32"), 4, tmp_path, QUESTIONS)
+@pytest.mark.parametrize(("shards", "variant"), SPLIT_VARIANTS.values(), ids=SPLIT_VARIANTS)
+def test_ranks_together_agree_with_transformers(shards, variant, tmp_path, packed):
+    folder = make_checkpoint(tmp_path / "m", attention_bias=True, mlp_bias=True, vocab_size=301, **variant)
+    split = answers(packed(folder, shards, "f32"), shards, tmp_path, QUESTIONS)
     for s, truth in enumerate(transformers_logits(folder, IDS)):
         np.testing.assert_allclose(split[f"batch.{s}"], truth, rtol=0, atol=F32)
 

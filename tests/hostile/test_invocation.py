@@ -88,6 +88,12 @@ def test_something_else_than_an_artifact(tmp_path, tiny_text_checkpoint):
     refused(2, f"pack {tiny_text_checkpoint}", tiny_text_checkpoint, "-p", "x")
 
 
+def test_an_artifact_at_a_path_that_is_not_utf_8(artifact, tmp_path):
+    """ONNX Runtime's own words would be three lines of C++ signatures."""
+    (tmp_path / "caf\udce9").symlink_to(artifact)
+    refused(2, "the path is not UTF-8", tmp_path / "caf\udce9", "-p", "x")
+
+
 @pytest.mark.parametrize("provider", ["cuda", "rocm"])
 def test_provider_that_the_artifact_has_no_graph_for(artifact, provider):
     refused(4, "Use --provider cpu", artifact, "-p", "x", "--provider", provider)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -79,6 +80,13 @@ class RunningJob:
                     continue
             time.sleep(0.05)
         raise TimeoutError(f"no rank {rank} after {DEADLINE_S} s")
+
+    def wait_for_output(self) -> None:
+        """Wait until the job has written something, and take the first byte: it is answering by then."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], DEADLINE_S)[0]:
+            raise TimeoutError(f"no output after {DEADLINE_S} s")
+        os.read(self.process.stdout.fileno(), 1)
 
     def finish(self, deadline_s: float = DEADLINE_S) -> Outcome:
         """Wait for the end; past the deadline kill everything and fail."""

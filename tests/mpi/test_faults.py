@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,31 @@ def test_a_faulty_rank_ends_a_job_of_the_users_mpirun(
     assert outcome.leftovers == []
 
 
+@pytest.mark.parametrize(("rank", "start"), [(0, "llmrun"), (1, "mpirun")])
+def test_a_rank_stopped_before_it_joins_the_others_is_named(rank: int, start: str, packed_tiny: Packed) -> None:
+    """Before MPI is initialised; the others wait inside MPI_Init."""
+    command = [*(mpirun_command(2) if start == "mpirun" else []), *llmrun_command(packed_tiny(2, "f32"), *ARGUMENTS)]
+    job = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)})
+    pid = job.rank_pid(rank)
+    os.kill(pid, signal.SIGSTOP)
+    outcome = job.finish()
+    assert (outcome.code, outcome.stdout, outcome.leftovers) == (6, "", [])
+    assert len(outcome.errors) == 1
+    assert f"rank {rank} (pid {pid}) is stopped" in outcome.errors[0]
+
+
+def test_a_rank_that_never_joins_is_not_waited_for_for_ever(packed_tiny: Packed, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import os, sys, time\nfrom llmrun import Engine, watchdog\nwatchdog.LOAD_S = 2\n"
+        "if '1' in (os.environ.get('PMI_RANK'), os.environ.get('OMPI_COMM_WORLD_RANK')): time.sleep(50)\nEngine(sys.argv[1])\n"
+    )
+    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
+    outcome = RunningJob(command).finish(45)
+    assert outcome.code == 6
+    assert "rank 0 is stuck: no progress in waiting for all ranks to start" in outcome.errors[0]
+    assert outcome.leftovers == []
+
+
 @pytest.mark.parametrize("kind", ["kill", "vanish"])
 def test_a_lost_rank_under_the_users_mpirun_leaves_nothing(kind: str, packed_tiny: Packed, golden: str) -> None:
     """The code is the launcher's: MPICH gives 9, and even 0 for a rank that vanishes with 0."""
@@ -100,9 +126,7 @@ def test_a_signal_ends_it_quickly_and_quietly(
     number: signal.Signals, code: int, shards: int, packed_tiny: Packed
 ) -> None:
     job = RunningJob(llmrun_command(packed_tiny(shards, "f32"), *LONG), environment=SLOW)
-    if shards > 1:
-        job.rank_pid(1)
-    time.sleep(1.5)
+    job.wait_for_output()
     sent = time.monotonic()
     job.process.send_signal(number)
     outcome = job.finish()
@@ -113,8 +137,7 @@ def test_a_signal_ends_it_quickly_and_quietly(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_users_mpirun_leaves_nothing(number: signal.Signals, packed_tiny: Packed) -> None:
     job = RunningJob([*mpirun_command(2), *llmrun_command(packed_tiny(2, "f32"), *LONG)], environment=SLOW)
-    job.rank_pid(1)
-    time.sleep(1.5)
+    job.wait_for_output()
     job.process.send_signal(number)
     outcome = job.finish()
     assert outcome.code != 0
@@ -133,7 +156,7 @@ def test_killing_the_launching_llmrun_leaves_nothing(packed_tiny: Packed) -> Non
 def test_a_rank_killed_from_outside_is_reported(rank: int, packed_tiny: Packed) -> None:
     job = RunningJob(llmrun_command(packed_tiny(2, "f32"), *LONG), environment=SLOW)
     pid = job.rank_pid(rank)
-    time.sleep(1.5)
+    job.wait_for_output()
     os.kill(pid, signal.SIGKILL)
     outcome = job.finish()
     assert (outcome.code, len(outcome.errors), outcome.leftovers) == (6, 1, [])

@@ -1,6 +1,8 @@
 """Reading checkpoints: every dtype and layout of files, and damage that names the tensor."""
 
+import errno
 import json
+import os
 import struct
 
 import numpy as np
@@ -127,10 +129,66 @@ def test_git_lfs_pointer_is_explained(model_dir):
         open_checkpoint(model_dir)
 
 
-def test_index_that_names_a_missing_file(model_dir):
-    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
-    with pytest.raises(IntegrityError, match=r"gone\.safetensors"):
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("put", "kind", "words"),
+    [
+        (lambda path: path.mkdir(), UsageError, "not a regular file"),
+        (os.mkfifo, UsageError, "not a regular file"),  # opening one would wait for a writer
+        (lambda path: path.symlink_to("../blobs/gone"), IntegrityError, "a link to a file that is missing"),
+        (lambda path: path.symlink_to(path.name), UsageError, "symbolic links"),
+    ],
+    ids=["folder", "fifo", "link-to-nothing", "link-to-itself"],
+)
+def test_something_else_in_the_place_of_a_file(model_dir, name, put, kind, words):
+    (model_dir / name).unlink()
+    put(model_dir / name)
+    with pytest.raises(kind, match=rf"{name}: .*{words}"):
         open_checkpoint(model_dir)
+
+
+def test_relative_links_are_followed_as_a_download_cache_has_them(tmp_path, tiny_checkpoint):
+    snapshot, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for number, path in enumerate(sorted(tiny_checkpoint.iterdir())):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "model").symlink_to("hub/snapshots/abc")
+    pack(tiny_checkpoint, tmp_path / "a", Options())
+    pack(tmp_path / "model", tmp_path / "b", Options())
+    assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
+
+
+def test_a_disk_that_cannot_read_names_the_tensor(model_dir, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with open_checkpoint(model_dir) as checkpoint:
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(IntegrityError, match=r"lm_head\.weight: cannot be read: Input/output error"):
+            checkpoint.read("lm_head.weight", slice(0, 1), slice(0, 1))
+
+
+def test_another_programs_copy_beside_model_safetensors_is_left_alone(model_dir):
+    (model_dir / "consolidated.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
+    with open_checkpoint(model_dir) as checkpoint:
+        assert {tensor.file for tensor in checkpoint.tensors.values()} == {"model.safetensors"}
+
+
+@pytest.mark.timeout(20)
+def test_more_layers_than_tensors_are_refused_before_a_table_of_them_is_made(model_dir):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2_000_000_000}))
+    with pytest.raises(IntegrityError, match="num_hidden_layers 2000000000, but the files hold only 21 tensors"):
+        pack(model_dir, None, Options())
+
+
+def test_index_that_names_a_missing_file(model_dir):
+    for name in ("gone.safetensors", "x" * 300, "a\0b", None):
+        (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(IntegrityError, match=f"{name}: named by"):
+            open_checkpoint(model_dir)
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd"])

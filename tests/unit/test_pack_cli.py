@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import time
 import numpy as np
 import pytest
 
+from llmpack import cli, write
 from llmpack.checkpoint import Checkpoint
 from llmpack.pack import Options, pack
 from llmpack.weights import source_shape, weight_rows
+from llmrun import Engine
 from llmrun.artifact import IntegrityError, open_artifact
 from models import DEMO
 
@@ -31,7 +34,9 @@ def test_dry_run_reads_no_weights_and_tells_the_truth(tmp_path, monkeypatch):
     def read(*_):
         raise AssertionError("a dry run read weights")
 
-    monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr(Checkpoint, "read_rows", read)  # whatever is read of a weight goes through it
+    with pytest.raises(AssertionError, match="read weights"):
+        pack(DEMO, tmp_path / "b", Options(shards=2, scheme="q8"))
     summary = pack(DEMO, None, Options(shards=2, scheme="q8"))
     manifest = open_artifact(out).manifest
     for rank, entry in zip(summary["ranks"], manifest.ranks, strict=True):
@@ -133,6 +138,69 @@ def test_bad_options_are_one_sentence_and_exit_2(tmp_path, arguments, words):
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert not (tmp_path / "a").exists()
+
+
+def test_a_name_of_any_bytes_is_one_sentence(tmp_path):
+    for arguments in (
+        [DEMO, "-o", os.fsencode(tmp_path) + b"/caf\xe9"],
+        [os.fsencode(tmp_path) + b"/caf\xe9", "--dry-run"],
+        [tmp_path / "two\nlines\x1b[2J", "--dry-run"],
+    ):
+        result = subprocess.run([*PACK, *arguments], capture_output=True, timeout=60)
+        assert result.returncode == 2
+        assert result.stdout == b""
+        assert result.stderr.startswith(b"pack: error[E2")
+        assert result.stderr.count(b"\n") == 1
+        assert b"\x1b" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_without_pieces_is_one_sentence(tmp_path, tiny_checkpoint):
+    """The library logs to standard error what it raises."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "m")
+    for data in (b"", b"\x12\x00"):
+        (folder / "tokenizer.model").write_bytes(data)
+        result = run(folder, "--dry-run")
+        assert result.returncode == 3
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert "tokenizer.model: not a sentencepiece model" in result.stderr
+
+
+def test_names_with_spaces_and_letters_of_any_script_work(tmp_path, tiny_text_checkpoint):
+    folder = shutil.copytree(tiny_text_checkpoint, tmp_path / "ein Modell 模型")
+    out = tmp_path / "sp ace" / "выход"
+    assert run(folder, "-o", out).returncode == 0
+    with Engine(out) as engine:
+        assert len(list(engine.generate_ids([1, 2], max_tokens=2, ignore_eos=True))) == 2
+
+
+def test_standard_output_that_takes_nothing_is_one_sentence():
+    for redirect, words in ((">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")):
+        command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *PACK, str(DEMO), "--dry-run"]
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (result.returncode, result.stderr) == (5, f"pack: error[E503]: standard output: {words}.\n")
+
+
+def test_closed_streams_become_none_of_the_artifacts_files(tmp_path):
+    run(DEMO, "-o", tmp_path / "a")
+    for redirect in ("<&- 2>&-", "2>&-"):
+        command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *PACK, str(DEMO), "-o", str(tmp_path / "b"), "--force"]
+        assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+        assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
+
+
+def test_an_interrupt_after_the_last_rename_says_what_is_there(tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "_sync", interrupt)
+    assert cli.main([str(DEMO), "-o", str(tmp_path / "a"), "--json"]) == 130
+    assert capsys.readouterr().err == "pack: interrupted; nothing was written.\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(write.Staging, "__exit__", interrupt)
+    assert cli.main([str(DEMO), "-o", str(tmp_path / "a"), "--json"]) == 130
+    assert capsys.readouterr().err == f"pack: interrupted; {tmp_path / 'a'} is complete.\n"
+    open_artifact(tmp_path / "a").verify(open_artifact(tmp_path / "a").manifest.files)
 
 
 def test_unknown_targets_are_refused_with_those_that_are_known(tmp_path):

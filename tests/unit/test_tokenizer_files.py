@@ -46,8 +46,8 @@ def _load(files):
 
 def test_a_model_without_tokenizer_has_none(tmp_path):
     assert read_tokenizer(tmp_path, 100) is None
-    assert read_generation(tmp_path).defaults == GenerationDefaults()
-    assert read_generation(tmp_path).eos_token_ids == ()
+    assert read_generation(tmp_path, 100).defaults == GenerationDefaults()
+    assert read_generation(tmp_path, 100).eos_token_ids == ()
 
 
 def test_sentencepiece(sp):
@@ -145,7 +145,7 @@ def test_added_tokens_of_sentencepiece_get_ids_after_its_pieces(sp):
 
 def test_eos_comes_from_the_first_file_that_names_it(sp):
     def eos():
-        assert read_generation(sp).eos_token_ids in ((), read_tokenizer(sp, 420).eos_token_ids)
+        assert read_generation(sp, 420).eos_token_ids in ((), read_tokenizer(sp, 420).eos_token_ids)
         return read_tokenizer(sp, 420).eos_token_ids
 
     assert eos() == (2,)
@@ -181,7 +181,7 @@ def test_bos_of_the_tokenizer_comes_before_that_of_the_configs(bl):
 )
 def test_sampling_defaults(tmp_path, config, expected):
     _edit(tmp_path, "generation_config.json", **config)
-    assert read_generation(tmp_path).defaults == expected
+    assert read_generation(tmp_path, 100).defaults == expected
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,21 @@ def test_sampling_defaults(tmp_path, config, expected):
 def test_bad_generation_settings_are_refused_by_file_and_key(tmp_path, key, value):
     _edit(tmp_path, "generation_config.json", do_sample=True, **{key: value})
     with pytest.raises(IncompatibleError, match=rf"generation_config.json: {key}: found"):
-        read_generation(tmp_path)
+        read_generation(tmp_path, 100)
+
+
+def test_an_eos_id_beyond_the_vocabulary_is_refused_without_a_tokenizer_too(tmp_path):
+    _edit(tmp_path, "config.json", eos_token_id=[99, 100])
+    with pytest.raises(IncompatibleError, match="eos_token_id: found 100, but the model's vocab_size is 100"):
+        read_generation(tmp_path, 100)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_link_to_nothing_is_not_the_absence_of_a_file(sp, name):
+    (sp / name).unlink(missing_ok=True)
+    (sp / name).symlink_to("../blobs/gone")
+    with pytest.raises(IntegrityError, match=rf"{name}: a link to a file that is missing"):
+        read_tokenizer(sp, 420)
 
 
 def test_chat_template_from_each_place(sp):

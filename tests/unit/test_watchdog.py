@@ -87,6 +87,19 @@ def test_a_stopped_peer_is_lost_also_while_idle() -> None:
     assert "rank 1 (pid 11) is stopped" in case.lost[0]
 
 
+def test_who_is_watched_may_become_known_later() -> None:
+    lost: list[str] = []
+    found: list[Peer] = []
+    dog = Watchdog(0, (), 10.0, find_peers=lambda: found, on_lost=lost.append, peer_state=lambda _: "stopped")
+    for _ in range(40):
+        dog.tick(0.5)
+    assert not lost
+    found.append(PEERS[1])
+    for _ in range(22):
+        dog.tick(0.5)
+    assert "rank 1 (pid 11) is stopped" in lost[0]
+
+
 def test_a_peer_that_goes_on_is_forgiven() -> None:
     case = Case()
     for _ in range(4):

@@ -129,12 +129,13 @@ def _mpi() -> str:
 
 def _collectives() -> str:
     """Name the transport of the collectives between this job's ranks, and measure it as llmrun uses it."""
-    from llmrun import comm, cores, mpi_functions
+    from llmrun import comm, cores, mpi_functions, watchdog
 
     if launcher.launcher_family() is None or launcher.launcher_size() == 1:
         return "one rank: none (`mpirun -n 2 llmrun doctor` measures them)"
     ops = mpi_functions.load_library(library.find_library())
-    ranks = comm.connect()
+    with watchdog.joining(watchdog.deadline_from_environment()):
+        ranks = comm.connect()
     everyone = ranks.agree({"cores": sorted(os.sched_getaffinity(0))})
     local = comm.local_ranks(ranks.peers, ranks.rank)
     share = cores.share_cores([everyone[rank]["cores"] for rank in local], local.index(ranks.rank), 1)
