@@ -38,10 +38,9 @@ std::set<Need> needs(const KernelFile& file, int ranks) {
             const auto it = record.constants.find(name);
             return it == record.constants.end() ? int64_t{0} : it->second;
         };
-        const bool is_gather = record.op == "all_gather";
-        if (!is_gather && record.op != "all_reduce" && record.op != "all_reduce_add_rms_norm") continue;
+        if (record.op != "all_reduce" && record.op != "all_reduce_add_rms_norm") continue;
         if (constant("ranks") != ranks) continue;
-        found.insert({constant("in_features") * (is_gather ? 4 : 2), constant("max_rows")});
+        found.insert({constant("in_features") * 2, constant("max_rows")});
     }
     return found;
 }
@@ -204,42 +203,6 @@ void Collectives::all_reduce(const void* x, void* y, int64_t n, Stream stream) {
     driver.check(driver.call.copy_in(to, halves_.data(), bytes, stream), "AllReduce");
     driver.check(driver.call.stream_synchronize(stream),
                  "AllReduce");  // the buffer is used again by the next
-}
-
-size_t Collectives::gather_bytes(int64_t rows, int64_t columns) const {
-    return static_cast<size_t>(rows * columns * size) * sizeof(float);
-}
-
-void Collectives::all_gather(const void* x, void* y, int64_t rows, int64_t columns, int64_t out_features,
-                             Stream stream) {
-    const auto from = reinterpret_cast<DevicePointer>(x), to = reinterpret_cast<DevicePointer>(y);
-    const Driver& driver = launcher_.driver;
-    const size_t count = static_cast<size_t>(rows * columns);
-    if (nccl_ != nullptr) {
-        // [ranks, rows, columns], then every row of every rank to its place.
-        const DevicePointer all = launcher_.workspace();
-        nccl_->all_gather(from, all, count, NcclType::kFloat32, communicator_, stream);
-        for (int r = 0; r < size; r++) {
-            const int64_t first = r * columns, width = std::min(columns, out_features - first);
-            for (int64_t row = 0; row < rows && width > 0; row++) {
-                driver.check(driver.call.copy_within(
-                                 to + static_cast<uint64_t>(row * out_features + first) * sizeof(float),
-                                 all + static_cast<uint64_t>((r * rows + row) * columns) * sizeof(float),
-                                 static_cast<size_t>(width) * sizeof(float), stream),
-                             "AllGather");
-            }
-        }
-        return;
-    }
-    expect_no_capture(stream, "AllGather");
-    const size_t all = static_cast<size_t>(rows * out_features);
-    if (sent_.size() < count) sent_.resize(count);
-    if (received_.size() < all) received_.resize(all);
-    driver.check(driver.call.copy_out(sent_.data(), from, count * sizeof(float), stream), "AllGather");
-    driver.check(driver.call.stream_synchronize(stream), "AllGather");
-    llmpack::all_gather(sent_.data(), received_.data(), rows, columns, out_features);
-    driver.check(driver.call.copy_in(to, received_.data(), all * sizeof(float), stream), "AllGather");
-    driver.check(driver.call.stream_synchronize(stream), "AllGather");
 }
 
 }  // namespace llmpack::gpu

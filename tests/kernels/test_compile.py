@@ -19,7 +19,7 @@ from llmpack.kernel_file import Kernel, KernelFile
 from llmpack.kernel_plan import KernelSpec
 
 ROOT = Path(__file__).parents[2]
-LIKE_OTHERS = ("all_reduce", "all_gather", "rms_norm", "swiglu", "top_k_last", "attention_combine")
+LIKE_OTHERS = ("all_reduce", "rms_norm", "swiglu", "top_k_last", "attention_combine")
 CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 
@@ -31,7 +31,7 @@ def representative() -> list[KernelSpec]:
             rows = (1, 4, 0) if spec.op == "matmul_q4" else (1,)
             if spec.constants["max_rows"] in rows and spec.constants["out_features"] in (5120, 16000):
                 chosen.append(spec)
-        elif spec.op not in LIKE_OTHERS and spec.constants.get("k", 64) == 64:
+        elif spec.op not in LIKE_OTHERS:
             chosen.append(spec)
     return chosen
 

@@ -18,7 +18,6 @@ from llmrun.artifact import open_artifact
 def few_variants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fewer variants of each operation: all of them are compiled by test_compile.py."""
     monkeypatch.setattr(kernel_plan, "ROWS", (4,))
-    monkeypatch.setattr(kernel_plan, "TOP_K", (1,))
     monkeypatch.setenv("LLMPACK_CACHE", str(tmp_path / "cache"))
 
 
