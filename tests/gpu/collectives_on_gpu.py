@@ -1,4 +1,4 @@
-"""One of two ranks of hardware.py: python collectives_on_gpu.py OPERATORS MINI_ORT KERNELS FOLDER RANK SIZE MODEL DRY"""
+"""One of two ranks of hardware.py: python collectives_on_gpu.py OPERATORS MINI_ORT KERNELS FOLDER RANK SIZE MODEL DRY HIP"""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from llmpack_ops import reference  # noqa: E402
 
 
 def main(
-    operators: str, mini: str, kernels: str, folder: str, rank_text: str, size_text: str, model: str, dry: str
+    operators: str, mini: str, kernels: str, folder: str, rank_text: str, size_text: str, model: str, dry: str, hip: str
 ) -> None:
     rank, size = int(rank_text), int(size_text)
     processes = collectives_processes.Rank(operators, Path(folder), rank, size)
     library = processes.library
     if int(dry):
-        standin.serve_launches(shapes.specs_of(shapes.config_of(model), size))
-    box.open_gpu(library, Path(kernels), max_rows=256)
+        standin.serve_launches(shapes.specs_of(shapes.config_of(model), size), is_hip=bool(int(hip)))
+    box.open_gpu(library, Path(kernels), vendor=int(hip), max_rows=256)
     if library.llmpack_ops_gpu_share() != 0:
         raise RuntimeError(box.last_error(library))
     library.llmpack_ops_gpu_transport.restype = ctypes.c_char_p
     transport = library.llmpack_ops_gpu_transport(None).decode()
-    checks = Checks(MiniOrt(Path(mini), Path(operators)), Device())
+    provider = "ROCMExecutionProvider" if int(hip) else "CUDAExecutionProvider"
+    checks = Checks(MiniOrt(Path(mini), Path(operators), provider), Device(is_hip=bool(int(hip))))
     hidden = shapes.MODELS[model][0]
     digest = hashlib.sha256()
     reduce = checks.ort.node("AllReduce", in_features=hidden)
