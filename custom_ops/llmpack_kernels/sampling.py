@@ -19,9 +19,7 @@ def _logit(key):
 
 
 @triton.jit
-def top_k_first(
-    logits, keys, sums, first_id, num_columns, C: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr
-):
+def top_k_first(logits, keys, sums, first_id, num_columns, C: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
     """Logits float32 [rows, C] -> keys int64 [rows, ceil(C / CHUNK), K], sums float32 [rows, ceil(C / CHUNK)].
 
     Axis 0 chunks, axis 1 rows. Column c is token first_id + c; those from num_columns on are none.

@@ -2,8 +2,9 @@
 
 In: what `split.py` made. Out: a graph whose operators are the launcher's, with every number that chooses a kernel as an
 attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce fused with the norm behind
-it; each rank's own columns of the logits, which nobody gathers on the device, and the likeliest tokens of them. Initializers stay
-as they are: both graphs map one weights.bin. Requires: no weight is float32 but norms and biases. It knows no kernel and no chip.
+it; each rank's own columns of the logits, which nobody gathers on the device, and the likeliest tokens of them. Initializers
+stay as they are: both graphs map one weights.bin. Requires: no weight is float32 but norms and biases. It knows no kernel and
+no chip.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from llmrun.step_plan import Int32Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from numpy.typing import NDArray
 
 SPIN_S = 0.002  # sampling and detokenizing on rank 0 takes less, so a follower in mid-generation never sleeps
 MAX_SLEEP_S = 0.020  # an idle rank then needs 0.5 % of a core (measured), and answers within 20 ms

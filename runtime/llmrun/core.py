@@ -290,7 +290,7 @@ class Core:
         return () if lookup is None else lookup.propose(sequence.tokens, limit)
 
     def _is_by_likeliest(self, request: Request) -> bool:
-        """Whether the likeliest tokens that a step names are enough; it depends on the request alone, not on who runs beside it."""
+        """Whether the likeliest tokens that a step names are enough; the request decides, not who runs beside it."""
         return request.num_candidates is not None and request.num_candidates <= self._job.session.num_likeliest
 
     def _needs_whole_rows(self, piece: Piece) -> bool:
@@ -317,9 +317,7 @@ class Core:
                 break
         return events
 
-    def _sample(
-        self, request: Request, piece: Piece, rows: Rows
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+    def _sample(self, request: Request, piece: Piece, rows: Rows) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Sample a token from each row, as long as the rows before it were computed from the very tokens sampled.
 
         So the tokens are those that would have been sampled one by one, random numbers included.

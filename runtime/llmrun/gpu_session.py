@@ -1,10 +1,10 @@
 """One rank's graph on a GPU under ONNX Runtime: the session, the KV cache on the device, and running one step plan.
 
-In: a verified gpu.onnx, the operator library with its launcher open. Out: of each row the likeliest tokens, chosen on the device,
-and whole rows of logits where the plan asks for them. Each rank holds its own columns of the logits: what it has found there, or
-the columns themselves, meet on rank 0's host, once per step. A step sends the inputs that have changed. Decode steps run as
-captured graphs, one for each number of sequences; their block tables have room for the longest sequence, so that a graph stays
-right while sequences grow. Not yet run on hardware.
+In: a verified gpu.onnx, the operator library with its launcher open. Out: of each row the likeliest tokens, chosen on the
+device, and whole rows of logits where the plan asks for them. Each rank holds its own columns of the logits: what it has found
+there, or the columns themselves, meet on rank 0's host, once per step. A step sends the inputs that have changed. Decode steps
+run as captured graphs, one for each number of sequences; their block tables have room for the longest sequence, so that a graph
+stays right while sequences grow. Not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -65,11 +65,8 @@ class GpuSession:
     ) -> None:
         """Load `graph` onto the placement's GPU.
 
-        Args:
-            graph, library, kv_cache, placement, num_blocks, vocab_size, max_seq_len: what runs where.
-            captures: run decode steps as graphs of the driver's.
-            size: number of ranks.
-            gather: collects the ranks' arrays on rank 0; None on the others.
+        `captures`: decode steps are graphs of the driver's; `size`: number of ranks; `gather` collects their arrays on rank 0
+        and returns None on the others.
 
         Raises:
             IncompatibleError: ORT refuses the graph, the operator library or the GPU; or the graph is another model's.

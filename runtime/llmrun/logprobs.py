@@ -47,7 +47,7 @@ def token_logprobs(logits: NDArray[np.float32], token_ids: Sequence[int], num_to
 
 
 def likeliest_logprobs(rows: Likeliest, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """Do the same where only the likeliest tokens of each row are known, `num_top` or more, and the one that followed is of them."""
+    """Do the same where only the likeliest tokens of each row are known: `num_top` or more, what followed among them."""
     results = []
     for logits, ids, weight_sum, token_id in zip(rows.logits, rows.ids, rows.weight_sums, token_ids, strict=False):
         scores = logits.astype(np.float64) - float(logits[0]) - np.log(weight_sum)

@@ -27,8 +27,8 @@ class Likeliest:
     Attributes:
         logits: [rows, k], float32, the largest first.
         ids: [rows, k]; of equal logits the lower id comes first.
-        weight_sums: [rows], float64: the sum over the vocabulary of exp(logit - the row's largest); NaN if a logit of the row is
-            NaN or infinite.
+        weight_sums: [rows], float64: the sum over the vocabulary of exp(logit - the row's largest); NaN if a logit of the row
+            is NaN or infinite.
     """
 
     logits: NDArray[np.float32]

@@ -1,7 +1,7 @@
 """One rank's graph on ONNX Runtime: the session, the KV cache's memory, and running one step plan.
 
-In: a verified graph file and the operator library. Out: logits, whole rows. The packager has decided everything about the graph,
-so graph optimizations are off; weights are mapped by ORT, cache and step inputs are numpy memory that ORT uses in
+In: a verified graph file and the operator library. Out: logits, whole rows. The packager has decided everything about the
+graph, so graph optimizations are off; weights are mapped by ORT, cache and step inputs are numpy memory that ORT uses in
 place. Plans nothing, knows no other rank: the collectives inside the graph are the operator library's.
 """
 

@@ -370,7 +370,7 @@ def demo(bench: Bench, operators: Path, mini: Path) -> None:
             kernels.build = lambda specs, *_: {bench.chip: standin.kernels_of(specs, bench.chip)}
         pack(ROOT / "tests/checkpoints/demo", artifact, Options(targets=(bench.chip,)))
     done = subprocess.run(
-        [sys.executable, str(HERE / "demo_on_gpu.py"), str(artifact), str(operators), str(mini), bench.chip, str(int(bench.dry))],
+        [sys.executable, *map(str, (HERE / "demo_on_gpu.py", artifact, operators, mini, bench.chip, int(bench.dry)))],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     if done.returncode != 0:

@@ -1,8 +1,9 @@
 """ONNX Runtime's own 4-bit model: MatMulNBits and GroupQueryAttention, on one GPU, for a published shape.
 
-float16, block size 64, random weights, cache of PROMPT tokens in place; decode of one token and prefill of PROMPT, with and without
-CUDA graphs. A graph must stay below protobuf's 2 GB, and layers are alike: the step of a whole model is that of one layer with the
-head, and as many times what each further layer adds. Needs onnxruntime-gpu; tests run it on the CPU provider with the tiny shape.
+float16, block size 64, random weights, cache of PROMPT tokens in place; decode of one token and prefill of PROMPT, with and
+without CUDA graphs. A graph must stay below protobuf's 2 GB, and layers are alike: the step of a whole model is that of one
+layer with the head, and as many times what each further layer adds. Needs onnxruntime-gpu; tests run it on the CPU provider
+with the tiny shape.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def most_layers(name: str) -> int:
     return max(2, min(8, shapes.MODELS[name][2], int(MOST_BYTES / per_layer)))
 
 
-def seconds(model: bytes, name: str, layers: int, num_tokens: int, provider: str, repeats: int, *, graph: bool) -> float:
+def seconds(
+    model: bytes, name: str, layers: int, num_tokens: int, provider: str, repeats: int, *, graph: bool
+) -> float:
     """Return the mean seconds of a step; the cache is shared by past and present."""
     import onnxruntime
 
@@ -117,7 +120,8 @@ def tokens_per_s(name: str, provider: str, repeats: int = 30) -> dict[str, float
         for way, graph in ways.items():
             count = repeats if what == "decode" else max(2, repeats // 6)
             one, all_ = (
-                seconds(model, name, layers, num_tokens, provider, count, graph=graph) for layers, model in models.items()
+                seconds(model, name, layers, num_tokens, provider, count, graph=graph)
+                for layers, model in models.items()
             )
             whole = one + (depth - few) * max(all_ - one, 1e-9) / (many - few)
             found[f"{what}_tokens_per_s_{way}"] = num_tokens / whole

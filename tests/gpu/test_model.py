@@ -88,7 +88,11 @@ def test_two_gpus_give_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpo
         (1, False, "mapped host memory (rank 0: reaching the memory of rank 1's GPU: the driver says"),
         (2, False, "one-shot through the GPUs' own memory"),
         (2, True, "one-shot through the GPUs' own memory"),
-        (3, False, "mapped host memory (rank 0: the memory of rank 1's GPU is open and does not hold what was written there)"),
+        (
+            3,
+            False,
+            "mapped host memory (rank 0: the memory of rank 1's GPU is open and does not hold what was written there)",
+        ),
     ],
     ids=["refused", "there", "there_on_rocm", "loses_data"],
 )

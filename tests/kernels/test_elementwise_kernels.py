@@ -74,7 +74,9 @@ def likeliest(logits: np.ndarray, first_id: int = 0, known: int | None = None) -
     parts = -(-columns // first.constants["chunk"])
     keys, sums = np.zeros((rows, parts, kernel_plan.TOP_K), np.int64), np.zeros((rows, parts), np.float32)
     top = np.zeros((rows, kernel_plan.TOP_K + 1), np.int64)
-    launch(first, logits=logits, keys=keys, sums=sums, first_id=first_id, num_columns=columns if known is None else known)
+    launch(
+        first, logits=logits, keys=keys, sums=sums, first_id=first_id, num_columns=columns if known is None else known
+    )
     launch(last, keys=keys, sums=sums, top=top)
     return top
 
@@ -111,7 +113,9 @@ def test_two_ranks_find_what_one_finds() -> None:
     np.testing.assert_allclose(one.weight_sums, two.weight_sums, rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.float32(np.nan), np.inf, -np.inf], ids=["nan", "minus_nan", "inf", "minus_inf"])
+@pytest.mark.parametrize(
+    "bad", [np.nan, -np.float32(np.nan), np.inf, -np.inf], ids=["nan", "minus_nan", "inf", "minus_inf"]
+)
 def test_what_is_not_finite_shows_in_the_sum_of_its_row_alone(bad: float) -> None:
     logits = np.zeros((3, 70), np.float32)
     logits[1, 66] = bad

@@ -69,10 +69,7 @@ class Session:
         ]
 
     def get_outputs(self):
-        return [
-            SimpleNamespace(name=n, shape=["R", w])
-            for n, w in (("logits", self.columns), ("top", K + 1))
-        ]
+        return [SimpleNamespace(name=n, shape=["R", w]) for n, w in (("logits", self.columns), ("top", K + 1))]
 
     def io_binding(self):
         return Binding()
@@ -107,7 +104,9 @@ def make(monkeypatch):
 
 def decode(token, length, blocks, *, whole_rows=True):
     numbers = ([token], [length - 1], [length - 1], [0, 1], [length], [blocks], [0])
-    return StepPlan(**{name: np.array(n, np.int32) for name, n in zip(FIELDS, numbers, strict=True)}, whole_rows=whole_rows)
+    return StepPlan(
+        **{name: np.array(n, np.int32) for name, n in zip(FIELDS, numbers, strict=True)}, whole_rows=whole_rows
+    )
 
 
 def test_decode_steps_share_a_graph_as_sequences_grow(make):

@@ -1,4 +1,4 @@
-"""Choosing by the likeliest tokens of a row gives what the whole row gives: in the sampler, and in an engine's every request."""
+"""Choosing by the likeliest tokens of a row gives what the whole row gives, in the sampler and in an engine."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_the_sampler_chooses_what_it_would_choose_from_the_row(values: dict[str,
     ],
     ids=str,
 )
-def test_what_the_likeliest_cannot_decide_is_left_to_the_row(values: dict[str, Any], bias: dict[int, float] | None) -> None:
+def test_what_the_likeliest_cannot_decide_is_left_to_the_row(
+    values: dict[str, Any], bias: dict[int, float] | None
+) -> None:
     assert Sampler(SamplingParams(**values), bias).num_candidates is None
 
 
@@ -160,7 +162,15 @@ def run(engine: Engine, requests: list[dict[str, Any]]) -> list[Any]:
     vocab_size = engine.manifest.model.vocab_size
     handles = []
     for i, (prompt, options) in enumerate(zip(itertools.cycle(PROMPTS), requests, strict=False)):
-        own = {"max_tokens": 12, "ignore_eos": True, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": i}
+        own = {
+            "max_tokens": 12,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "seed": i,
+        }
         own |= options
         if own.get("constraint"):
             own["constraint"] = Even(vocab_size)

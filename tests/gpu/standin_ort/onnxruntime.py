@@ -1,8 +1,8 @@
 """Takes onnxruntime-gpu's place in a process of llmrun's: the slice that `gpu_session.py` calls, on the stand-in driver.
 
-A session runs the rank's own gpu.onnx through our operators and launcher (executor.py), with numpy for the kernels. Values are
-host arrays, and the KV cache is the session's own: what is tested is llmrun from its command line to the launches. Which graph of
-the driver's each step was, and how many bytes came back, is appended to $LLMPACK_STEPS.
+A session runs the rank's own gpu.onnx through our operators and launcher (executor.py), with numpy for the kernels. Values
+are host arrays, and the KV cache is the session's own: what is tested is llmrun from its command line to the launches. Which
+graph of the driver's each step was, and how many bytes came back, is appended to $LLMPACK_STEPS.
 """
 
 from __future__ import annotations
