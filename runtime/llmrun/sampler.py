@@ -1,8 +1,8 @@
 """Choose the next token from one row of logits.
 
-In: the logits of one position, [vocab_size] float32, or of its likeliest tokens, and the ids so far. Out: one token
-id. The order is that of transformers (`GenerationMixin._get_logits_processor`), because a checkpoint's `generation_config.json` was
-written for it, after what is allowed at all:
+In: the logits of one position, [vocab_size] float32, or of its likeliest tokens, and the ids so far. Out: one token id.
+The order is that of transformers (`GenerationMixin._get_logits_processor`), because a checkpoint's
+`generation_config.json` was written for it, after what is allowed at all:
 
     constraint -> logit bias -> repeat penalty -> presence and frequency penalty -> temperature -> top-k -> top-p
     -> min-p -> draw
