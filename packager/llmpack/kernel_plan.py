@@ -120,7 +120,10 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
     }[max_rows]
     constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, _power_of_two(k)))}
     grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)
-    return KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_blocks", constexprs, types, grid, threads, stages)
+    # With 128 input features at a time sm_120 needs a stack for q6.
+    chips = {"sm_120": {"BLOCK_K": min(64, int(constexprs["BLOCK_K"]))}} if (storage, max_rows) == ("q6", 16) else {}
+    function = f"matmul.{name}_blocks"
+    return KernelSpec(f"matmul_{storage}", constants, function, constexprs, types, grid, threads, stages, chips)
 
 
 def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
