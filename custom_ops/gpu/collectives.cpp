@@ -38,10 +38,9 @@ std::set<Need> needs(const KernelFile& file, int ranks) {
             const auto it = record.constants.find(name);
             return it == record.constants.end() ? int64_t{0} : it->second;
         };
-        const bool is_gather = record.op == "all_gather";
-        if (!is_gather && record.op != "all_reduce" && record.op != "all_reduce_add_rms_norm") continue;
+        if (record.op != "all_reduce" && record.op != "all_reduce_add_rms_norm") continue;
         if (constant("ranks") != ranks) continue;
-        found.insert({constant("in_features") * (is_gather ? 4 : 2), constant("max_rows")});
+        found.insert({constant("in_features") * 2, constant("max_rows")});
     }
     return found;
 }
@@ -52,13 +51,110 @@ size_t whole_pages(int64_t bytes) { return (static_cast<size_t>(bytes) + kPage -
 
 Collectives::Collectives(Launcher& launcher, MpiTransport& mpi)
     : rank(mpi.rank), size(mpi.size), launcher_(launcher) {
+    see_places(mpi);
     make_meetings(mpi);
     join_nccl(mpi);
 }
 
 Collectives::~Collectives() {
     if (communicator_ != nullptr) nccl_->abandon(communicator_);
+    for (const DevicePointer memory : opened_) launcher_.driver.call.ipc_close(memory);
     if (is_registered_) launcher_.driver.call.host_unregister(segment_.get());
+}
+
+void Collectives::see_places(MpiTransport& mpi) {
+    Place own{};
+    if (gethostname(own.host, sizeof(own.host) - 1) != 0) own.host[0] = 0;
+    std::snprintf(own.pci_id, sizeof(own.pci_id), "%s", launcher_.device.pci_id.c_str());
+    std::vector<Place> places(static_cast<size_t>(size));
+    mpi.allgather(&own, places.data(), sizeof(Place));
+    std::set<std::string> hosts, gpus;
+    for (const Place& place : places) {
+        hosts.insert(place.host);
+        gpus.insert(std::string(place.host) + " " + place.pci_id);
+    }
+    is_one_host_ = hosts.size() == 1;
+    are_gpus_own_ = gpus.size() == places.size();
+}
+
+std::vector<DevicePointer> Collectives::peer_parts(MpiTransport& mpi, size_t bytes, std::string& why_not) {
+    if (!is_one_host_ || !are_gpus_own_) {
+        why_not = is_one_host_ ? "ranks share a GPU" : "ranks are on several hosts";
+        return {};
+    }
+    const Driver& driver = launcher_.driver;
+    std::string trouble;
+    // A pattern of the rank's own, which its peers must find there: some machines grant access and lose data.
+    std::vector<uint32_t> pattern(kPage / sizeof(uint32_t)), seen(pattern.size());
+    const auto fill = [&](int r) {
+        for (size_t i = 0; i < pattern.size(); i++) {
+            pattern[i] = static_cast<uint32_t>(r + 1) * 2654435761u + static_cast<uint32_t>(i);
+        }
+    };
+    DevicePointer own = 0, scratch = 0;
+    IpcHandle handle{};
+    try {
+        own = launcher_.allocate_zeroed(bytes, true);
+        scratch = launcher_.allocate_zeroed(kPage);
+        fill(rank);
+        launcher_.upload(own, pattern.data(), kPage);
+        driver.check(driver.call.ipc_handle(&handle, own), "sharing GPU memory");
+    } catch (const GpuError& error) {
+        trouble = error.what();
+    }
+    std::vector<IpcHandle> handles(static_cast<size_t>(size));
+    mpi.allgather(&handle, handles.data(), sizeof(IpcHandle));
+    trouble = agree_on(mpi, trouble);
+    std::vector<DevicePointer> parts(static_cast<size_t>(size), own);
+    if (trouble.empty()) {
+        try {
+            for (int r = 0; r < size; r++) {
+                if (r == rank) continue;
+                DevicePointer& part = parts[static_cast<size_t>(r)];
+                driver.check(driver.call.ipc_open(&part, handles[static_cast<size_t>(r)], kOpenPeerAccess),
+                             "reaching the memory of rank " + std::to_string(r) + "'s GPU");
+                opened_.push_back(part);
+                launcher_.copy(scratch, part, seen.data(), kPage);
+                fill(r);
+                if (seen != pattern) {
+                    throw GpuError("the memory of rank " + std::to_string(r) +
+                                   "'s GPU is open and does not hold what was written there");
+                }
+            }
+        } catch (const GpuError& error) {
+            trouble = error.what();
+        }
+        trouble = agree_on(mpi, trouble);
+    }
+    if (!trouble.empty()) {
+        why_not = trouble;
+        return {};
+    }
+    launcher_.clear(own, kPage);
+    mpi.allgather(&handle, handles.data(), sizeof(IpcHandle));  // nobody begins before all are clear
+    return parts;
+}
+
+std::vector<DevicePointer> Collectives::host_parts(MpiTransport& mpi, size_t bytes, std::string& why_not) {
+    const size_t all = bytes * static_cast<size_t>(size);
+    segment_ = make_shared_segment(mpi, all, why_not);
+    if (segment_ == nullptr) return {};
+    const Driver& driver = launcher_.driver;
+    DevicePointer base = 0;
+    try {
+        driver.make_current(launcher_.device.ordinal);
+        driver.check(driver.call.host_register(segment_.get(), all, kHostPortableMapped),
+                     "mapping host memory into the GPU");
+        is_registered_ = true;
+        driver.check(driver.call.host_pointer(&base, segment_.get(), 0), "mapping host memory into the GPU");
+    } catch (const GpuError& error) {
+        why_not = error.what();
+    }
+    why_not = agree_on(mpi, why_not);
+    if (!why_not.empty()) return {};
+    std::vector<DevicePointer> parts;
+    for (int r = 0; r < size; r++) parts.push_back(base + static_cast<size_t>(r) * bytes);
+    return parts;
 }
 
 void Collectives::make_meetings(MpiTransport& mpi) {
@@ -68,44 +164,38 @@ void Collectives::make_meetings(MpiTransport& mpi) {
         return;
     }
     // A rank's part: for each need a buffer and its flags. Parts begin at pages.
-    size_t part = 0;
-    for (const Need& need : wanted) part += whole_pages(need.region_bytes());
-    std::string why_not;
-    segment_ = make_shared_segment(mpi, part * static_cast<size_t>(size), why_not);
-    if (segment_ == nullptr) {
-        description = "not one-shot: " + why_not;
-        return;
-    }
-    const Driver& driver = launcher_.driver;
-    DevicePointer base = 0;
-    std::string trouble;
-    try {
-        driver.make_current(launcher_.device.ordinal);
-        driver.check(
-            driver.call.host_register(segment_.get(), part * static_cast<size_t>(size), kHostPortableMapped),
-            "mapping host memory into the GPU");
-        is_registered_ = true;
-        driver.check(driver.call.host_pointer(&base, segment_.get(), 0), "mapping host memory into the GPU");
-        size_t at = 0;
-        for (const Need& need : wanted) {
-            std::vector<uint64_t> buffers, flags;
-            for (int r = 0; r < size; r++) {
-                buffers.push_back(base + static_cast<size_t>(r) * part + at);
-                flags.push_back(buffers.back() + static_cast<uint64_t>(2 * need.max_rows * need.row_bytes));
+    size_t bytes = 0;
+    for (const Need& need : wanted) bytes += whole_pages(need.region_bytes());
+    std::string not_peer, not_host;
+    std::vector<DevicePointer> parts = peer_parts(mpi, bytes, not_peer);
+    const bool is_peer = !parts.empty();
+    if (!is_peer) parts = host_parts(mpi, bytes, not_host);
+    std::string trouble = parts.empty() ? not_host : "";
+    if (trouble.empty()) {
+        try {
+            size_t at = 0;
+            for (const Need& need : wanted) {
+                std::vector<uint64_t> buffers, flags;
+                for (const DevicePointer part : parts) {
+                    buffers.push_back(part + at);
+                    flags.push_back(buffers.back() +
+                                    static_cast<uint64_t>(2 * need.max_rows * need.row_bytes));
+                }
+                const size_t table = buffers.size() * sizeof(uint64_t);
+                Meeting meeting{
+                    need.row_bytes, need.max_rows, launcher_.allocate_zeroed(table),
+                    launcher_.allocate_zeroed(table),
+                    launcher_.allocate_zeroed(static_cast<size_t>(need.max_rows) * sizeof(int32_t))};
+                launcher_.upload(meeting.buffers, buffers.data(), table);
+                launcher_.upload(meeting.flags, flags.data(), table);
+                meetings_.push_back(meeting);
+                at += whole_pages(need.region_bytes());
             }
-            const size_t bytes = buffers.size() * sizeof(uint64_t);
-            Meeting meeting{need.row_bytes, need.max_rows, launcher_.allocate_zeroed(bytes),
-                            launcher_.allocate_zeroed(bytes),
-                            launcher_.allocate_zeroed(static_cast<size_t>(need.max_rows) * sizeof(int32_t))};
-            launcher_.upload(meeting.buffers, buffers.data(), bytes);
-            launcher_.upload(meeting.flags, flags.data(), bytes);
-            meetings_.push_back(meeting);
-            at += whole_pages(need.region_bytes());
+        } catch (const GpuError& error) {
+            trouble = error.what();
         }
-    } catch (const GpuError& error) {
-        trouble = error.what();
+        trouble = agree_on(mpi, trouble);
     }
-    trouble = agree_on(mpi, trouble);
     if (!trouble.empty()) {
         meetings_.clear();
         description = "not one-shot: " + trouble;
@@ -113,20 +203,14 @@ void Collectives::make_meetings(MpiTransport& mpi) {
     }
     int64_t most = 0;
     for (const Meeting& meeting : meetings_) most = std::max(most, meeting.max_rows);
-    description = "up to " + std::to_string(most) + " rows one-shot through mapped host memory";
+    description = "up to " + std::to_string(most) + " rows one-shot through " +
+                  (is_peer ? "the GPUs' own memory" : "mapped host memory (" + not_peer + ")");
 }
 
 void Collectives::join_nccl(MpiTransport& mpi) {
     std::string why_not;
     const Nccl* found = Nccl::get(launcher_.settings.vendor, why_not);
-    Place own{};
-    if (gethostname(own.host, sizeof(own.host) - 1) != 0) own.host[0] = 0;
-    std::snprintf(own.pci_id, sizeof(own.pci_id), "%s", launcher_.device.pci_id.c_str());
-    std::vector<Place> places(static_cast<size_t>(size));
-    mpi.allgather(&own, places.data(), sizeof(Place));
-    std::set<std::string> different;
-    for (const Place& place : places) different.insert(std::string(place.host) + " " + place.pci_id);
-    if (different.size() < places.size()) why_not = "ranks share a GPU, which NCCL does not allow";
+    if (!are_gpus_own_) why_not = "ranks share a GPU, which NCCL does not allow";
     NcclId id{};
     std::vector<NcclId> ids(static_cast<size_t>(size));
     if (why_not.empty() && rank == 0) {
@@ -204,42 +288,6 @@ void Collectives::all_reduce(const void* x, void* y, int64_t n, Stream stream) {
     driver.check(driver.call.copy_in(to, halves_.data(), bytes, stream), "AllReduce");
     driver.check(driver.call.stream_synchronize(stream),
                  "AllReduce");  // the buffer is used again by the next
-}
-
-size_t Collectives::gather_bytes(int64_t rows, int64_t columns) const {
-    return static_cast<size_t>(rows * columns * size) * sizeof(float);
-}
-
-void Collectives::all_gather(const void* x, void* y, int64_t rows, int64_t columns, int64_t out_features,
-                             Stream stream) {
-    const auto from = reinterpret_cast<DevicePointer>(x), to = reinterpret_cast<DevicePointer>(y);
-    const Driver& driver = launcher_.driver;
-    const size_t count = static_cast<size_t>(rows * columns);
-    if (nccl_ != nullptr) {
-        // [ranks, rows, columns], then every row of every rank to its place.
-        const DevicePointer all = launcher_.workspace();
-        nccl_->all_gather(from, all, count, NcclType::kFloat32, communicator_, stream);
-        for (int r = 0; r < size; r++) {
-            const int64_t first = r * columns, width = std::min(columns, out_features - first);
-            for (int64_t row = 0; row < rows && width > 0; row++) {
-                driver.check(driver.call.copy_within(
-                                 to + static_cast<uint64_t>(row * out_features + first) * sizeof(float),
-                                 all + static_cast<uint64_t>((r * rows + row) * columns) * sizeof(float),
-                                 static_cast<size_t>(width) * sizeof(float), stream),
-                             "AllGather");
-            }
-        }
-        return;
-    }
-    expect_no_capture(stream, "AllGather");
-    const size_t all = static_cast<size_t>(rows * out_features);
-    if (sent_.size() < count) sent_.resize(count);
-    if (received_.size() < all) received_.resize(all);
-    driver.check(driver.call.copy_out(sent_.data(), from, count * sizeof(float), stream), "AllGather");
-    driver.check(driver.call.stream_synchronize(stream), "AllGather");
-    llmpack::all_gather(sent_.data(), received_.data(), rows, columns, out_features);
-    driver.check(driver.call.copy_in(to, received_.data(), all * sizeof(float), stream), "AllGather");
-    driver.check(driver.call.stream_synchronize(stream), "AllGather");
 }
 
 }  // namespace llmpack::gpu

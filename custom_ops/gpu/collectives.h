@@ -1,8 +1,7 @@
 // Collectives between GPUs. Three ways, chosen once by all ranks together:
 //
-//   one-shot   up to some rows, by a kernel of ours through host memory that all ranks' GPUs map
-//   (FORMAT.md 8.5):
-//              needs no access from one GPU to another's memory, and no other library
+//   one-shot   up to some rows, by a kernel of ours (FORMAT.md 8.5): through each other's memory where the
+//              GPUs can reach it, else through host memory that all of them map; needs no other library
 //   NCCL/RCCL  whatever is larger, or between hosts
 //   staged     neither: copied to the host, summed by the CPU's collectives, copied back; slow, and not for
 //   graphs
@@ -42,11 +41,6 @@ class Collectives {
 
     // y [n] = sum of the ranks' x [n], float16; y may be x.
     void all_reduce(const void* x, void* y, int64_t n, Stream stream);
-    // y [rows, out_features] = the ranks' x [rows, columns] side by side, float32.
-    void all_gather(const void* x, void* y, int64_t rows, int64_t columns, int64_t out_features,
-                    Stream stream);
-    // Device memory that all_gather needs, reserved while operators are made.
-    size_t gather_bytes(int64_t rows, int64_t columns) const;
 
     // One sentence without a full stop, for people: which way each size goes, and why not another.
     std::string description;
@@ -56,17 +50,23 @@ class Collectives {
 
   private:
     void make_meetings(MpiTransport& mpi);
+    // Where each rank's part of `bytes` is, as this GPU sees it; empty: it cannot be, on no rank.
+    std::vector<DevicePointer> peer_parts(MpiTransport& mpi, size_t bytes, std::string& why_not);
+    std::vector<DevicePointer> host_parts(MpiTransport& mpi, size_t bytes, std::string& why_not);
+    void see_places(MpiTransport& mpi);
     void join_nccl(MpiTransport& mpi);
     void expect_no_capture(Stream stream, const char* what) const;
 
     Launcher& launcher_;
     std::shared_ptr<void> segment_;
     bool is_registered_ = false;
+    bool is_one_host_ = false, are_gpus_own_ = false;
+    std::vector<DevicePointer> opened_;  // peers' memory
     std::vector<Meeting> meetings_;
     const Nccl* nccl_ = nullptr;
     void* communicator_ = nullptr;
     std::vector<uint16_t> halves_;  // staging; they only grow
-    std::vector<float> sent_, received_;
+    std::vector<float> sent_;
 };
 
 }  // namespace llmpack::gpu

@@ -31,9 +31,15 @@ using Function = void*;
 using Event = void*;
 
 constexpr unsigned kHostPortableMapped =
-    3;  // CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP, and HIP's of these names
+    3;                                   // CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP, and HIP's of these names
+constexpr unsigned kOpenPeerAccess = 1;  // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, hipIpcMemLazyEnablePeerAccess
+constexpr unsigned kUncached = 3;        // hipDeviceMallocUncached: other GPUs see what is written at once
 constexpr unsigned kNonBlockingStream = 1;  // CU_STREAM_NON_BLOCKING, hipStreamNonBlocking
 constexpr unsigned kTimingEvent = 0;        // CU_EVENT_DEFAULT, hipEventDefault
+
+struct IpcHandle {  // CUipcMemHandle and hipIpcMemHandle_t, passed by value
+    char bytes[64];
+};
 
 // X(member, CUDA's symbol, HIP's symbol, parameters); every function returns int, 0 for success.
 #define LLMPACK_GPU_BOTH(X)                                                                                 \
@@ -54,6 +60,10 @@ constexpr unsigned kTimingEvent = 0;        // CU_EVENT_DEFAULT, hipEventDefault
     X(host_unregister, "cuMemHostUnregister", "hipHostUnregister", (void* memory))                          \
     X(host_pointer, "cuMemHostGetDevicePointer_v2", "hipHostGetDevicePointer",                              \
       (DevicePointer * device, void* host, unsigned flags))                                                 \
+    X(ipc_handle, "cuIpcGetMemHandle", "hipIpcGetMemHandle", (IpcHandle * handle, DevicePointer memory))    \
+    X(ipc_open, "cuIpcOpenMemHandle_v2", "hipIpcOpenMemHandle",                                             \
+      (DevicePointer * memory, IpcHandle handle, unsigned flags))                                           \
+    X(ipc_close, "cuIpcCloseMemHandle", "hipIpcCloseMemHandle", (DevicePointer memory))                     \
     X(copy_in, "cuMemcpyHtoDAsync_v2", "hipMemcpyHtoDAsync",                                                \
       (DevicePointer to, const void* from, size_t bytes, Stream stream))                                    \
     X(copy_out, "cuMemcpyDtoHAsync_v2", "hipMemcpyDtoHAsync",                                               \
@@ -92,9 +102,10 @@ constexpr unsigned kTimingEvent = 0;        // CU_EVENT_DEFAULT, hipEventDefault
     X(cuda_error_text, "cuGetErrorString", (int error, const char** text))
 
 // hipGetErrorString gives the text; the others are as above.
-#define LLMPACK_GPU_HIP(X)                                                  \
-    X(set_device, "hipSetDevice", (int device))                             \
-    X(device_peer, "hipDeviceEnablePeerAccess", (int peer, unsigned flags)) \
+#define LLMPACK_GPU_HIP(X)                                                                          \
+    X(set_device, "hipSetDevice", (int device))                                                     \
+    X(allocate_as, "hipExtMallocWithFlags", (DevicePointer * memory, size_t bytes, unsigned flags)) \
+    X(device_peer, "hipDeviceEnablePeerAccess", (int peer, unsigned flags))                         \
     X(properties, "hipGetDevicePropertiesR0600", (void* properties, int device))
 
 struct Functions {

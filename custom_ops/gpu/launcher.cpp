@@ -209,15 +209,27 @@ void Launcher::reserve(size_t bytes) {
     workspace_bytes_ = bytes;
 }
 
-DevicePointer Launcher::allocate_zeroed(size_t bytes) {
+DevicePointer Launcher::allocate_zeroed(size_t bytes, bool is_shared) {
     driver.make_current(device.ordinal);
     DevicePointer memory = 0;
-    driver.check(driver.call.allocate(&memory, bytes),
+    const bool is_uncached = is_shared && driver.vendor == Vendor::kHip;
+    driver.check(is_uncached ? driver.call.allocate_as(&memory, bytes, kUncached)
+                             : driver.call.allocate(&memory, bytes),
                  "allocating " + std::to_string(bytes) + " bytes of GPU memory");
     allocations_.push_back(memory);
+    clear(memory, bytes);
+    return memory;
+}
+
+void Launcher::clear(DevicePointer memory, size_t bytes) {
     driver.check(driver.call.fill(memory, 0, bytes, stream_), "clearing GPU memory");
     driver.check(driver.call.stream_synchronize(stream_), "clearing GPU memory");
-    return memory;
+}
+
+void Launcher::copy(DevicePointer to, DevicePointer from, void* host, size_t bytes) {
+    driver.check(driver.call.copy_within(to, from, bytes, stream_), "copying between GPUs");
+    driver.check(driver.call.copy_out(host, to, bytes, stream_), "copying from the GPU");
+    driver.check(driver.call.stream_synchronize(stream_), "copying between GPUs");
 }
 
 void Launcher::upload(DevicePointer to, const void* from, size_t bytes) {

@@ -95,8 +95,12 @@ class Launcher {
     void reserve(size_t bytes);
     DevicePointer workspace() const { return workspace_; }
 
-    DevicePointer allocate_zeroed(size_t bytes);                    // lives as long as the launcher
+    // Lives as long as the launcher. `is_shared`: peers' kernels read it while ours write.
+    DevicePointer allocate_zeroed(size_t bytes, bool is_shared = false);
+    void clear(DevicePointer memory, size_t bytes);                 // waits until it is done
     void upload(DevicePointer to, const void* from, size_t bytes);  // waits until it is there
+    // Copies within the device's reach and then to the host; waits until it is there.
+    void copy(DevicePointer to, DevicePointer from, void* host, size_t bytes);
 
     const Settings settings;
     const Driver& driver;

@@ -33,8 +33,7 @@ const Nccl* Nccl::get(Vendor vendor, std::string& why) {
     if (!find(handle, "ncclGetVersion", nccl.get_version_) ||
         !find(handle, "ncclGetUniqueId", nccl.get_unique_id_) ||
         !find(handle, "ncclCommInitRank", nccl.init_rank_) ||
-        !find(handle, "ncclAllReduce", nccl.all_reduce_) ||
-        !find(handle, "ncclAllGather", nccl.all_gather_) || !find(handle, "ncclCommAbort", nccl.abort_) ||
+        !find(handle, "ncclAllReduce", nccl.all_reduce_) || !find(handle, "ncclCommAbort", nccl.abort_) ||
         !find(handle, "ncclGetErrorString", nccl.error_string_)) {
         why = nccl.library + " lacks a function of NCCL's";
         return nullptr;
@@ -68,13 +67,6 @@ void Nccl::all_reduce(DevicePointer x, DevicePointer y, size_t n, NcclType type,
     check(all_reduce_(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n, static_cast<int>(type),
                       kSum, communicator, stream),
           "ncclAllReduce");
-}
-
-void Nccl::all_gather(DevicePointer x, DevicePointer y, size_t n, NcclType type, void* communicator,
-                      Stream stream) const {
-    check(all_gather_(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n, static_cast<int>(type),
-                      communicator, stream),
-          "ncclAllGather");
 }
 
 void Nccl::abandon(void* communicator) const { abort_(communicator); }

@@ -14,7 +14,7 @@ struct NcclId {  // ncclUniqueId, passed by value
     char bytes[128];
 };
 
-enum class NcclType : int { kUInt8 = 1, kFloat16 = 6, kFloat32 = 7 };
+enum class NcclType : int { kFloat16 = 6, kFloat32 = 7 };
 
 class Nccl {
   public:
@@ -27,9 +27,6 @@ class Nccl {
     // y [n] = the sum over the ranks' x [n]; y may be x.
     void all_reduce(DevicePointer x, DevicePointer y, size_t n, NcclType type, void* communicator,
                     Stream stream) const;
-    // y [size, n] = every rank's x [n].
-    void all_gather(DevicePointer x, DevicePointer y, size_t n, NcclType type, void* communicator,
-                    Stream stream) const;
     void abandon(void* communicator) const;  // without waiting for the others
 
     std::string library;
@@ -41,7 +38,6 @@ class Nccl {
     int (*get_unique_id_)(NcclId* id);
     int (*init_rank_)(void** communicator, int size, NcclId id, int rank);
     int (*all_reduce_)(const void* x, void* y, size_t n, int type, int operation, void* communicator, Stream);
-    int (*all_gather_)(const void* x, void* y, size_t n, int type, void* communicator, Stream);
     int (*abort_)(void* communicator);
     const char* (*error_string_)(int code);
 };

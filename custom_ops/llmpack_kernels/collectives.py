@@ -1,11 +1,15 @@
-"""One-shot collectives over memory that every rank can read (FORMAT.md 8.5): pinned host memory, or peers' device memory.
+"""One-shot all-reduces over memory that every rank can read (FORMAT.md 8.5): pinned host memory, or peers' device memory.
 
 Each rank writes what it has into its own region, once; releases a flag with the number of the step; waits for the others'
 flags; reads. Two halves of the region take turns, so one flag per row is all the synchronization: a rank that writes half h at
 step e has seen every other rank's flag of step e - 1, and so knows that it is done with that half, read at step e - 2.
 The flags count up for ever and are compared by difference: nothing is ever reset, and 2^31 steps do not matter.
 
-Loads of others' data are volatile: a line that an earlier step left in the first-level cache must not serve them.
+Shared memory sees plain loads and stores only. An atomic read-modify-write of host memory or of a peer's is none where the
+links have no PCIe atomics (CUDA: hostNativeAtomicSupported, cudaDevP2PAttrNativeAtomicSupported): a rank that waits with one
+could write an old flag back over a new one. What orders a rank's data before its flag is an atomic on its own device memory.
+
+Loads of others' data and flags are volatile: a line that an earlier step left in a cache must not serve them.
 """
 
 import triton
@@ -24,11 +28,12 @@ def _region(table, rank, pointer):
 
 
 @triton.jit
-def _announce(flags, rank, row, epoch, like, written, DRAIN: tl.constexpr):
-    """Release `epoch` to all ranks, after everything that this program has written; `written` is any tensor of it.
+def _announce(flags, epochs, rank, row, written, DRAIN: tl.constexpr):
+    """Release the next epoch to all ranks, after everything that this program has written; `written` is any tensor of it.
 
-    One thread releases. On CDNA a barrier does not wait for the other waves' stores, and the release only for its own: there
-    each wave waits for its stores first.
+    One thread releases: its fence is cumulative over what the barrier has ordered before it, and the flag's value comes from
+    the fencing operation, so it cannot be stored earlier. On CDNA a barrier does not wait for the other waves' stores, and the
+    fence only for its own: there each wave waits for its stores first.
     """
     if DRAIN and not INTERPRETED:
         tl.inline_asm_elementwise(
@@ -36,14 +41,15 @@ def _announce(flags, rank, row, epoch, like, written, DRAIN: tl.constexpr):
             is_pure=False, pack=1,
         )  # fmt: skip
     tl.debug_barrier()
-    tl.atomic_xchg(_region(flags, rank, like) + row * FLAG_STRIDE, epoch, sem="release", scope="sys")
+    before = tl.atomic_add(epochs + row, 1, sem="acq_rel", scope="sys")
+    tl.store(_region(flags, rank, epochs) + row * FLAG_STRIDE, before + 1, cache_modifier=".wt")
 
 
 @triton.jit
 def _await(flags, rank, row, epoch, like):
     """Wait until a rank has released `epoch` or a later one."""
     flag = _region(flags, rank, like) + row * FLAG_STRIDE
-    while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
+    while tl.load(flag, volatile=True) - epoch < 0:
         pass
 
 
@@ -55,14 +61,13 @@ def _sum(x, buffers, flags, epochs, rank, row, start, inside, column,
     half = ((epoch & 1) * MAX_ROWS + row).to(tl.int64) * H
     own = tl.load(x + start + column, mask=inside, other=0.0)
     tl.store(_region(buffers, rank, x) + half + column, own, mask=inside)
-    _announce(flags, rank, row, epoch, epochs, own, DRAIN)
+    _announce(flags, epochs, rank, row, own, DRAIN)
     total = own.to(tl.float32) * 0.0
     for other in tl.static_range(RANKS):
         _await(flags, other, row, epoch, epochs)
         tl.debug_barrier()
         part = tl.load(_region(buffers, other, x) + half + column, mask=inside, other=0.0, volatile=True)
         total += part.to(tl.float32)
-    tl.store(epochs + row, epoch)
     return total
 
 
@@ -116,40 +121,3 @@ def all_reduce(
     total = _sum(x, buffers, flags, epochs, rank, row, start, inside, column, H, RANKS, MAX_ROWS, DRAIN)
     total = tl.minimum(tl.maximum(total, -65504.0), 65504.0)
     tl.store(y + start + column, total.to(tl.float16), mask=inside)
-
-
-@triton.jit
-def all_gather(
-    x,
-    y,
-    buffers,
-    flags,
-    epochs,
-    rank,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RANKS: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
-    DRAIN: tl.constexpr,
-):
-    """Y float32 [rows, N] = the ranks' columns x float32 [rows, C] side by side, cut to N; a program per row."""
-    row = tl.program_id(0)
-    epoch = tl.load(epochs + row) + 1
-    half = ((epoch & 1) * MAX_ROWS + row).to(tl.int64) * C
-    own = _region(buffers, rank, x) + half
-    for at in range(0, C, BLOCK):
-        column = at + tl.arange(0, BLOCK)
-        part = tl.load(x + row.to(tl.int64) * C + column, mask=column < C, other=0.0)
-        tl.store(own + column, part, mask=column < C)
-    _announce(flags, rank, row, epoch, epochs, tl.arange(0, BLOCK), DRAIN)
-    for other in tl.static_range(RANKS):
-        _await(flags, other, row, epoch, epochs)
-        tl.debug_barrier()
-        region = _region(buffers, other, x) + half
-        for at in range(0, C, BLOCK):
-            column = at + tl.arange(0, BLOCK)
-            target = other * C + column
-            part = tl.load(region + column, mask=column < C, other=0.0, volatile=True)
-            tl.store(y + row.to(tl.int64) * N + target, part, mask=(column < C) & (target < N))
-    tl.store(epochs + row, epoch)

@@ -1,7 +1,9 @@
-"""The k largest logits of each row, on the device, in two passes (FORMAT.md 8.4). k = 1 is argmax.
+"""The k likeliest tokens of each row of logits, on the device, in two passes (FORMAT.md 8.4).
 
 A candidate is one int64: the logit's bits, made to sort like the number, above the id's complement. The largest
-number of those is the largest logit, and among equal logits the smallest id.
+number of those is the largest logit, and among equal logits the smallest id. Candidates of several ranks merge by sorting.
+Beside them stands the sum of exp(logit - largest) over all of them, for log-probabilities; a logit that is NaN or infinite
+makes it NaN, so that the host need not look at the others.
 """
 
 import triton
@@ -9,37 +11,48 @@ import triton.language as tl
 
 
 @triton.jit
-def _largest(keys, K: tl.constexpr):
-    """Return the K largest of a power of two of keys, in descending order."""
-    if K == 1:
-        return tl.max(keys, 0) + tl.zeros([1], tl.int64)
-    else:
-        return tl.topk(keys, K)
-
-
-@triton.jit
-def top_k_first(logits, keys, V: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
-    """Logits float32 [rows, V] -> keys int64 [rows, ceil(V / CHUNK), K]; axis 0 chunks, axis 1 rows."""
-    PARTS: tl.constexpr = (V + CHUNK - 1) // CHUNK
-    part = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    token = part * CHUNK + tl.arange(0, CHUNK)
-    value = tl.load(logits + row * V + token, mask=token < V, other=float("-inf")) + 0.0  # -0 becomes 0
-    bits = value.to(tl.int32, bitcast=True)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
-    key = tl.where(token < V, key, -0x7FFFFFFFFFFFFFFF)
-    tl.store(keys + (row * PARTS + part) * K + tl.arange(0, K), _largest(key, K))
-
-
-@triton.jit
-def top_k_last(keys, values, ids, COUNT: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr):
-    """Turn keys int64 [rows, COUNT] into values float32 [rows, K], ids int32 [rows, K]; COUNT: parts times K."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    key = _largest(tl.load(keys + row * COUNT + at, mask=at < COUNT, other=-0x7FFFFFFFFFFFFFFF), K)
+def _logit(key):
+    """Return the logit of a candidate, float32."""
     bits = (key >> 32).to(tl.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF
-    place = row * K + tl.arange(0, K)
-    tl.store(values + place, bits.to(tl.float32, bitcast=True))
-    tl.store(ids + place, 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def top_k_first(logits, keys, sums, first_id, num_columns, C: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Logits float32 [rows, C] -> keys int64 [rows, ceil(C / CHUNK), K], sums float32 [rows, ceil(C / CHUNK)].
+
+    Axis 0 chunks, axis 1 rows. Column c is token first_id + c; those from num_columns on are none.
+    """
+    PARTS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    column = part * CHUNK + tl.arange(0, CHUNK)
+    known = column < num_columns
+    value = tl.load(logits + row * C + column, mask=known, other=float("-inf")) + 0.0  # -0 becomes 0
+    is_bad = tl.max(tl.where(known & ~(tl.abs(value) < float("inf")), 1, 0), 0)
+    largest = tl.max(tl.where(known, value, float("-inf")), 0)
+    total = tl.sum(tl.where(known, tl.exp(value - largest), 0.0), 0)
+    tl.store(sums + row * PARTS + part, tl.where(is_bad > 0, float("nan"), total))
+    bits = value.to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - first_id - column).to(tl.int64)
+    key = tl.where(known, key, -0x7FFFFFFFFFFFFFFF)
+    tl.store(keys + (row * PARTS + part) * K + tl.arange(0, K), tl.topk(key, K))
+
+
+@triton.jit
+def top_k_last(keys, sums, top, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr):
+    """Keys int64 [rows, PARTS, K], sums float32 [rows, PARTS] -> top int64 [rows, K + 1].
+
+    K candidates, the likeliest first, and the bits of the sum, float32. BLOCK >= PARTS K and PARTS_BLOCK >= PARTS: powers of 2.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    best = tl.topk(tl.load(keys + row * (PARTS * K) + at, mask=at < PARTS * K, other=-0x7FFFFFFFFFFFFFFF), K)
+    tl.store(top + row * (K + 1) + tl.arange(0, K), best)
+    part = tl.arange(0, PARTS_BLOCK)
+    share = tl.load(sums + row * PARTS + part, mask=part < PARTS, other=0.0)
+    own = _logit(tl.load(keys + (row * PARTS + part) * K, mask=part < PARTS, other=0))
+    total = tl.sum(tl.where(share == 0.0, 0.0, share * tl.exp(own - _logit(tl.max(best, 0)))), 0)
+    tl.store(top + row * (K + 1) + K, total.to(tl.int32, bitcast=True).to(tl.int64))

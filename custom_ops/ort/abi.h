@@ -80,7 +80,7 @@ static_assert(offsetof(OrtCustomOp, CreateKernel) == 8 && offsetof(OrtCustomOp, 
 namespace llmpack::ort {
 
 // enum ONNXTensorElementDataType; kAny (UNDEFINED) as an input type of an OrtCustomOp accepts every type.
-enum ElementType : int { kAny = 0, kFloat = 1, kUInt8 = 2, kInt32 = 6, kFloat16 = 10 };
+enum ElementType : int { kAny = 0, kFloat = 1, kUInt8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 
 // enum OrtErrorCode
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };

@@ -471,83 +471,55 @@ struct GpuAllReduceAddRMSNorm {
     OneShot one_shot;
 };
 
-struct GpuAllGather {
-    static constexpr const char* kName = "AllGather";
-    static constexpr Port kInputs[] = {{"x", kFloat}};
-    static constexpr Port kOutputs[] = {{"y", kFloat}};
-
-    explicit GpuAllGather(const NodeInfo& node)
-        : columns(node.int_attribute("in_features")), out_features(node.int_attribute("out_features")) {
-        one_shot.find(
-            "all_gather",
-            {{"in_features", columns}, {"out_features", out_features}, {"ranks", collectives().size}},
-            {{"x", kPointer},
-             {"y", kPointer},
-             {"buffers", kPointer},
-             {"flags", kPointer},
-             {"epochs", kPointer},
-             {"rank", kInteger}},
-            columns * 4);
-        Launcher& launcher = Launcher::current();
-        launcher.reserve(collectives().gather_bytes(launcher.settings.max_rows, columns));
-    }
-
-    void compute(Context& context) const {
-        const Tensor x = context.input(0);
-        x.expect_shape({-1, columns}, "[rows, columns of this rank]");
-        const int64_t R = x.shape[0];
-        float* y = context.output(0, {R, out_features});
-        gpu::Collectives& ranks = collectives();
-        if (!one_shot.takes(R)) {
-            if (R > Launcher::current().settings.max_rows) {
-                throw OpError("logits of " + std::to_string(R) + " rows, expected at most " +
-                              std::to_string(Launcher::current().settings.max_rows));
-            }
-            return ranks.all_gather(x.data, y, R, columns, out_features, context.gpu_stream());
-        }
-        const gpu::Meeting& m = *one_shot.meeting;
-        one_shot.operation.launch({R}, {x.data, y, m.buffers, m.flags, m.epochs, narrow(ranks.rank)},
-                                  context.gpu_stream());
-    }
-
-    int64_t columns, out_features;
-    OneShot one_shot;
-};
-
 struct GpuTopK {
     static constexpr const char* kName = "TopK";
     static constexpr Port kInputs[] = {{"logits", kFloat}};
-    static constexpr Port kOutputs[] = {{"values", kFloat}, {"ids", kInt32}};
+    static constexpr Port kOutputs[] = {{"top", kInt64}};
 
     explicit GpuTopK(const NodeInfo& node)
-        : vocab_size(node.int_attribute("vocab_size")), k(node.int_attribute("k")) {
+        : columns(node.int_attribute("in_features")),
+          k(node.int_attribute("k")),
+          first_id(node.int_attribute("first_id")),
+          known(std::clamp<int64_t>(node.int_attribute("vocab_size") - first_id, 0, columns)) {
         Launcher& launcher = Launcher::current();
-        first = launcher.operation("top_k_first", {{"vocab_size", vocab_size}, {"k", k}},
-                                   {{"logits", kPointer}, {"keys", kPointer}}, {"chunk"});
-        last = launcher.operation("top_k_last", {{"vocab_size", vocab_size}, {"k", k}},
-                                  {{"keys", kPointer}, {"values", kPointer}, {"ids", kPointer}}, {"chunk"});
+        first = launcher.operation("top_k_first", {{"in_features", columns}, {"k", k}},
+                                   {{"logits", kPointer},
+                                    {"keys", kPointer},
+                                    {"sums", kPointer},
+                                    {"first_id", kInteger},
+                                    {"num_columns", kInteger}},
+                                   {"chunk"});
+        last = launcher.operation("top_k_last", {{"in_features", columns}, {"k", k}},
+                                  {{"keys", kPointer}, {"sums", kPointer}, {"top", kPointer}}, {"chunk"});
         const int64_t chunk = first.constant("chunk");
-        launcher.reserve(
-            static_cast<size_t>(launcher.settings.max_rows * ((vocab_size + chunk - 1) / chunk) * k) * 8);
+        parts = (columns + chunk - 1) / chunk;
+        launcher.reserve(static_cast<size_t>(launcher.settings.max_rows) * bytes_of_row());
     }
 
     void compute(Context& context) const {
         const Tensor logits = context.input(0);
-        logits.expect_shape({-1, vocab_size}, "[rows, vocab_size]");
+        logits.expect_shape({-1, columns}, "[rows, columns of this rank]");
         const int64_t R = logits.shape[0];
         const Launcher& launcher = Launcher::current();
         if (R > launcher.settings.max_rows) {
             throw OpError("logits of " + std::to_string(R) + " rows, expected at most " +
                           std::to_string(launcher.settings.max_rows));
         }
-        float* values = context.output(0, {R, k});
-        void* ids = context.output_memory(1, {R, k});
+        void* top = context.output_memory(0, {R, k + 1});
         const gpu::DevicePointer keys = launcher.workspace();
-        first.launch({R}, {logits.data, keys}, context.gpu_stream());
-        last.launch({R}, {keys, values, ids}, context.gpu_stream());
+        const gpu::DevicePointer sums = keys + align(static_cast<uint64_t>(R * parts * k) * sizeof(int64_t));
+        const gpu::Stream stream = context.gpu_stream();
+        first.launch({R}, {logits.data, keys, sums, narrow(first_id), narrow(known)}, stream);
+        last.launch({R}, {keys, sums, top}, stream);
     }
 
-    int64_t vocab_size, k;
+    static uint64_t align(uint64_t bytes) { return (bytes + 15) / 16 * 16; }
+    size_t bytes_of_row() const {
+        return align(static_cast<uint64_t>(parts * k) * sizeof(int64_t)) +
+               align(static_cast<uint64_t>(parts) * sizeof(float));
+    }
+
+    int64_t columns, k, first_id, known, parts = 0;
     Operation first, last;
 };
 
@@ -569,7 +541,7 @@ std::vector<const OrtCustomOp*> gpu_ops() {
                   GpuMatMulQ<Storage::kQ8, kFloat>, GpuMatMulQ<Storage::kQ6, kFloat16>,
                   GpuMatMulQ<Storage::kQ6, kFloat>, GpuMatMulQ<Storage::kQ4, kFloat16>,
                   GpuMatMulQ<Storage::kQ4, kFloat>, GpuPagedAttention, GpuAllReduce, GpuAllReduceAddRMSNorm,
-                  GpuAllGather, GpuTopK>();
+                  GpuTopK>();
 }
 
 }  // namespace llmpack::ort

@@ -2,8 +2,9 @@
 
 In: what `split.py` made. Out: a graph whose operators are the launcher's, with every number that chooses a kernel as an
 attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce fused with the norm behind
-it; and the likeliest tokens beside the logits. Initializers stay as they are: both graphs map one weights.bin. Requires: no
-weight is float32 but norms and biases. It knows no kernel and no chip.
+it; each rank's own columns of the logits, which nobody gathers on the device, and the likeliest tokens of them. Initializers
+stay as they are: both graphs map one weights.bin. Requires: no weight is float32 but norms and biases. It knows no kernel and
+no chip.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def gpu_graph(model: onnx.ModelProto, head_dim: int, block_size: int) -> onnx.Mo
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    rewrite = _Rewrite(result.graph, head_dim, block_size)
+    rank = int({entry.key: entry.value for entry in model.metadata_props}["rank"])
+    rewrite = _Rewrite(result.graph, rank, head_dim, block_size)
     nodes = rewrite.nodes()
     del result.graph.node[:]
     result.graph.node.extend(nodes)
@@ -42,12 +44,15 @@ def gpu_graph(model: onnx.ModelProto, head_dim: int, block_size: int) -> onnx.Mo
 
 
 class _Rewrite:
-    def __init__(self, graph: onnx.GraphProto, head_dim: int, block_size: int) -> None:
+    def __init__(self, graph: onnx.GraphProto, rank: int, head_dim: int, block_size: int) -> None:
         self.graph, self.head_dim, self.block_size = graph, head_dim, block_size
         self.dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
         self.shapes = {info.name: _shape(info) for info in (*graph.value_info, *graph.input, *graph.output)}
         self.types: dict[str, int] = {}
-        self.vocab_size = self.shapes["logits"][-1]
+        # One rank's head makes the logits; the columns of several are gathered behind it.
+        self.head = next((n.input[0] for n in graph.node if n.op_type == "AllGather"), "logits")
+        self.vocab_size, self.columns = self.shapes["logits"][-1], self.shapes[self.head][-1]
+        self.first_id = rank * self.columns
         consumers = [name for node in graph.node for name in node.input]
         self.reduced = {
             node.output[0]: node
@@ -62,18 +67,12 @@ class _Rewrite:
         nodes: list[onnx.NodeProto] = []
         for node in self.graph.node:
             nodes += self._lower(node)
-        top = helper.make_node(
-            "TopK",
-            ["logits"],
-            ["top_values", "top_ids"],
-            "/top_k",
-            domain=OPS_DOMAIN,
-            vocab_size=self.vocab_size,
-            k=TOP_K,
-        )
+        attributes = {"in_features": self.columns, "k": TOP_K, "first_id": self.first_id, "vocab_size": self.vocab_size}
+        top = helper.make_node("TopK", ["logits"], ["top"], "/top_k", domain=OPS_DOMAIN, **attributes)
         rows = self.shapes["logits"][0]
-        for name, kind in (("top_values", _FLOAT), ("top_ids", TensorProto.INT32)):
-            self.graph.output.append(helper.make_tensor_value_info(name, kind, [rows, TOP_K]))
+        del self.graph.output[:]
+        for name, kind, width in (("logits", _FLOAT, self.columns), ("top", TensorProto.INT64, TOP_K + 1)):
+            self.graph.output.append(helper.make_tensor_value_info(name, kind, [rows, width]))
         return [*nodes, top]
 
     def set_types(self) -> None:
@@ -89,13 +88,15 @@ class _Rewrite:
         op, width = node.op_type, (self.shapes.get(node.input[0]) or [0])[-1]
         new = onnx.NodeProto()
         new.CopyFrom(node)
-        if op == "AllReduce" and node.output[0] in self.reduced:
+        if op == "AllGather" or (op == "AllReduce" and node.output[0] in self.reduced):
             return []
         if op in ("AddRMSNorm", "RMSNorm"):
             return [self._norm(new, width)]
         if op in _MATMULS:
-            is_head = self._leads_to_logits(node)
+            is_head = node.output[0] == self.head
             new.op_type = op + ("F32" if is_head else "")
+            if is_head:
+                new.output[0] = "logits"
             _set(new, in_features=width)
             self.types[new.output[0]] = _FLOAT if is_head else _HALF
         elif op == "SwiGLU":
@@ -107,8 +108,6 @@ class _Rewrite:
         elif op == "AllReduce":
             _set(new, in_features=width)
             self.types[new.output[0]] = _HALF
-        elif op == "AllGather":
-            _set(new, in_features=width)
         elif op in ("EmbeddingQ6", "EmbeddingQ8"):
             _set(new, in_features=self.shapes[new.output[0]][-1])
         elif op == "Gather" and node.input[1] == "input_ids":
@@ -122,10 +121,6 @@ class _Rewrite:
         elif op not in ("Cast", "Mul", "Cos", "Sin", "Concat", "Unsqueeze"):
             raise ValueError(f"{node.name}: operator {op} has no counterpart on a GPU")
         return [new]
-
-    def _leads_to_logits(self, node: onnx.NodeProto) -> bool:
-        gathers = {n.input[0] for n in self.graph.node if n.op_type == "AllGather"}
-        return node.output[0] == "logits" or node.output[0] in gathers
 
     def _norm(self, node: onnx.NodeProto, width: int) -> onnx.NodeProto:
         _set(node, in_features=width)

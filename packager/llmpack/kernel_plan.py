@@ -17,9 +17,8 @@ from llmrun.artifact import IncompatibleError, ModelConfig
 # Rows that a variant of a product serves; 0: any number. Up to 4 rows the weights are multiplied where they are unpacked,
 # beyond that on the matrix units.
 ROWS = (1, 4, 16, 64, 0)
-TOP_K = (1, 64)
+TOP_K = 64  # likeliest tokens that a step gives; gpu_graph.py asks for them
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
-GATHER_ROWS = 8
 FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
 # Stands for the target's own number among compile-time constants (llmpack_kernels.decode).
 BACKEND = "BACKEND"
@@ -78,10 +77,9 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
     specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
     specs += elementwise(config.hidden_size, config.intermediate_size // shards)
     specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
-    specs += sampling(config.vocab_size)
+    specs += sampling(next(w for w in weights if w.row.role == "head").num_rows)
     if shards > 1:
-        head = next(w for w in weights if w.row.role == "head")
-        specs += collectives(config.hidden_size, config.vocab_size, head.num_rows, shards)
+        specs += collectives(config.hidden_size, shards)
     return specs
 
 
@@ -122,7 +120,10 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
     }[max_rows]
     constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, _power_of_two(k)))}
     grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)
-    return KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_blocks", constexprs, types, grid, threads, stages)
+    # With 128 input features at a time sm_120 needs a stack for q6.
+    chips = {"sm_120": {"BLOCK_K": min(64, int(constexprs["BLOCK_K"]))}} if (storage, max_rows) == ("q6", 16) else {}
+    function = f"matmul.{name}_blocks"
+    return KernelSpec(f"matmul_{storage}", constants, function, constexprs, types, grid, threads, stages, chips)
 
 
 def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
@@ -204,23 +205,23 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
     )
 
 
-def sampling(vocab_size: int) -> Iterator[KernelSpec]:
-    """Plan the choice of the largest logits."""
-    for k in TOP_K:
-        chunk = min(4096 if k == 1 else 2048, max(k, _power_of_two(vocab_size)))
-        parts = -(-vocab_size // chunk)
-        constants = {"vocab_size": vocab_size, "k": k, "chunk": chunk}
-        grid = (GridAxis(factor=parts), _ROW, _ONE)
-        types = {"logits": "*fp32", "keys": "*i64"}
-        constexprs: dict[str, int | str] = {"V": vocab_size, "K": k, "CHUNK": chunk}
-        yield KernelSpec("top_k_first", constants, "sampling.top_k_first", constexprs, types, grid, 256)
-        types = {"keys": "*i64", "values": "*fp32", "ids": "*i32"}
-        constexprs = {"COUNT": parts * k, "BLOCK": _power_of_two(parts * k), "K": k}
-        threads = _clamp(_power_of_two(parts * k) // 4, 32, 256)
-        yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (_ROW, _ONE, _ONE), threads)
+def sampling(columns: int) -> Iterator[KernelSpec]:
+    """Plan the choice of the likeliest tokens of one rank's columns of the logits."""
+    chunk = min(2048, max(TOP_K, _power_of_two(columns)))
+    parts = -(-columns // chunk)
+    constants = {"in_features": columns, "k": TOP_K, "chunk": chunk}
+    types = {"logits": "*fp32", "keys": "*i64", "sums": "*fp32", "first_id": "i32", "num_columns": "i32"}
+    constexprs: dict[str, int | str] = {"C": columns, "K": TOP_K, "CHUNK": chunk}
+    grid = (GridAxis(factor=parts), _ROW, _ONE)
+    yield KernelSpec("top_k_first", constants, "sampling.top_k_first", constexprs, types, grid, 256)
+    types = {"keys": "*i64", "sums": "*fp32", "top": "*i64"}
+    block = _power_of_two(parts * TOP_K)
+    constexprs = {"PARTS": parts, "PARTS_BLOCK": _power_of_two(parts), "BLOCK": block, "K": TOP_K}
+    threads = _clamp(block // 4, 32, 256)
+    yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (_ROW, _ONE, _ONE), threads)
 
 
-def collectives(hidden: int, vocab_size: int, vocab_per_rank: int, shards: int) -> Iterator[KernelSpec]:
+def collectives(hidden: int, shards: int) -> Iterator[KernelSpec]:
     """Plan the one-shot collectives."""
     constants = {"in_features": hidden, "ranks": shards, "max_rows": ONE_SHOT_ROWS}
     meeting = {"buffers": "*i64", "flags": "*i64", "epochs": "*i32", "rank": "i32"}
@@ -235,19 +236,3 @@ def collectives(hidden: int, vocab_size: int, vocab_per_rank: int, shards: int) 
     yield KernelSpec(name, constants, f"collectives.{name}", constexprs, types, grid, threads, chips=chips)
     types = {"x": "*fp16", "y": "*fp16", **meeting}
     yield KernelSpec("all_reduce", constants, "collectives.all_reduce", constexprs, types, grid, threads, chips=chips)
-    constants = {
-        "in_features": vocab_per_rank,
-        "out_features": vocab_size,
-        "ranks": shards,
-        "max_rows": GATHER_ROWS,
-    }
-    constexprs = {
-        "C": vocab_per_rank,
-        "N": vocab_size,
-        "BLOCK": 4096,
-        "RANKS": shards,
-        "MAX_ROWS": GATHER_ROWS,
-        "DRAIN": 0,
-    }
-    types = {"x": "*fp32", "y": "*fp32", **meeting}
-    yield KernelSpec("all_gather", constants, "collectives.all_gather", constexprs, types, grid, 1024, chips=chips)

@@ -24,6 +24,7 @@ from llmrun.step_plan import Int32Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from numpy.typing import NDArray
 
 SPIN_S = 0.002  # sampling and detokenizing on rank 0 takes less, so a follower in mid-generation never sleeps
 MAX_SLEEP_S = 0.020  # an idle rank then needs 0.5 % of a core (measured), and answers within 20 ms
@@ -57,6 +58,10 @@ class Communicator(Protocol):
 
     def agree(self, status: dict[str, Any]) -> list[dict[str, Any]]:
         """Exchange a small JSON object; return every rank's, in rank order. All ranks must call it."""
+        ...
+
+    def gather(self, values: NDArray[Any]) -> list[NDArray[Any]] | None:
+        """Collect every rank's array of one shape and type, in rank order, on rank 0. All ranks must call it."""
         ...
 
     def send(self, message: Int32Array) -> None:
@@ -147,6 +152,10 @@ class SingleRank:
         """Return the own status."""
         return [status]
 
+    def gather(self, values: NDArray[Any]) -> list[NDArray[Any]] | None:
+        """Return the own values."""
+        return [values]
+
     def send(self, message: Int32Array) -> None:
         """Send to nobody."""
 
@@ -188,6 +197,15 @@ class MpiRanks:
             request = self._comm.Iallgather(sent, received)
             _poll(request.Test)
         return [json.loads(row.tobytes()) for row in received]
+
+    def gather(self, values: NDArray[Any]) -> list[NDArray[Any]] | None:
+        """Collect every rank's array of one shape and type, in rank order, on rank 0. All ranks must call it."""
+        sent = np.ascontiguousarray(values).view(np.uint8)
+        received = np.empty((self.size, *sent.shape), np.uint8) if self.rank == 0 else None
+        with _mpi_errors():
+            request = self._comm.Igather(sent, received, 0)
+            _poll(request.Test)
+        return None if received is None else list(received.view(values.dtype))
 
     def send(self, message: Int32Array) -> None:
         """Send a message from rank 0 to every other rank."""

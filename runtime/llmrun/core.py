@@ -5,6 +5,7 @@ A step is: plan, run on all ranks, sample, record. Knows nothing of generators, 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import numpy as np
 from llmrun.constraint import Constraint, allowed_tokens
 from llmrun.errors import InternalError, LlmpackError, NumericError, UsageError
 from llmrun.kv_cache import BlockPool
-from llmrun.logprobs import TokenLogprobs, token_logprobs
+from llmrun.logprobs import TokenLogprobs, likeliest_logprobs, token_logprobs
 from llmrun.lookup import PromptLookup
 from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check_prompt
+from llmrun.rows import Rows
 from llmrun.sampler import Sampler, SamplingParams, TokenHistory
 from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, Scheduler
 from llmrun.sequence import Piece, RunningSequence
@@ -198,19 +200,19 @@ class Core:
         """
         started = time.perf_counter()
         plan, pieces = self._scheduler.plan(self._propose)
-        logits = self._job.run(plan)
-        is_finite = bool(np.isfinite(logits).all())
+        rows = self._job.run(dataclasses.replace(plan, whole_rows=any(map(self._needs_whole_rows, pieces))))
+        are_finite = rows.are_finite
         events: list[Event] = []
         for piece in pieces:
             request = self._requests[piece.sequence.id]
             request.started_s = request.started_s or started
             try:
-                if not is_finite and not np.isfinite(logits[piece.rows]).all():
+                if not are_finite and not rows[piece.rows].are_finite:
                     raise NumericError(
                         "the model computed NaN or infinity. `llmrun verify --deep` tells whether the artifact or this"
                         " machine is at fault."
                     )
-                events += self._record(request, piece, logits[piece.rows])
+                events += self._record(request, piece, rows[piece.rows])
             except Exception as error:  # a constraint is somebody else's code: its failure is its request's alone
                 known = error if isinstance(error, LlmpackError) else InternalError(f"{type(error).__name__}: {error}")
                 events.append(self._end(request, "error", error=known))
@@ -288,10 +290,19 @@ class Core:
         lookup = self._requests[sequence.id].lookup
         return () if lookup is None else lookup.propose(sequence.tokens, limit)
 
-    def _record(self, request: Request, piece: Piece, rows: NDArray[np.float32]) -> list[Event]:
+    def _is_by_likeliest(self, request: Request) -> bool:
+        """Whether the likeliest tokens that a step names are enough; the request decides, not who runs beside it."""
+        return request.num_candidates is not None and request.num_candidates <= self._job.session.num_likeliest
+
+    def _needs_whole_rows(self, piece: Piece) -> bool:
+        if piece.num_prompt_rows:
+            return True
+        return piece.is_last and not self._is_by_likeliest(self._requests[piece.sequence.id])
+
+    def _record(self, request: Request, piece: Piece, rows: Rows) -> list[Event]:
         """Take a step's logits into a request; return its events."""
         if piece.num_prompt_rows:
-            self._take_prompt_rows(request, piece, rows[: piece.num_prompt_rows])
+            self._take_prompt_rows(request, piece, rows[: piece.num_prompt_rows].logits)
         if not piece.is_last:
             self._scheduler.advance(piece, [])
             return []
@@ -307,9 +318,7 @@ class Core:
                 break
         return events
 
-    def _sample(
-        self, request: Request, piece: Piece, rows: NDArray[np.float32]
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+    def _sample(self, request: Request, piece: Piece, rows: Rows) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Sample a token from each row, as long as the rows before it were computed from the very tokens sampled.
 
         So the tokens are those that would have been sampled one by one, random numbers included.
@@ -317,10 +326,15 @@ class Core:
         assert request.sampler is not None
         sampled: list[int] = []
         constraint, allowed = request.constraint, None
-        for row, draft in zip(rows, [*piece.drafts, None], strict=True):
-            if constraint is not None:
-                allowed = allowed_tokens(constraint.mask(request.ids + sampled), rows.shape[1])
-            token_id = request.sampler.sample(row, request.history or (), allowed)
+        likeliest = rows.likeliest if self._is_by_likeliest(request) else None
+        for i, draft in enumerate([*piece.drafts, None]):
+            if likeliest is not None:
+                token_id = request.sampler.choose(likeliest.logits[i], likeliest.ids[i])
+            else:
+                row = rows.logits[i]
+                if constraint is not None:
+                    allowed = allowed_tokens(constraint.mask(request.ids + sampled), len(row))
+                token_id = request.sampler.sample(row, request.history or (), allowed)
             sampled.append(token_id)
             is_over = token_id != draft or token_id in request.end_ids
             if request.history is not None:
@@ -332,7 +346,10 @@ class Core:
                 break
         scored: list[TokenLogprobs | None] = [None] * len(sampled)
         if request.num_top is not None:
-            scored = [*token_logprobs(rows[: len(sampled)], sampled, request.num_top)]
+            if likeliest is not None:
+                scored = [*likeliest_logprobs(likeliest, sampled, request.num_top)]
+            else:
+                scored = [*token_logprobs(rows.logits[: len(sampled)], sampled, request.num_top)]
         if request.lookup is not None:
             request.lookup.learn(len(piece.drafts), len(sampled) - 1)
             self._num_drafts += len(piece.drafts)

@@ -195,7 +195,8 @@ def activation_bytes(manifest: Manifest, num_tokens: int) -> int:
     heads = (model.num_attention_heads + 2 * max(model.num_key_value_heads, shards)) // shards * model.head_dim
     per_token = 3 * 4 * model.hidden_size + 2 * 2 * model.hidden_size + 2 * heads
     per_token += 2 * 3 * model.intermediate_size // shards + 4 * model.head_dim
-    per_row = 4 * model.vocab_size * (2 if shards > 1 else 1) + 8 * 64 * (model.vocab_size // 2048 + 1)
+    columns = -(-model.vocab_size // shards)  # of the logits, and for the choice among them (FORMAT 8.4)
+    per_row = 4 * columns + 520 + 516 * (columns // 2048 + 1)
     return num_tokens * (per_token + per_row) + (64 << 20)
 
 

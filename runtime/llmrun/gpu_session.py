@@ -1,13 +1,16 @@
 """One rank's graph on a GPU under ONNX Runtime: the session, the KV cache on the device, and running one step plan.
 
-In: a verified gpu.onnx, the operator library with its launcher open. Out: logits. A step sends the inputs that have changed and
-takes the chosen rows back, on rank 0 only. Decode steps run as captured graphs, one for each number of sequences; their block
-tables have room for the longest sequence, so that a graph stays right while sequences grow. Not yet run on hardware.
+In: a verified gpu.onnx, the operator library with its launcher open. Out: of each row the likeliest tokens, chosen on the
+device, and whole rows of logits where the plan asks for them. Each rank holds its own columns of the logits: what it has found
+there, or the columns themselves, meet on rank 0's host, once per step. A step sends the inputs that have changed. Decode steps
+run as captured graphs, one for each number of sequences; their block tables have room for the longest sequence, so that a graph
+stays right while sequences grow. Not yet run on hardware.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ import numpy as np
 from llmrun.device import PROVIDERS, Placement
 from llmrun.errors import IncompatibleError, InternalError
 from llmrun.graph_check import check_session
+from llmrun.rows import Rows, merge_candidates
 from llmrun.session import FATAL_ONLY, import_onnxruntime
 from llmrun.step_plan import FIELDS, StepPlan
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     from llmrun.manifest import KvCacheSpec
 
+Gather = Callable[[Any], "list[Any] | None"]
 _EAGER = "-1"  # gpu_graph_id of a run that is neither captured nor replayed
 _MOST_SHAPES = 32  # of eager steps whose memory is kept
 
@@ -35,7 +40,8 @@ class _Shape:
 
     binding: Any
     inputs: dict[str, Any]
-    outputs: list[Any]  # logits first
+    logits: Any  # [R, this rank's columns]
+    top: Any  # [R, num_likeliest + 1]
     options: Any
     sent: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
@@ -53,10 +59,14 @@ class GpuSession:
         num_blocks: int,
         vocab_size: int,
         max_seq_len: int,
-        gives_logits: bool,
         captures: bool,
+        size: int = 1,
+        gather: Gather = lambda values: [values],
     ) -> None:
-        """Load `graph` onto the placement's GPU; `gives_logits`: copy them to the host (rank 0).
+        """Load `graph` onto the placement's GPU.
+
+        `captures`: decode steps are graphs of the driver's; `size`: number of ranks; `gather` collects their arrays on rank 0
+        and returns None on the others.
 
         Raises:
             IncompatibleError: ORT refuses the graph, the operator library or the GPU; or the graph is another model's.
@@ -64,7 +74,7 @@ class GpuSession:
         assert placement.gpu is not None
         self._ort = import_onnxruntime()
         self._device = placement.gpu.ordinal
-        self._vocab_size, self._gives_logits, self._captures = vocab_size, gives_logits, captures
+        self._vocab_size, self._gather, self._captures = vocab_size, gather, captures
         self._columns = -(-max_seq_len // kv_cache.block_size)
         options = self._ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -83,14 +93,16 @@ class GpuSession:
             raise IncompatibleError(
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error
-        check_session(graph, self._session, kv_cache, vocab_size)
-        self._top_k = next(node.shape[1] for node in self._session.get_outputs() if node.name == "top_values")
+        self._num_columns = -(-vocab_size // size)
+        self._top_width = next((node.shape[1] for node in self._session.get_outputs() if node.name == "top"), 0)
+        check_session(graph, self._session, kv_cache, {"logits": self._num_columns, "top": self._top_width})
+        self.num_likeliest = min(self._top_width - 1, vocab_size)
         self._caches = self._make_caches(kv_cache, num_blocks)
         self._shapes: dict[tuple[Any, ...], _Shape] = {}
         self.graph_s = 0.0  # seconds inside ONNX Runtime so far
 
-    def run(self, plan: StepPlan) -> NDArray[np.float32]:
-        """Run one step; see `RankSession.run`. On ranks that give no logits the rows are zeros.
+    def run(self, plan: StepPlan) -> Rows:
+        """Run one step; see `RankSession.run`. Ranks other than 0 return nothing of use.
 
         Raises:
             InternalError: an operator failed; its sentence is in the message.
@@ -112,9 +124,12 @@ class GpuSession:
         except Exception as error:
             raise InternalError(f"a step failed: {' '.join(str(error).split())}") from error
         self.graph_s += time.perf_counter() - started
-        if not self._gives_logits:
-            return np.zeros((len(plan.logit_rows), self._vocab_size), np.float32)
-        return shape.outputs[0].numpy()
+        records = self._gather(shape.top.numpy())
+        columns = self._gather(shape.logits.numpy()) if plan.whole_rows else None
+        if records is None:
+            return Rows()
+        whole = None if columns is None else np.concatenate(columns, axis=1)[:, : self._vocab_size]
+        return Rows(whole, merge_candidates(records, self._vocab_size))
 
     def spoil_cache(self) -> None:
         """Put NaN into a cache, for fault injection."""
@@ -147,16 +162,15 @@ class GpuSession:
         inputs = {name: self._value(value.shape, np.int32) for name, value in values.items()}
         for name, value in {**self._caches, **inputs}.items():
             binding.bind_ortvalue_input(name, value)
-        logits = self._value((len(values["logit_rows"]), self._vocab_size), np.float32)
+        num_rows = len(values["logit_rows"])
+        logits = self._value((num_rows, self._num_columns), np.float32)
+        top = self._value((num_rows, self._top_width), np.int64)
         binding.bind_ortvalue_output("logits", logits)
-        kept = [logits]
-        for name, dtype in (("top_values", np.float32), ("top_ids", np.int32)):
-            kept.append(self._value((len(values["logit_rows"]), self._top_k), dtype))
-            binding.bind_ortvalue_output(name, kept[-1])
+        binding.bind_ortvalue_output("top", top)
         options = self._ort.RunOptions()
         options.log_severity_level = FATAL_ONLY
         if self._captures:
             # One graph for each number of sequences; 0 is ORT's own.
             options.add_run_config_entry("gpu_graph_id", str(len(values["seq_lens"])) if is_captured else _EAGER)
-        self._shapes[key] = _Shape(binding, inputs, kept, options)
+        self._shapes[key] = _Shape(binding, inputs, logits, top, options)
         return self._shapes[key]

@@ -88,8 +88,8 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[Store
     return stored
 
 
-def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, vocab_size: int) -> None:
-    """Compare a session's caches and logits with the manifest's, so that every step's memory fits the graph.
+def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, widths: dict[str, int]) -> None:
+    """Compare a session's caches and outputs (name: columns) with the manifest's, so that every step's memory fits the graph.
 
     Raises:
         IncompatibleError: they differ: the graph is another model's.
@@ -100,8 +100,8 @@ def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, vocab_size: i
         f"{part}_cache.{layer}": (kind, shape) for layer in range(kv_cache.num_layers) for part in ("key", "value")
     }
     found = {node.name: (node.type, node.shape[1:]) for node in session.get_inputs() if "_cache." in node.name}
-    logits = [(node.name, node.shape[-1:]) for node in session.get_outputs() if not node.name.startswith("top_")]
-    if found != expected or logits != [("logits", [vocab_size])]:
+    outputs = {node.name: node.shape[-1] for node in session.get_outputs()}
+    if found != expected or outputs != widths:
         raise IncompatibleError(
             f"{path}: its KV cache or logits are not those of the manifest; it belongs to another model. Copy the artifact"
             " again.",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from llmrun.gpu_session import GpuSession
     from llmrun.graph_check import StoredTensor
+    from llmrun.rows import Rows
     from llmrun.session import RankSession
 
 Result = TypeVar("Result")
@@ -146,18 +147,18 @@ class Job:
             if self.size > 1:
                 self.gpu_transport, self._captures = self.stage("joining GPUs", self._join_gpus)
 
-    def run(self, plan: StepPlan) -> NDArray[np.float32]:
-        """Run a step on all ranks; rank 0 only. Returns the logits, [R, vocab_size]."""
+    def run(self, plan: StepPlan) -> Rows:
+        """Run a step on all ranks; rank 0 only. Returns what it says of the plan's rows."""
         self.is_broken = True
         started = time.perf_counter()
         if self.size > 1:
             self.comm.send(plan.pack())
         sent = time.perf_counter()
-        logits = self._run(plan)
+        rows = self._run(plan)
         self.run_s += time.perf_counter() - sent
         self.send_s += sent - started
         self.is_broken = False
-        return logits
+        return rows
 
     def follow(self) -> tuple[MessageKind, NDArray[np.int32]]:
         """Run rank 0's steps until it sends another message, and return that; ranks other than 0 only."""
@@ -182,7 +183,7 @@ class Job:
         """Compare the digests of files with the manifest's, as the user wants it; each file once."""
         self._files.verify(names, num_threads)
 
-    def _run(self, plan: StepPlan) -> NDArray[np.float32]:
+    def _run(self, plan: StepPlan) -> Rows:
         assert self._session is not None
         kind = "decode" if plan.is_decode else "prefill"
         with self.watchdog.phase(f"{kind} step", self.watchdog.step_deadline(plan.num_tokens)):
@@ -341,7 +342,8 @@ class Job:
                 num_blocks=self.num_blocks,
                 vocab_size=self.manifest.model.vocab_size,
                 max_seq_len=self.max_seq_len,
-                gives_logits=self.rank == 0,
+                gather=self.comm.gather,
+                size=self.size,
                 captures=self._captures,
             )
         return session.RankSession(

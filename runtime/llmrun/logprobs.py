@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TokenLogprobs", "token_logprobs"]
+from llmrun.rows import Likeliest
+
+__all__ = ["TokenLogprobs", "likeliest_logprobs", "token_logprobs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,4 +43,14 @@ def token_logprobs(logits: NDArray[np.float32], token_ids: Sequence[int], num_to
             ids = ids[np.argsort(-row[ids], kind="stable")][:num_top]
             top = tuple((int(i), float(scores[i])) for i in ids)
         results.append(TokenLogprobs(int(token_id), float(scores[token_id]), top))
+    return results
+
+
+def likeliest_logprobs(rows: Likeliest, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Do the same where only the likeliest tokens of each row are known: `num_top` or more, what followed among them."""
+    results = []
+    for logits, ids, weight_sum, token_id in zip(rows.logits, rows.ids, rows.weight_sums, token_ids, strict=False):
+        scores = logits.astype(np.float64) - float(logits[0]) - np.log(weight_sum)
+        known = {int(i): float(score) for i, score in zip(ids, scores, strict=True)}
+        results.append(TokenLogprobs(int(token_id), known[int(token_id)], tuple(known.items())[:num_top]))
     return results

@@ -97,6 +97,13 @@ class Request:
     last_token_s: float = 0.0
 
     @property
+    def num_candidates(self) -> int | None:
+        """How many of a row's likeliest tokens say what follows and what is reported of it; None: the whole row."""
+        if self.sampler is None or self.constraint is not None or self.sampler.num_candidates is None:
+            return None
+        return max(self.sampler.num_candidates, self.num_top or 0)
+
+    @property
     def num_cached_prompt(self) -> int:
         """Prompt tokens that were not computed because an earlier request had left them in the cache."""
         return self.sequence.num_reused

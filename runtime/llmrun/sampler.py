@@ -1,8 +1,8 @@
 """Choose the next token from one row of logits.
 
-In: the logits of one position, [vocab_size] float32, and the ids so far. Out: one token id. The order is that
-of transformers (`GenerationMixin._get_logits_processor`), because a checkpoint's `generation_config.json` was
-written for it, after what is allowed at all:
+In: the logits of one position, [vocab_size] float32, or of its likeliest tokens, and the ids so far. Out: one token id.
+The order is that of transformers (`GenerationMixin._get_logits_processor`), because a checkpoint's
+`generation_config.json` was written for it, after what is allowed at all:
 
     constraint -> logit bias -> repeat penalty -> presence and frequency penalty -> temperature -> top-k -> top-p
     -> min-p -> draw
@@ -104,6 +104,27 @@ class Sampler:
         params = self.params
         return params.repeat_penalty != 1.0 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
+    @property
+    def num_candidates(self) -> int | None:
+        """How many of the likeliest tokens decide, before any constraint; None: all of the vocabulary."""
+        if self.needs_history or len(self._bias_ids):
+            return None
+        if self.params.temperature == 0:
+            return 1
+        return self.params.top_k or None
+
+    def choose(self, logits: NDArray[np.float32], ids: NDArray[np.integer[Any]]) -> int:
+        """Return the next token id, the same that `sample` would return from the whole row.
+
+        Args:
+            logits: of the likeliest tokens, finite, the largest first: `num_candidates`, or as many as there are.
+            ids: theirs; of equal logits the lower id comes first.
+        """
+        if self.params.temperature == 0:
+            return int(ids[0])
+        order = np.argsort(ids[: self.params.top_k])  # as in the row, for that is the order of the draw
+        return self._draw(logits[order], float(logits[0]), ids[order])
+
     def sample(
         self,
         logits: NDArray[np.float32],
@@ -142,15 +163,15 @@ class Sampler:
             raise NumericError(f"sampling: the largest logit is {highest}: the model computed NaN or infinity")
         if self.params.temperature == 0:
             return likeliest
-        return self._draw(logits, highest)
-
-    def _draw(self, logits: NDArray[np.float32], highest: float) -> int:
-        params = self.params
-        ids: NDArray[np.intp] | None = None
-        if 0 < params.top_k < logits.shape[0]:
+        if 0 < self.params.top_k < logits.shape[0]:
             # Temperature does not change the order, so top-k may come first and leave it less to do.
-            ids = _top_k(logits, params.top_k)
-            logits = logits[ids]
+            ids = _top_k(logits, self.params.top_k)
+            return self._draw(logits[ids], highest, ids)
+        return self._draw(logits, highest, None)
+
+    def _draw(self, logits: NDArray[np.float32], highest: float, ids: NDArray[np.integer[Any]] | None) -> int:
+        """Draw from what top-k has left; ids None: they are 0, 1, 2, ..."""
+        params = self.params
         # Subtracting before dividing keeps every score <= 0: a tiny temperature gives exp(-inf) = 0, no overflow.
         with np.errstate(over="ignore"):
             scores = (logits.astype(np.float64) - highest) / params.temperature

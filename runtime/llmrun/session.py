@@ -1,8 +1,8 @@
 """One rank's graph on ONNX Runtime: the session, the KV cache's memory, and running one step plan.
 
-In: a verified graph file, its weights and the operator library. Out: logits. The packager has decided everything about the
-graph, so graph optimizations are off; weights, cache and step inputs are memory of ours that ORT uses in place. Plans
-nothing, knows no other rank: the collectives inside the graph are the operator library's.
+In: a verified graph file, its weights and the operator library. Out: logits, whole rows. The packager has decided everything
+about the graph, so graph optimizations are off; weights, cache and step inputs are memory of ours that ORT uses in place.
+Plans nothing, knows no other rank: the collectives inside the graph are the operator library's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from llmrun.cores import CoreShare
 from llmrun.device import PROVIDERS
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.graph_check import check_session
+from llmrun.rows import Rows
 from llmrun.step_plan import FIELDS, StepPlan
 from llmrun.weights_map import MappedWeights
 
@@ -62,6 +63,8 @@ def import_onnxruntime() -> Any:
 
 class RankSession:
     """A loaded graph with its KV cache."""
+
+    num_likeliest = 0  # tokens of each row that a step names without whole rows
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class RankSession:
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error
         self._values = values  # ORT uses them as long as the session lives
-        check_session(graph, self._session, kv_cache, vocab_size)
+        check_session(graph, self._session, kv_cache, {"logits": vocab_size})
         self._run_options = self._ort.RunOptions()
         self._run_options.log_severity_level = FATAL_ONLY
         self._binding = self._session.io_binding()
@@ -122,11 +125,11 @@ class RankSession:
         self._logits = np.empty((0, vocab_size), np.float32)
         self._bound: list[Any] = []  # OrtValues of the current shape: ORT does not keep their memory alive
 
-    def run(self, plan: StepPlan) -> NDArray[np.float32]:
+    def run(self, plan: StepPlan) -> Rows:
         """Run one step.
 
         Returns:
-            logits: [R, vocab_size], float32; the memory is reused by the next step.
+            whole rows; their memory is reused by the next step.
         Raises:
             PeerError: another rank has ended while an operator waited for it.
             InternalError: an operator failed; its sentence is in the message.
@@ -144,7 +147,7 @@ class RankSession:
                 raise PeerError(f"a step failed: {text}") from error
             raise InternalError(f"a step failed: {text}") from error
         self.graph_s += time.perf_counter() - started
-        return self._logits
+        return Rows(self._logits)
 
     def spoil_cache(self) -> None:
         """Put NaN into the first cache, for fault injection."""

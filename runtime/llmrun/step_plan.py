@@ -1,6 +1,7 @@
 """One step of the graph as rank 0 decides it and every rank runs it: the seven index inputs of FORMAT 3.2.
 
-In the messages between ranks a plan is one int32 array: kind, T, B, M, R, then the inputs in the order of `FIELDS`.
+In the messages between ranks a plan is one int32 array: kind, T, B, M, R, whether whole rows of logits are wanted, then the
+inputs in the order of `FIELDS`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FIELDS = (
     "block_table",
     "logit_rows",
 )
-_HEADER = 5
+_HEADER = 6
 
 Int32Array = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
@@ -37,7 +38,8 @@ class StepPlan:
     """Tokens of B sequences, one after the other; symbols as in FORMAT 3.2.
 
     `input_ids`, `positions`, `slot_mapping`: [T]; `query_start`: [B + 1]; `seq_lens`: [B]; `block_table`: [B, M];
-    `logit_rows`: [R]. All int32.
+    `logit_rows`: [R]. All int32. `whole_rows`: whether somebody needs logits of the whole vocabulary, not only of the likeliest
+    tokens; a session that has them in its memory gives them anyway.
     """
 
     input_ids: Int32Array
@@ -47,6 +49,7 @@ class StepPlan:
     seq_lens: Int32Array
     block_table: Int32Array
     logit_rows: Int32Array
+    whole_rows: bool = True
 
     def __post_init__(self) -> None:
         """Check that the shapes agree."""
@@ -77,16 +80,16 @@ class StepPlan:
 
     def pack(self) -> Int32Array:
         """Return the plan as one int32 array."""
-        header = np.array([MessageKind.STEP, *self.shape], np.int32)
+        header = np.array([MessageKind.STEP, *self.shape, self.whole_rows], np.int32)
         return np.concatenate([header, *(getattr(self, name).ravel() for name in FIELDS)])
 
     @classmethod
     def unpack(cls, message: Int32Array) -> StepPlan:
         """Return the plan that `pack` packed."""
-        num_tokens, num_seqs, num_columns, num_rows = (int(n) for n in message[1:_HEADER])
+        num_tokens, num_seqs, num_columns, num_rows, whole_rows = (int(n) for n in message[1:_HEADER])
         sizes = [num_tokens] * 3 + [num_seqs + 1, num_seqs, num_seqs * num_columns, num_rows]
         if message[0] != MessageKind.STEP or len(message) != _HEADER + sum(sizes):
             raise ValueError(f"a step message of {len(message)} numbers, expected {_HEADER + sum(sizes)}")
         parts = dict(zip(FIELDS, np.split(message[_HEADER:], np.cumsum(sizes)[:-1].astype(int)), strict=True))
         parts["block_table"] = parts["block_table"].reshape(num_seqs, num_columns)
-        return cls(**parts)
+        return cls(**parts, whole_rows=bool(whole_rows))

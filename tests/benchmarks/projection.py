@@ -123,7 +123,7 @@ run on any of them. Made by `python tests/benchmarks/projection.py` from the tab
     time of a token = bytes / (bandwidth * fraction)               products and attention, the weights read once
                     + layers * {ALL_REDUCES_PER_LAYER} * all-reduce          one-shot over pinned host memory, with the norm
                     + layers * {KERNELS_PER_LAYER} * gap                from the end of a kernel to the next one's first load
-                    + once                               head's gather, choice of the token, the host's step
+                    + once                               choice of the token, its way to the host, the host's step
 
 bytes: q4 at {LINEAR_BITS:g} bits a weight, the head as q6 at {HEAD_BITS:g}, and the cache of {CONTEXT} tokens, over
 {RANKS} ranks. Batch 1; an all-reduce is of 16 KB.

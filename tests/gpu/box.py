@@ -67,7 +67,7 @@ def feeds(
 
 
 def logits_of(model: GpuModel, ids: list[int], chunk: int) -> np.ndarray:
-    """Logits after each id, [len(ids), vocab_size], run in chunks over one sequence."""
+    """A rank's columns of the logits after each id, run in chunks over one sequence."""
     parts = []
     max_blocks = -(-len(ids) // BLOCK_SIZE) + 1
     for begin in range(0, len(ids), chunk):
@@ -75,22 +75,30 @@ def logits_of(model: GpuModel, ids: list[int], chunk: int) -> np.ndarray:
         step = model.step(feeds([own], [begin + len(own)], max_blocks, list(range(len(own)))))
         step.run()
         parts.append(step.output("logits"))
-        check_top_k(parts[-1], step)
+        check_top(parts[-1], step, model.first_id, model.vocab_size)
         step.close()
     return np.concatenate(parts)
 
 
-def check_top_k(logits: np.ndarray, step: Any) -> None:
-    values, ids = step.output("top_values"), step.output("top_ids")
-    assert (np.take_along_axis(logits, ids.astype(np.int64), 1) == values).all()
-    assert (ids[:, 0] == logits.argmax(axis=1)).all()
+def check_top(logits: np.ndarray, step: Any, first_id: int, vocab_size: int) -> None:
+    """Compare the record of the likeliest tokens with a rank's own columns of the logits."""
+    from llmrun.rows import merge_candidates
+
+    known = logits[:, : max(0, vocab_size - first_id)]
+    found = merge_candidates([step.output("top")], vocab_size)
+    order = np.argsort(-known, axis=1, kind="stable")[:, : found.ids.shape[1]]
+    width = order.shape[1]
+    assert (found.ids[:, :width] == order + first_id).all()
+    assert (found.logits[:, :width] == np.take_along_axis(known, order, 1)).all()
+    sums = np.exp(known.astype(np.float64) - known.max(axis=1, keepdims=True)).sum(axis=1)
+    assert np.allclose(found.weight_sums, sums, rtol=1e-5)
 
 
 __all__ = [
     "Device",
     "GpuModel",
     "MiniOrt",
-    "check_top_k",
+    "check_top",
     "feeds",
     "last_error",
     "load_operators",

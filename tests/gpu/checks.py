@@ -17,7 +17,7 @@ from llmpack.kernel_plan import KernelSpec
 from llmpack.weights import Quantization, plan_rank
 from llmpack_ops import reference
 
-ELEMENT = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.int32): 6, np.dtype(np.float16): 10}
+ELEMENT = {np.dtype(d): i for d, i in ((np.float32, 1), (np.uint8, 2), (np.int32, 6), (np.int64, 7), (np.float16, 10))}
 N, K, VOCABULARY = 256, 512, 512
 # float16 results are rounded once (2^-11), and their terms are sums in float32; scores pass through exponentials.
 TOLERANCES = {"matmul": 2e-3, "norm": 2e-3, "swiglu": 2e-3, "attention": 4e-3, "exact": 0.0}
@@ -188,12 +188,24 @@ class Checks:
         return worst
 
     def top_k(self) -> float:
-        n = self.config.vocab_size
-        logits = self.rng.standard_normal((3, n)).astype(np.float32)
+        """The likeliest of a rank's columns, the last of which are no tokens; a NaN shows in the sum."""
+        from llmrun.rows import merge_candidates
+
+        columns, first_id = self.config.vocab_size, 1000
+        known = columns - 3
+        logits = self.rng.standard_normal((3, columns)).astype(np.float32)
         logits[1, 7] = logits[1, 300] = 9.0  # equal: the lower id comes first
-        node = self.ort.node("TopK", vocab_size=n, k=64)
-        values, ids = self.run(node, [logits], [((3, 64), np.float32), ((3, 64), np.int32)])
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :64]
-        if not (ids == order).all():
+        logits[:, known:] = 99.0
+        logits[2, 5] = np.nan
+        node = self.ort.node("TopK", in_features=columns, k=64, first_id=first_id, vocab_size=first_id + known)
+        (top,) = self.run(node, [logits], [((3, 65), np.int64)])
+        found, logits = merge_candidates([top], first_id + known), logits[:, :known]
+        order = np.argsort(-logits[:2], axis=1, kind="stable")[:, :64]
+        if not (found.ids[:2] == order + first_id).all():
             raise AssertionError("TopK: other ids than numpy's")
-        return self.close_to(values, np.take_along_axis(logits, order, 1).astype(np.float64), "exact", "TopK")
+        if not np.isnan(found.weight_sums[2]):
+            raise AssertionError("TopK: a NaN among the logits does not show")
+        sums = np.exp(logits[:2].astype(np.float64) - logits[:2].max(axis=1, keepdims=True)).sum(axis=1)
+        self.close_to(found.weight_sums[:2], sums, "norm", "TopK: sums")
+        values = np.take_along_axis(logits[:2], order, 1).astype(np.float64)
+        return self.close_to(found.logits[:2], values, "exact", "TopK")

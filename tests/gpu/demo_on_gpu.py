@@ -1,4 +1,4 @@
-"""The demo model of hardware.py: python demo_on_gpu.py ARTIFACT OPERATORS MINI_ORT CHIP"""
+"""The demo model of hardware.py: python demo_on_gpu.py ARTIFACT OPERATORS MINI_ORT CHIP DRY"""
 
 from __future__ import annotations
 
@@ -18,15 +18,23 @@ from executor import GpuModel, MiniOrt  # noqa: E402
 BOUND = 1e-2  # float16 between operators, against float64, as a share of the largest logit
 
 
-def main(artifact: Path, operators: Path, mini: Path, chip: str) -> None:
+def main(artifact: Path, operators: Path, mini: Path, chip: str, dry: str) -> None:
     from llmrun.device import choose_kernels
+
+    is_hip = chip.startswith("gfx")
+    if int(dry):
+        import standin
+        from gpu_artifacts import specs_of
+
+        standin.serve_launches(specs_of(artifact), is_hip=is_hip)
 
     manifest = json.loads((artifact / "manifest.json").read_text())
     target = choose_kernels(chip, manifest["kernels"])
     if target is None:
         raise SystemExit(f"{artifact} holds code for {', '.join(manifest['kernels'])}, not for {chip}")
-    box.open_gpu(box.load_operators(operators), artifact / manifest["kernels"][target])
-    model = GpuModel(artifact / "rank-0" / "gpu.onnx", MiniOrt(mini, operators), Device(), num_blocks=64)
+    box.open_gpu(box.load_operators(operators), artifact / manifest["kernels"][target], vendor=int(is_hip))
+    ort = MiniOrt(mini, operators, "ROCMExecutionProvider" if is_hip else "CUDAExecutionProvider")
+    model = GpuModel(artifact / "rank-0" / "gpu.onnx", ort, Device(is_hip=is_hip), num_blocks=64)
     check = json.loads((artifact / "selfcheck.json").read_text())
     expected = np.array(check["logits"])
     errors = []
@@ -39,4 +47,4 @@ def main(artifact: Path, operators: Path, mini: Path, chip: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), sys.argv[4])
+    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])

@@ -30,11 +30,21 @@ NAMES = {  # what: (CUDA, HIP)
 POINTER, SIZE, HANDLE = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
 
 
+def load_driver(*, is_hip: bool) -> ctypes.CDLL:
+    """Open the library that the launcher has opened already."""
+    if not is_hip:
+        return ctypes.CDLL("libcuda.so.1")
+    try:
+        return ctypes.CDLL("libamdhip64.so.7")
+    except OSError:
+        return ctypes.CDLL("libamdhip64.so.6")
+
+
 class Device:
     """The device that `llmpack_ops_gpu_open` made current on this thread."""
 
     def __init__(self, *, is_hip: bool = False) -> None:
-        self.driver = ctypes.CDLL("libamdhip64.so.7" if is_hip else "libcuda.so.1")
+        self.driver = load_driver(is_hip=is_hip)
         self._is_hip = is_hip
         self.stream = self._made("stream_create", ctypes.c_uint(1))
 

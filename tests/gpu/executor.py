@@ -133,7 +133,8 @@ class GpuModel:
             (node, None if node.domain == "" else ort.node(node.op_type, node.name, **_attributes(node)))
             for node in model.graph.node
         ]
-        self.vocab_size = self.infos["logits"].type.tensor_type.shape.dim[1].dim_value
+        (top,) = [_attributes(node) for node in model.graph.node if node.op_type == "TopK"]
+        self.vocab_size, self.first_id = top["vocab_size"], top["first_id"]
 
     def close(self) -> None:
         """Free weights and cache."""

@@ -6,7 +6,7 @@
 
 The code under test is what ships: Triton's output from a kernel file, our launcher, our operators. In place of ONNX Runtime
 stands mini_ort.cpp; where onnxruntime-gpu is installed, tests/gpu/ort_baseline.py times its own operators beside it. Prints one
-table last.
+table last, and leaves within nine minutes whatever hangs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Bench:
     """What all parts share: the machine, the time left, the results."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.dry, self.chip = arguments.dry, arguments.chip
+        self.dry, self.chip, self.minutes, self.path = arguments.dry, arguments.chip, arguments.minutes, arguments.json
         self.deadline = time.monotonic() + 60 * arguments.minutes
         self.rows: list[tuple[str, str, str]] = []
         self.results: dict[str, Any] = {"dry": self.dry}
@@ -63,6 +64,24 @@ class Bench:
         self.build = Path(tempfile.mkdtemp(prefix="llmpack-gpu-"))
         self.models = ("dry",) if self.dry else ("7b", "13b", "34b", "70b")
         self.copy_bytes_per_s = 0.0
+        self.is_hip = False
+        self._is_over = threading.Lock()
+
+    def stop_in_time(self) -> None:
+        """Print what there is and leave at the deadline, whatever the device waits for."""
+
+        def leave() -> None:
+            self.row("the rest", "not run", f"{self.minutes:g} minutes are over")
+            self.failed += 1
+            os._exit(self.finish(self.path))
+
+        timer = threading.Timer(self.deadline - time.monotonic(), leave)
+        timer.daemon = True
+        timer.start()
+
+    @property
+    def provider(self) -> str:
+        return "ROCMExecutionProvider" if self.is_hip else "CUDAExecutionProvider"
 
     def part(self, name: str, work: Callable[[], None], needs_s: float = 0) -> None:
         """Run a part; an error is a row of the table and makes the exit code 1."""
@@ -83,7 +102,8 @@ class Bench:
         print(f"   {what:<44} {value:>14}  {note}", flush=True)
 
     def finish(self, path: Path) -> int:
-        self.results["rows"] = self.rows
+        self._is_over.acquire()  # once: the deadline's thread may come at the same moment
+        self.results |= {"rows": self.rows, "failed": self.failed}
         path.write_text(json.dumps(self.results, indent=1))
         print(f"\n{'':=<100}")
         for what, value, note in self.rows:
@@ -304,6 +324,7 @@ def end_to_end(bench: Bench, ort: MiniOrt, device: Device, name: str) -> None:
     blocks = prompt // 16 + 4
     step = model.step(box.feeds([ids], [prompt], blocks))
     prefill_s = device.seconds(step.run, 1 if bench.dry else 5)
+    prefill_graph_s = device.seconds(device.capture(step.run), 1 if bench.dry else 5)
     step.close()
     step = model.step(box.feeds([[5]], [prompt + 1], blocks))
     eager_s = device.seconds(step.run, 1 if bench.dry else 20)
@@ -317,7 +338,8 @@ def end_to_end(bench: Bench, ort: MiniOrt, device: Device, name: str) -> None:
     share = num_bytes / graph_s / bench.copy_bytes_per_s
     bench.results[f"model/{name}"] = {
         "weight_bytes": num_bytes,
-        "prefill_tokens_per_s": prompt / prefill_s,
+        "prefill_tokens_per_s_eager": prompt / prefill_s,
+        "prefill_tokens_per_s_graph": prompt / prefill_graph_s,
         "decode_tokens_per_s_eager": 1 / eager_s,
         "decode_tokens_per_s_graph": 1 / graph_s,
         "decode_share_of_copy_bandwidth": share,
@@ -327,21 +349,28 @@ def end_to_end(bench: Bench, ort: MiniOrt, device: Device, name: str) -> None:
         f"{1 / graph_s:.1f} tok/s",
         f"{share:.3f} of the bandwidth; launched one by one {1 / eager_s:.1f}",
     )
-    bench.row(f"model {name}: prefill {prompt}", f"{prompt / prefill_s:.0f} tok/s")
+    bench.row(
+        f"model {name}: prefill {prompt}, graph",
+        f"{prompt / prefill_graph_s:.0f} tok/s",
+        f"launched one by one {prompt / prefill_s:.0f}",
+    )
 
 
 def demo(bench: Bench, operators: Path, mini: Path) -> None:
     """The demo model, packed for this chip: its own example against the packager's float64 logits, in a process of its own."""
-    artifact = ROOT / "artifacts" / "demo-gpu"
+    artifact = bench.build / "demo" if bench.dry else ROOT / "artifacts" / "demo-gpu"
     if not (artifact / "manifest.json").exists():
         try:
+            from llmpack import kernels
             from llmpack.pack import Options, pack
         except ImportError as error:
             bench.row("demo model", "not run", f"no artifacts/demo-gpu, and it cannot be packed here: {error}")
             return
+        if bench.dry:
+            kernels.build = lambda specs, *_: {bench.chip: standin.kernels_of(specs, bench.chip)}
         pack(ROOT / "tests/checkpoints/demo", artifact, Options(targets=(bench.chip,)))
     done = subprocess.run(
-        [sys.executable, str(HERE / "demo_on_gpu.py"), str(artifact), str(operators), str(mini), bench.chip],
+        [sys.executable, *map(str, (HERE / "demo_on_gpu.py", artifact, operators, mini, bench.chip, int(bench.dry)))],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     if done.returncode != 0:
@@ -369,6 +398,7 @@ def two_ranks(bench: Bench, operators: Path, mini: Path, kernels: Path) -> None:
             "2",
             bench.models[0],
             str(int(bench.dry)),
+            str(int(bench.is_hip)),
         ]
         for rank in range(2)
     ]
@@ -391,12 +421,13 @@ def two_ranks(bench: Bench, operators: Path, mini: Path, kernels: Path) -> None:
     )
 
 
-def in_stand_in() -> None:
+def in_stand_in(chip: str) -> None:
     """Start again with the stand-in driver in the loader's path."""
     if "LLMPACK_STAND_IN" in os.environ:
         return
-    folder = standin.build(Path(tempfile.mkdtemp(prefix="llmpack-standin-")))
-    environment = {**standin.environment(folder, bytes=1 << 36), "LLMPACK_STAND_IN": str(folder)}
+    vendor = ("libamdhip64.so.7", "librccl.so.1") if chip.startswith("gfx") else ("libcuda.so.1", "libnccl.so.2")
+    folder = standin.build(Path(tempfile.mkdtemp(prefix="llmpack-standin-")), *vendor)
+    environment = {**standin.environment(folder, bytes=1 << 36, chip=chip), "LLMPACK_STAND_IN": str(folder)}
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
@@ -414,17 +445,24 @@ def main() -> int:
         print(kernels_for(bench))
         return 0
     if arguments.dry:
-        in_stand_in()
+        in_stand_in(arguments.chip or "sm_89")
     bench = Bench(arguments)
     path = build_operators(bench)
     operators = box.load_operators(path)
     from llmrun import device as placement
 
-    try:
-        version, gpus = placement.probe(operators, "cuda")
-    except Exception as error:
-        print(f"test-gpu: there is no GPU here, nothing was run: {error}")
+    missing = []
+    for provider in ("cuda", "rocm"):
+        try:
+            version, gpus = placement.probe(operators, provider)
+            break
+        except Exception as error:
+            missing.append(str(error))
+    else:
+        print(f"test-gpu: there is no GPU here, nothing was run: {'; '.join(missing)}")
         return 2
+    bench.is_hip = provider == "rocm"
+    bench.stop_in_time()
     bench.chip = arguments.chip or gpus[0].chip
     bench.row(
         gpus[0].name,
@@ -434,44 +472,45 @@ def main() -> int:
     bench.results["gpu"] = vars(gpus[0])
     mini = standin.build(bench.build, "libmini_ort.so") / "libmini_ort.so"
     kernels = kernels_for(bench)
-    driver = standin.serve_launches(all_specs(bench.models)) if bench.dry else None
+    driver = standin.serve_launches(all_specs(bench.models), is_hip=bench.is_hip) if bench.dry else None
     bench.part("two ranks", lambda: two_ranks(bench, path, mini, kernels))  # before this process holds memory
-    bench.part("demo", lambda: demo(bench, path, mini) if not bench.dry else None)
-    box.open_gpu(operators, kernels, max_sequences=8, max_rows=2048)
-    device, ort = Device(), MiniOrt(mini, path)
+    bench.part("demo", lambda: demo(bench, path, mini))
+    box.open_gpu(operators, kernels, vendor=int(bench.is_hip), max_sequences=8, max_rows=2048)
+    device, ort = Device(is_hip=bench.is_hip), MiniOrt(mini, path, bench.provider)
     bench.part("bandwidth", lambda: bandwidth(bench, device))
     bench.part("operators", lambda: check_operators(bench, ort, device), 20)
     bench.part("matrix-vector", lambda: matrix_vector(bench, ort, device), 60)
     bench.part("prefill", lambda: prefill(bench, ort, device), 60)
     for name in ("dry",) if bench.dry else ("7b", "13b", "70b"):
         bench.part(f"model {name}", lambda name=name: end_to_end(bench, ort, device, name), 60)
-    if not bench.dry:
-        bench.part("ONNX Runtime's own operators", lambda: baseline(bench), 60)
+    for name in ("dry",) if bench.dry else ("7b", "13b", "70b"):
+        bench.part(f"onnxruntime's own operators, {name}", lambda name=name: baseline(bench, name), 45)
     if driver is not None and driver.standin_violations():
         raise AssertionError(driver.standin_report().decode())
     return bench.finish(arguments.json)
 
 
-def baseline(bench: Bench) -> None:
-    """MatMulNBits and GroupQueryAttention of onnxruntime-gpu on the 7B shape."""
+def baseline(bench: Bench, name: str) -> None:
+    """onnxruntime's own 4-bit operators on the same shape, beside what ours have reached."""
     import onnxruntime
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        bench.row(
-            "onnxruntime's MatMulNBits + GQA",
-            "not run",
-            f"onnxruntime {onnxruntime.__version__} here has no CUDA provider",
-        )
+    provider = "CPUExecutionProvider" if bench.dry else bench.provider
+    if provider not in onnxruntime.get_available_providers():
+        note = f"onnxruntime {onnxruntime.__version__} here has no {provider}"
+        bench.row(f"onnxruntime {name}", "not run", note)
         return
-    from ort_baseline import decode_seconds_per_layer
+    import ort_baseline
 
-    seconds, layers = decode_seconds_per_layer("7b"), shapes.MODELS["7b"][2]
-    bench.results["onnxruntime/7b"] = {"decode_tokens_per_s": 1 / (seconds * layers)}
-    bench.row(
-        "onnxruntime's MatMulNBits + GQA, 7b decode",
-        f"{1 / (seconds * layers):.1f} tok/s",
-        "from 8 layers, without the head",
-    )
+    if bench.is_hip and not bench.dry:
+        bench.row(f"onnxruntime {name}", "not run", "its ROCm build has no GroupQueryAttention (ck_tile)")
+        return
+    own = bench.results.get(f"model/{name}", {})
+    found = ort_baseline.tokens_per_s(name, provider, repeats=2 if bench.dry else 30)
+    bench.results[f"onnxruntime/{name}"] = found
+    for what, number in found.items():
+        beside = f"ours {own[what] / number:.2f} times that" if own.get(what) else "ours was not run"
+        title = what.replace("_tokens_per_s_", ", ")
+        bench.row(f"onnxruntime {name}: {title}", f"{number:.1f} tok/s", f"{beside}; from a few of its layers")
 
 
 if __name__ == "__main__":

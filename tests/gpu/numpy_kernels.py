@@ -171,26 +171,37 @@ def attention_combine(p: Launch) -> None:
 
 
 def top_k_first(p: Launch) -> None:
-    vocab, k, chunk, rows = p["vocab_size"], p["k"], p["chunk"], p["grid"][1]
-    parts = -(-vocab // chunk)
-    logits = at(p["logits"], (rows, vocab), np.float32)
+    width, k, chunk, rows, known = p["in_features"], p["k"], p["chunk"], p["grid"][1], p["num_columns"]
+    parts = -(-width // chunk)
+    logits = at(p["logits"], (rows, width), np.float32)[:, :known]
     keys = at(p["keys"], (rows, parts, k), np.int64)
+    sums = at(p["sums"], (rows, parts), np.float32)
     keys[:] = np.iinfo(np.int64).min + 1
-    bits = logits.view(np.int32)
-    ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32 | (0x7FFFFFFF - np.arange(vocab))
+    bits = (logits + np.float32(0)).view(np.int32)
+    ids = p["first_id"] + np.arange(known)
+    ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32 | (0x7FFFFFFF - ids)
     for part in range(parts):
-        own = -np.sort(-ordered[:, part * chunk : (part + 1) * chunk], axis=1)[:, :k]
-        keys[:, part, : own.shape[1]] = own
+        own = slice(part * chunk, min((part + 1) * chunk, known))
+        best = -np.sort(-ordered[:, own], axis=1)[:, :k]
+        keys[:, part, : best.shape[1]] = best
+        sums[:, part] = np.exp(logits[:, own] - logits[:, own].max(axis=1, keepdims=True, initial=-np.inf)).sum(axis=1)
+        sums[~np.isfinite(logits[:, own]).all(axis=1), part] = np.nan
 
 
 def top_k_last(p: Launch) -> None:
-    vocab, k, chunk, rows = p["vocab_size"], p["k"], p["chunk"], p["grid"][0]
-    keys = at(p["keys"], (rows, -(-vocab // chunk) * k), np.int64)
-    best = -np.sort(-keys, axis=1)[:, :k]
-    bits = (best >> 32).astype(np.int32)
-    bits = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int32)
-    at(p["values"], (rows, k), np.float32)[:] = bits.view(np.float32)
-    at(p["ids"], (rows, k), np.int32)[:] = 0x7FFFFFFF - (best & 0x7FFFFFFF)
+    width, k, chunk, rows = p["in_features"], p["k"], p["chunk"], p["grid"][0]
+    parts = -(-width // chunk)
+    keys = at(p["keys"], (rows, parts, k), np.int64)
+    sums = at(p["sums"], (rows, parts), np.float32)
+    top = at(p["top"], (rows, k + 1), np.int64)
+    top[:, :k] = -np.sort(-keys.reshape(rows, -1), axis=1)[:, :k]
+    shares = np.where(sums == 0, 0, sums * np.exp(_logit(keys[:, :, 0]) - _logit(top[:, :1])))
+    top[:, k] = shares.sum(axis=1).astype(np.float32).view(np.int32)
+
+
+def _logit(keys: np.ndarray) -> np.ndarray:
+    bits = (keys >> 32).astype(np.int32)
+    return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int32).view(np.float32)
 
 
 def meet(p: Launch, own: np.ndarray) -> np.ndarray:
@@ -231,12 +242,6 @@ def all_reduce(p: Launch) -> None:
     at(p["y"], (rows, width), np.float16)[:] = half(total)
 
 
-def all_gather(p: Launch) -> None:
-    rows, width, n = p["grid"][0], p["in_features"], p["out_features"]
-    parts = meet(p, at(p["x"], (rows, width), np.float32))
-    at(p["y"], (rows, n), np.float32)[:] = reference.all_gather(list(parts), n)
-
-
 KERNELS: dict[str, Callable[[Launch], None]] = {
     **{f"matmul_{s}": (lambda p, s=s: matmul(s, p)) for s in ("f16", "q8", "q6", "q4")},
     **{f"embed_{s}": (lambda p, s=s: embed(s, p)) for s in ("f16", "q8", "q6")},
@@ -251,5 +256,4 @@ KERNELS: dict[str, Callable[[Launch], None]] = {
     "top_k_last": top_k_last,
     "all_reduce_add_rms_norm": all_reduce_add_rms_norm,
     "all_reduce": all_reduce,
-    "all_gather": all_gather,
 }

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from llmpack.kernel_plan import KernelSpec, plan_kernels
+from llmpack.kernel_plan import TOP_K, KernelSpec, plan_kernels
 from llmpack.weights import Quantization, RankWeight, heads_per_rank, plan_rank
 from llmrun.manifest import OPS_DOMAIN, ModelConfig
 
-BLOCK_SIZE, TOP_K = 16, 64
+BLOCK_SIZE = 16
 # hidden_size, intermediate_size, layers, heads, kv heads, head_dim, vocabulary
 MODELS = {
     "7b": (4096, 11008, 32, 32, 32, 128, 32000),
@@ -86,7 +86,7 @@ def write_graph(config: ModelConfig, path: Path) -> None:
         infos.extend(
             helper.make_tensor_value_info(o, kind, [rows, width])
             for o, kind, width in outputs
-            if o not in ("logits", "top_values", "top_ids")
+            if o not in ("logits", "top")
         )
         return outputs[0][0]
 
@@ -186,16 +186,9 @@ def write_graph(config: ModelConfig, path: Path) -> None:
         "Gather", [y, "logit_rows"], ("chosen", half, hidden), rows="R", domain="", name="/model/logit_rows", axis=0
     )
     product("lm_head", chosen, "logits", "R", "F32")
-    add(
-        "TopK",
-        ["logits"],
-        ("top_values", full, TOP_K),
-        ("top_ids", TensorProto.INT32, TOP_K),
-        rows="R",
-        vocab_size=config.vocab_size,
-        k=TOP_K,
-    )
-    results = (("logits", full, config.vocab_size), ("top_values", full, TOP_K), ("top_ids", TensorProto.INT32, TOP_K))
+    attributes = {"in_features": config.vocab_size, "k": TOP_K, "first_id": 0, "vocab_size": config.vocab_size}
+    add("TopK", ["logits"], ("top", TensorProto.INT64, TOP_K + 1), rows="R", **attributes)
+    results = (("logits", full, config.vocab_size), ("top", TensorProto.INT64, TOP_K + 1))
     outputs = [helper.make_tensor_value_info(name, kind, ["R", width]) for name, kind, width in results]
     for w in weights.values():
         for item in w.initializers:

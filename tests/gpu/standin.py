@@ -62,7 +62,13 @@ def run(
 def write_kernels(
     path: Path, specs: list[KernelSpec], arch: str = "sm_89", shared_bytes: int = 0, **changes: Any
 ) -> None:
-    """Write a kernel file with the plan's records, and code that is the function's name."""
+    """Write such a kernel file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(to_bytes(kernels_of(specs, arch, shared_bytes, **changes)))
+
+
+def kernels_of(specs: list[KernelSpec], arch: str, shared_bytes: int = 0, **changes: Any) -> KernelFile:
+    """Return a kernel file with the plan's records, and code that is the function's name."""
     backend, kind = ("hip", "hsaco") if arch.startswith("gfx") else ("cuda", "cubin")
     warp_size = 64 if arch.startswith("gfx9") else 32
     kernels = []
@@ -81,8 +87,7 @@ def write_kernels(
                 **changes,
             )
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_bytes(KernelFile(backend, arch, kind, warp_size, tuple(kernels))))
+    return KernelFile(backend, arch, kind, warp_size, tuple(kernels))
 
 
 def _parameter(name: str, kind: str) -> Parameter:

@@ -9,13 +9,16 @@
 //
 // Device addresses are host addresses with bit 62 set: code that follows one on the host crashes at once.
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 #ifdef STANDIN_HIP
 #    define NAME(cuda, hip) hip
@@ -265,12 +268,59 @@ EXPORT int NAME(cuMemAlloc_v2, hipMalloc)(Pointer* memory, size_t bytes) {
     QUIET_NEEDED;
     if (bytes == 0) return wrong(INVALID_VALUE, "an allocation of 0 bytes");
     if (used_bytes[current->device] + bytes > device_bytes()) return OUT_OF_MEMORY;
-    char* begin = aligned_alloc(256, (bytes + 511) / 256 * 256);
+    const size_t unit = bytes < 4096 ? 256 : 4096;  // whole pages can be shared with another process
+    char* begin = aligned_alloc(unit, (bytes + 2 * unit - 1) / unit * unit);
     memset(begin, 0xFF, bytes);  // NaN in every float type: reading what nobody wrote shows
     remember(begin, bytes, 0);
     used_bytes[current->device] += bytes;
     counts[ALLOCATIONS]++;
     *memory = (Pointer)begin | TAG;
+    return OK;
+}
+#ifdef STANDIN_HIP
+EXPORT int hipExtMallocWithFlags(Pointer* memory, size_t bytes, unsigned flags) {
+    return flags == 3 ? hipMalloc(memory, bytes) : wrong(INVALID_VALUE, "memory with flags %u", flags);
+}
+#endif
+typedef struct { int pid, file, device, reserved; size_t bytes; char rest[40]; } Handle;
+// Moves an allocation to a file without a name, where it is for every process that opens the handle.
+EXPORT int NAME(cuIpcGetMemHandle, hipIpcGetMemHandle)(Handle* handle, Pointer memory) {
+    CONTEXT_NEEDED;
+    QUIET_NEEDED;
+    Memory* m = memory_of(memory);
+    if (m == NULL || m->begin != HOST(memory) || m->bytes < 4096) return wrong(INVALID_VALUE, "a handle of no allocation");
+    const size_t bytes = (m->bytes + 4095) / 4096 * 4096;
+    const int file = memfd_create("stand-in", 0);
+    if (file < 0 || ftruncate(file, (off_t)bytes) != 0 || pwrite(file, m->begin, m->bytes, 0) != (ssize_t)m->bytes) return 999;
+    mmap(m->begin, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0);
+    memset(handle, 0, sizeof(*handle));
+    *handle = (Handle){getpid(), file, m->device, 0, bytes, {0}};
+    return OK;
+}
+EXPORT int NAME(cuIpcOpenMemHandle_v2, hipIpcOpenMemHandle)(Pointer* memory, Handle handle, unsigned flags) {
+    CONTEXT_NEEDED;
+    QUIET_NEEDED;
+    const int peer = atoi(setting("STANDIN_PEER", "0"));
+    if (flags != 1) return wrong(INVALID_VALUE, "memory opened with flags %u", flags);
+    if (peer < 2) return 217;
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/fd/%d", handle.pid, handle.file);
+    const int file = open(path, O_RDWR);
+    if (file < 0) return wrong(INVALID_VALUE, "a handle of nobody's");
+    // 3: opened, but what the other writes is not seen
+    char* begin = mmap(NULL, handle.bytes, PROT_READ | PROT_WRITE, peer == 3 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED,
+                       peer == 3 ? -1 : file, 0);
+    close(file);
+    remember(begin, handle.bytes, 2);
+    *memory = (Pointer)begin | TAG;
+    return OK;
+}
+EXPORT int NAME(cuIpcCloseMemHandle, hipIpcCloseMemHandle)(Pointer memory) {
+    CONTEXT_NEEDED;
+    Memory* m = memory_of(memory);
+    if (m == NULL || m->begin != HOST(memory) || m->is_registered != 2) return wrong(INVALID_VALUE, "closing what is not open");
+    m->is_live = 0;
+    munmap(m->begin, m->bytes);
     return OK;
 }
 EXPORT int NAME(cuMemFree_v2, hipFree)(Pointer memory) {

@@ -68,9 +68,5 @@ EXPORT int ncclAllReduce(const void* x, void* y, size_t n, int type, int operati
     free(all);
     return code;
 }
-EXPORT int ncclAllGather(const void* x, void* y, size_t n, int type, Communicator* c, void* stream) {
-    const size_t width = type == 1 ? 1 : type == 6 ? 2 : 4;
-    return stream == NULL ? 4 : exchange(c, HOST(x), HOST(y), n * width);
-}
 EXPORT int ncclCommAbort(Communicator* c) { return free(c), 0; }
 EXPORT int ncclCommDestroy(Communicator* c) { return free(c), 0; }

@@ -14,9 +14,10 @@ PROGRAM = Path(__file__).parent / "hardware.py"
 
 
 @pytest.mark.slow
-def test_the_program_runs_dry(tmp_path):
+@pytest.mark.parametrize("chip", ["sm_89", pytest.param("gfx1100", marks=pytest.mark.extended)])
+def test_the_program_runs_dry(chip, tmp_path):
     path = tmp_path / "results.json"
-    command = [sys.executable, str(PROGRAM), "--dry", "--json", str(path)]
+    command = [sys.executable, str(PROGRAM), "--dry", "--chip", chip, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(path.read_text())
@@ -25,7 +26,10 @@ def test_the_program_runs_dry(tmp_path):
     assert {name for name in rows if name.startswith("operators")} == {
         f"operators: {name}" for name in ("products", "norms", "swiglu", "embeddings", "attention", "top_k")
     }
-    assert "model dry: decode, graph" in rows
+    assert {"model dry: decode, graph", "model dry: prefill 16, graph"} <= set(rows)
+    assert float(rows["demo model against float64"]) < 1e-2
+    assert {"onnxruntime dry: decode, eager", "onnxruntime dry: prefill, eager"} <= set(rows)
+    assert results["failed"] == 0
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
@@ -38,8 +42,30 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert line.startswith("test-gpu: there is no GPU here, nothing was run: no NVIDIA driver")
 
 
-def test_the_baseline_graph_runs():
-    """On the CPU, with the tiny shape: the graph is right, its speed says nothing."""
-    from ort_baseline import decode_seconds_per_layer
+def test_the_deadline_is_kept_whatever_hangs(tmp_path):
+    """The table and the results of what was done are there all the same."""
+    code = """
+import sys, time, argparse, pathlib
+sys.path.insert(0, sys.argv[1])
+import hardware
+bench = hardware.Bench(argparse.Namespace(dry=True, chip="", minutes=0.01, json=pathlib.Path(sys.argv[2])))
+bench.stop_in_time()
+bench.row("first", "1")
+bench.part("second", lambda: time.sleep(100))"""
+    command = [sys.executable, "-c", code, str(PROGRAM.parent), str(tmp_path / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "0.01 minutes are over" in done.stdout
+    assert [row[0] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == ["first", "the rest"]
 
-    assert 0 < decode_seconds_per_layer("dry", "CPUExecutionProvider", layers=2, repeats=2) < 10
+
+def test_the_baseline_fits_a_file_of_protobuf():
+    import ort_baseline
+    import shapes
+
+    for name in ("7b", "13b", "34b", "70b"):
+        hidden, vocabulary = shapes.MODELS[name][0], shapes.MODELS[name][6]
+        layer = sum(n * k for n, k in shapes.products(name, 1).values())
+        layers = ort_baseline.most_layers(name)
+        assert layers >= 2
+        assert (layers * layer + hidden * vocabulary) * (0.5 + 2 / ort_baseline.BLOCK) < 2e9

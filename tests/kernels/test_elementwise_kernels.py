@@ -9,6 +9,7 @@ from interpreter import launch
 from llmpack import kernel_plan
 from llmpack.kernel_plan import KernelSpec
 from llmpack_ops import reference
+from llmrun.rows import merge_candidates
 
 HALF_ROUNDING = 2.0**-11  # of a result to float16
 FLOAT_SUM = 1e-6  # a few float32 roundings, relative to the result
@@ -66,32 +67,58 @@ def test_swiglu_of_every_size_of_gate_saturates() -> None:
     assert_half(y, exact)
 
 
-def largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    rows, vocab_size = logits.shape
-    first, last = [s for s in kernel_plan.sampling(vocab_size) if s.constants["k"] == k]
-    parts = -(-vocab_size // first.constants["chunk"])
-    keys = np.zeros((rows, parts, k), np.int64)
-    values, ids = np.zeros((rows, k), np.float32), np.zeros((rows, k), np.int32)
-    launch(first, logits=logits, keys=keys)
-    launch(last, keys=keys, values=values, ids=ids)
-    return values, ids
+def likeliest(logits: np.ndarray, first_id: int = 0, known: int | None = None) -> np.ndarray:
+    """Return the record of `top_k_last` for one rank's columns, of which `known` are tokens."""
+    rows, columns = logits.shape
+    first, last = kernel_plan.sampling(columns)
+    parts = -(-columns // first.constants["chunk"])
+    keys, sums = np.zeros((rows, parts, kernel_plan.TOP_K), np.int64), np.zeros((rows, parts), np.float32)
+    top = np.zeros((rows, kernel_plan.TOP_K + 1), np.int64)
+    launch(
+        first, logits=logits, keys=keys, sums=sums, first_id=first_id, num_columns=columns if known is None else known
+    )
+    launch(last, keys=keys, sums=sums, top=top)
+    return top
 
 
-@pytest.mark.parametrize("k", kernel_plan.TOP_K)
-@pytest.mark.parametrize("vocab_size", [64, 2048, 2100], ids=["one_chunk", "full_chunk", "odd_tail"])
-def test_the_largest_logits_in_order(k: int, vocab_size: int) -> None:
-    logits = (np.random.default_rng(vocab_size).standard_normal((1 + (k == 1), vocab_size)) * 10).astype(np.float32)
-    values, ids = largest(logits, k)
-    expected = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(ids, expected)
-    np.testing.assert_array_equal(values, np.take_along_axis(logits, expected, 1))
+@pytest.mark.parametrize("columns", [64, 2048, 2100], ids=["one_chunk", "full_chunk", "odd_tail"])
+def test_the_likeliest_tokens_in_order(columns: int) -> None:
+    logits = (np.random.default_rng(columns).standard_normal((2, columns)) * 10).astype(np.float32)
+    found = merge_candidates([likeliest(logits)], columns)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, : kernel_plan.TOP_K]
+    np.testing.assert_array_equal(found.ids, expected)
+    np.testing.assert_array_equal(found.logits, np.take_along_axis(logits, expected, 1))
+    exact = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    np.testing.assert_allclose(found.weight_sums, exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize("k", kernel_plan.TOP_K)
-def test_equal_logits_come_in_order_of_ids(k: int) -> None:
+def test_equal_logits_come_in_order_of_ids() -> None:
     logits = np.zeros((1, 2100), np.float32)
     logits[0, ::2] = -0.0
-    logits[0, 2090] = np.inf
-    logits[0, :3] = -np.inf
-    _, ids = largest(logits, k)
-    np.testing.assert_array_equal(ids[0], [2090, *range(3, 2 + k)][:k])
+    logits[0, 2090] = 5
+    logits[0, :3] = -1
+    found = merge_candidates([likeliest(logits)], 2100)
+    np.testing.assert_array_equal(found.ids[0], [2090, *range(3, 2 + kernel_plan.TOP_K)])
+
+
+def test_two_ranks_find_what_one_finds() -> None:
+    """101 tokens over columns of 51: the last one of the second rank is none, whatever stands there."""
+    logits = np.round(np.random.default_rng(1).standard_normal((3, 102)) * 4).astype(np.float32)  # many are equal
+    logits[:, 101] = 99
+    records = [likeliest(np.ascontiguousarray(logits[:, :51])), likeliest(np.ascontiguousarray(logits[:, 51:]), 51, 50)]
+    one, two = merge_candidates([likeliest(logits, 0, 101)], 101), merge_candidates(records, 101)
+    np.testing.assert_array_equal(two.ids, np.argsort(-logits[:, :101], axis=1, kind="stable")[:, : kernel_plan.TOP_K])
+    np.testing.assert_array_equal(one.ids, two.ids)
+    np.testing.assert_array_equal(one.logits, two.logits)
+    np.testing.assert_allclose(one.weight_sums, two.weight_sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.nan, -np.float32(np.nan), np.inf, -np.inf], ids=["nan", "minus_nan", "inf", "minus_inf"]
+)
+def test_what_is_not_finite_shows_in_the_sum_of_its_row_alone(bad: float) -> None:
+    logits = np.zeros((3, 70), np.float32)
+    logits[1, 66] = bad
+    for records in ([likeliest(logits)], [likeliest(np.ascontiguousarray(logits[:, i : i + 35]), i) for i in (0, 35)]):
+        sums = merge_candidates(records, 70).weight_sums
+        np.testing.assert_array_equal(np.isnan(sums), [False, True, False])

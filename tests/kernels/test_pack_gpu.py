@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from llmpack import kernel_file, kernel_plan
+from llmpack import kernel_file, kernel_plan, kernels
 from llmpack.pack import Options, pack
 from llmrun.artifact import open_artifact
+from models import DEMO
 
 
 @pytest.fixture
 def few_variants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fewer variants of each operation: all of them are compiled by test_compile.py."""
     monkeypatch.setattr(kernel_plan, "ROWS", (4,))
-    monkeypatch.setattr(kernel_plan, "TOP_K", (1,))
     monkeypatch.setenv("LLMPACK_CACHE", str(tmp_path / "cache"))
 
 
@@ -49,6 +49,31 @@ def test_an_artifact_with_gpu_code(tmp_path: Path, tiny_checkpoint: Path, few_va
     command = [sys.executable, "-m", "llmrun", "verify", "--deep", str(tmp_path / "a")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.extended
+def test_the_demo_for_every_target_runs_on_the_cpu_and_lists_what_it_holds(tmp_path: Path, monkeypatch) -> None:
+    """Minutes of compilers the first time; then from .build."""
+    monkeypatch.setenv("LLMPACK_CACHE", str(Path(__file__).parents[2] / ".build/kernel-cache"))
+    pack(DEMO, tmp_path / "a", Options(scheme="q4", targets=("all",)))
+    manifest = open_artifact(tmp_path / "a").manifest
+    assert manifest.targets == ("cpu", *kernels.GPU_TARGETS)
+    assert set(manifest.kernels) == {*kernels.GPU_TARGETS, kernels.PTX_TARGET}
+    for target, path in manifest.kernels.items():
+        file = kernel_file.from_bytes((tmp_path / "a" / path).read_bytes(), path)
+        assert len(file.kernels) == len({(k.op, *sorted(k.constants.items())) for k in file.kernels}) > 30, target
+        assert all(k.spill_bytes == 0 for k in file.kernels), target
+
+    def llmrun(*arguments: object) -> str:
+        command = [sys.executable, "-m", "llmrun", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shown = json.loads(llmrun("show", tmp_path / "a", "--json"))
+    assert (shown["targets"], set(shown["kernels"])) == (["cpu", *kernels.GPU_TARGETS], set(manifest.kernels))
+    answer = json.loads(llmrun("generate", tmp_path / "a", "-p", "The king", "-n", 5, "--ignore-eos", "--json"))
+    assert len(answer["ids"]) == 5
 
 
 def test_a_cpu_artifact_says_nothing_of_kernels(tmp_path: Path, tiny_checkpoint: Path) -> None:

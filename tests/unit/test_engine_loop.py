@@ -173,9 +173,9 @@ def test_a_numeric_error_ends_its_request_only(packed_tiny: Packed, monkeypatch:
         run = engine.core._job.run
 
         def spoil(plan: Any) -> Any:
-            logits = run(plan)
-            logits[: int(plan.input_ids[0] == 5)] = float("nan")
-            return logits
+            rows = run(plan)
+            rows.logits[: int(plan.input_ids[0] == 5)] = float("nan")
+            return rows
 
         monkeypatch.setattr(engine.core._job, "run", spoil)
         bad = loop.submit([5], on_event=lambda _: None, **SHORT)

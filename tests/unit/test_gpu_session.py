@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from llmrun.device import Gpu, Placement
+from llmrun.errors import IncompatibleError
 from llmrun.gpu_session import GpuSession
 from llmrun.manifest import KvCacheSpec
 from llmrun.step_plan import FIELDS, StepPlan
 
 SPEC = KvCacheSpec("float16", 16, 1, 2, 8)
-VOCABULARY = 10
+VOCABULARY, K = 10, 4
 
 
 class Value:
     def __init__(self, shape, dtype):
-        self.array, self.updates = np.zeros(shape, dtype), 0
+        self.array, self.updates, self.reads = np.zeros(shape, dtype), 0, 0
 
     def update_inplace(self, array):
         assert array.shape == self.array.shape
@@ -27,6 +28,7 @@ class Value:
         self.updates += 1
 
     def numpy(self):
+        self.reads += 1
         return self.array.copy()
 
 
@@ -53,6 +55,10 @@ class Options(SimpleNamespace):
 
 
 class Session:
+    """Gives a row of 1, 2, 3, ... each run, and a record of two candidates that its id 1 is the likeliest: 5.0 and then 4.0."""
+
+    columns = VOCABULARY
+
     def __init__(self, _graph, _options, providers):
         self.providers, self.runs = providers, []
 
@@ -63,10 +69,7 @@ class Session:
         ]
 
     def get_outputs(self):
-        return [
-            SimpleNamespace(name=n, shape=["R", w])
-            for n, w in (("logits", VOCABULARY), ("top_values", 4), ("top_ids", 4))
-        ]
+        return [SimpleNamespace(name=n, shape=["R", w]) for n, w in (("logits", self.columns), ("top", K + 1))]
 
     def io_binding(self):
         return Binding()
@@ -74,6 +77,9 @@ class Session:
     def run_with_iobinding(self, binding, options):
         self.runs.append((binding, options.gpu_graph_id))
         binding.outputs["logits"].array[:] = len(self.runs)
+        five, four = (int(np.float32(v).view(np.int32)) << 32 for v in (5, 4))
+        keys = [five | 0x7FFFFFFF - 1, four | 0x7FFFFFFF - 2, 1, 0]
+        binding.outputs["top"].array[:] = [*keys, int(np.float32(1.5).view(np.int32))]
 
 
 @pytest.fixture
@@ -88,17 +94,19 @@ def make(monkeypatch):
     )
     monkeypatch.setattr("llmrun.gpu_session.import_onnxruntime", lambda: ort)
 
-    def make(provider="cuda", gives_logits=True):
+    def make(provider="cuda", **options):
         placement = Placement(provider, Gpu(1, "RTX", "sm_89", "", 1, 0, 0), "sm_89")
         return GpuSession("g", "l", SPEC, placement, num_blocks=8, vocab_size=VOCABULARY, max_seq_len=64,
-                          gives_logits=gives_logits, captures=True)  # type: ignore[arg-type]  # fmt: skip
+                          captures=True, **options)  # type: ignore[arg-type]  # fmt: skip
 
     return make
 
 
-def decode(token, length, blocks):
+def decode(token, length, blocks, *, whole_rows=True):
     numbers = ([token], [length - 1], [length - 1], [0, 1], [length], [blocks], [0])
-    return StepPlan(**{name: np.array(n, np.int32) for name, n in zip(FIELDS, numbers, strict=True)})
+    return StepPlan(
+        **{name: np.array(n, np.int32) for name, n in zip(FIELDS, numbers, strict=True)}, whole_rows=whole_rows
+    )
 
 
 def test_decode_steps_share_a_graph_as_sequences_grow(make):
@@ -127,9 +135,42 @@ def test_prompts_run_eagerly_over_the_same_cache(make):
     assert first.inputs["block_table"].array.shape == (1, 1)
 
 
-def test_only_rank_0_takes_logits_back(make):
-    assert (make().run(decode(3, 5, [2])) == 1).all()
-    assert (make(gives_logits=False).run(decode(3, 5, [2])) == 0).all()
+def test_whole_rows_come_when_the_plan_asks_for_them(make):
+    session = make()
+    for whole_rows in (False, True):
+        rows = session.run(decode(3, 5, [2], whole_rows=whole_rows))
+        assert rows.likeliest.ids[0, :2].tolist() == [1, 2]
+        assert rows.likeliest.logits[0, :2].tolist() == [5.0, 4.0]
+        assert (rows.whole is not None) == whole_rows
+    assert rows.logits.tolist() == [[2.0] * VOCABULARY]
+    logits = session._session.runs[0][0].outputs["logits"]
+    assert logits.reads == 1, "whole rows were copied to the host without need"
+
+
+def test_rank_0_joins_what_the_ranks_have(make, monkeypatch):
+    monkeypatch.setattr(Session, "columns", 4)  # of 10 tokens over 3 ranks
+    sent = []
+
+    def gather(values):
+        sent.append(values)
+        return [values, values + (values.dtype == np.float32), values]
+
+    rows = make(size=3, gather=gather).run(decode(3, 5, [2]))
+    assert rows.logits.tolist() == [[1.0] * 4 + [2.0] * 4 + [1.0] * 2]
+    assert rows.likeliest.weight_sums.tolist() == [4.5]
+    assert [values.dtype.name for values in sent] == ["int64", "float32"]
+
+
+def test_other_ranks_send_and_keep_nothing(make, monkeypatch):
+    monkeypatch.setattr(Session, "columns", 5)
+    rows = make(size=2, gather=lambda values: None).run(decode(3, 5, [2]))
+    assert (rows.whole, rows.likeliest) == (None, None)
+
+
+def test_a_graph_with_other_columns_is_refused(make, monkeypatch):
+    monkeypatch.setattr(Session, "columns", 7)
+    with pytest.raises(IncompatibleError, match="it belongs to another model"):
+        make(size=2)
 
 
 def test_rocm_asks_for_its_own_graphs(make):

@@ -1,0 +1,90 @@
+"""`llmrun --provider cuda` from the command line to the launches, on one and on two stand-in GPUs, against the CPU.
+
+The model, kernels computed by numpy and float16 between the operators, must say what the CPU says; and what a step takes
+back from a GPU must be the likeliest tokens, or the whole rows where a request needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standin
+
+from llmpack import kernels
+from llmpack.pack import Options, pack
+from llmrun import launcher
+from models import DEMO
+
+PROMPT = "In the evening the prince"
+NUM_TOKENS, VOCABULARY, RECORD_BYTES = 10, json.loads((DEMO / "config.json").read_text())["vocab_size"], 8 * 65
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The demo model with code that is a name."""
+
+    def build(specs: Any, targets: Any, *_: Any) -> dict[str, Any]:
+        return {target: standin.kernels_of(specs, target) for target in targets if target != "cpu"}
+
+    folder = tmp_path_factory.mktemp("for-standins")
+
+    def get(shards: int) -> Path:
+        target = folder / f"tp{shards}"
+        if not target.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernels, "build", build)
+                patch.setattr(kernels, "check_compiler", lambda: "none")
+                pack(DEMO, target, Options(shards=shards, targets=("sm_89", "gfx1100")))
+        return target
+
+    return get
+
+
+@pytest.fixture
+def generate(artifact, standins: Path, tmp_path: Path):
+    def generate(shards: int, provider: str, *arguments: object) -> tuple[dict[str, Any], list[dict[str, int]]]:
+        environment = standin.environment(standins, devices=shards)
+        steps = tmp_path / "steps"
+        steps.write_text("")
+        if provider != "cpu":
+            environment["PYTHONPATH"] = f"{standin.HERE / 'standin_ort'}:{environment['PYTHONPATH']}"
+            environment |= {"LLMPACK_MINI_ORT": str(standins / "libmini_ort.so"), "LLMPACK_STEPS": str(steps)}
+        options = ["-p", PROMPT, "-n", NUM_TOKENS, "--ignore-eos", "--json", "--provider", provider, *arguments]
+        command = [sys.executable, "-m", "llmrun", "generate", artifact(shards), *options]
+        if shards > 1:
+            path, family = launcher.find_mpirun()
+            command = [path, *launcher.mpirun_options(family, shards), *command]
+        done = subprocess.run(
+            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), [json.loads(line) for line in steps.read_text().splitlines()]
+
+    return generate
+
+
+GREEDY = ("--temperature", 0)
+PENALTY = (*GREEDY, "--repeat-penalty", 1.2)
+
+
+@pytest.mark.parametrize(
+    ("shards", "options"),
+    [(1, GREEDY), pytest.param(2, GREEDY, marks=pytest.mark.mpi), pytest.param(2, PENALTY, marks=pytest.mark.mpi)],
+    ids=["one_gpu", "two_gpus", "two_gpus_whole_rows"],
+)
+def test_gpus_say_what_the_cpu_says(shards: int, options: tuple, generate) -> None:
+    expected, _ = generate(shards, "cpu", *options)
+    found, steps = generate(shards, "cuda", *options)
+    assert found["ids"] == expected["ids"]
+    assert len(steps) == NUM_TOKENS * shards
+    assert [step["graph"] for step in steps].count("1") == (NUM_TOKENS - 1) * shards, "decode steps are one graph"
+    # `taken` is counted up to the step before.
+    columns = -(-VOCABULARY // shards)
+    needs_rows = "--repeat-penalty" in options
+    assert max(step["taken"] for step in steps) == (NUM_TOKENS - 1) * (RECORD_BYTES + needs_rows * 4 * columns)
