@@ -177,24 +177,48 @@ LLMPACK_INLINE void transpose_keys(const uint16_t* cache, const int64_t* slots, 
 }
 #endif
 
+// Keys or values that are read next, [count] positions of one head. They are asked for one position at a time
+// between pieces of arithmetic: a core can wait for 10 to 16 lines at once, and would stand still for the
+// rest of a stretch's 64 or more. Into the second-level cache: rows of one head lie a few hundred bytes
+// apart, so that a stretch of them falls into few sets of the first level and would push itself out.
+template <class Cached>
+struct Ahead {
+    const Cached* head;
+    const int64_t* slots;
+    int64_t count;
+
+    // Asks for columns [j, j + columns) of position i, if there is such a position.
+    LLMPACK_INLINE void ask(int64_t i, int64_t j, int64_t columns) const {
+        constexpr int64_t kLine = 64 / sizeof(Cached);
+        if (i >= count) return;
+        for (const int64_t end = j + columns; j < end; j += kLine) {
+            __builtin_prefetch(head + slots[i] + j, 0, 2);
+        }
+    }
+};
+
 // Scores of n rows with a stretch of keys, into weights.
 template <int n>
 struct Scores {
-    template <class Key>
-    static LLMPACK_INLINE void run(Rows<Key>& rows, int64_t row) {
+    template <class Key, class Cached>
+    static LLMPACK_INLINE void run(Rows<Key>& rows, int64_t row, const Ahead<Cached>& ahead) {
         const float* q = rows.q + row * rows.padded;
         for (int64_t first = 0; first < kStretch; first += 16 * kVectors) {
             F32x16 dot[n][kVectors];
             LLMPACK_UNROLL_16 for (int r = 0; r < n; r++) {
                 LLMPACK_UNROLL_16 for (int v = 0; v < kVectors; v++) dot[r][v] = zero();
             }
-            for (int64_t j = 0; j < rows.D; j++) {
-                F32x16 key[kVectors];
-                LLMPACK_UNROLL_16 for (int v = 0; v < kVectors; v++) key[v] =
-                    load_cached(rows.keys + j * kStretch + first + 16 * v);
-                LLMPACK_UNROLL_16 for (int r = 0; r < n; r++) {
-                    LLMPACK_UNROLL_16 for (int v = 0; v < kVectors; v++) {
-                        dot[r][v] = fma(key[v], set1(q[r * rows.padded + j]), dot[r][v]);
+            for (int64_t i = 0; i < kStretch; i++) {  // as many pieces as there are positions to ask for
+                if (first == 0) ahead.ask(i, 0, rows.D);
+                const int64_t end = (i + 1) * rows.D / kStretch;
+                for (int64_t j = i * rows.D / kStretch; j < end; j++) {
+                    F32x16 key[kVectors];
+                    LLMPACK_UNROLL_16 for (int v = 0; v < kVectors; v++) key[v] =
+                        load_cached(rows.keys + j * kStretch + first + 16 * v);
+                    LLMPACK_UNROLL_16 for (int r = 0; r < n; r++) {
+                        LLMPACK_UNROLL_16 for (int v = 0; v < kVectors; v++) {
+                            dot[r][v] = fma(key[v], set1(q[r * rows.padded + j]), dot[r][v]);
+                        }
                     }
                 }
             }
@@ -243,7 +267,7 @@ LLMPACK_INLINE void softmax_step(Rows<Key>& rows, int64_t row, int64_t count) {
 // the last may end beyond D.
 template <int n, int vectors, class Cached, class Key>
 LLMPACK_INLINE void add_columns(const Cached* cache, const int64_t* slots, int64_t begin, int64_t end,
-                                Rows<Key>& rows, int64_t row, int64_t j) {
+                                Rows<Key>& rows, int64_t row, int64_t j, const Ahead<Cached>& ahead) {
     float* out = rows.out + row * rows.padded + j;
     const float* weights = rows.weights + row * kStretch;
     F32x16 sum[n][vectors];
@@ -259,6 +283,7 @@ LLMPACK_INLINE void add_columns(const Cached* cache, const int64_t* slots, int64
     F32x16 value[vectors];
     if (j + 16 * vectors <= rows.D) {
         for (int64_t i = begin; i < end; i++) {
+            ahead.ask(i, j, 16 * vectors);
             const Cached* p = cache + slots[i] + j;
             LLMPACK_UNROLL_16 for (int v = 0; v < vectors; v++) value[v] = load_cached(p + 16 * v);
             add(i, value);
@@ -283,17 +308,17 @@ struct Values {
     struct Add {
         template <class Key>
         static LLMPACK_INLINE void run(const Cached* cache, const int64_t* slots, int64_t begin, int64_t end,
-                                       Rows<Key>& rows, int64_t row) {
+                                       Rows<Key>& rows, int64_t row, const Ahead<Cached>& ahead) {
             // A sum is a chain of additions: few rows take more columns at once, to hide their latency.
             constexpr int kWide = kVectors * (n == 1 ? 4 : n == 2 ? 2 : 1);
             int64_t j = 0;
             for (; j + 16 * kWide <= rows.padded; j += 16 * kWide) {
-                add_columns<n, kWide>(cache, slots, begin, end, rows, row, j);
+                add_columns<n, kWide>(cache, slots, begin, end, rows, row, j, ahead);
             }
             for (; j + 16 * kVectors <= rows.padded; j += 16 * kVectors) {
-                add_columns<n, kVectors>(cache, slots, begin, end, rows, row, j);
+                add_columns<n, kVectors>(cache, slots, begin, end, rows, row, j, ahead);
             }
-            for (; j < rows.padded; j += 16) add_columns<n, 1>(cache, slots, begin, end, rows, row, j);
+            for (; j < rows.padded; j += 16) add_columns<n, 1>(cache, slots, begin, end, rows, row, j, ahead);
         }
     };
 };
@@ -309,17 +334,6 @@ LLMPACK_INLINE void find_slots(const PagedAttention& args, const int32_t* blocks
             offset = 0;
             block++;
         }
-    }
-}
-
-// Asks for keys or values of a stretch that is read next. Into the second-level cache: rows of one head lie a
-// few hundred bytes apart, so that a stretch of them falls into few sets of the first level and would push
-// itself out.
-template <class Cached>
-LLMPACK_INLINE void prefetch_heads(const Cached* cache, const int64_t* slots, int64_t count, int64_t D) {
-    constexpr int64_t kLine = 64 / sizeof(Cached);
-    for (int64_t i = 0; i < count; i++) {
-        for (int64_t j = 0; j < D; j += kLine) __builtin_prefetch(cache + slots[i] + j, 0, 2);
     }
 }
 
@@ -373,25 +387,25 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
             const bool last_head = g + 1 == kv_heads;
             const int64_t* ahead = last_head ? next : here;
             const int64_t ahead_offset = last_head ? 0 : (g + 1) * D;
-            int64_t to_prefetch = last_head ? next_count : count;
+            int64_t to_ask = last_head ? next_count : count;
             int64_t row = first_row + (start < first_length ? 0 : (start - first_length + 1) * heads);
             for (; row < end_row; row += kRowsTogether) {
                 const int64_t together = min(kRowsTogether, end_row - row);
-                with_count<kRowsTogether, Scores>(together, rows, row);
-                // Between pieces of arithmetic: the loads of this stretch do not wait behind those of the
-                // next.
-                prefetch_heads(keys + ahead_offset, ahead, to_prefetch, D);
+                const Ahead<Cached> next_keys{keys + ahead_offset, ahead, to_ask};
+                const Ahead<Cached> next_values{values + ahead_offset, ahead, to_ask};
+                const Ahead<Cached> nothing{nullptr, nullptr, 0};
+                to_ask = 0;
+                with_count<kRowsTogether, Scores>(together, rows, row, next_keys);
                 for (int64_t r = row; r < row + together; r++) softmax_step(rows, r, seen(r));
-                prefetch_heads(values + ahead_offset, ahead, to_prefetch, D);
-                to_prefetch = 0;
                 // First what all these rows see, then what the later ones see besides. A position that a row
                 // does not see must not be multiplied by zero: it might be infinite.
                 const int64_t common = seen(row);
-                with_count<kRowsTogether, Values<Cached>::template Add>(together, values + g * D, here,
-                                                                        int64_t{0}, common, rows, row);
+                with_count<kRowsTogether, Values<Cached>::template Add>(
+                    together, values + g * D, here, int64_t{0}, common, rows, row, next_values);
                 for (int64_t r = row + 1; r < row + together; r++) {
                     if (seen(r) <= common) continue;
-                    Values<Cached>::template Add<1>::run(values + g * D, here, common, seen(r), rows, r);
+                    Values<Cached>::template Add<1>::run(values + g * D, here, common, seen(r), rows, r,
+                                                         nothing);
                 }
             }
         }

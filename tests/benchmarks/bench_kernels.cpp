@@ -198,7 +198,11 @@ void attention(int64_t heads, int64_t kv_heads, int64_t D, int64_t context, int6
     for (int64_t t = 0; t < tokens; t += args.tile_tokens) starts->push_back(static_cast<int32_t>(t));
     auto* numbers = new int32_t[3]{0, static_cast<int32_t>(tokens), static_cast<int32_t>(context)};
     args.tile_starts = starts->data();
-    args.qkv = pages<float>(tokens * (heads + 2 * kv_heads) * D);
+    // Scores that differ as in life: differences of 1e-23 would have subnormal squares, at 150 cycles each.
+    auto* qkv = pages<float>(tokens * (heads + 2 * kv_heads) * D);
+    for (int64_t i = 0; i < tokens * (heads + 2 * kv_heads) * D; i++)
+        qkv[i] = static_cast<float>((i * 7919) % 2001 - 1000) * 1e-2f;
+    args.qkv = qkv;
     args.cos_sin = pages<float>(tokens * D);
     args.query_start = numbers;
     args.seq_lens = numbers + 2;

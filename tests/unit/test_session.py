@@ -17,6 +17,7 @@ class _Failing:
 
 class _Plan:
     shape = ()
+    input_ids = np.zeros(1, np.int32)
     logit_rows = np.zeros(1, np.int32)
 
 
@@ -30,7 +31,8 @@ class _Plan:
 )
 def test_a_failed_step_has_the_exit_code_of_its_cause(text, kind):
     session = RankSession.__new__(RankSession)
-    session._shape, session._inputs, session._binding, session._run_options = (), {}, None, None
+    session._shape, session._inputs, session._binding = (), {}, None
+    session._run_options = session._prompt_options = None
     session._session = _Failing(text)
     with pytest.raises(kind) as caught:
         session.run(_Plan())  # type: ignore[arg-type]
