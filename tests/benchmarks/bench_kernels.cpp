@@ -1,13 +1,13 @@
-// Times the CPU kernels by themselves, without ONNX Runtime, beside the limits of the machine: a plain loop
-// that reads the same memory, and a loop of integer dot products in registers.
+// Times the CPU kernels by themselves, without ONNX Runtime, beside the limits of the machine: a loop that
+// reads the same memory in two prefetched streams, and a loop of integer dot products in registers.
 //
-//   cmake --build .build/ops --target bench_kernels && .build/ops/bench_kernels [isa] [rounds]
+//   cmake --build .build/ops --target bench_kernels && .build/ops/bench_kernels [isa] [rounds] [4k]
 //
-// The contestants of a group run in turn, round after round, and the best round of each counts: a neighbour
-// on the machine slows some rounds, never all. A round is a slice of a few milliseconds, so that most are not
-// interrupted; successive rounds take successive slices of memory that exceeds every cache. Weights lie in 4
-// KB pages, as a mapped file does. One thread is timed by its own clock, which stands still while another
-// process has the core.
+// The contestants of a group run in turn, round after round; the best round of each and its median are
+// printed: a neighbour on the machine slows some rounds, never all. A round is a slice of a few milliseconds,
+// so that most are not interrupted; successive rounds take successive slices of memory that exceeds every
+// cache. Memory lies in huge pages, as a mapped file does where the system has them; `4k`: in small ones. One
+// thread is timed by its own clock, which stands still while another process has the core.
 #include <sys/mman.h>
 #include <time.h>
 
@@ -27,15 +27,17 @@ using namespace llmpack;
 namespace {
 
 constexpr int64_t kMegabyte = 1 << 20;
+constexpr size_t kHugePage = 2u << 20;
 int rounds = 64;
+bool is_huge = true;
 constexpr int64_t kSlices = 16;
 
 template <class T>
 T* pages(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + kHugePage - 1) / kHugePage * kHugePage;
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) std::abort();
-    madvise(p, bytes, MADV_NOHUGEPAGE);
+    madvise(p, bytes, is_huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     uint32_t state = 1;
     uint32_t* words = static_cast<uint32_t*>(p);
     // Small numbers as float16 and as float32 alike: no subnormals, no infinities.
@@ -81,10 +83,11 @@ struct Contestant {
     int threads;
     int64_t count;
     Body body;
-    double best = 1e9;
+    std::vector<double> times = {};
 };
 
-// Prints each contestant's best rate, and its share of the first one's (the limit) where the units agree.
+// Prints each contestant's best rate, its median, and the best's share of the first one's (the limit) where
+// the units agree.
 void race(std::vector<Contestant> all) {
     for (int r = 0; r < rounds; r++) {
         for (size_t i = 0; i < all.size(); i++) {
@@ -93,12 +96,16 @@ void race(std::vector<Contestant> all) {
             const int64_t slice = (r + static_cast<int64_t>(i) * kSlices / 2) % kSlices;
             const int64_t begin = c.count * slice / kSlices, end = c.count * (slice + 1) / kSlices;
             const double share = static_cast<double>(end - begin) / static_cast<double>(c.count);
-            c.best = std::min(c.best, seconds(c.threads, begin, end, c.body) / share);
+            c.times.push_back(seconds(c.threads, begin, end, c.body) / share);
         }
     }
-    for (const Contestant& c : all) {
-        std::printf("%-34s %9.1f %s  %9.1f us  %5.2f\n", c.name.c_str(), c.amount / c.best, c.unit,
-                    c.best * 1e6, c.amount / c.best / (all[0].amount / all[0].best));
+    double limit = 0;
+    for (Contestant& c : all) {
+        std::sort(c.times.begin(), c.times.end());
+        const double best = c.amount / c.times.front(), median = c.amount / c.times[c.times.size() / 2];
+        if (limit == 0) limit = best;
+        std::printf("%-34s %9.1f %s, median %9.1f  %9.1f us  %5.2f\n", c.name.c_str(), best, c.unit, median,
+                    c.times.front() * 1e6, best / limit);
     }
     std::printf("\n");
 }
@@ -106,9 +113,14 @@ void race(std::vector<Contestant> all) {
 typedef int32_t Vector __attribute__((vector_size(64)));
 volatile int32_t sink;
 void read_bytes(const void* memory, int64_t begin, int64_t end) {  // in vectors of 64 bytes
-    const Vector* p = static_cast<const Vector*>(memory);
+    const int64_t half = (end - begin) / 2;
+    const Vector *p = static_cast<const Vector*>(memory) + begin, *q = p + half;
     Vector a{}, b{}, c{}, d{};
-    for (int64_t i = begin; i + 4 <= end; i += 4) a += p[i], b += p[i + 1], c += p[i + 2], d += p[i + 3];
+    for (int64_t i = 0; i + 2 <= half; i += 2) {
+        for (const Vector* ahead : {p + i + 32, p + i + 33, q + i + 32, q + i + 33})
+            __builtin_prefetch(ahead);
+        a += p[i], b += p[i + 1], c += q[i], d += q[i + 1];
+    }
     a += b + c + d;
     sink = a[0] ^ a[7];
 }
@@ -249,6 +261,7 @@ int main(int argc, char** argv) {
     if (argc > 1 && !set_isa(argv[1]))
         return std::fprintf(stderr, "expected one of %s\n", supported_isas()), 2;
     if (argc > 2) rounds = std::atoi(argv[2]);
+    is_huge = argc <= 3;
     std::printf("isa %s, best of %d rounds; last column: share of the first line's rate\n\n", kernels().name,
                 rounds);
     matmul(WeightType::kQ4, 2048, 64, {1, 2, 4, 8, 16, 256, 512});
