@@ -19,7 +19,8 @@ import numpy as np
 from llmrun import failstop
 from llmrun.core import Core, Stats
 from llmrun.errors import LlmpackError, UsageError
-from llmrun.job import Job, JobOptions
+from llmrun.job import Job
+from llmrun.job_options import JobOptions
 from llmrun.mirror import Mirror
 from llmrun.requests import Completion, Event, Message, Prompt, Request, RequestOptions, check_prompt
 from llmrun.sampler import SamplingParams

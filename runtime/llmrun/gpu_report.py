@@ -86,7 +86,8 @@ def of_artifact(path: str) -> str | LlmpackError | None:
     """Time the collectives of an artifact's ranks under mpirun, on every rank; None: there is no job, or no GPU code."""
     from llmrun import launcher
     from llmrun.artifact import open_artifact
-    from llmrun.job import Job, JobOptions
+    from llmrun.job import Job
+    from llmrun.job_options import JobOptions
 
     try:
         manifest = open_artifact(path, ranks=[]).manifest

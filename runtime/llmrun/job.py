@@ -12,7 +12,6 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +23,7 @@ from llmrun import console, device, errors, failstop, faults, launcher, library,
 from llmrun.artifact import Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, share_cores
 from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError
+from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, fit_blocks
 from llmrun.rank_files import RankFiles
 from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
@@ -38,30 +38,6 @@ if TYPE_CHECKING:
     from llmrun.session import RankSession
 
 Result = TypeVar("Result")
-VERIFY_MODES = ("auto", "full", "size", "off")
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """What every rank of a job must be told alike."""
-
-    provider: str = "auto"
-    threads: int | None = None
-    max_seq_len: int | None = None
-    max_num_seqs: int = 8
-    verify: str = "auto"
-    isa: str | None = None
-    kv_cache_mb: int | None = None
-    share_gpu: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.verify not in VERIFY_MODES:
-            raise errors.UsageError(f"verify {self.verify!r}: expected one of {', '.join(VERIFY_MODES)}.")
-        for name in ("threads", "max_seq_len", "max_num_seqs", "kv_cache_mb"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise errors.UsageError(f"{name.replace('_', '-')} {value}: expected 1 or more.")
 
 
 class Job:

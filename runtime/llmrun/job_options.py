@@ -1,0 +1,32 @@
+"""What a user may decide about a job, and every rank must know alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmrun.errors import UsageError
+
+VERIFY_MODES = ("auto", "full", "size", "off")
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What every rank of a job must be told alike."""
+
+    provider: str = "auto"
+    threads: int | None = None
+    max_seq_len: int | None = None
+    max_num_seqs: int = 8
+    verify: str = "auto"
+    isa: str | None = None
+    kv_cache_mb: int | None = None
+    share_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.verify not in VERIFY_MODES:
+            raise UsageError(f"verify {self.verify!r}: expected one of {', '.join(VERIFY_MODES)}.")
+        for name in ("threads", "max_seq_len", "max_num_seqs", "kv_cache_mb"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} {value}: expected 1 or more.")
