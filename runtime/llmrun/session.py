@@ -7,6 +7,8 @@ Plans nothing, knows no other rank: the collectives inside the graph are the ope
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import re
 import time
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 MIN_ORT_VERSION = (1, 22)
 _FEW_TOKENS = 32  # their activations are a few MB, and kept
-_CACHE_ALIGNMENT = 64  # bytes: a vector register, a cache line
 _PEER_ENDED = re.compile(r"rank \d+ (\(pid \d+\) )?has (ended|left)")  # custom_ops/cpu/collectives_shared.cpp
 FATAL_ONLY = 4  # ORT's log level: its errors come to us as exceptions
 
@@ -181,8 +182,8 @@ class RankSession:
         for layer in range(spec.num_layers):
             for kind in ("key", "value"):
                 try:
-                    memory = _aligned_zeros(shape, np.dtype(spec.dtype))
-                except MemoryError:
+                    memory = _zeros(shape, np.dtype(spec.dtype))
+                except OSError:
                     total = num_blocks * spec.block_size * spec.bytes_per_token
                     raise ResourceError(
                         f"KV cache: the system refuses {total} bytes. Use a shorter --max-seq-len.", code="E502"
@@ -211,9 +212,16 @@ class RankSession:
         return value
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return zeros at an aligned address; `np.zeros` leaves untouched pages to the system."""
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(num_bytes + _CACHE_ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _CACHE_ALIGNMENT
-    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return zeros that take memory page by page as they are touched, from an address that is one of a page.
+
+    In small pages: each layer's cache would begin with a huge one of its own, 120 MB of a rank of Llama 2 7B for the first
+    word, and attention is no faster for it (LOG.md 2026-11-25).
+
+    Raises:
+        OSError: the system refuses.
+    """
+    memory = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
