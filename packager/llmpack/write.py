@@ -31,10 +31,11 @@ from llmrun.artifact import (
     manifest_bytes,
     open_artifact,
 )
+from llmrun.huge_pages import HUGE_PAGE_BYTES
 
 _RENAME_EXCHANGE = 2  # <linux/fs.h>
 _AT_FDCWD = -100  # <fcntl.h>
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = HUGE_PAGE_BYTES
 _MAX_OPEN_BLOCKS = 16
 
 
@@ -167,15 +168,14 @@ class _Blocks:
     """A file that gets its bytes in whole aligned blocks of 2 MB, whatever the pieces that threads write.
 
     Linux keeps what came in one write as one piece of the page cache; pieces that are huge pages are mapped as such, so that
-    who runs the artifact without having copied it reads its weights faster (`llmrun/weights_map.py`).
+    who runs the artifact without having copied it reads its weights faster (`llmrun/huge_pages.py`).
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
         self._descriptor, self._size = descriptor, size
         self._lock = threading.Lock()
-        self._open: dict[
-            int, tuple[memoryview, int]
-        ] = {}  # block number: its bytes, how many of them are still to come
+        # Block number: its bytes, and how many of them are still to come.
+        self._open: dict[int, tuple[memoryview, int]] = {}
         self._early: set[int] = set()  # blocks that were written before they were whole
         self._spare: list[memoryview] = []
 
