@@ -37,6 +37,7 @@ THREADS = 2  # of every program, ranks times threads
 STEPS, BATCH = 32, 8
 NEAR, FAR = 100, 2000
 PACK_ROUNDS = 3  # at most
+PARTS = ("pack", "decode", "prefill", "depth", "batch", "start", "own", "all-reduce")
 
 
 def arguments_of(typed: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +45,11 @@ def arguments_of(typed: list[str] | None = None) -> argparse.Namespace:
     default = "110m,tinyllama-1.1b"
     parser.add_argument(
         "--shapes", default=default, help=f"of {','.join(SHAPES)} (default {default}; llama-2-7b needs 45 GB of disk)"
+    )
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        help=f"of {','.join(PARTS)} (all). Without pack, models of an earlier run are taken as they are",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every program (5)")
     parser.add_argument(
@@ -56,6 +62,9 @@ def arguments_of(typed: list[str] | None = None) -> argparse.Namespace:
     arguments.shapes = arguments.shapes.split(",")
     if unknown := [name for name in arguments.shapes if name not in SHAPES]:
         parser.error(f"--shapes: no shape {', '.join(unknown)}. There are {', '.join(SHAPES)}.")
+    arguments.parts = arguments.parts.split(",")
+    if unknown := [name for name in arguments.parts if name not in PARTS]:
+        parser.error(f"--parts: no part {', '.join(unknown)}. There are {', '.join(PARTS)}.")
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: expected 1 or more.")
     return arguments
@@ -116,10 +125,12 @@ class Comparison:
 
     def __init__(self, name: str, arguments: argparse.Namespace, peers: Peers | None, machine: Machine) -> None:
         self.name, self.shape = name, SHAPES[name]
-        self.rounds = arguments.rounds
+        self.rounds: int = arguments.rounds
+        self.parts: list[str] = arguments.parts
         self.peers, self.machine = peers, machine
         self.folder = arguments.work / name
         self.rows: list[Row] = []
+        self.made: Row | None = None  # what packing and converting took, if this run did it
 
     def run(self) -> list[Row]:
         """Pack, convert, measure."""
@@ -127,18 +138,30 @@ class Comparison:
             source = programs.checkpoint(self.shape, self.folder / "checkpoint")
         except Missing as error:
             return [Row(self.name, "everything", "", {OURS[0]: Figure(reason=str(error))})]
-        self._make(source)
+        if "pack" in self.parts or not self._is_made():
+            self._make(source)
         ways = self._programs()
-        goal = "1.2 x llama.cpp" if self.name == "110m" else "1.10 x llama.cpp, 1.45 x genai"
-        decode = self._row("decode", ways, lambda p: p.generate(STEPS), goal, sample=True)
-        self._weights_read(decode, ways)
-        for length in (256, 512):
-            self._row(f"prefill of {length}", ways, lambda p, n=length: p.prompt(n), "2 x both")
-        self._depth(ways)
-        self._row(f"decode of {BATCH} sequences", ways, lambda p: p.generate(STEPS, 0, BATCH), "1.5 x llama.cpp")
-        self._row("start to first token", ways, lambda p: p.first_token(), "<= llama.cpp", unit="s")
-        self._own(ways)
+        if "decode" in self.parts:
+            goal = "1.2 x llama.cpp" if self.name == "110m" else "1.10 x llama.cpp, 1.45 x genai"
+            decode = self._row("decode", ways, lambda p: p.generate(STEPS), goal, sample=True)
+            self._weights_read(decode, ways)
+        if "prefill" in self.parts:
+            for length in (256, 512):
+                self._row(f"prefill of {length}", ways, lambda p, n=length: p.prompt(n), "2 x both")
+        if "depth" in self.parts:
+            self._depth(ways)
+        if "batch" in self.parts:
+            self._row(f"decode of {BATCH} sequences", ways, lambda p: p.generate(STEPS, 0, BATCH), "1.5 x llama.cpp")
+        if "start" in self.parts:
+            self._row("start to first token", ways, lambda p: p.first_token(), "<= llama.cpp", unit="s")
+        if "own" in self.parts:
+            self._own(ways)
         return self.rows
+
+    def _is_made(self) -> bool:
+        """Whether an earlier run left every model."""
+        names = ["tp2", "tp1"] if self.peers is None else ["tp2", "tp1", "q4_0.gguf", "genai"]
+        return all((self.folder / name).exists() for name in names)
 
     def _make(self, source: Path) -> None:
         """Pack and convert in turn: the models, and what making them takes."""
@@ -178,7 +201,7 @@ class Comparison:
             driver = peers.llama_cpp
             ways[PEERS[0]] = driver if isinstance(driver, str) else LlamaCpp(driver, self.folder / "q4_0.gguf", THREADS)
             ways[PEERS[1]] = GenAi(peers.python, self.folder / "genai", THREADS)
-        for name, figure in self.made.figures.items():
+        for name, figure in self.made.figures.items() if self.made else ():
             if figure.reason:
                 ways[name] = figure.reason
         return ways
@@ -226,24 +249,33 @@ class Comparison:
         self.rows.append(row)
 
     def _depth(self, ways: dict[str, Program | str]) -> None:
-        """Decode with little and with much context, in turn within each round."""
-        positions = self.shape.max_position_embeddings
-        far = min(FAR, positions - STEPS - 8)
-        near_row = self._row(f"decode at context {NEAR}", ways, lambda p: p.generate(STEPS, NEAR), "")
-        far_row = self._row(f"decode at context {far}", ways, lambda p: p.generate(STEPS, far), "")
-        what = f"step at context {far} over {NEAR}, KV bytes' own time subtracted"
-        row = Row(self.name, what, "", is_speed=False, goal="<= 1.10")
+        """Decode with little and with much context, one right after the other, so that both meet the same machine."""
+        far = min(FAR, self.shape.max_position_embeddings - STEPS - 8)
         kv_bytes = (far - NEAR) * self.shape.kv_bytes_per_position
-        bandwidth = self.machine.bandwidth.median
-        for name, far_figure in far_row.figures.items():
-            near = near_row.median(name)
-            if near is None or far_figure.median is None or bandwidth is None:
-                row.figures[name] = Figure(
-                    reason=near_row.figures[name].reason or far_figure.reason or self.machine.bandwidth.reason
-                )
-                continue
-            costs = [report.depth_cost(near, value, kv_bytes, bandwidth) for value in far_figure.samples]
-            row.figures[name] = Figure([max(cost, 0.0) for cost in costs])
+        near_row = Row(self.name, f"decode at context {NEAR}", "tokens/s")
+        far_row = Row(self.name, f"decode at context {far}", "tokens/s")
+        row = Row(self.name, f"step at context {far} over {NEAR}, KV bytes' own time subtracted", "", is_speed=False)
+        row.goal = "<= 1.10"
+        for either in (near_row, far_row):
+            either.figures = {name: Figure() for name in ways}
+
+        def both(name: str, program: Program | str) -> float:
+            if isinstance(program, str):
+                raise Missing(program)
+            near, deep = program.generate(STEPS, NEAR), program.generate(STEPS, far)
+            near_row.figures[name].add(near)
+            far_row.figures[name].add(deep)
+            if self.machine.bandwidth.median is None:
+                raise Missing(self.machine.bandwidth.reason)
+            return max(report.depth_cost(near, deep, kv_bytes, self.machine.bandwidth.median), 0.0)
+
+        calls = {name: lambda name=name, program=program: both(name, program) for name, program in ways.items()}
+        in_turn(row, calls, self.rounds, self.machine.sample)
+        for name, figure in row.figures.items():
+            for either in (near_row, far_row):
+                if not either.figures[name].samples:
+                    either.figures[name].reason = figure.reason
+        self.rows += [near_row, far_row]
         self.rows.append(row)
 
     def _own(self, ways: dict[str, Program | str]) -> None:
@@ -299,7 +331,8 @@ def main() -> None:
     rows: list[Row] = []
     for name in arguments.shapes:
         rows += Comparison(name, arguments, peers, machine).run()
-    rows += collectives(arguments.rounds)
+    if "all-reduce" in arguments.parts:
+        rows += collectives(arguments.rounds)
     rows = machine.rows() + rows
     if arguments.no_peers:
         versions = "without peers"
