@@ -27,7 +27,7 @@ bool runs_on(const KernelFile& file, const std::string& chip) {
     if (file.arch == chip) return true;
     if (file.backend != "cuda" || chip.rfind("sm_", 0) != 0 || file.arch.rfind("sm_", 0) != 0) return false;
     const int found = std::atoi(file.arch.c_str() + 3), wanted = std::atoi(chip.c_str() + 3);
-    return found <= wanted && (file.kind == CodeKind::kPtx || found / 10 == wanted / 10);
+    return found <= wanted && (file.kind == CodeKind::kPtx || (found / 10 == 8 && wanted / 10 == 8));
 }
 
 }  // namespace

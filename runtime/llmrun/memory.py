@@ -1,7 +1,10 @@
-"""Memory that this host has to give, and how many blocks of the KV cache it holds."""
+"""Memory that this host has to give, how many blocks of the KV cache it holds, and what a process gives back."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,22 @@ from llmrun.errors import ResourceError
 
 if TYPE_CHECKING:
     from llmrun.manifest import Manifest
+
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+_LARGE_BLOCK_BYTES = 1 << 20
+
+
+def give_large_blocks_back() -> None:
+    """Let the C library return blocks of a megabyte and more to the system as soon as they are freed.
+
+    By itself glibc raises that size to 32 MB as soon as it meets larger blocks, and a server whose requests differ then holds
+    the gaps between them (LOG.md 2026-11-25: 67 instead of 110 MB). For the whole process, so for programs of ours alone; the
+    user's MALLOC_MMAP_THRESHOLD_ takes precedence.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def available_bytes() -> int:

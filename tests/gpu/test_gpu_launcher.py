@@ -77,6 +77,11 @@ def test_code_of_an_older_chip_of_the_same_family_runs(run, specs, tmp_path):
     assert run(tmp_path / "k.bin", NORM).endswith("0 \n")
 
 
+def test_only_the_ampere_family_runs_the_code_of_an_older_chip(run, specs, tmp_path):
+    standin.write_kernels(tmp_path / "k.bin", specs, "sm_120")
+    assert "holds code for sm_120, and GPU 0 (stand-in 0) is sm_121" in run(tmp_path / "k.bin", chip="sm_121")
+
+
 def test_no_such_gpu(run, kernels):
     assert "there is no GPU 0: the driver shows 0" in run(kernels, devices=0) or "error 100" in run(kernels, devices=0)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmrun import console, failstop, launcher
 from llmrun.errors import PeerError, ResourceError, UsageError
+from llmrun.memory import give_large_blocks_back
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -151,6 +152,7 @@ def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
     failstop.install_hooks(rank, size, keep_traceback=False)
     if console.is_under_mpirun() and not (work.drains and rank == 0):
         launcher.die_with_parent(signal.SIGKILL)
+    give_large_blocks_back()
     engine = _start(arguments, work)
     if work.every_rank is not None:
         work.every_rank(engine)

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; both let the answers under way finish."""
-    if missing := [name for name in ("uvicorn", "llguidance") if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in ("uvicorn", "starlette", "llguidance") if importlib.util.find_spec(name) is None]:
         raise IncompatibleError(f"{missing[0]} is not installed: `pip install 'llmpack[serve]'`.", code="E417")
     command = _Serve(arguments)
     work = common.RankWork(command.serve, command.prepare, drains=True)

@@ -1,4 +1,4 @@
-"""The routes: a dictionary from path and method to a handler, behind the guard."""
+"""The routes, behind the guard."""
 
 from __future__ import annotations
 
@@ -6,46 +6,56 @@ import base64
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Awaitable, Callable
 from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import llmrun
 from llmrun.server import openapi
 from llmrun.server.chats import Chats
 from llmrun.server.completions import Completions
 from llmrun.server.errors import ApiError, bad
-from llmrun.server.guard import Access, App, Guard, Receive, Scope, Send, send_bytes, send_json
+from llmrun.server.guard import Access, Guard
 from llmrun.server.prompts import chat_ids
 from llmrun.server.replies import TokenTexts
+from llmrun.server.responses import Json
 from llmrun.server.service import Service
 
-Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-
-def make_app(service: Service, access: Access) -> App:
+def make_app(service: Service, access: Access) -> ASGIApp:
     """Return the ASGI application."""
     routes = _Routes(service)
-    table: dict[str, dict[str, Handler]] = {
-        "/": {"GET": routes.page},
-        "/health": {"GET": routes.health},
-        "/metrics": {"GET": routes.metrics},
-        "/version": {"GET": routes.version},
-        "/openapi.json": {"GET": routes.openapi},
-        "/v1/models": {"GET": routes.models},
-        "/v1/completions": {"POST": Completions(service)},
-        "/v1/chat/completions": {"POST": Chats(service)},
-        "/tokenize": {"POST": routes.tokenize},
-        "/detokenize": {"POST": routes.detokenize},
-    }
+    router = Router(
+        [
+            Route("/", routes.page),
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+            Route("/version", routes.version),
+            Route("/openapi.json", routes.openapi),
+            Route("/v1/models", routes.models),
+            Route("/v1/completions", Completions(service), methods=["POST"]),
+            Route("/v1/chat/completions", Chats(service), methods=["POST"]),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/detokenize", routes.detokenize, methods=["POST"]),
+        ],
+        redirect_slashes=False,
+    )
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        handlers = table.get(scope["path"])
-        if handlers is None:
-            raise ApiError(404, f"there is no {scope['path'][:100]!r}.", code="not_found")
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        if method not in handlers:
-            raise ApiError(405, f"{scope['path']} takes {', '.join(handlers)}.", code="method_not_allowed")
-        await handlers[method](scope, receive, send)
+        scope["app"] = router  # so that it raises what it refuses instead of answering by itself
+        try:
+            await router(scope, receive, send)
+        except HTTPException as error:
+            if error.status_code == 404:
+                raise ApiError(404, f"there is no {scope['path'][:100]!r}.", code="not_found") from None
+            takes = (error.headers or {}).get("Allow", "")
+            raise ApiError(
+                error.status_code, f"{scope['path']} takes {takes or 'something else'}.", code="method_not_allowed"
+            ) from None
 
     return Guard(route, service.limits, access, service.metrics.responded)
 
@@ -57,40 +67,36 @@ class _Routes:
         self._service = service
         self._page = _read_page()
 
-    async def page(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def page(self, _request: Request) -> Response:
         """Send the chat page, which may run its own script and reach this server, and nothing else."""
         if self._page is None:
             raise ApiError(404, "this installation has no page.", code="not_found")
         body, policy = self._page
-        headers = [
-            (b"content-security-policy", policy),
-            (b"referrer-policy", b"no-referrer"),
-            (b"cache-control", b"no-cache"),
-        ]
-        await send_bytes(send, 200, body, headers, b"text/html; charset=utf-8")
+        headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
+        return HTMLResponse(body, headers=headers)
 
-    async def health(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def health(self, _request: Request) -> Response:
         """Tell whether the model answers."""
         status = self._service.health()
-        await send_json(send, {"status": status}, status=200 if status == "ok" else 503)
+        return Json({"status": status}, 200 if status == "ok" else 503)
 
-    async def version(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def version(self, _request: Request) -> Response:
         """Tell the version."""
-        await send_json(send, {"version": llmrun.__version__})
+        return Json({"version": llmrun.__version__})
 
-    async def openapi(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def openapi(self, _request: Request) -> Response:
         """Describe the interface."""
-        await send_json(send, openapi.document(self._service.schemas))
+        return Json(openapi.document(self._service.schemas))
 
-    async def models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def models(self, _request: Request) -> Response:
         """List the model, under each of its names."""
         service = self._service
         service.check_ready()
         facts = {"object": "model", "created": service.created, "owned_by": "llmrun"}
         names = [{"id": name, **facts, "max_model_len": service.engine.max_seq_len} for name in service.names]
-        await send_json(send, {"object": "list", "data": names})
+        return Json({"object": "list", "data": names})
 
-    async def metrics(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def metrics(self, _request: Request) -> Response:
         """Send the numbers."""
         service = self._service
         service.check_ready()
@@ -114,12 +120,12 @@ class _Routes:
             "engine_steps_total": (stats.steps, "Steps of the engine."),
         }
         text = service.metrics.text(gauges, counters)  # type: ignore[arg-type]
-        await send_bytes(send, 200, text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def tokenize(self, request: Request) -> Response:
         """Turn text or messages into token ids."""
         service = self._service
-        body, headers = await service.read(scope, receive, service.schemas.tokenize)
+        body, headers = await service.read(request.scope, request.receive, service.schemas.tokenize)
         given = service.schemas.tokenize.check(body, "")
         service.check_model(given.get("model"))
         tokenizer = service.engine.tokenizer
@@ -140,22 +146,22 @@ class _Routes:
         if given.get("return_token_strs"):
             texts = TokenTexts(tokenizer)
             value["token_strs"] = [texts.text(i) for i in ids]
-        await send_json(send, value, headers)
+        return Json(value, headers=headers)
 
-    async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def detokenize(self, request: Request) -> Response:
         """Turn token ids into text."""
         service = self._service
-        body, headers = await service.read(scope, receive, service.schemas.detokenize)
+        body, headers = await service.read(request.scope, request.receive, service.schemas.detokenize)
         given = service.schemas.detokenize.check(body, "")
         service.check_model(given.get("model"))
         tokenizer = service.engine.tokenizer
         if tokenizer is None:
             raise bad("this artifact has no tokenizer.")
         text = await service.in_thread(lambda: tokenizer.decode(given["tokens"]))
-        await send_json(send, {"prompt": text}, headers)
+        return Json({"prompt": text}, headers=headers)
 
 
-def _read_page() -> tuple[bytes, bytes] | None:
+def _read_page() -> tuple[bytes, str] | None:
     """Return the chat page, and the policy that allows exactly the scripts and styles written in it."""
     try:
         body = importlib.resources.files("llmrun").joinpath("page", "index.html").read_bytes()
@@ -170,4 +176,4 @@ def _read_page() -> tuple[bytes, bytes] | None:
         f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self';"
         " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return body, policy.encode()
+    return body, policy

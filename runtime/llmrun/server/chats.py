@@ -7,14 +7,17 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from starlette.types import Receive, Scope, Send
+
 from llmrun.logprobs import TokenLogprobs
 from llmrun.requests import Event
 from llmrun.server import tools as toolbox
 from llmrun.server.completions import report
 from llmrun.server.errors import bad
-from llmrun.server.guard import ClientGoneError, Receive, Scope, Send, send_json
+from llmrun.server.guard import ClientGoneError
 from llmrun.server.prompts import chat_ids
 from llmrun.server.replies import DONE, PING, Stream, TokenTexts, frame, usage
+from llmrun.server.responses import Json
 from llmrun.server.schemas import ChatCall
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
@@ -46,7 +49,7 @@ class Chats:
             if call.sampled.stream:
                 await _stream(answer, writer, Stream(send, headers))
             else:
-                await send_json(send, await _whole(answer, writer), headers)
+                await Json(await _whole(answer, writer), headers=headers)(scope, receive, send)
 
     def _tool_form(self, call: ChatCall) -> toolbox.ToolForm | None:
         if call.tool_choice == "none":

@@ -7,10 +7,13 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from starlette.types import Receive, Scope, Send
+
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError, as_api_error
-from llmrun.server.guard import ClientGoneError, Receive, Scope, Send, send_json
+from llmrun.server.guard import ClientGoneError
 from llmrun.server.replies import DONE, PING, Stream, TokenTexts, frame, usage
+from llmrun.server.responses import Json
 from llmrun.server.schemas import CompletionCall
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
@@ -39,7 +42,7 @@ class Completions:
             if call.sampled.stream:
                 await _stream(answer, writer, Stream(send, headers))
             else:
-                await send_json(send, await _whole(answer, writer), headers)
+                await Json(await _whole(answer, writer), headers=headers)(scope, receive, send)
 
     def _submitter(
         self, call: CompletionCall, prompt: str | list[int]

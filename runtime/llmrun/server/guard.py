@@ -10,20 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmrun import console
 from llmrun.server.errors import ApiError, as_api_error
 from llmrun.server.limits import Limits
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from llmrun.server.responses import error_response
 
 OPEN_PATHS = ("/", "/health")  # no key: a page without secrets, and whether the server lives
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
@@ -63,7 +61,7 @@ class Access:
 class Guard:
     """ASGI middleware; turns every error into a response, and ends no process."""
 
-    def __init__(self, app: App, limits: Limits, access: Access, responded: Callable[[int], None]) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, access: Access, responded: Callable[[int], None]) -> None:
         """`responded` is told the status of each response."""
         self._app, self._limits, self._access, self._responded = app, limits, access, responded
 
@@ -72,10 +70,10 @@ class Guard:
         if scope["type"] != "http":
             return
         has_started = False
-        headers = _headers(scope)
+        headers = Headers(scope=scope)
         cors = self._cors(headers.get("origin"))
 
-        async def sending(message: MutableMapping[str, Any]) -> None:
+        async def sending(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
@@ -86,7 +84,7 @@ class Guard:
         try:
             self._check_headers(scope, headers)
             if scope["method"] == "OPTIONS" and cors:
-                await send_bytes(sending, 204, b"", [(b"access-control-max-age", b"600")])
+                await Response(status_code=204, headers={"access-control-max-age": "600"})(scope, receive, sending)
                 return
             self._check_request(scope, headers)
             await self._app(scope, receive, sending)
@@ -98,11 +96,11 @@ class Guard:
                 console.show_traceback(error)
                 console.say(console.error_line(error))
             if not has_started:
-                await send_error(sending, known)
+                await error_response(known)(scope, receive, sending)
             else:
                 raise
 
-    def _check_headers(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check_headers(self, scope: Scope, headers: Headers) -> None:
         limits = self._limits
         size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"])
         if len(scope["headers"]) > limits.max_headers or size + len(scope["query_string"]) > limits.max_header_bytes:
@@ -120,7 +118,7 @@ class Guard:
         if origin is not None and origin.partition("://")[2] != host and not self._is_allowed(origin):
             raise ApiError(403, f"pages of {origin[:100]!r} may not ask: --cors-origin allows them.", code="bad_origin")
 
-    def _check_request(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check_request(self, scope: Scope, headers: Headers) -> None:
         access = self._access
         if access.keys and scope["path"] not in OPEN_PATHS and not access.has_key(headers.get("authorization", "")):
             raise ApiError(401, "no API key, or a wrong one: send `Authorization: Bearer KEY`.", code="invalid_api_key")
@@ -155,7 +153,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
         ClientGoneError: the client left.
     """
     too_large = ApiError(413, f"the body is larger than {limits.max_body_bytes} bytes.", code="body_too_large")
-    length = _headers(scope).get("content-length", "")
+    length = Headers(scope=scope).get("content-length", "")
     if length.isdigit() and int(length[:20]) > limits.max_body_bytes:
         raise too_large
     pieces: list[bytes] = []
@@ -174,31 +172,3 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
                     return b"".join(pieces)
     except TimeoutError:
         raise ApiError(408, f"the body took longer than {limits.body_timeout:g} s.", code="body_timeout") from None
-
-
-async def send_bytes(
-    send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = (), kind: bytes = b"application/json"
-) -> None:
-    """Send a whole response."""
-    all_headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
-    if status == 204:
-        all_headers = list(headers)
-    await send({"type": "http.response.start", "status": status, "headers": all_headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def send_json(send: Send, value: Any, headers: Iterable[tuple[bytes, bytes]] = (), status: int = 200) -> None:
-    """Send a JSON response."""
-    await send_bytes(send, status, json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), headers)
-
-
-async def send_error(send: Send, error: ApiError) -> None:
-    """Send an error's response."""
-    headers = [] if error.retry_after is None else [(b"retry-after", str(error.retry_after).encode())]
-    if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send_json(send, error.body(), headers, error.status)
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterator
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from llmrun.errors import ResourceError, UsageError
-from llmrun.server.guard import App
 from llmrun.server.protocol import protocol_class
 from llmrun.server.service import Service
 
@@ -56,7 +56,7 @@ class _Server(uvicorn.Server):
 class HttpThread:
     """Serves an application on a thread of its own."""
 
-    def __init__(self, app: App, service: Service, sock: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, service: Service, sock: socket.socket) -> None:
         """Start."""
         limits = service.limits
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)  # what matters is said by the guard

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from starlette.types import Send
+
 from llmrun.logprobs import TokenLogprobs
-from llmrun.server.guard import Send
 from llmrun.server.tasks import Choice
 from llmrun.tokenizer import Tokenizer
 
@@ -28,8 +29,9 @@ def frame(value: Any) -> bytes:
 class Stream:
     """A response of server-sent events."""
 
-    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        self._send, self._headers = send, headers
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self._send = send
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def start(self) -> None:
         """Send the status."""

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from starlette.types import Receive, Scope
+
 from llmrun.engine_loop import EngineLoop
 from llmrun.server.errors import ApiError, as_api_error, bad
 from llmrun.server.fields import Record
 from llmrun.server.grammar import Grammars, TokenConstraint
-from llmrun.server.guard import Receive, Scope, read_body
+from llmrun.server.guard import read_body
 from llmrun.server.json_body import parse_json
 from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
@@ -179,7 +181,7 @@ class Service:
         """Give a request's room back."""
         self._answers.discard(answer)
 
-    async def read(self, scope: Scope, receive: Receive, record: Record) -> tuple[Any, list[tuple[bytes, bytes]]]:
+    async def read(self, scope: Scope, receive: Receive, record: Record) -> tuple[Any, dict[str, str]]:
         """Return a request's JSON, and a header that names the fields that are ignored.
 
         Raises:
@@ -189,8 +191,8 @@ class Service:
         data = await read_body(scope, receive, self.limits)
         body = await self.in_thread(lambda: parse_json(data, max_depth=self.limits.max_json_depth))
         names = [name for name in self.schemas.ignored(record, body) if name.isascii() and name.isidentifier()]
-        value = ",".join(names)[:200].encode()
-        return body, [(b"x-llmrun-ignored", value)] if value else []
+        value = ",".join(names)[:200]
+        return body, {"x-llmrun-ignored": value} if value else {}
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not the one served.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +157,9 @@ def checkpoint(shape: Shape, folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder.parent).free < 3 * need:
             raise Missing(f"{3 * need / 1e9:.0f} GB of disk are needed in {folder.parent}")
-        write_checkpoint(shape, folder)
+        # In a process of its own: a child's peak memory begins with what its parent holds, so this one stays small.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(write_checkpoint, shape, folder).result()
     return folder
 
 
