@@ -27,13 +27,12 @@ settings.load_profile(os.environ.get("LLMPACK_HYPOTHESIS", "gate"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make test` leaves to `make test-all`.
 
-    That is minutes on an emulator, between network namespaces and in builds with sanitizers, the launches of really compiled
-    GPU code on the stand-in driver, and AMD's spelling of kernels in the interpreter (`make test` runs the other one).
+    That is minutes on an emulator, between network namespaces and in builds with sanitizers, and the launches of really
+    compiled GPU code on the stand-in driver.
     """
     for item in items:
-        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # pyright: ignore[reportAttributeAccessIssue]
         is_far = any(w in item.nodeid for w in ("aarch64", "emulat", "sanitizer")) or item.path.parent.name == "hosts"
-        if is_far or item.path.name == "test_compiled.py" or (item.path.parent.name == "kernels" and backend == "hip"):
+        if is_far or item.path.name == "test_compiled.py":
             item.add_marker("extended")
 
 

@@ -1,6 +1,8 @@
-"""Every kind of kernel compiles for every target, without spills, within its shared memory, and to the same bytes anywhere.
+"""Kernels at the sizes of a large model compile for every target, without spills, within its shared memory, and to the same
+bytes anywhere.
 
-`make kernels` does the same for every variant and several published shapes, and prints the table.
+test_pack_gpu.py compiles all of the demo model's; `make kernels` does every variant of several published shapes, and prints
+the table.
 """
 
 from __future__ import annotations
@@ -20,19 +22,18 @@ from llmpack.kernel_file import Kernel, KernelFile
 from llmpack.kernel_plan import KernelSpec
 
 ROOT = Path(__file__).parents[2]
-LIKE_OTHERS = ("all_reduce", "rms_norm", "swiglu", "top_k_last", "attention_combine")
+SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
 CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 
 def representative() -> list[KernelSpec]:
-    """One of each kind, at the sizes of Llama-2-70B on two GPUs."""
+    """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, and one that sees other ranks."""
     chosen = []
     for spec in specs_of("llama-2-70b", 2):
-        if spec.op.startswith("matmul"):
-            rows = (1, 4, 0) if spec.op == "matmul_q4" else (1,)
-            if spec.constants["max_rows"] in rows and spec.constants["out_features"] in (5120, 16000):
+        if spec.op == "matmul_q4":
+            if spec.constants["max_rows"] in (1, 4, 0) and spec.constants["out_features"] == 5120:
                 chosen.append(spec)
-        elif spec.op not in LIKE_OTHERS:
+        elif spec.op not in SMALL:
             chosen.append(spec)
     return chosen
 
