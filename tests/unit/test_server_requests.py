@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from llmrun.core import Stats
 from llmrun.server.errors import ApiError
-from llmrun.server.guard import Access, ClientGoneError, Guard, read_body, send_json
+from llmrun.server.guard import Access, ClientGoneError, Guard, read_body
 from llmrun.server.json_body import parse_json
 from llmrun.server.limits import Limits
 from llmrun.server.openapi import document
+from llmrun.server.responses import Json
 from llmrun.server.schemas import ChatCall, CompletionCall, Schemas
 from llmrun.server.service import Service
 
@@ -240,10 +241,10 @@ class Exchange:
     """One request through a guard, without a network."""
 
     def __init__(self, access: Access, limits: Limits = LIMITS, fails: Exception | None = None) -> None:
-        async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
             if fails is not None:
                 raise fails
-            await send_json(send, {"ok": True})
+            await Json({"ok": True})(scope, receive, send)
 
         self.statuses: list[int] = []
         self._guard = Guard(app, limits, access, self.statuses.append)
