@@ -120,7 +120,9 @@ def test_memory_is_shared_on_one_host(library_path: Path, tmp_path: Path) -> Non
 
 def test_if_one_rank_cannot_share_all_use_mpi_and_say_why(library_path: Path, tmp_path: Path) -> None:
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
-        pytest.skip("UBSan asks of an object's memory through a pipe, and calls it invalid where no descriptors are left")
+        pytest.skip(
+            "UBSan asks of an object's memory through a pipe, and calls it invalid where no descriptors are left"
+        )
     results = run_ranks(library_path, tmp_path, 3, "few-files")
     assert results[0] is not None
     assert re.search(r"rank 2: pidfd_open of \d+: Too many open files", results[0]["why_not"])
