@@ -22,7 +22,7 @@ std::string words(const std::map<std::string, int64_t>& constants) {
     return text;
 }
 
-// FORMAT.md 8.1: a cubin of the same compute capability's first number and a smaller second one runs too.
+// FORMAT.md 8.1: of compute capability 8.x, the cubin of a smaller 8.y runs too.
 bool runs_on(const KernelFile& file, const std::string& chip) {
     if (file.arch == chip) return true;
     if (file.backend != "cuda" || chip.rfind("sm_", 0) != 0 || file.arch.rfind("sm_", 0) != 0) return false;

@@ -17,7 +17,7 @@ from models import DEMO
 
 @pytest.fixture
 def few_variants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fewer variants of each operation: all of them are compiled by test_compile.py."""
+    """Fewer variants of each operation: the demo's test below compiles all of them."""
     monkeypatch.setattr(kernel_plan, "ROWS", (4,))
     monkeypatch.setenv("LLMPACK_CACHE", str(tmp_path / "cache"))
 
