@@ -20,9 +20,9 @@ _LARGE_BLOCK_BYTES = 1 << 20
 def give_large_blocks_back() -> None:
     """Let the C library return blocks of a megabyte and more to the system as soon as they are freed.
 
-    By itself glibc raises that size to the largest block freed so far, up to 32 MB, and a server whose requests differ then holds
-    the gaps between them (LOG.md 2026-11-25: 67 instead of 110 MB). For the whole process, so for programs of ours alone; the
-    user's MALLOC_MMAP_THRESHOLD_ takes precedence.
+    By itself glibc raises that size to the largest block freed so far, up to 32 MB, and a server whose requests differ then
+    holds the gaps between them (LOG.md 2026-11-25: 67 instead of 110 MB). For the whole process, so for programs of ours
+    alone; the user's MALLOC_MMAP_THRESHOLD_ takes precedence.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return

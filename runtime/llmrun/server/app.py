@@ -52,10 +52,9 @@ def make_app(service: Service, access: Access) -> ASGIApp:
         except HTTPException as error:
             if error.status_code == 404:
                 raise ApiError(404, f"there is no {scope['path'][:100]!r}.", code="not_found") from None
-            takes = (error.headers or {}).get("Allow", "")
-            raise ApiError(
-                error.status_code, f"{scope['path']} takes {takes or 'something else'}.", code="method_not_allowed"
-            ) from None
+            # 405, the only other refusal of a router.
+            takes = ", ".join(sorted((error.headers or {})["Allow"].split(", ")))
+            raise ApiError(405, f"{scope['path']} takes {takes}.", code="method_not_allowed") from None
 
     return Guard(route, service.limits, access, service.metrics.responded)
 
