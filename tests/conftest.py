@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from hypothesis import settings
 from emulated.emulator import Emulator, build, missing
 from llmpack.pack import Options, pack
 from models import DEMO, make_checkpoint
+
+# Under nohup SIGHUP is ignored, in every process that tests start too, and llmrun rightly leaves it so.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # `make test` decides about a change, so it draws the same examples every time; `make fuzz` draws new ones.
 settings.register_profile("gate", derandomize=True, deadline=None)
