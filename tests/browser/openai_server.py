@@ -159,6 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             step = 7 if len(text) < 5000 else 4000
             for i in range(0, len(text), step):
                 self._text(text[i : i + step])
+                time.sleep(0.01)  # as an engine's steps do: what comes all at once has no speed to tell
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": None})
         self._event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}})
         self._write(b"data: [DONE]\n\n")
