@@ -13,6 +13,8 @@ namespace llmpack {
 
 constexpr int64_t kTileRows = 16;     // output features of one weight tile (FORMAT.md 4.3)
 constexpr int64_t kMaxHeadDim = 256;  // PagedAttention keeps its accumulators on the stack
+constexpr int64_t kPositionGroup =
+    16;  // positions that PagedAttention scores at once; blocks hold whole groups
 
 enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4 };
 
@@ -74,8 +76,8 @@ enum class CacheType { kF32, kF16 };
 struct PagedAttention {
     const float* qkv;               // [T, (num_heads + 2 * num_kv_heads) * head_dim]
     const float* cos_sin;           // [T, head_dim]: cos for the first half of a head, sin for the second
-    void* key_cache;                // [num_blocks, block_size, num_kv_heads, head_dim] of cache_type
-    void* value_cache;              // same shape
+    void* key_cache;                // [num_blocks, num_kv_heads, head_dim, block_size] of cache_type
+    void* value_cache;              // [num_blocks, num_kv_heads, block_size, head_dim] of cache_type
     const int32_t* slot_mapping;    // [T], below num_blocks * block_size; negative: do not write
     const int32_t* query_start;     // [B + 1], rising from 0 to T
     const int32_t* seq_lens;        // [B]
@@ -86,7 +88,7 @@ struct PagedAttention {
     int64_t tile_tokens;            // attention_tile_tokens(head_dim, num_heads / num_kv_heads)
     float* out;                     // [T, num_heads * head_dim]
     CacheType cache_type;
-    int64_t num_heads, num_kv_heads, head_dim, block_size, max_blocks;
+    int64_t num_heads, num_kv_heads, head_dim, block_size, max_blocks;  // block_size: of whole groups
     float scale;
 };
 

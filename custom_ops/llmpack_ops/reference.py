@@ -124,7 +124,8 @@ def paged_attention(
     Args:
         qkv: [T, (H + 2 KV) * D].
         cos_sin: [T, D], cos for the first D / 2 columns, sin for the others.
-        key_cache: [num_blocks, block_size, KV, D], float32 or float16; not changed.
+        key_cache: [num_blocks, block_size, KV, D] as in gpu.onnx (`positions_first` makes it of the others), float32 or
+            float16; not changed.
         value_cache: of the same shape and type; not changed.
         slot_mapping: [T], `block * block_size + offset`, negative: not written.
         query_start: [B + 1], first token of each sequence, and T.
@@ -165,6 +166,11 @@ def paged_attention(
             weights /= weights.sum(axis=1, keepdims=True)
             out[token] = np.einsum("hp,phd->hd", weights, values[:seen])
     return out.reshape(tokens, num_heads * head_dim), key_cache, value_cache
+
+
+def positions_first(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
+    """View the caches of a graph for the CPU (3.2) as [num_blocks, block_size, KV, D]."""
+    return key_cache.transpose(0, 3, 1, 2), value_cache.transpose(0, 2, 1, 3)
 
 
 def all_reduce(parts: list[Array]) -> NDArray[np.float32]:

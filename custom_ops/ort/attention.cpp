@@ -48,10 +48,14 @@ struct PagedAttentionOp {
         }
         qkv.expect_shape({T, (num_heads + 2 * num_kv_heads) * D},
                          "[tokens, (num_heads + 2 * num_kv_heads) * head_dim]");
-        keys.expect_shape({-1, -1, num_kv_heads, D}, "[num_blocks, block_size, num_kv_heads, head_dim]");
-        const int64_t num_blocks = keys.shape[0], block_size = keys.shape[1];
-        values.expect_shape({num_blocks, block_size, num_kv_heads, D},
-                            "[num_blocks, block_size, num_kv_heads, head_dim]");
+        keys.expect_shape({-1, num_kv_heads, D, -1}, "[num_blocks, num_kv_heads, head_dim, block_size]");
+        const int64_t num_blocks = keys.shape[0], block_size = keys.shape[3];
+        if (block_size <= 0 || block_size % kPositionGroup != 0) {
+            throw OpError("input key_cache has blocks of " + std::to_string(block_size) +
+                          " positions, expected a multiple of " + std::to_string(kPositionGroup));
+        }
+        values.expect_shape({num_blocks, num_kv_heads, block_size, D},
+                            "[num_blocks, num_kv_heads, block_size, head_dim]");
         slot_mapping.expect_shape({T}, "[tokens]");
         seq_lens.expect_shape({-1}, "[sequences]");
         const int64_t B = seq_lens.shape[0];

@@ -143,10 +143,13 @@ class _Graph:
         return self.standard("Concat", f"{name}.cos_sin", [cos, sin], axis=1)
 
     def caches(self, layer: int, cache_type: int, block_size: int) -> list[str]:
-        names = [f"key_cache.{layer}", f"value_cache.{layer}"]
-        shape = ["num_blocks", block_size, self.config.num_key_value_heads, self.config.head_dim]
-        self.inputs += [helper.make_tensor_value_info(name, cache_type, shape) for name in names]
-        return names
+        heads, dim = self.config.num_key_value_heads, self.config.head_dim
+        shapes = {
+            f"key_cache.{layer}": ["num_blocks", heads, dim, block_size],
+            f"value_cache.{layer}": ["num_blocks", heads, block_size, dim],
+        }
+        self.inputs += [helper.make_tensor_value_info(name, cache_type, shape) for name, shape in shapes.items()]
+        return list(shapes)
 
     def norm(self, name: str, x: str, residual: str | None) -> tuple[str, str]:
         """RMSNorm of x, or of x + residual; return (normed, the sum so far)."""

@@ -14,20 +14,19 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from llmrun.artifact import OPS_DOMAIN
+from llmrun.artifact import OPS_DOMAIN, KvCacheSpec
 
 TOP_K = 64  # likeliest tokens that a step gives beside the logits; kernel_plan.py compiles the kernel
 _MATMULS = ("MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4")
 _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
-def gpu_graph(model: onnx.ModelProto, head_dim: int, block_size: int) -> onnx.ModelProto:
+def gpu_graph(model: onnx.ModelProto, kv_cache: KvCacheSpec) -> onnx.ModelProto:
     """Return the graph for a GPU.
 
     Args:
         model: a rank's graph for the CPU; not changed.
-        head_dim: of the attention.
-        block_size: tokens in one block of the KV cache.
+        kv_cache: its caches.
 
     Raises:
         ValueError: an operator that has no counterpart on a GPU.
@@ -35,7 +34,7 @@ def gpu_graph(model: onnx.ModelProto, head_dim: int, block_size: int) -> onnx.Mo
     result = onnx.ModelProto()
     result.CopyFrom(model)
     rank = int({entry.key: entry.value for entry in model.metadata_props}["rank"])
-    rewrite = _Rewrite(result.graph, rank, head_dim, block_size)
+    rewrite = _Rewrite(result.graph, rank, kv_cache)
     nodes = rewrite.nodes()
     del result.graph.node[:]
     result.graph.node.extend(nodes)
@@ -44,8 +43,8 @@ def gpu_graph(model: onnx.ModelProto, head_dim: int, block_size: int) -> onnx.Mo
 
 
 class _Rewrite:
-    def __init__(self, graph: onnx.GraphProto, rank: int, head_dim: int, block_size: int) -> None:
-        self.graph, self.head_dim, self.block_size = graph, head_dim, block_size
+    def __init__(self, graph: onnx.GraphProto, rank: int, kv_cache: KvCacheSpec) -> None:
+        self.graph, self.kv_cache = graph, kv_cache
         self.dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
         self.shapes = {info.name: _shape(info) for info in (*graph.value_info, *graph.input, *graph.output)}
         self.types: dict[str, int] = {}
@@ -76,7 +75,13 @@ class _Rewrite:
         return [*nodes, top]
 
     def set_types(self) -> None:
-        """Give every intermediate value its type; those of removed nodes go."""
+        """Give the caches their shapes and every intermediate value its type; those of removed nodes go."""
+        caches = self.kv_cache.shapes(is_gpu=True)
+        for value in self.graph.input:
+            if (block := caches.get(value.name.partition(".")[0])) is not None:
+                dims = value.type.tensor_type.shape.dim[1:]  # behind num_blocks
+                for dim, size in zip(dims, block, strict=True):
+                    dim.dim_value = size
         produced = {name for node in self.graph.node for name in node.output}
         outputs = {value.name for value in self.graph.output}
         del self.graph.value_info[:]
@@ -103,7 +108,7 @@ class _Rewrite:
             _set(new, in_features=width // 2)
             self.types[new.output[0]] = _HALF
         elif op == "PagedAttention":
-            _set(new, head_dim=self.head_dim, block_size=self.block_size)
+            _set(new, head_dim=self.kv_cache.head_dim, block_size=self.kv_cache.block_size)
             self.types[new.output[0]] = _HALF
         elif op == "AllReduce":
             _set(new, in_features=width)

@@ -131,7 +131,7 @@ def pack(
                 graph = split(logical, config, plan, rank, options.shards, "weights.bin")
                 staging.add(f"rank-{rank}/cpu.onnx", graph.SerializeToString(deterministic=True))
                 if has_gpu:
-                    graph = gpu_graph(graph, config.head_dim, BLOCK_SIZE)
+                    graph = gpu_graph(graph, kv_cache)
                     staging.add(f"rank-{rank}/gpu.onnx", graph.SerializeToString(deterministic=True))
             code = (
                 kernels.build(specs, targets, lambda done, total: on_progress("kernels", done, total))

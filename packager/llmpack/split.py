@@ -141,7 +141,7 @@ class _Passes:
                 node.attrs.update(num_heads=num_heads, num_kv_heads=num_kv_heads)
         for value in self.graph.inputs:
             if value.name.startswith(("key_cache.", "value_cache.")):
-                value.shape = [*value.shape[:2], num_kv_heads, value.shape[3]]
+                value.shape = [value.shape[0], num_kv_heads, *value.shape[2:]]
 
     def lower_embedding(self) -> None:
         """Drop the whole-model weights from the inputs; look tokens up as the embedding is stored; norms keep their names."""

@@ -95,7 +95,7 @@ class GpuSession:
             ) from error
         self._num_columns = -(-vocab_size // size)
         self._top_width = next((node.shape[1] for node in self._session.get_outputs() if node.name == "top"), 0)
-        check_session(graph, self._session, kv_cache, {"logits": self._num_columns, "top": self._top_width})
+        check_session(graph, self._session, kv_cache, True, {"logits": self._num_columns, "top": self._top_width})
         self.num_likeliest = min(self._top_width - 1, vocab_size)
         self._caches = self._make_caches(kv_cache, num_blocks)
         self._shapes: dict[tuple[Any, ...], _Shape] = {}
@@ -147,9 +147,11 @@ class GpuSession:
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", self._device)
 
     def _make_caches(self, spec: KvCacheSpec, num_blocks: int) -> dict[str, Any]:
-        shape = (num_blocks, spec.block_size, spec.num_kv_heads_per_rank, spec.head_dim)
-        names = [f"{kind}_cache.{layer}" for layer in range(spec.num_layers) for kind in ("key", "value")]
-        return {name: self._value(shape, np.dtype(spec.dtype)) for name in names}
+        return {
+            f"{name}.{layer}": self._value((num_blocks, *block), np.dtype(spec.dtype))
+            for layer in range(spec.num_layers)
+            for name, block in spec.shapes(is_gpu=True).items()
+        }
 
     def _shape_of(self, values: dict[str, NDArray[np.int32]], is_captured: bool) -> _Shape:
         key = (is_captured, *(value.shape for value in values.values()))

@@ -88,16 +88,17 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[Store
     return stored
 
 
-def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, widths: dict[str, int]) -> None:
+def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, is_gpu: bool, widths: dict[str, int]) -> None:
     """Compare a session's caches and outputs (name: columns) with the manifest's, so that every step's memory fits the graph.
 
     Raises:
         IncompatibleError: they differ: the graph is another model's.
     """
-    shape = [kv_cache.block_size, kv_cache.num_kv_heads_per_rank, kv_cache.head_dim]
     kind = {"float16": "tensor(float16)", "float32": "tensor(float)"}[kv_cache.dtype]
     expected = {
-        f"{part}_cache.{layer}": (kind, shape) for layer in range(kv_cache.num_layers) for part in ("key", "value")
+        f"{name}.{layer}": (kind, list(block))
+        for layer in range(kv_cache.num_layers)
+        for name, block in kv_cache.shapes(is_gpu).items()
     }
     found = {node.name: (node.type, node.shape[1:]) for node in session.get_inputs() if "_cache." in node.name}
     outputs = {node.name: node.shape[-1] for node in session.get_outputs()}

@@ -20,7 +20,7 @@ from llmrun.errors import IncompatibleError, IntegrityError
 
 FORMAT_VERSION = (1, 0)
 OPS_DOMAIN = "ai.llmpack"
-OPS_VERSION = 1
+OPS_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 64 << 20
 ROW_TILE = 16  # output features side by side in a weight tile (FORMAT 4.3)
@@ -59,13 +59,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class KvCacheSpec:
-    """One rank's cache of one layer is [num_blocks, block_size, num_kv_heads_per_rank, head_dim], twice."""
+    """One rank's cache of keys and of values, for each layer, as its graphs have them (FORMAT 3.2)."""
 
     dtype: str
     block_size: int
     num_layers: int
     num_kv_heads_per_rank: int
     head_dim: int
+
+    def shapes(self, is_gpu: bool) -> dict[str, tuple[int, int, int]]:
+        """Return the shape of one block of "key_cache" and of "value_cache"."""
+        heads, size, dim = self.num_kv_heads_per_rank, self.block_size, self.head_dim
+        if is_gpu:
+            return {"key_cache": (size, heads, dim), "value_cache": (size, heads, dim)}
+        return {"key_cache": (heads, dim, size), "value_cache": (heads, size, dim)}
 
     @property
     def bytes_per_token(self) -> int:

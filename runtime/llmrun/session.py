@@ -116,7 +116,7 @@ class RankSession:
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error
         self._values = values  # ORT uses them as long as the session lives
-        check_session(graph, self._session, kv_cache, {"logits": vocab_size})
+        check_session(graph, self._session, kv_cache, False, {"logits": vocab_size})
         self._run_options, self._prompt_options = self._ort.RunOptions(), self._ort.RunOptions()
         for run_options in (self._run_options, self._prompt_options):
             run_options.log_severity_level = FATAL_ONLY
@@ -177,19 +177,18 @@ class RankSession:
 
     def _bind_caches(self, spec: KvCacheSpec, num_blocks: int) -> list[NDArray[Any]]:
         """Bind key and value memory of each layer, zeroed by the system page by page when first touched."""
-        shape = (num_blocks, spec.block_size, spec.num_kv_heads_per_rank, spec.head_dim)
         caches: list[NDArray[Any]] = []
         for layer in range(spec.num_layers):
-            for kind in ("key", "value"):
+            for name, block in spec.shapes(is_gpu=False).items():
                 try:
-                    memory = _zeros(shape, np.dtype(spec.dtype))
+                    memory = _zeros((num_blocks, *block), np.dtype(spec.dtype))
                 except OSError:
                     total = num_blocks * spec.block_size * spec.bytes_per_token
                     raise ResourceError(
                         f"KV cache: the system refuses {total} bytes. Use a shorter --max-seq-len.", code="E502"
                     ) from None
                 caches.append(memory)
-                self._binding.bind_ortvalue_input(f"{kind}_cache.{layer}", self._value_of(memory))
+                self._binding.bind_ortvalue_input(f"{name}.{layer}", self._value_of(memory))
         return caches
 
     def _bind_step(self, plan: StepPlan) -> None:

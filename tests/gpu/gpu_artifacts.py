@@ -12,7 +12,7 @@ from standin import write_kernels
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import KernelSpec, plan_kernels
 from llmpack.weights import Quantization, plan_rank
-from llmrun.manifest import ModelConfig
+from llmrun.manifest import KvCacheSpec, ModelConfig
 
 CHIPS = ("sm_89", "gfx1100")
 
@@ -31,10 +31,10 @@ def add_gpu(artifact: Path, target: Path) -> Path:
     """Copy an artifact and add the graphs for a GPU and the kernel files; the manifest stays that of the CPU."""
     shutil.copytree(artifact, target)
     manifest = json.loads((target / "manifest.json").read_text())
-    cache = manifest["kv_cache"]
+    cache = KvCacheSpec(**manifest["kv_cache"])
     for entry in manifest["ranks"]:
         model = onnx.load(str(target / entry["graphs"]["cpu"]), load_external_data=False)
-        converted = gpu_graph(model, cache["head_dim"], cache["block_size"])
+        converted = gpu_graph(model, cache)
         (target / entry["folder"] / "gpu.onnx").write_bytes(converted.SerializeToString())
     for chip in CHIPS:
         backend = "hip" if chip.startswith("gfx") else "cuda"

@@ -251,8 +251,8 @@ def test_2_3_malformed_version(members, version):
     [
         {"domain": "ai.llmpack", "version": 2}, {"domain": "ai.llmpack", "version": 0},
         {"domain": "ai.llmpack", "version": "1"}, {"domain": "ai.llmpack", "version": True},
-        {"domain": "ai.llmpack", "version": 1.0}, {"domain": "com.example", "version": 1},
-        {"domain": "ai.llmpack"}, {"version": 1}, {}, {"domain": "x" * 100_000, "version": "\n"},
+        {"domain": "ai.llmpack", "version": 2.0}, {"domain": "com.example", "version": 2},
+        {"domain": "ai.llmpack"}, {"version": 2}, {}, {"domain": "x" * 100_000, "version": "\n"},
     ],
     ids=repr,
 )  # fmt: skip

@@ -141,10 +141,10 @@ def test_elementwise_and_collectives(case: str) -> None:
     assert_fails(*ELEMENTWISE_CASES[case])
 
 
-CACHE = "[num_blocks, block_size, num_kv_heads, head_dim]"
-TWO_SEQUENCES = {"seq_lens": np.array([11, 10], np.int32), "block_table": ZEROS((2, 3), np.int32)}
+KEYS, VALUES = (f"[num_blocks, num_kv_heads, {rest}]" for rest in ("head_dim, block_size", "block_size, head_dim"))
+TWO_SEQUENCES = {"seq_lens": np.array([41, 40], np.int32), "block_table": ZEROS((2, 3), np.int32)}
 
-# name: (inputs to replace, attributes to replace, sentence). The step: 10 tokens of sequence 0, blocks [2, 0, 1] of 4 slots.
+# name: (inputs to replace, attributes to replace, sentence). The step: 40 tokens of sequence 0, blocks [2, 0, 1] of 16 slots.
 ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
     "heads that do not divide": (
         {}, {"num_heads": 5}, "num_heads is 5 and num_kv_heads 2, expected a positive multiple and a positive number",
@@ -153,70 +153,78 @@ ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = 
         {}, {"num_heads": 0}, "num_heads is 0 and num_kv_heads 2, expected a positive multiple and a positive number",
     ),
     "odd head_dim": (
-        {"cos_sin": ZEROS((10, 7), F32)}, {},
+        {"cos_sin": ZEROS((40, 7), F32)}, {},
         "input cos_sin has 7 columns (head_dim), expected an even number up to 256",
     ),
     "large head_dim": (
-        {"cos_sin": ZEROS((10, 258), F32)}, {},
+        {"cos_sin": ZEROS((40, 258), F32)}, {},
         "input cos_sin has 258 columns (head_dim), expected an even number up to 256",
     ),
     "qkv": (
-        {"qkv": ZEROS((10, 60), F32)}, {},
-        "input qkv has shape [10, 60], expected [10, 64] = [tokens, (num_heads + 2 * num_kv_heads) * head_dim]",
+        {"qkv": ZEROS((40, 60), F32)}, {},
+        "input qkv has shape [40, 60], expected [40, 64] = [tokens, (num_heads + 2 * num_kv_heads) * head_dim]",
     ),
     "key_cache": (
-        {"key_cache": ZEROS((3, 4, 1, 8), F32)}, {},
-        f"input key_cache has shape [3, 4, 1, 8], expected [any, any, 2, 8] = {CACHE}",
+        {"key_cache": ZEROS((3, 1, 8, 16), F32)}, {},
+        f"input key_cache has shape [3, 1, 8, 16], expected [any, 2, 8, any] = {KEYS}",
+    ),
+    "block_size": (
+        {"key_cache": ZEROS((3, 2, 8, 24), F32)}, {},
+        "input key_cache has blocks of 24 positions, expected a multiple of 16",
+    ),
+    "block_size of zero": (
+        {"key_cache": ZEROS((3, 2, 8, 0), F32)}, {},
+        "input key_cache has blocks of 0 positions, expected a multiple of 16",
     ),
     "value_cache": (
-        {"value_cache": ZEROS((2, 4, 2, 8), F32)}, {},
-        f"input value_cache has shape [2, 4, 2, 8], expected [3, 4, 2, 8] = {CACHE}",
+        {"value_cache": ZEROS((2, 2, 16, 8), F32)}, {},
+        f"input value_cache has shape [2, 2, 16, 8], expected [3, 2, 16, 8] = {VALUES}",
     ),
     "cache of integers": (
-        {"key_cache": ZEROS((3, 4, 2, 8), np.int32), "value_cache": ZEROS((3, 4, 2, 8), np.int32)}, {},
+        {"key_cache": ZEROS((3, 2, 8, 16), np.int32), "value_cache": ZEROS((3, 2, 16, 8), np.int32)}, {},
         "input key_cache is of neither float32 nor float16, expected one of them",
     ),
     "caches of two types": (
-        {"value_cache": ZEROS((3, 4, 2, 8), F16)}, {},
+        {"value_cache": ZEROS((3, 2, 16, 8), F16)}, {},
         "inputs key_cache and value_cache are of different types, expected one type",
     ),
     "slot_mapping": (
-        {"slot_mapping": ZEROS(9, np.int32)}, {}, "input slot_mapping has shape [9], expected [10] = [tokens]",
+        {"slot_mapping": ZEROS(39, np.int32)}, {}, "input slot_mapping has shape [39], expected [40] = [tokens]",
     ),
     "query_start": (
-        {"query_start": np.array([10], np.int32)}, {}, "input query_start has shape [1], expected [2] = [sequences + 1]",
+        {"query_start": np.array([40], np.int32)}, {}, "input query_start has shape [1], expected [2] = [sequences + 1]",
     ),
     "block_table": (
         {"block_table": ZEROS((2, 3), np.int32)}, {},
         "input block_table has shape [2, 3], expected [1, any] = [sequences, max_blocks]",
     ),
     "a slot beyond the cache": (
-        {"slot_mapping": np.array([0, 1, 2, 3, 4, 5, 12, 7, 8, 9], np.int32)}, {},
-        "slot_mapping[6] is 12, expected less than 12, the slots of the cache",
+        {"slot_mapping": np.array([*range(6), 48, *range(7, 40)], np.int32)}, {},
+        "slot_mapping[6] is 48, expected less than 48, the slots of the cache",
     ),
     "query_start does not begin at 0": (
-        {"query_start": np.array([1, 10], np.int32)}, {},
-        "query_start goes from 1 to 10, expected from 0 to 10, the number of tokens",
+        {"query_start": np.array([1, 40], np.int32)}, {},
+        "query_start goes from 1 to 40, expected from 0 to 40, the number of tokens",
     ),
     "query_start does not end at T": (
-        {"query_start": np.array([0, 11], np.int32)}, {},
-        "query_start goes from 0 to 11, expected from 0 to 10, the number of tokens",
+        {"query_start": np.array([0, 41], np.int32)}, {},
+        "query_start goes from 0 to 41, expected from 0 to 40, the number of tokens",
     ),
     "query_start falls": (
-        {"query_start": np.array([0, 11, 10], np.int32), **TWO_SEQUENCES}, {},
-        "query_start[1] is 11 after 0, expected no less, and at most 10",
+        {"query_start": np.array([0, 41, 40], np.int32), **TWO_SEQUENCES}, {},
+        "query_start[1] is 41 after 0, expected no less, and at most 40",
     ),
     "query_start is negative": (
-        {"query_start": np.array([0, -4, 10], np.int32), **TWO_SEQUENCES}, {},
-        "query_start[1] is -4 after 0, expected no less, and at most 10",
+        {"query_start": np.array([0, -4, 40], np.int32), **TWO_SEQUENCES}, {},
+        "query_start[1] is -4 after 0, expected no less, and at most 40",
     ),
     "seq_len below the step": (
-        {"seq_lens": np.array([9], np.int32)}, {},
-        "seq_lens[0] is 9, expected at least its 10 tokens of this step and at most the 12 positions of block_table",
+        {"seq_lens": np.array([39], np.int32)}, {},
+        "seq_lens[0] is 39, expected at least its 40 tokens of this step and at most the 48 positions of block_table",
     ),
     "seq_len beyond the table": (
-        {"seq_lens": np.array([13], np.int32)}, {},
-        "seq_lens[0] is 13, expected at least its 10 tokens of this step and at most the 12 positions of block_table",
+        {"seq_lens": np.array([49], np.int32)}, {},
+        "seq_lens[0] is 49, expected at least its 40 tokens of this step and at most the 48 positions of block_table",
     ),
     "negative block": (
         {"block_table": np.array([[2, -1, 1]], np.int32)}, {}, "block_table[0, 1] is -1, expected a block from 0 to 2",
@@ -230,8 +238,8 @@ ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = 
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_attention(case: str) -> None:
     inputs, attributes, expected = ATTENTION_CASES[case]
-    world = World(4, 2, 8, 4, [Sequence(10, [2, 0, 1])])
-    node = Node("PagedAttention", world.step([(0, 0, 10)]) | inputs, ("out",), (), world.attributes() | attributes)
+    world = World(4, 2, 8, 16, [Sequence(40, [2, 0, 1])])
+    node = Node("PagedAttention", world.step([(0, 0, 40)]) | inputs, ("out",), (), world.attributes() | attributes)
     assert_fails(node, expected)
     assert (world.key_cache == 7.0).all(), "the caches changed before the error was found"
 
