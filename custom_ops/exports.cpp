@@ -4,6 +4,7 @@
 #include "cpu/collectives.h"
 #include "cpu/isa.h"
 #include "guarded.h"
+#include "ort/kernel.h"
 #include "ort/profile.h"
 
 namespace {
@@ -35,6 +36,10 @@ int llmpack_ops_set_isa(const char* name) {
     return failed(
         std::string("llmpack_ops_set_isa: ") + (name != nullptr ? name : "NULL") +
         " is not an instruction set of this machine, expected one of: " + llmpack::supported_isas() + ".");
+}
+
+int llmpack_ops_expect_threads(int number) {
+    return guarded("llmpack_ops_expect_threads", [&] { llmpack::ort::expect_threads(number); });
 }
 
 int llmpack_ops_set_communicator(const LlmpackCommunicator* communicator) {

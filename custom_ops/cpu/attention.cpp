@@ -384,8 +384,8 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
     }
 }
 
-// Successive items of one tile go together while their rows fit: the heads of a position lie side by side in
-// memory.
+// Some successive items of one tile go together: the heads of a block lie side by side in memory. More of
+// them (32 query heads of 8, 128 wide) lose 5 to 10 %, as their rows leave the first-level cache.
 template <class Cached>
 void read_items(const PagedAttention& args, int64_t begin, int64_t end) {
     const int64_t KV = args.num_kv_heads, shared = args.num_heads / KV;  // query heads of one KV head
@@ -402,7 +402,7 @@ void read_items(const PagedAttention& args, int64_t begin, int64_t end) {
             continue;
         }
         const int64_t fit = most / ((last - first) * shared);
-        const int64_t kv_heads = min(min(fit, KV - kv_head), end - item);
+        const int64_t kv_heads = min(min(min(fit, kAttentionHeadsTogether), KV - kv_head), end - item);
         attend<Cached>(args, first, last, kv_head, kv_heads, kv_head * shared, shared);
         item += kv_heads;
     }

@@ -61,6 +61,8 @@ struct QuantizedEmbedding {
 // up to 16 KB each: enough rows to share the work of reading a key, and still in the caches of a core.
 constexpr int64_t kAttentionTileRows = 64;
 constexpr int64_t kAttentionTileFloats = 4096;
+constexpr int64_t kAttentionHeadsTogether =
+    4;  // KV heads of a tile that are read in turn, stretch by stretch
 constexpr int64_t attention_tile_rows(int64_t head_dim) {
     const int64_t rows = kAttentionTileFloats / ((head_dim + 15) / 16 * 16);
     return rows < kAttentionTileRows ? rows : kAttentionTileRows;

@@ -101,13 +101,14 @@ struct PagedAttentionOp {
         const Kernels& k = kernels();
         // All keys and values are in the cache before any token reads them.
         context.parallel_for(T, 16, [&](int64_t begin, int64_t end) { k.attention_write(args, begin, end); });
-        // Items are worth a call of their own at 64K multiply-adds, some 4 us. Up to four KV heads of one
-        // tile go together, as they lie side by side in the cache, if that leaves work for two threads.
+        // Items are worth a call of their own at 64K multiply-adds, some 4 us. KV heads of one tile go
+        // together, as they lie side by side in the cache, if that leaves work for two threads.
         int64_t longest = 1;
         for (int64_t b = 0; b < B; b++) longest = std::max<int64_t>(longest, seq_lens.as<int32_t>()[b]);
         const int64_t work = longest * std::min(tile_tokens, T) * (num_heads / num_kv_heads) * D * 2;
         const int64_t worthwhile = 1 + 65536 / std::max<int64_t>(work, 1);
-        const int64_t neighbours = std::min<int64_t>(4, std::max<int64_t>(1, tiles * num_kv_heads / 2));
+        const int64_t neighbours =
+            std::min(kAttentionHeadsTogether, std::max<int64_t>(1, tiles * num_kv_heads / 2));
         context.parallel_for(tiles * num_kv_heads, std::max(worthwhile, neighbours),
                              [&](int64_t begin, int64_t end) { k.attention_read(args, begin, end); });
     }

@@ -1,6 +1,7 @@
 #include "ort/kernel.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace llmpack::ort {
 
@@ -145,7 +146,22 @@ std::string profile_name(const char* op, const std::string& node) {
     return name.replace(number, end - number, "*");
 }
 
+namespace {
+
+std::atomic<int> most_threads{0};  // 0: nobody has told
+
+}  // namespace
+
+void expect_threads(int number) {
+    if (number < 1)
+        throw std::invalid_argument("number is " + std::to_string(number) + ", expected 1 or more");
+    int before = most_threads.load();
+    while (before < number && !most_threads.compare_exchange_weak(before, number)) {
+    }
+}
+
 int64_t Context::ranges_for(int64_t count, int64_t grain) {
+    if (most_threads.load(std::memory_order_relaxed) == 1) return 1;
     // More ranges than threads, so that a thread that starts late takes fewer of them.
     constexpr int64_t kMostRanges = 64;
     const int64_t ranges = grain > 1 ? count / grain : count;

@@ -101,7 +101,8 @@ class Context {
     void* gpu_stream() const;
 
     // Calls body(begin, end) on disjoint ranges that cover [0, count), on the session's intra-op threads, and
-    // waits. `grain` work items are worth one call. body must not throw.
+    // waits. `grain` work items are worth one call. body must not throw. With one thread (expect_threads) it
+    // is one call.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, const Body& body) const {
         static_assert(std::is_invocable_v<const Body&, int64_t, int64_t>, "body(begin, end)");
@@ -132,6 +133,9 @@ class Context {
     OrtKernelContext* context_;
     const Port* inputs_;
 };
+
+// llmpack_ops_expect_threads.
+void expect_threads(int number);
 
 // Memory that a thread keeps between calls and that only grows. `Tag` tells the buffers of a thread apart.
 template <class T, class Tag>

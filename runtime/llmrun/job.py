@@ -322,6 +322,8 @@ class Job:
                 size=self.size,
                 captures=self._captures,
             )
+        assert self._ops is not None
+        self._ops.llmpack_ops_expect_threads(share.num_threads)
         return session.RankSession(
             graph,
             weights,

@@ -17,6 +17,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from llmpack_ops import VERSION
+
 if TYPE_CHECKING:  # programs that tests start find this file, not that package
     from emulated.emulator import Emulator
 
@@ -106,7 +108,7 @@ class Node:
 
 
 def serialize(graph: onnx.GraphProto) -> bytes:
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.llmpack", 1)]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.llmpack", VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 

@@ -45,10 +45,6 @@ def test_an_impossible_value_makes_the_figure_missing(value: float) -> None:
     assert figure.median is None
 
 
-def test_weights_read_are_a_share_of_the_bandwidth() -> None:
-    assert report.read_share(50, 0.7e9, 40e9) == pytest.approx(0.875)
-
-
 def test_the_cost_of_depth_leaves_out_the_time_of_the_bytes() -> None:
     # 20 ms a step near; 26 ms far, of which 0.2 GB at 40 GB/s are 5 ms: 21 ms, 1.05 times as long.
     assert report.depth_cost(50, 1 / 0.026, 0.2e9, 40e9) == pytest.approx(1.05)

@@ -70,9 +70,7 @@ def arguments_of(typed: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def in_turn(
-    row: Row, ways: dict[str, Callable[[], float]], rounds: int, between: Callable[[], None] = lambda: None
-) -> Row:
+def in_turn(row: Row, ways: dict[str, Callable[[], float]], rounds: int) -> Row:
     """Take a row's figures: every way once, then every way again. A way that fails is not tried again."""
     say(f"{row.shape}: {row.what}")
     row.figures = {name: Figure() for name in ways}
@@ -84,7 +82,6 @@ def in_turn(
                 row.figures[name].add(way())
             except Missing as error:
                 row.figures[name].reason = str(error)
-        between()
     return row
 
 
@@ -100,9 +97,14 @@ class Machine:
         except Missing as error:
             self.bandwidth.reason = self.int8.reason = str(error)
 
-    def sample(self) -> None:
+    def sample(self) -> float:
+        """Measure once more; return the read bandwidth in bytes/s.
+
+        Raises:
+            Missing: it cannot be measured here.
+        """
         if self.bandwidth.reason:
-            return
+            raise Missing(self.bandwidth.reason)
         facts = json.loads(call([self._program, THREADS]))
         self.bandwidth.add(facts["read_bytes_per_s"])
         self.instruction = facts["int8_instruction"]
@@ -110,6 +112,17 @@ class Machine:
             self.int8.reason = self.instruction
         else:
             self.int8.add(facts["int8_ops_per_s"])
+        return facts["read_bytes_per_s"]
+
+    def on_demand(self) -> list[object]:
+        """Return the program that reads files whenever it is asked, and its threads.
+
+        Raises:
+            Missing: it cannot be measured here.
+        """
+        if self.bandwidth.reason:
+            raise Missing(self.bandwidth.reason)
+        return [self._program, THREADS]
 
     def rows(self) -> list[Row]:
         gb = Figure([value / 1e9 for value in self.bandwidth.samples], self.bandwidth.reason)
@@ -143,8 +156,8 @@ class Comparison:
         ways = self._programs()
         if "decode" in self.parts:
             goal = "1.2 x llama.cpp" if self.name == "110m" else "1.10 x llama.cpp, 1.45 x genai"
-            decode = self._row("decode", ways, lambda p: p.generate(STEPS), goal, sample=True)
-            self._weights_read(decode, ways)
+            self._row("decode", ways, lambda p: p.generate(STEPS), goal)
+            self._weights_read(ways)
         if "prefill" in self.parts:
             for length in (256, 512):
                 self._row(f"prefill of {length}", ways, lambda p, n=length: p.prompt(n), "2 x both")
@@ -206,9 +219,7 @@ class Comparison:
                 ways[name] = figure.reason
         return ways
 
-    def _take(
-        self, row: Row, ways: dict[str, Program | str], measure: Callable[[Program], float], sample: bool = False
-    ) -> Row:
+    def _take(self, row: Row, ways: dict[str, Program | str], measure: Callable[[Program], float]) -> Row:
         def way_of(program: Program | str) -> Callable[[], float]:
             def way() -> float:
                 if isinstance(program, str):
@@ -218,7 +229,7 @@ class Comparison:
             return way
 
         calls = {name: way_of(program) for name, program in ways.items()}
-        return in_turn(row, calls, self.rounds, self.machine.sample if sample else lambda: None)
+        return in_turn(row, calls, self.rounds)
 
     def _row(
         self,
@@ -228,25 +239,20 @@ class Comparison:
         goal: str,
         *,
         unit: str = "tokens/s",
-        sample: bool = False,
     ) -> Row:
         row = Row(self.name, what, unit, is_speed=unit == "tokens/s", goal=goal)
-        self.rows.append(self._take(row, ways, measure, sample))
+        self.rows.append(self._take(row, ways, measure))
         return row
 
-    def _weights_read(self, decode: Row, ways: dict[str, Program | str]) -> None:
-        """Weight bytes that decoding reads, of the read bandwidth measured in the same rounds."""
-        row = Row(self.name, "weight bytes read in decode, of the read bandwidth", "", goal=">= 0.95")
-        bandwidth = self.machine.bandwidth.samples[-self.rounds :]
-        for name in OURS:
-            figure, program = decode.figures[name], ways[name]
-            if self.machine.bandwidth.reason or figure.reason or not isinstance(program, Llmpack):
-                row.figures[name] = Figure(reason=figure.reason or self.machine.bandwidth.reason)
-                continue
-            size = program.weight_bytes_per_token
-            shares = [report.read_share(v, size, b) for v, b in zip(figure.samples, bandwidth, strict=True)]
-            row.figures[name] = Figure(shares)
-        self.rows.append(row)
+    def _weights_read(self, ways: dict[str, Program | str]) -> None:
+        """Weight bytes that decoding reads, of what plain reading of the same pages reaches in turn with it."""
+        row = Row(self.name, "weight bytes read in decode, of plain reading of them", "", goal=">= 0.95")
+
+        def share(program: Program) -> float:
+            assert isinstance(program, Llmpack)
+            return program.read_share(self.machine.on_demand())
+
+        self.rows.append(self._take(row, {name: ways[name] for name in OURS}, share))
 
     def _depth(self, ways: dict[str, Program | str]) -> None:
         """Decode with little and with much context, one right after the other, so that both meet the same machine."""
@@ -262,15 +268,14 @@ class Comparison:
         def both(name: str, program: Program | str) -> float:
             if isinstance(program, str):
                 raise Missing(program)
+            before = 0.0 if self.machine.bandwidth.reason else self.machine.sample()
             near, deep = program.generate(STEPS, NEAR), program.generate(STEPS, far)
             near_row.figures[name].add(near)
             far_row.figures[name].add(deep)
-            if self.machine.bandwidth.median is None:
-                raise Missing(self.machine.bandwidth.reason)
-            return max(report.depth_cost(near, deep, kv_bytes, self.machine.bandwidth.median), 0.0)
+            return max(report.depth_cost(near, deep, kv_bytes, (before + self.machine.sample()) / 2), 0.0)
 
         calls = {name: lambda name=name, program=program: both(name, program) for name, program in ways.items()}
-        in_turn(row, calls, self.rounds, self.machine.sample)
+        in_turn(row, calls, self.rounds)
         for name, figure in row.figures.items():
             for either in (near_row, far_row):
                 if not either.figures[name].samples:

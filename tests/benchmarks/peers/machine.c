@@ -4,12 +4,18 @@
 // best for dot products, which is the processor's limit.
 //
 //   machine THREADS -> {"read_bytes_per_s": .., "int8_ops_per_s": .. or null, "int8_instruction": ".."}
+//   machine THREADS on-demand FILE...    for each line that comes: bytes/s of one repetition of reading, of the files' own
+//                                        pages: one file, which the threads share, or one for each
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 
 enum { kRepeats = 9, kMostThreads = 256 };
@@ -54,10 +60,33 @@ typedef struct {
     uint64_t sum;
 } Thread;
 
+static bool is_on_demand;
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+// Reads all of a thread's memory; returns the seconds.
+static double read_all(Thread* t) {
+    const double began = now();
+    // Two streams: one does not keep the prefetchers of a core busy.
+    Vector a = {0}, b = a, c = a, d = a;
+    const size_t half = t->count / 2;
+    for (size_t i = 0; i + 2 <= half; i += 2) {
+        __builtin_prefetch((const char*)(t->data + i) + 2048);
+        __builtin_prefetch((const char*)(t->data + i + 1) + 2048);
+        __builtin_prefetch((const char*)(t->data + half + i) + 2048);
+        __builtin_prefetch((const char*)(t->data + half + i + 1) + 2048);
+        a += t->data[i];
+        b += t->data[i + 1];
+        c += t->data[half + i];
+        d += t->data[half + i + 1];
+    }
+    a += b + c + d;
+    t->sum += a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
+    return now() - began;
 }
 
 static void* run(void* argument) {
@@ -66,33 +95,53 @@ static void* run(void* argument) {
     CPU_ZERO(&set);
     CPU_SET(t->core, &set);
     sched_setaffinity(0, sizeof set, &set);
+    while (is_on_demand) {  // the main thread waits with them, and ends the process
+        pthread_barrier_wait(t->barrier);
+        t->read_s[0] = read_all(t);
+        pthread_barrier_wait(t->barrier);
+    }
     for (int r = 0; r < kRepeats; r++) {
         pthread_barrier_wait(t->barrier);
-        double began = now();
-        // Two streams: one does not keep the prefetchers of a core busy.
-        Vector a = {0}, b = a, c = a, d = a;
-        const size_t half = t->count / 2;
-        for (size_t i = 0; i + 2 <= half; i += 2) {
-            __builtin_prefetch((const char*)(t->data + i) + 2048);
-            __builtin_prefetch((const char*)(t->data + i + 1) + 2048);
-            __builtin_prefetch((const char*)(t->data + half + i) + 2048);
-            __builtin_prefetch((const char*)(t->data + half + i + 1) + 2048);
-            a += t->data[i];
-            b += t->data[i + 1];
-            c += t->data[half + i];
-            d += t->data[half + i + 1];
-        }
-        a += b + c + d;
-        t->sum += a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
-        t->read_s[r] = now() - began;
+        t->read_s[r] = read_all(t);
         pthread_barrier_wait(t->barrier);
-        began = now();
+        const double began = now();
 #ifdef NAME
         for (long i = 0; i < kRounds; i++) DOT;
 #endif
         t->dot_s[r] = now() - began;
     }
     return NULL;
+}
+
+static void serve(Thread* all, int threads, pthread_barrier_t* barrier) {
+    for (int c; (c = getchar()) != EOF;) {
+        if (c != '\n') continue;
+        pthread_barrier_wait(barrier);
+        pthread_barrier_wait(barrier);
+        double slowest = 0;
+        size_t count = 0;
+        for (int i = 0; i < threads; i++) {
+            count += all[i].count;
+            if (all[i].read_s[0] > slowest) slowest = all[i].read_s[0];
+        }
+        printf("%.6g\n", (double)count * 64 / slowest);
+        fflush(stdout);
+    }
+    exit(0);
+}
+
+// The part of a thread in its file, mapped on huge pages where the system has them; false if it cannot be.
+static bool map_part(Thread* t, const char* path, size_t part, size_t parts) {
+    const int descriptor = open(path, O_RDONLY);
+    struct stat file;
+    if (descriptor < 0 || fstat(descriptor, &file) != 0) return false;
+    const size_t size = (size_t)file.st_size;
+    const char* whole = mmap(NULL, size, PROT_READ, MAP_SHARED, descriptor, 0);
+    if (whole == MAP_FAILED) return false;
+    madvise((void*)whole, size, MADV_HUGEPAGE);
+    t->count = size / parts / 64 / 4 * 4;
+    t->data = (const Vector*)whole + part * t->count;
+    return t->count > 0;
 }
 
 static int compare(const void* a, const void* b) {
@@ -108,19 +157,29 @@ int main(int argc, char** argv) {
     static Thread all[kMostThreads];
     pthread_t ids[kMostThreads];
     pthread_barrier_t barrier;
-    pthread_barrier_init(&barrier, NULL, (unsigned)threads);
+    is_on_demand = argc > 3;
+    if (is_on_demand && argc != 4 && argc != 3 + threads) return 1;
+    pthread_barrier_init(&barrier, NULL, (unsigned)threads + (is_on_demand ? 1 : 0));
     const size_t bytes = kBytes / (size_t)threads / 128 * 128;
     int core = -1;
     for (int i = 0; i < threads; i++) {
         do core = (core + 1) % CPU_SETSIZE;
         while (!CPU_ISSET(core, &allowed));
-        uint64_t* data = aligned_alloc(64, bytes);
-        if (data == NULL) return 1;
-        for (size_t j = 0; j < bytes / 8; j++) data[j] = j;
-        all[i] =
-            (Thread){.barrier = &barrier, .core = core, .data = (const Vector*)data, .count = bytes / 64};
+        all[i] = (Thread){.barrier = &barrier, .core = core, .count = bytes / 64};
+        if (is_on_demand) {
+            const bool is_shared = argc == 4;
+            if (!map_part(&all[i], argv[is_shared ? 3 : 3 + i], is_shared ? (size_t)i : 0,
+                          is_shared ? (size_t)threads : 1))
+                return 1;
+        } else {
+            uint64_t* data = aligned_alloc(64, bytes);
+            if (data == NULL) return 1;
+            for (size_t j = 0; j < bytes / 8; j++) data[j] = j;
+            all[i].data = (const Vector*)data;
+        }
         pthread_create(&ids[i], NULL, run, &all[i]);
     }
+    if (is_on_demand) serve(all, threads, &barrier);
     uint64_t sum = 0;
     for (int i = 0; i < threads; i++) {
         pthread_join(ids[i], NULL);

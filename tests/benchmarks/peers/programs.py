@@ -58,12 +58,6 @@ class Llmpack(Program):
     def __init__(self, artifact: Path, ranks: int, threads: int) -> None:
         self.artifact, self.ranks, self.threads = artifact, ranks, threads
 
-    @property
-    def weight_bytes_per_token(self) -> int:
-        """Bytes that all ranks read for one token."""
-        manifest = json.loads((self.artifact / "manifest.json").read_text())
-        return sum(entry["weight_bytes_per_token"] for entry in manifest["ranks"])
-
     def command(self, *arguments: object) -> list[object]:
         """Return a command line of llmrun on the ranks."""
         launcher = [BIN / "mpirun", "-n", self.ranks] if self.ranks > 1 else []
@@ -77,6 +71,12 @@ class Llmpack(Program):
 
     def first_token(self) -> float:
         return first_output(self.command("generate", self.artifact, "--ids", "-p", "[1]", "-n", 1))
+
+    def read_share(self, machine: Sequence[object]) -> float:
+        """Return the weight bytes that decoding reads a second, of what `machine` reads in turn with it: share.py."""
+        launcher = [BIN / "mpirun", "-n", self.ranks] if self.ranks > 1 else []
+        text = call([*launcher, sys.executable, HERE / "share.py", self.artifact, self.threads, *machine])
+        return json.loads(text)["share"]
 
     def resident_bytes(self, shape: Shape) -> float:
         """Return what the largest rank has resident beside the mapped weights and the KV cache of its sequence.

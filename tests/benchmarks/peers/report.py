@@ -66,11 +66,6 @@ class Row:
         return mine / theirs if self.is_speed else theirs / mine
 
 
-def read_share(tokens_per_s: float, bytes_per_token: float, read_bytes_per_s: float) -> float:
-    """Return the share of the read bandwidth that reading the weights once for each token takes."""
-    return tokens_per_s * bytes_per_token / read_bytes_per_s
-
-
 def depth_cost(near: float, far: float, kv_bytes: float, read_bytes_per_s: float) -> float:
     """Return how many times longer a step takes with more context, its further KV bytes' own time subtracted.
 

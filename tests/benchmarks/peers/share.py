@@ -1,0 +1,72 @@
+"""Under mpirun: generate a few tokens, read the weights at full speed, and so on in turn; print how decoding compares.
+
+mpirun -n 2 python share.py ARTIFACT THREADS MACHINE CORES
+
+MACHINE: machine.c's program, which reads the mapped files with CORES threads and does nothing with them. Neighbours and clocks
+change the bandwidth by the second, and in a virtual machine it differs from page to page (by 25 % between two places of one
+artifact): compare the same memory at nearly the same time. Prints JSON: {"share", "read_bytes_per_s"}: medians.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llmrun import Engine
+
+TURNS, LEAST_TURN_S = 24, 0.25
+SETTLE_S = 0.005  # until the other ranks sleep
+
+
+def main(path: str, threads: int, machine: str, num_cores: str) -> None:
+    cores = os.sched_getaffinity(0)  # a rank keeps its threads on some of them
+    with Engine(path, verify="size", threads=threads) as engine:
+        size = sum(entry.weight_bytes_per_token for entry in engine.manifest.ranks)
+        longest = engine.max_seq_len - 2
+        tokens = engine.generate_ids([1], max_tokens=longest, ignore_eos=True, temperature=0.0)
+        if engine.rank > 0:
+            list(tokens)
+            return
+        with subprocess.Popen(
+            [machine, num_cores, "on-demand", *(Path(path) / entry.weights for entry in engine.manifest.ranks)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        ) as reader:
+            assert reader.stdin is not None
+            assert reader.stdout is not None
+
+            def read() -> float:
+                time.sleep(SETTLE_S)
+                # Cores that slept wake slowly: the first pass, as the first token, does not count.
+                reader.stdin.write("\n\n")
+                reader.stdin.flush()
+                return [float(reader.stdout.readline()) for _ in range(2)][1]
+
+            next(tokens)
+            bandwidth, rates = [read()], []
+            for _ in range(TURNS):
+                next(tokens)
+                count, began = 0, time.perf_counter()
+                while (took := time.perf_counter() - began) < LEAST_TURN_S:
+                    next(tokens)
+                    count += 1
+                rates.append(count / took)
+                bandwidth.append(read())
+            reader.stdin.close()
+        tokens.close()
+        around = [(before + after) / 2 for before, after in itertools.pairwise(bandwidth)]
+        shares = [rate * size / b for rate, b in zip(rates, around, strict=True)]
+        medians = {"share": shares, "read_bytes_per_s": bandwidth}
+        print(json.dumps({name: statistics.median(values) for name, values in medians.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
