@@ -1,6 +1,6 @@
 """Under mpirun: generate a few tokens, read the weights at full speed, and so on in turn; print how decoding compares.
 
-mpirun -n 2 python share.py ARTIFACT THREADS MACHINE CORES
+mpirun -n 2 python share.py ARTIFACT THREADS MACHINE CORES [TURNS]
 
 MACHINE: machine.c's program, which reads the mapped files with CORES threads and does nothing with them. Neighbours and clocks
 change the bandwidth by the second, and in a virtual machine it differs from page to page (by 25 % between two places of one
@@ -16,23 +16,31 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from llmrun import Engine
 
 TURNS, LEAST_TURN_S = 24, 0.25
+MOST_TOKENS = 256
 SETTLE_S = 0.005  # until the other ranks sleep
 
 
-def main(path: str, threads: int, machine: str, num_cores: str) -> None:
+def endless(engine: Engine) -> Iterator[int]:
+    """Generate with little context, over and over."""
+    count = min(MOST_TOKENS, engine.max_seq_len - 1)
+    while True:
+        yield from engine.generate_ids([1], max_tokens=count, ignore_eos=True, temperature=0.0)
+
+
+def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TURNS) -> None:
     cores = os.sched_getaffinity(0)  # a rank keeps its threads on some of them
     with Engine(path, verify="size", threads=threads) as engine:
         size = sum(entry.weight_bytes_per_token for entry in engine.manifest.ranks)
-        longest = engine.max_seq_len - 2
-        tokens = engine.generate_ids([1], max_tokens=longest, ignore_eos=True, temperature=0.0)
         if engine.rank > 0:
-            list(tokens)
+            engine.follow()
             return
+        tokens = endless(engine)
         with subprocess.Popen(
             [machine, num_cores, "on-demand", *(Path(path) / entry.weights for entry in engine.manifest.ranks)],
             stdin=subprocess.PIPE,
@@ -52,7 +60,7 @@ def main(path: str, threads: int, machine: str, num_cores: str) -> None:
 
             next(tokens)
             bandwidth, rates = [read()], []
-            for _ in range(TURNS):
+            for _ in range(turns):
                 next(tokens)
                 count, began = 0, time.perf_counter()
                 while (took := time.perf_counter() - began) < LEAST_TURN_S:
@@ -61,7 +69,6 @@ def main(path: str, threads: int, machine: str, num_cores: str) -> None:
                 rates.append(count / took)
                 bandwidth.append(read())
             reader.stdin.close()
-        tokens.close()
         around = [(before + after) / 2 for before, after in itertools.pairwise(bandwidth)]
         shares = [rate * size / b for rate, b in zip(rates, around, strict=True)]
         medians = {"share": shares, "read_bytes_per_s": bandwidth}
@@ -69,4 +76,4 @@ def main(path: str, threads: int, machine: str, num_cores: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:5], *map(int, sys.argv[5:]))
