@@ -12,7 +12,6 @@
 //                    it. any_greater(a, x): is some lane of a greater than x? Not where it is NaN.
 //                    reduce_add and reduce_max: of the lanes; float sums in halves, always in the same order,
 //                    (lane i) + (lane i + 8), and so on.
-//   transpose        16 rows become columns: lane j of vector i and lane i of vector j change places.
 //   Bytes            64 of them, as [16, 4]: four input features of 16 rows. shift_right may let bits of the
 //                    neighbour byte come in; lookup takes 16 bytes, 16-aligned, by indices below 16.
 //   SmallBytes, UnsignedBytes

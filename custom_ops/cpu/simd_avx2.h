@@ -105,37 +105,6 @@ LLMPACK_INLINE int32_t reduce_add(I32x16 x) {
 }
 LLMPACK_INLINE bool any_greater(F32x16 a, float x) { return reduce_max(a) > x; }
 
-LLMPACK_INLINE void transpose8(__m256 (&m)[8]) {
-    __m256 a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_ps(m[i], m[i + 1]);
-        a[i + 1] = _mm256_unpackhi_ps(m[i], m[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        for (int k = 0; k < 2; k++) {
-            __m256d low = _mm256_castps_pd(a[i + k]), high = _mm256_castps_pd(a[i + 2 + k]);
-            b[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
-            b[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
-        }
-    }
-    for (int c = 0; c < 4; c++) {
-        m[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
-        m[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
-    }
-}
-LLMPACK_INLINE void transpose(F32x16 (&m)[16]) {
-    __m256 quarter[2][2][8];  // [upper or lower rows][left or right columns]
-    for (int i = 0; i < 16; i++) {
-        quarter[i / 8][0][i % 8] = m[i].a;
-        quarter[i / 8][1][i % 8] = m[i].b;
-    }
-    for (auto& half : quarter) {
-        transpose8(half[0]);
-        transpose8(half[1]);
-    }
-    for (int i = 0; i < 16; i++) m[i] = {quarter[0][i / 8][i % 8], quarter[1][i / 8][i % 8]};
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // Bytes and their dot products.
 

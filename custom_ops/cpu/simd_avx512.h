@@ -62,33 +62,6 @@ LLMPACK_INLINE bool any_greater(F32x16 a, float x) {
     return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
 }
 
-LLMPACK_INLINE void transpose(F32x16 (&m)[16]) {
-    __m512 a[16], b[16];
-    LLMPACK_UNROLL_16 for (int i = 0; i < 16;
-                           i += 2) {  // pairs of rows, then pairs of pairs, within each quarter of a register
-        a[i] = _mm512_unpacklo_ps(m[i].v, m[i + 1].v);
-        a[i + 1] = _mm512_unpackhi_ps(m[i].v, m[i + 1].v);
-    }
-    LLMPACK_UNROLL_16 for (int i = 0; i < 16; i += 4) {
-        LLMPACK_UNROLL_16 for (int k = 0; k < 2; k++) {
-            __m512d low = _mm512_castps_pd(a[i + k]), high = _mm512_castps_pd(a[i + 2 + k]);
-            b[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            b[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    }
-    // b[4 r + c]: column 4 q + c of rows 4 r .. 4 r + 3 in quarter q. Now the quarters of four registers.
-    LLMPACK_UNROLL_16 for (int c = 0; c < 4; c++) {
-        __m512 even0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88),
-               odd0 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
-        __m512 even1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88),
-               odd1 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
-        m[c].v = _mm512_shuffle_f32x4(even0, even1, 0x88);
-        m[8 + c].v = _mm512_shuffle_f32x4(even0, even1, 0xdd);
-        m[4 + c].v = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
-        m[12 + c].v = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
-    }
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // Bytes and their dot products.
 

@@ -101,26 +101,6 @@ LLMPACK_INLINE bool any_greater(F32x16 a, float x) {
     return vmaxvq_u32(vorrq_u32(low, high)) != 0;
 }
 
-// Squares of 4 x 4, each transposed in itself and put in its mirrored place.
-LLMPACK_INLINE void transpose(F32x16 (&m)[16]) {
-    F32x16 t[16];
-    LLMPACK_UNROLL_16 for (int r = 0; r < 4; r++) {
-        LLMPACK_UNROLL_16 for (int c = 0; c < 4; c++) {
-            const float32x4_t m0 = m[4 * r].v[c], m1 = m[4 * r + 1].v[c];
-            const float32x4_t m2 = m[4 * r + 2].v[c], m3 = m[4 * r + 3].v[c];
-            const float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(m0, m1));
-            const float64x2_t odd01 = vreinterpretq_f64_f32(vtrn2q_f32(m0, m1));
-            const float64x2_t even23 = vreinterpretq_f64_f32(vtrn1q_f32(m2, m3));
-            const float64x2_t odd23 = vreinterpretq_f64_f32(vtrn2q_f32(m2, m3));
-            t[4 * c].v[r] = vreinterpretq_f32_f64(vtrn1q_f64(even01, even23));
-            t[4 * c + 1].v[r] = vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23));
-            t[4 * c + 2].v[r] = vreinterpretq_f32_f64(vtrn2q_f64(even01, even23));
-            t[4 * c + 3].v[r] = vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23));
-        }
-    }
-    LLMPACK_UNROLL_16 for (int i = 0; i < 16; i++) m[i] = t[i];
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // Bytes and their dot products.
 

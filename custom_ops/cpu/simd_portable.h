@@ -130,14 +130,6 @@ LLMPACK_INLINE int32_t reduce_add(I32x16 a) {
 }
 LLMPACK_INLINE bool any_greater(F32x16 a, float x) { return reduce_max(a) > x; }
 
-LLMPACK_INLINE void transpose(F32x16 (&m)[16]) {
-    float x[16][16];
-    for (int i = 0; i < 16; i++) store(x[i], m[i]);
-    for (int i = 0; i < 16; i++) {
-        for (int j = 0; j < 16; j++) m[i].v[j / 4][j % 4] = x[j][i];
-    }
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // Bytes and their dot products.
 
