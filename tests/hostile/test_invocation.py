@@ -220,7 +220,10 @@ def test_interrupted_while_it_starts(artifact):
     job.process.send_signal(signal.SIGINT)
     outcome = job.finish(DEADLINE_S)
     assert outcome.code in (130, -signal.SIGINT, 0)
-    assert "Traceback" not in outcome.stderr
+    # Before any of our code runs, Python itself may answer with a traceback; none of it is ours.
+    places = [line for line in outcome.stderr.splitlines() if line.lstrip().startswith('File "')]
+    assert places or "Traceback" not in outcome.stderr
+    assert not [line for line in places if "llmrun" in line]
 
 
 def test_optimized_python_refuses_as_well(artifact):
