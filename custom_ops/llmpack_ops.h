@@ -30,8 +30,8 @@ LLMPACK_EXPORT const char* llmpack_ops_isa(void);
 LLMPACK_EXPORT int llmpack_ops_set_isa(const char* name);
 
 // Tell how many threads a session of this process may have for its operators; the most that was ever told
-// counts. With one, work is not cut into ranges for others to take, which costs 1.5 % where weights are
-// streamed from memory. Never told: any number. -1: below 1.
+// counts. With one, work is not cut into ranges for others to take: each costs streams from memory a new
+// start. Never told: any number. -1: below 1.
 LLMPACK_EXPORT int llmpack_ops_expect_threads(int number);
 
 // A communicator handed over by the host program, with the MPI functions that act on it. The library links no

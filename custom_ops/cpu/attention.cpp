@@ -158,7 +158,8 @@ LLMPACK_INLINE void score_groups(const Stretch<Cached>& here, int64_t first, Row
         keys[v] = here.keys[first + v];
         asked[v] = v < to_ask ? ahead.keys[first + v] : nullptr;
     }
-    for (int64_t j = 0; j < rows.D; j += 2) {  // D is even
+    // D is even. In blocks of 16, what `pack` makes, a line holds two features of float16 keys.
+    for (int64_t j = 0; j < rows.D; j += 2) {
         LLMPACK_UNROLL_16 for (int v = 0; v < vectors; v++) {
             if (v < to_ask) __builtin_prefetch(asked[v] + j * rows.block_size, 0, 2);
         }

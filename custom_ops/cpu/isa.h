@@ -11,10 +11,9 @@
 
 namespace llmpack {
 
-constexpr int64_t kTileRows = 16;     // output features of one weight tile (FORMAT.md 4.3)
-constexpr int64_t kMaxHeadDim = 256;  // PagedAttention keeps its accumulators on the stack
-constexpr int64_t kPositionGroup =
-    16;  // positions that PagedAttention scores at once; blocks hold whole groups
+constexpr int64_t kTileRows = 16;       // output features of one weight tile (FORMAT.md 4.3)
+constexpr int64_t kMaxHeadDim = 256;    // PagedAttention keeps its accumulators on the stack
+constexpr int64_t kPositionGroup = 16;  // positions of a vector of scores; cache blocks hold whole groups
 
 enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4 };
 
@@ -61,8 +60,7 @@ struct QuantizedEmbedding {
 // up to 16 KB each: enough rows to share the work of reading a key, and still in the caches of a core.
 constexpr int64_t kAttentionTileRows = 64;
 constexpr int64_t kAttentionTileFloats = 4096;
-constexpr int64_t kAttentionHeadsTogether =
-    4;  // KV heads of a tile that are read in turn, stretch by stretch
+constexpr int64_t kAttentionHeadsTogether = 4;  // KV heads of a tile, read in turn stretch by stretch
 constexpr int64_t attention_tile_rows(int64_t head_dim) {
     const int64_t rows = kAttentionTileFloats / ((head_dim + 15) / 16 * 16);
     return rows < kAttentionTileRows ? rows : kAttentionTileRows;

@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from llmpack.weights import source_shape
-from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, ModelConfig
+from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
 
 OPSET = 21
 IR_VERSION = 10
@@ -66,11 +66,12 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
     graph = _Graph(config)
     hidden = graph.embed()
     cos_sin = graph.rope_table()
-    cache_type = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}[kv_dtype]
+    heads = config.num_key_value_heads  # of all ranks
+    spec = KvCacheSpec(kv_dtype, block_size, config.num_hidden_layers, heads, config.head_dim)
     residual = None
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
-        caches = graph.caches(i, cache_type, block_size)
+        caches = graph.caches(i, spec)
         normed, residual = graph.norm(f"{layer}.input_layernorm", hidden, residual)
         q, k, v = (
             graph.linear(f"{layer}.self_attn.{p}", normed, config.attention_bias)
@@ -142,14 +143,13 @@ class _Graph:
         sin = self.standard("Sin", f"{name}.sin", [angles])
         return self.standard("Concat", f"{name}.cos_sin", [cos, sin], axis=1)
 
-    def caches(self, layer: int, cache_type: int, block_size: int) -> list[str]:
-        heads, dim = self.config.num_key_value_heads, self.config.head_dim
-        shapes = {
-            f"key_cache.{layer}": ["num_blocks", heads, dim, block_size],
-            f"value_cache.{layer}": ["num_blocks", heads, block_size, dim],
-        }
-        self.inputs += [helper.make_tensor_value_info(name, cache_type, shape) for name, shape in shapes.items()]
-        return list(shapes)
+    def caches(self, layer: int, spec: KvCacheSpec) -> list[str]:
+        blocks = {f"{name}.{layer}": block for name, block in spec.shapes(is_gpu=False).items()}
+        cache_type = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}[spec.dtype]
+        self.inputs += [
+            helper.make_tensor_value_info(name, cache_type, ["num_blocks", *block]) for name, block in blocks.items()
+        ]
+        return list(blocks)
 
     def norm(self, name: str, x: str, residual: str | None) -> tuple[str, str]:
         """RMSNorm of x, or of x + residual; return (normed, the sum so far)."""

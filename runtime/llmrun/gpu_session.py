@@ -95,7 +95,9 @@ class GpuSession:
             ) from error
         self._num_columns = -(-vocab_size // size)
         self._top_width = next((node.shape[1] for node in self._session.get_outputs() if node.name == "top"), 0)
-        check_session(graph, self._session, kv_cache, True, {"logits": self._num_columns, "top": self._top_width})
+        check_session(
+            graph, self._session, kv_cache, {"logits": self._num_columns, "top": self._top_width}, is_gpu=True
+        )
         self.num_likeliest = min(self._top_width - 1, vocab_size)
         self._caches = self._make_caches(kv_cache, num_blocks)
         self._shapes: dict[tuple[Any, ...], _Shape] = {}

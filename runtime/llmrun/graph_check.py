@@ -88,7 +88,7 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[Store
     return stored
 
 
-def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, is_gpu: bool, widths: dict[str, int]) -> None:
+def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, widths: dict[str, int], *, is_gpu: bool) -> None:
     """Compare a session's caches and outputs (name: columns) with the manifest's, so that every step's memory fits the graph.
 
     Raises:

@@ -116,7 +116,7 @@ class RankSession:
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error
         self._values = values  # ORT uses them as long as the session lives
-        check_session(graph, self._session, kv_cache, False, {"logits": vocab_size})
+        check_session(graph, self._session, kv_cache, {"logits": vocab_size}, is_gpu=False)
         self._run_options, self._prompt_options = self._ort.RunOptions(), self._ort.RunOptions()
         for run_options in (self._run_options, self._prompt_options):
             run_options.log_severity_level = FATAL_ONLY

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmrun import Engine
@@ -31,6 +31,12 @@ def endless(engine: Engine) -> Iterator[int]:
     count = min(MOST_TOKENS, engine.max_seq_len - 1)
     while True:
         yield from engine.generate_ids([1], max_tokens=count, ignore_eos=True, temperature=0.0)
+
+
+def read_shares(rates: Sequence[float], bytes_per_token: int, bandwidth: Sequence[float]) -> list[float]:
+    """Return what turns of `rates` tokens/s read, of the mean of the bandwidths in bytes/s before and after each."""
+    around = [(before + after) / 2 for before, after in itertools.pairwise(bandwidth)]
+    return [rate * bytes_per_token / b for rate, b in zip(rates, around, strict=True)]
 
 
 def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TURNS) -> None:
@@ -69,9 +75,7 @@ def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TUR
                 rates.append(count / took)
                 bandwidth.append(read())
             reader.stdin.close()
-        around = [(before + after) / 2 for before, after in itertools.pairwise(bandwidth)]
-        shares = [rate * size / b for rate, b in zip(rates, around, strict=True)]
-        medians = {"share": shares, "read_bytes_per_s": bandwidth}
+        medians = {"share": read_shares(rates, size, bandwidth), "read_bytes_per_s": bandwidth}
         print(json.dumps({name: statistics.median(values) for name, values in medians.items()}), flush=True)
 
 
