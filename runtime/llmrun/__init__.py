@@ -10,12 +10,12 @@ import typing
 if typing.TYPE_CHECKING:
     from llmrun.async_engine import AsyncEngine
     from llmrun.constraint import Constraint
-    from llmrun.core import Stats
     from llmrun.engine import Engine
     from llmrun.engine_loop import EngineLoop, Ticket
     from llmrun.logprobs import TokenLogprobs
     from llmrun.requests import Completion, Event, Request, RequestOptions
     from llmrun.sampler import SamplingParams
+    from llmrun.stats import Stats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,7 +44,7 @@ _HOMES = {
     "Request": "llmrun.requests",
     "RequestOptions": "llmrun.requests",
     "SamplingParams": "llmrun.sampler",
-    "Stats": "llmrun.core",
+    "Stats": "llmrun.stats",
     "Ticket": "llmrun.engine_loop",
     "TokenLogprobs": "llmrun.logprobs",
 }

@@ -16,11 +16,11 @@ from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
-from llmrun.core import Stats
 from llmrun.engine import Engine
 from llmrun.engine_loop import EngineLoop
 from llmrun.errors import UsageError
 from llmrun.requests import Completion, Event, Message, Prompt, Request, RequestOptions
+from llmrun.stats import Stats
 
 
 class AsyncEngine:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
-from llmrun.core import Stats
 from llmrun.errors import LlmpackError, PeerError, ResourceError
 from llmrun.requests import Event, Prompt, Request, RequestOptions
+from llmrun.stats import Stats
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine

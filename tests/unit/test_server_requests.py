@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrun.core import Stats
 from llmrun.server.errors import ApiError
 from llmrun.server.guard import Access, ClientGoneError, Guard, read_body
 from llmrun.server.json_body import parse_json
@@ -20,6 +19,7 @@ from llmrun.server.openapi import document
 from llmrun.server.responses import Json
 from llmrun.server.schemas import ChatCall, CompletionCall, Schemas
 from llmrun.server.service import Service
+from llmrun.stats import Stats
 
 LIMITS = Limits()
 SCHEMAS = Schemas(LIMITS)
