@@ -27,6 +27,9 @@ const Kernels& table();
 namespace avx512 {
 const Kernels& table();
 }
+namespace avx512_vbmi {
+const Kernels& table();
+}
 #elif defined(__aarch64__)
 namespace neon {
 const Kernels& table();
@@ -51,6 +54,7 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512_vbmi() { return has_avx512() && __builtin_cpu_supports("avx512vbmi"); }
 
 #    if defined(LLMPACK_HAS_AVX2_VNNI)
 // AVX-VNNI has no name for __builtin_cpu_supports in older compilers either.
@@ -78,6 +82,7 @@ struct Level {
 // Best first.
 constexpr Level kLevels[] = {
 #if defined(__x86_64__)
+    {avx512_vbmi::table, has_avx512_vbmi},
     {avx512::table, has_avx512},
 #    if defined(LLMPACK_HAS_AVX2_VNNI)
     {avx2_vnni::table, has_avx2_vnni},

@@ -42,8 +42,8 @@ struct Q4 : SmallBytes {
     static constexpr int64_t kBytes32 = 256;
     static LLMPACK_INLINE void decode(const uint8_t* w, Bytes (&q)[2]) {
         const Bytes both = load_bytes(w);
-        q[0] = lookup(kLevels, and_bytes(both, 15));
-        q[1] = lookup(kLevels, and_bytes(shift_right<4>(both), 15));
+        q[0] = lookup(kLevels, both);
+        q[1] = lookup(kLevels, shift_right<4>(both));
     }
 };
 
@@ -83,9 +83,10 @@ LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
 // How far ahead of its use a weight is asked for, in bytes: from memory into the second-level cache, and from
 // there into the first. A core can have some 50 lines on their way into the second level and 10 to 16 into
 // the first, so that asking for all in one step leaves bandwidth unused (tests/benchmarks/LOG.md,
-// 2026-11-25). Tiles follow each other in memory, so this also fetches the next tile's first bytes, across
-// the page boundaries at which the hardware's prefetcher stops.
-constexpr int64_t kAhead = 8192, kNear = 1024;
+// 2026-11-25 and 26). Tiles follow each other in memory, so this also fetches the next tile's first bytes,
+// across the page boundaries at which the hardware's prefetcher stops.
+constexpr int64_t kAhead = 4096, kNear = 2048;
+constexpr int64_t kScalesAhead = 32 * kTileRows;  // scales: 1 KB
 
 // PRECOND: none; a prefetch beyond the last tile's page does nothing.
 template <int64_t bytes>
@@ -97,20 +98,29 @@ LLMPACK_INLINE void prefetch_ahead(const void* p) {
 }
 
 // Tiles `tile`, `tile` + apart, ..., as many as `streams`, for the m tokens of one block: y[t, row] = sum
-// over groups of (integer dot product) * (weight scale * token scale).
-template <class Scheme, int streams, int m>
+// over groups of (integer dot product) * (weight scale * token scale). group: the group size, or 0 for any.
+//
+// What waits for memory is kept to few instructions: a core looks a fixed number of them ahead, and eight
+// no-ops a line of weights cost 5 % of the bandwidth.
+template <class Scheme, int streams, int m, int group>
 LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, int64_t apart,
                                     int64_t first_token) {
     const QuantizedActivations& in = *args.x;
     const int64_t groups = in.K / in.group_size;
     const int64_t tile_bytes = in.K / 32 * Scheme::kBytes32, tile_scales = groups * kTileRows;
-    const uint8_t* w = args.weight + tile * tile_bytes;
-    const uint16_t* scales = args.scales + tile * tile_scales;
+    const uint8_t* w[streams];
+    const uint16_t* scales[streams];
+    LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
+        w[s] = args.weight + (tile + s * apart) * tile_bytes;
+        scales[s] = args.scales + (tile + s * apart) * tile_scales;
+        // Else GCC takes one pointer for all streams and an addition for each access of the others.
+        asm("" : "+r"(w[s]), "+r"(scales[s]));
+    }
     const int8_t* x = in.values + first_token * in.K;          // [K / 4, m, 4]
     const float* x_scales = in.scales + first_token * groups;  // [groups, m]
     const int32_t* x_sums = in.sums + first_token * groups;    // [groups, m]
 
-    const bool from_memory = first_token == 0;  // later tokens find the tile in the cache
+    const bool from_memory = streams > 1 || first_token == 0;  // later tokens find the tile in the cache
     F32x16 y[streams][m];
     LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
         LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) y[s][t] = zero();
@@ -120,24 +130,27 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
         LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) sum[s][t] = set1_i32(-Scheme::kZero * x_sums[t]);
         }
-        for (int64_t k = 0; k < in.group_size; k += 32) {
+        const auto add32 = [&]() LLMPACK_INLINE_LAMBDA {
             LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
-                const uint8_t* ws = w + s * apart * tile_bytes;
-                if (from_memory) prefetch_ahead<Scheme::kBytes32>(ws);
-                dot32<Scheme, m>(ws, x, sum[s]);
+                if (from_memory) prefetch_ahead<Scheme::kBytes32>(w[s]);
+                dot32<Scheme, m>(w[s], x, sum[s]);
+                w[s] += Scheme::kBytes32;
             }
-            w += Scheme::kBytes32;
             x += 32 * m;
+        };
+        if constexpr (group > 0) {
+            LLMPACK_UNROLL_16 for (int k = 0; k < group; k += 32) add32();
+        } else {
+            for (int64_t k = 0; k < in.group_size; k += 32) add32();
         }
         LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
-            const uint16_t* stream_scales = scales + s * apart * tile_scales;
-            if (from_memory) __builtin_prefetch(stream_scales + kAhead / Scheme::kBytes32 * kTileRows);
-            F32x16 scale = load_f16(stream_scales);
+            if (from_memory) __builtin_prefetch(scales[s] + kScalesAhead);
+            F32x16 scale = load_f16(scales[s]);
+            scales[s] += kTileRows;
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
                 y[s][t] = fma(to_float(sum[s][t]), scale * set1(x_scales[t]), y[s][t]);
             }
         }
-        scales += kTileRows;
         x_scales += m;
         x_sums += m;
     }
@@ -161,7 +174,13 @@ struct Quantized {
     struct Tiles {
         static LLMPACK_INLINE void run(const QuantizedMatMul& args, int64_t tile, int64_t apart,
                                        int64_t first_token) {
-            quantized_tiles<Scheme, streams, m>(args, tile, apart, first_token);
+            if constexpr (streams > 1) {
+                if (args.x->group_size == 64) {
+                    quantized_tiles<Scheme, streams, m, 64>(args, tile, apart, first_token);
+                    return;
+                }
+            }
+            quantized_tiles<Scheme, streams, m, 0>(args, tile, apart, first_token);
         }
     };
 };

@@ -13,7 +13,8 @@
 //                    reduce_add and reduce_max: of the lanes; float sums in halves, always in the same order,
 //                    (lane i) + (lane i + 8), and so on.
 //   Bytes            64 of them, as [16, 4]: four input features of 16 rows. shift_right may let bits of the
-//                    neighbour byte come in; lookup takes 16 bytes, 16-aligned, by indices below 16.
+//                    neighbour byte come in; lookup takes 16 bytes, 16-aligned, by the lower four bits of
+//                    each byte.
 //   SmallBytes, UnsignedBytes
 //                    dot products of weights up to 127 and up to 255: dot4 adds to each row's sum the
 //                    products of its four weights, less kOffset, with four activations in -127..127, exactly.
@@ -23,6 +24,9 @@
 
 #if defined(LLMPACK_ISA_avx2_vnni)
 #    define LLMPACK_ISA_avx2 1  // but for the dot products
+#endif
+#if defined(LLMPACK_ISA_avx512_vbmi)
+#    define LLMPACK_ISA_avx512 1  // but for lookup
 #endif
 
 #include "cpu/simd_base.h"

@@ -133,6 +133,7 @@ LLMPACK_INLINE Bytes or_bytes(Bytes v, Bytes w) {
 LLMPACK_INLINE Bytes lookup(const uint8_t* table, Bytes indices) {
     const __m256i bytes =
         _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    indices = and_bytes(indices, 15);
     return {_mm256_shuffle_epi8(bytes, indices.a), _mm256_shuffle_epi8(bytes, indices.b)};
 }
 

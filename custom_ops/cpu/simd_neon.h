@@ -119,7 +119,7 @@ LLMPACK_INLINE Bytes shift_right(Bytes w) {
 LLMPACK_INLINE Bytes or_bytes(Bytes a, Bytes b) { LLMPACK_EACH(Bytes, a.v[i] | b.v[i]); }
 LLMPACK_INLINE Bytes lookup(const uint8_t* table, Bytes indices) {
     const uint8x16_t bytes = vld1q_u8(table);
-    LLMPACK_EACH(Bytes, vqtbl1q_u8(bytes, indices.v[i]));
+    LLMPACK_EACH(Bytes, vqtbl1q_u8(bytes, vandq_u8(indices.v[i], vdupq_n_u8(15))));
 }
 
 // sdot multiplies signed numbers and adds four products to each 32-bit lane, no saturation. sign_bit makes

@@ -160,7 +160,7 @@ LLMPACK_INLINE Bytes or_bytes(Bytes v, const Bytes& w) {
 LLMPACK_INLINE Bytes lookup(const uint8_t* table, const Bytes& indices) {
     uint8_t bytes[64];
     store_bytes(bytes, indices);
-    for (int i = 0; i < 64; i++) bytes[i] = table[bytes[i]];
+    for (int i = 0; i < 64; i++) bytes[i] = table[bytes[i] & 15];
     return load_bytes(bytes);
 }
 

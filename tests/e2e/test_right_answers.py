@@ -175,7 +175,7 @@ def test_selfcheck_agrees(quant, packed, tiny_checkpoint):
 
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "q8", "q4"])
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx2-vnni", "avx512", "neon"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon"])
 def test_every_instruction_set_gives_nearly_the_same_logits(isa, quant, packed, tiny_checkpoint):
     from llmrun.errors import UsageError
 

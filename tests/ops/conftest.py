@@ -48,7 +48,10 @@ def library(library_path: Path) -> ctypes.CDLL:
 EMULATED = "aarch64:"
 
 
-@pytest.fixture(params=["portable", "avx2", "avx2-vnni", "avx512", "neon", EMULATED + "portable", EMULATED + "neon"])
+ISAS = ["portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon"]
+
+
+@pytest.fixture(params=[*ISAS, EMULATED + "portable", EMULATED + "neon"])
 def isa(request: pytest.FixtureRequest):
     """Runs the test once on each instruction set that this machine has, and on those of an emulated aarch64."""
     if request.param.startswith(EMULATED):

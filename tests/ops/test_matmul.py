@@ -104,7 +104,7 @@ def test_instruction_sets_quantize_alike(library, scheme: str) -> None:
     projection, x = random_projection(scheme, 33, 1024), random_x(5, 1024)
     results = {}
     before = library.llmpack_ops_isa()
-    for name in (b"portable", b"avx2", b"avx2-vnni", b"avx512", b"neon"):
+    for name in (b"portable", b"avx2", b"avx2-vnni", b"avx512", b"avx512-vbmi", b"neon"):
         if library.llmpack_ops_set_isa(name) == 0:
             (results[name],) = projection.node(x).run()
     library.llmpack_ops_set_isa(before)
@@ -126,7 +126,7 @@ def test_one_group_gives_the_same_bits_on_every_instruction_set(library, scheme:
     step = (absmax / np.float32(127)) * np.float32(0.5)
     expected = (integers @ reference.LEVELS[scheme][quantized].T).astype(np.float32) * step
     before = library.llmpack_ops_isa()
-    for name in (b"portable", b"avx2", b"avx2-vnni", b"avx512", b"neon"):
+    for name in (b"portable", b"avx2", b"avx2-vnni", b"avx512", b"avx512-vbmi", b"neon"):
         if library.llmpack_ops_set_isa(name) == 0:
             np.testing.assert_array_equal(projection.node(x).run()[0], expected, err_msg=str(name))
     library.llmpack_ops_set_isa(before)

@@ -16,7 +16,7 @@ def isas():
     library = native.library()
     library.llmpack_ops_set_isa.argtypes = [ctypes.c_char_p]
     library.llmpack_ops_isa.restype = ctypes.c_char_p
-    names = ("portable", "avx2", "avx2-vnni", "avx512", "neon")
+    names = ("portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon")
     found, best = [], library.llmpack_ops_isa()
     for name in names:
         if library.llmpack_ops_set_isa(name.encode()) == 0:

@@ -48,7 +48,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--isa",
-        choices=("portable", "avx2", "avx2-vnni", "avx512", "neon"),
+        choices=("portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon"),
         help="instruction set of the CPU kernels (default: the best that the machine has)",
     )
 
