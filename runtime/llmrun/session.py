@@ -120,6 +120,8 @@ class RankSession:
         self._run_options, self._prompt_options = self._ort.RunOptions(), self._ort.RunOptions()
         for run_options in (self._run_options, self._prompt_options):
             run_options.log_severity_level = FATAL_ONLY
+            # No captured graph. Unset, ORT's Python asks for it in each run and catches the C++ exception: 80 us.
+            run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._prompt_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._binding = self._session.io_binding()
         self._caches = self._bind_caches(kv_cache, num_blocks)
