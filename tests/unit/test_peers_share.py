@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.peers.environment import HERE, compile_c
-from benchmarks.peers.share import read_shares
+from benchmarks.peers.share import num_meetings, read_shares
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(machine: Path, *files: Path, threads: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [machine, str(threads), "on-demand", *files], input="\n\n\n", capture_output=True, text=True, timeout=60
+        [machine, str(threads), "on-demand", *files], input="\n\n5\n", capture_output=True, text=True, timeout=60
     )
 
 
@@ -52,5 +52,9 @@ def test_the_share_is_printed(machine: Path, packed_tiny: Callable[..., Path]) -
     command = [sys.executable, HERE / "share.py", artifact, "1", machine, "1", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     found = json.loads(done.stdout)
-    assert set(found) == {"share", "read_bytes_per_s"}
-    assert found["share"] > 0
+    assert set(found) == {"share", "share_meeting", "read_bytes_per_s", "meeting_bytes_per_s"}
+    assert min(found.values()) > 0
+
+
+def test_ranks_meet_twice_a_layer_and_for_the_logits() -> None:
+    assert [num_meetings(22, 2), num_meetings(22, 1)] == [45, 1]

@@ -247,12 +247,23 @@ class Comparison:
     def _weights_read(self, ways: dict[str, Program | str]) -> None:
         """Weight bytes that decoding reads, of what plain reading of the same pages reaches in turn with it."""
         row = Row(self.name, "weight bytes read in decode, of plain reading of them", "", goal=">= 0.95")
+        meeting_row = Row(self.name, "the same, of reading that waits for the other thread as often", "")
+        meeting_row.figures = {name: Figure() for name in OURS}
 
-        def share(program: Program) -> float:
+        def share(name: str) -> float:
+            program = ways[name]
+            if isinstance(program, str):
+                raise Missing(program)
             assert isinstance(program, Llmpack)
-            return program.read_share(self.machine.on_demand())
+            shares = program.read_shares(self.machine.on_demand())
+            meeting_row.figures[name].add(shares["share_meeting"])
+            return shares["share"]
 
-        self.rows.append(self._take(row, {name: ways[name] for name in OURS}, share))
+        in_turn(row, {name: lambda name=name: share(name) for name in OURS}, self.rounds)
+        for name, figure in row.figures.items():
+            if not meeting_row.figures[name].samples:
+                meeting_row.figures[name].reason = figure.reason
+        self.rows += [row, meeting_row]
 
     def _depth(self, ways: dict[str, Program | str]) -> None:
         """Decode with little and with much context, one right after the other, so that both meet the same machine."""

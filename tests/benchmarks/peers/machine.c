@@ -4,12 +4,15 @@
 // best for dot products, which is the processor's limit.
 //
 //   machine THREADS -> {"read_bytes_per_s": .., "int8_ops_per_s": .. or null, "int8_instruction": ".."}
-//   machine THREADS on-demand FILE...    for each line that comes: bytes/s of one repetition of reading, of the files' own
-//                                        pages: one file, which the threads share, or one for each
+//   machine THREADS on-demand FILE...    for each line that comes, a number of pieces (1 if empty): bytes/s of one repetition
+//                                        of reading, of the files' own pages: one file, which the threads share, or one for
+//                                        each. After each of the pieces the threads wait for each other, as ranks do in an
+//                                        all-reduce; nothing else is done, so no program that meets as often is faster
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -61,6 +64,8 @@ typedef struct {
 } Thread;
 
 static bool is_on_demand;
+static int threads, pieces = 1;
+static atomic_int arrivals;
 
 static double now(void) {
     struct timespec t;
@@ -68,24 +73,36 @@ static double now(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-// Reads all of a thread's memory; returns the seconds.
-static double read_all(Thread* t) {
-    const double began = now();
+static void read_piece(Thread* t, const Vector* data, size_t count) {
     // Two streams: one does not keep the prefetchers of a core busy.
     Vector a = {0}, b = a, c = a, d = a;
-    const size_t half = t->count / 2;
+    const size_t half = count / 2;
     for (size_t i = 0; i + 2 <= half; i += 2) {
-        __builtin_prefetch((const char*)(t->data + i) + 2048);
-        __builtin_prefetch((const char*)(t->data + i + 1) + 2048);
-        __builtin_prefetch((const char*)(t->data + half + i) + 2048);
-        __builtin_prefetch((const char*)(t->data + half + i + 1) + 2048);
-        a += t->data[i];
-        b += t->data[i + 1];
-        c += t->data[half + i];
-        d += t->data[half + i + 1];
+        __builtin_prefetch((const char*)(data + i) + 2048);
+        __builtin_prefetch((const char*)(data + i + 1) + 2048);
+        __builtin_prefetch((const char*)(data + half + i) + 2048);
+        __builtin_prefetch((const char*)(data + half + i + 1) + 2048);
+        a += data[i];
+        b += data[i + 1];
+        c += data[half + i];
+        d += data[half + i + 1];
     }
     a += b + c + d;
     t->sum += a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
+}
+
+// Reads all of a thread's memory; returns the seconds.
+static double read_all(Thread* t) {
+    const double began = now();
+    for (int piece = 0; piece < pieces; piece++) {
+        const size_t begin = t->count * (size_t)piece / (size_t)pieces;
+        const size_t end = t->count * ((size_t)piece + 1) / (size_t)pieces;
+        read_piece(t, t->data + begin, end - begin);
+        if (pieces == 1) break;
+        atomic_fetch_add(&arrivals, 1);
+        while (atomic_load(&arrivals) < threads * (piece + 1)) {
+        }
+    }
     return now() - began;
 }
 
@@ -113,9 +130,10 @@ static void* run(void* argument) {
     return NULL;
 }
 
-static void serve(Thread* all, int threads, pthread_barrier_t* barrier) {
-    for (int c; (c = getchar()) != EOF;) {
-        if (c != '\n') continue;
+static void serve(Thread* all, pthread_barrier_t* barrier) {
+    for (char line[64]; fgets(line, sizeof line, stdin) != NULL;) {
+        pieces = atoi(line) > 1 ? atoi(line) : 1;
+        arrivals = 0;
         pthread_barrier_wait(barrier);
         pthread_barrier_wait(barrier);
         double slowest = 0;
@@ -150,7 +168,7 @@ static int compare(const void* a, const void* b) {
 }
 
 int main(int argc, char** argv) {
-    const int threads = argc > 1 ? atoi(argv[1]) : 2;
+    threads = argc > 1 ? atoi(argv[1]) : 2;
     cpu_set_t allowed;
     if (threads < 1 || threads > kMostThreads || sched_getaffinity(0, sizeof allowed, &allowed) != 0)
         return 1;
@@ -179,7 +197,7 @@ int main(int argc, char** argv) {
         }
         pthread_create(&ids[i], NULL, run, &all[i]);
     }
-    if (is_on_demand) serve(all, threads, &barrier);
+    if (is_on_demand) serve(all, &barrier);
     uint64_t sum = 0;
     for (int i = 0; i < threads; i++) {
         pthread_join(ids[i], NULL);

@@ -72,11 +72,11 @@ class Llmpack(Program):
     def first_token(self) -> float:
         return first_output(self.command("generate", self.artifact, "--ids", "-p", "[1]", "-n", 1))
 
-    def read_share(self, machine: Sequence[object]) -> float:
+    def read_shares(self, machine: Sequence[object]) -> dict[str, float]:
         """Return the weight bytes that decoding reads a second, of what `machine` reads in turn with it: share.py."""
         launcher = [BIN / "mpirun", "-n", self.ranks] if self.ranks > 1 else []
         text = call([*launcher, sys.executable, HERE / "share.py", self.artifact, self.threads, *machine])
-        return json.loads(text)["share"]
+        return json.loads(text)
 
     def resident_bytes(self, shape: Shape) -> float:
         """Return what the largest rank has resident beside the mapped weights and the KV cache of its sequence.

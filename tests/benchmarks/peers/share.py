@@ -4,7 +4,8 @@ mpirun -n 2 python share.py ARTIFACT THREADS MACHINE CORES [TURNS]
 
 MACHINE: machine.c's program, which reads the mapped files with CORES threads and does nothing with them. Neighbours and clocks
 change the bandwidth by the second, and in a virtual machine it differs from page to page (by 25 % between two places of one
-artifact): compare the same memory at nearly the same time. Prints JSON: {"share", "read_bytes_per_s"}: medians.
+artifact): compare the same memory at nearly the same time. Prints JSON of medians: {"share", "read_bytes_per_s"}, and of
+reading that waits for the other threads as often as the ranks do in all-reduces, {"share_meeting", "meeting_bytes_per_s"}.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def read_shares(rates: Sequence[float], bytes_per_token: int, bandwidth: Sequenc
     return [rate * bytes_per_token / b for rate, b in zip(rates, around, strict=True)]
 
 
+def num_meetings(num_layers: int, size: int) -> int:
+    """Return how often the ranks of a job wait for each other in a step: two all-reduces a layer, and the logits."""
+    return 2 * num_layers + 1 if size > 1 else 1
+
+
 def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TURNS) -> None:
     cores = os.sched_getaffinity(0)  # a rank keeps its threads on some of them
     with Engine(path, verify="size", threads=threads) as engine:
@@ -57,12 +63,15 @@ def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TUR
             assert reader.stdin is not None
             assert reader.stdout is not None
 
-            def read() -> float:
+            pieces = num_meetings(engine.manifest.model.num_hidden_layers, engine.size)
+
+            def read() -> tuple[float, float]:
                 time.sleep(SETTLE_S)
                 # Cores that slept wake slowly: the first pass, as the first token, does not count.
-                reader.stdin.write("\n\n")
+                reader.stdin.write(f"\n\n{pieces}\n")
                 reader.stdin.flush()
-                return [float(reader.stdout.readline()) for _ in range(2)][1]
+                _, plain, meeting = (float(reader.stdout.readline()) for _ in range(3))
+                return plain, meeting
 
             next(tokens)
             bandwidth, rates = [read()], []
@@ -75,7 +84,13 @@ def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TUR
                 rates.append(count / took)
                 bandwidth.append(read())
             reader.stdin.close()
-        medians = {"share": read_shares(rates, size, bandwidth), "read_bytes_per_s": bandwidth}
+        plain, meeting = zip(*bandwidth, strict=True)
+        medians = {
+            "share": read_shares(rates, size, plain),
+            "share_meeting": read_shares(rates, size, meeting),
+            "read_bytes_per_s": plain,
+            "meeting_bytes_per_s": meeting,
+        }
         print(json.dumps({name: statistics.median(values) for name, values in medians.items()}), flush=True)
 
 
