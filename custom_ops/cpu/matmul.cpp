@@ -98,11 +98,11 @@ LLMPACK_INLINE void prefetch_ahead(const void* p) {
 }
 
 // Tiles `tile`, `tile` + apart, ..., as many as `streams`, for the m tokens of one block: y[t, row] = sum
-// over groups of (integer dot product) * (weight scale * token scale). group: the group size, or 0 for any.
+// over groups of (integer dot product) * (weight scale * token scale).
 //
 // What waits for memory is kept to few instructions: a core looks a fixed number of them ahead, and eight
 // no-ops a line of weights cost 5 % of the bandwidth.
-template <class Scheme, int streams, int m, int group>
+template <class Scheme, int streams, int m>
 LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, int64_t apart,
                                     int64_t first_token) {
     const QuantizedActivations& in = *args.x;
@@ -130,18 +130,13 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
         LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) sum[s][t] = set1_i32(-Scheme::kZero * x_sums[t]);
         }
-        const auto add32 = [&]() LLMPACK_INLINE_LAMBDA {
+        for (int64_t k = 0; k < in.group_size; k += 32) {
             LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
                 if (from_memory) prefetch_ahead<Scheme::kBytes32>(w[s]);
                 dot32<Scheme, m>(w[s], x, sum[s]);
                 w[s] += Scheme::kBytes32;
             }
             x += 32 * m;
-        };
-        if constexpr (group > 0) {
-            LLMPACK_UNROLL_16 for (int k = 0; k < group; k += 32) add32();
-        } else {
-            for (int64_t k = 0; k < in.group_size; k += 32) add32();
         }
         LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
             if (from_memory) __builtin_prefetch(scales[s] + kScalesAhead);
@@ -174,13 +169,7 @@ struct Quantized {
     struct Tiles {
         static LLMPACK_INLINE void run(const QuantizedMatMul& args, int64_t tile, int64_t apart,
                                        int64_t first_token) {
-            if constexpr (streams > 1) {
-                if (args.x->group_size == 64) {
-                    quantized_tiles<Scheme, streams, m, 64>(args, tile, apart, first_token);
-                    return;
-                }
-            }
-            quantized_tiles<Scheme, streams, m, 0>(args, tile, apart, first_token);
+            quantized_tiles<Scheme, streams, m>(args, tile, apart, first_token);
         }
     };
 };
