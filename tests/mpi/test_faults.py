@@ -117,6 +117,13 @@ def test_of_four_ranks_the_stopped_one_is_named(packed_tiny: Packed) -> None:
 
 
 LONG = ("-p", "a", "-n", 100, "--ignore-eos")
+
+
+def shared_files() -> set[str]:
+    """Return what is in shared memory by name, which outlives processes."""
+    return set(os.listdir("/dev/shm"))
+
+
 SLOW = {"LLMRUN_FAULT": "0:decode:slow"}  # so that there is time to send a signal
 
 
@@ -125,6 +132,7 @@ SLOW = {"LLMRUN_FAULT": "0:decode:slow"}  # so that there is time to send a sign
 def test_a_signal_ends_it_quickly_and_quietly(
     number: signal.Signals, code: int, shards: int, packed_tiny: Packed
 ) -> None:
+    shared_before = shared_files()
     job = RunningJob(llmrun_command(packed_tiny(shards, "f32"), *LONG), environment=SLOW)
     job.wait_for_output()
     sent = time.monotonic()
@@ -132,16 +140,19 @@ def test_a_signal_ends_it_quickly_and_quietly(
     outcome = job.finish()
     assert (outcome.code, outcome.stderr, outcome.leftovers) == (code, "", [])
     assert time.monotonic() - sent < 5
+    assert shared_files() <= shared_before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_users_mpirun_leaves_nothing(number: signal.Signals, packed_tiny: Packed) -> None:
+    shared_before = shared_files()
     job = RunningJob([*mpirun_command(2), *llmrun_command(packed_tiny(2, "f32"), *LONG)], environment=SLOW)
     job.wait_for_output()
     job.process.send_signal(number)
     outcome = job.finish()
     assert outcome.code != 0
     assert outcome.leftovers == []
+    assert shared_files() <= shared_before
     assert "Traceback" not in outcome.stderr
 
 
