@@ -50,13 +50,17 @@ class Staging:
         self._sealed: dict[str, Future[FileEntry]] = {}
 
     def __enter__(self) -> Staging:
-        with translate_os_errors(self.target):
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_abandoned()
-            self.partial.mkdir()
-            self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._background, self._is_over = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), False
+        try:
+            with translate_os_errors(self.target):
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+                self._remove_abandoned()
+                self.partial.mkdir()
+                self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._background, self._is_over = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), False
+        except BaseException:  # a signal: nobody calls __exit__ after half an __enter__
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import itertools
 import os
 import shutil
@@ -162,6 +163,16 @@ def test_interrupted_at_any_time_leaves_old_or_nothing(tmp_path, tiny_checkpoint
     elif delay > 0.6:  # before that the interpreter is still starting and has no handler
         assert process.returncode == code, errors
         assert "Traceback" not in errors
+
+
+def test_interrupted_as_soon_as_the_directory_is_there_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", interrupt)
+    with pytest.raises(KeyboardInterrupt), write.Staging(tmp_path / "a", force=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (Debian package strace)")
