@@ -50,23 +50,29 @@ class Staging:
         self._sealed: dict[str, Future[FileEntry]] = {}
 
     def __enter__(self) -> Staging:
-        try:
-            with translate_os_errors(self.target):
-                self.target.parent.mkdir(parents=True, exist_ok=True)
-                self._remove_abandoned()
+        with translate_os_errors(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
+            try:
                 self.partial.mkdir()
                 self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._background, self._is_over = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), False
-        except BaseException:  # a signal: nobody calls __exit__ after half an __enter__
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise
+                self._background, self._is_over = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), False
+            except FileExistsError:  # somebody else's: of a process of our number in another container
+                raise
+            except BaseException:  # a signal: nobody calls __exit__ after half an __enter__
+                self._discard()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over = True
         self._background.shutdown(cancel_futures=True)
-        os.close(self._lock)
+        self._discard()
+
+    def _discard(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _check_target(self) -> None:

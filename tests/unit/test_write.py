@@ -175,6 +175,19 @@ def test_interrupted_as_soon_as_the_directory_is_there_leaves_nothing(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_partial_directory_of_a_namesake_stays(tmp_path):
+    """Two containers that share a directory may have processes of the same number."""
+    theirs = tmp_path / f".a.partial-{os.getpid()}"
+    theirs.mkdir()
+    (theirs / "file").touch()
+    lock = os.open(theirs, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ResourceError, match="exists"), write.Staging(tmp_path / "a", force=False):
+        pass
+    os.close(lock)
+    assert (theirs / "file").exists()
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (Debian package strace)")
 @pytest.mark.parametrize("call", ["openat", "pwrite64", "fsync", "rename", "renameat2", "mkdir", "unlink", "unlinkat"])
 @pytest.mark.parametrize("replaces", [False, True])
