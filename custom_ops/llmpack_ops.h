@@ -22,9 +22,8 @@ extern "C" {
 #define LLMPACK_OPS_VERSION 2
 LLMPACK_EXPORT int llmpack_ops_version(void);
 
-// Instruction set of the CPU kernels in use: "portable", "avx2", "avx2-vnni" (with AVX-VNNI),
-// "avx512" (with VNNI),
-// "avx512-vbmi" (with VNNI and VBMI) or "neon" (with dot products). The best one is chosen at load.
+// Instruction set of the CPU kernels in use: "portable", "avx2", "avx2-vnni" (with AVX-VNNI), "avx512" (with
+// VNNI), "avx512-vbmi" (with VNNI and VBMI) or "neon" (with dot products). The best one is chosen at load.
 LLMPACK_EXPORT const char* llmpack_ops_isa(void);
 
 // Choose the instruction set, for tests and comparisons. -1: unknown name, or this machine lacks it.

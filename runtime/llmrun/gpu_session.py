@@ -21,7 +21,7 @@ from llmrun.device import PROVIDERS, Placement
 from llmrun.errors import IncompatibleError, InternalError
 from llmrun.graph_check import check_session
 from llmrun.rows import Rows, merge_candidates
-from llmrun.session import FATAL_ONLY, import_onnxruntime
+from llmrun.session import EAGER, FATAL_ONLY, import_onnxruntime
 from llmrun.step_plan import FIELDS, StepPlan
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
 Gather = Callable[[Any], "list[Any] | None"]
-_EAGER = "-1"  # gpu_graph_id of a run that is neither captured nor replayed
 _MOST_SHAPES = 32  # of eager steps whose memory is kept
 
 
@@ -175,6 +174,6 @@ class GpuSession:
         options.log_severity_level = FATAL_ONLY
         if self._captures:
             # One graph for each number of sequences; 0 is ORT's own.
-            options.add_run_config_entry("gpu_graph_id", str(len(values["seq_lens"])) if is_captured else _EAGER)
+            options.add_run_config_entry("gpu_graph_id", str(len(values["seq_lens"])) if is_captured else EAGER)
         self._shapes[key] = _Shape(binding, inputs, logits, top, options)
         return self._shapes[key]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from llmrun.errors import UsageError
 
 VERIFY_MODES = ("auto", "full", "size", "off")
+# Of the CPU kernels; llmpack_ops.h says what each needs.
+ISAS = ("portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MIN_ORT_VERSION = (1, 22)
 _FEW_TOKENS = 32  # their activations are a few MB, and kept
 _PEER_ENDED = re.compile(r"rank \d+ (\(pid \d+\) )?has (ended|left)")  # custom_ops/cpu/collectives_shared.cpp
+EAGER = "-1"  # gpu_graph_id of a run that is neither captured nor replayed
 FATAL_ONLY = 4  # ORT's log level: its errors come to us as exceptions
 
 
@@ -120,8 +121,8 @@ class RankSession:
         self._run_options, self._prompt_options = self._ort.RunOptions(), self._ort.RunOptions()
         for run_options in (self._run_options, self._prompt_options):
             run_options.log_severity_level = FATAL_ONLY
-            # No captured graph. Unset, ORT's Python asks for it in each run and catches the C++ exception: 80 us.
-            run_options.add_run_config_entry("gpu_graph_id", "-1")
+            # Unset, ORT's Python (1.32) asks for it in each run all the same, and catches the C++ exception: 80 us.
+            run_options.add_run_config_entry("gpu_graph_id", EAGER)
         self._prompt_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._binding = self._session.io_binding()
         self._caches = self._bind_caches(kv_cache, num_blocks)

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llmrun import Engine
+from llmrun.job_options import ISAS
 from models import DEMO, make_checkpoint
 from mpi.harness import RunningJob, mpirun_command
 
@@ -175,7 +176,7 @@ def test_selfcheck_agrees(quant, packed, tiny_checkpoint):
 
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "q8", "q4"])
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_gives_nearly_the_same_logits(isa, quant, packed, tiny_checkpoint):
     from llmrun.errors import UsageError
 

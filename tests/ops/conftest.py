@@ -18,6 +18,8 @@ if importlib.util.find_spec("llmrun") is None:
 
 import helpers  # noqa: E402  (beside this file)
 
+from llmrun.job_options import ISAS  # noqa: E402
+
 helpers.LIBRARY_PATH = helpers.find_library()
 
 
@@ -46,9 +48,6 @@ def library(library_path: Path) -> ctypes.CDLL:
 
 
 EMULATED = "aarch64:"
-
-
-ISAS = ["portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon"]
 
 
 @pytest.fixture(params=[*ISAS, EMULATED + "portable", EMULATED + "neon"])

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmpack_ops import reference
+from llmrun.job_options import ISAS
 
 SCHEMES = ("f32", "f16", "q8", "q6", "q4")
 QUANTIZED = ("q8", "q6", "q4")
@@ -104,13 +105,13 @@ def test_instruction_sets_quantize_alike(library, scheme: str) -> None:
     projection, x = random_projection(scheme, 33, 1024), random_x(5, 1024)
     results = {}
     before = library.llmpack_ops_isa()
-    for name in (b"portable", b"avx2", b"avx2-vnni", b"avx512", b"avx512-vbmi", b"neon"):
-        if library.llmpack_ops_set_isa(name) == 0:
+    for name in ISAS:
+        if library.llmpack_ops_set_isa(name.encode()) == 0:
             (results[name],) = projection.node(x).run()
     library.llmpack_ops_set_isa(before)
     size = np.abs(x) @ np.abs(projection.weight).T
     for y in results.values():
-        assert (np.abs(y - results[b"portable"]) / size).max() <= 1e-6
+        assert (np.abs(y - results["portable"]) / size).max() <= 1e-6
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
@@ -126,9 +127,9 @@ def test_one_group_gives_the_same_bits_on_every_instruction_set(library, scheme:
     step = (absmax / np.float32(127)) * np.float32(0.5)
     expected = (integers @ reference.LEVELS[scheme][quantized].T).astype(np.float32) * step
     before = library.llmpack_ops_isa()
-    for name in (b"portable", b"avx2", b"avx2-vnni", b"avx512", b"avx512-vbmi", b"neon"):
-        if library.llmpack_ops_set_isa(name) == 0:
-            np.testing.assert_array_equal(projection.node(x).run()[0], expected, err_msg=str(name))
+    for name in ISAS:
+        if library.llmpack_ops_set_isa(name.encode()) == 0:
+            np.testing.assert_array_equal(projection.node(x).run()[0], expected, err_msg=name)
     library.llmpack_ops_set_isa(before)
 
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from llmpack import layout, native
 from llmpack.quantize import quantize_q4, quantize_q6, quantize_q8
 from llmpack_ops import reference
+from llmrun.job_options import ISAS
 
 
 def isas():
     library = native.library()
     library.llmpack_ops_set_isa.argtypes = [ctypes.c_char_p]
     library.llmpack_ops_isa.restype = ctypes.c_char_p
-    names = ("portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon")
     found, best = [], library.llmpack_ops_isa()
-    for name in names:
+    for name in ISAS:
         if library.llmpack_ops_set_isa(name.encode()) == 0:
             found.append(name)
     library.llmpack_ops_set_isa(best)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmrun import console, failstop, launcher
 from llmrun.errors import PeerError, ResourceError, UsageError
+from llmrun.job_options import ISAS, VERIFY_MODES
 from llmrun.memory import give_large_blocks_back
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--verify",
-        choices=("auto", "full", "size", "off"),
+        choices=VERIFY_MODES,
         default="auto",
         help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
     )
     group.add_argument(
         "--isa",
-        choices=("portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon"),
+        choices=ISAS,
         help="instruction set of the CPU kernels (default: the best that the machine has)",
     )
 
