@@ -85,6 +85,14 @@ def in_turn(row: Row, ways: dict[str, Callable[[], float]], rounds: int) -> Row:
     return row
 
 
+def take_reasons(row: Row, *others: Row) -> None:
+    """Let rows that were filled along with another say why they are empty, as that one does."""
+    for other in others:
+        for name, figure in other.figures.items():
+            if not figure.samples:
+                figure.reason = row.figures[name].reason
+
+
 class Machine:
     """What the memory and the cores of this machine give, sampled all along."""
 
@@ -247,8 +255,9 @@ class Comparison:
     def _weights_read(self, ways: dict[str, Program | str]) -> None:
         """Weight bytes that decoding reads, of what plain reading of the same pages reaches in turn with it."""
         row = Row(self.name, "weight bytes read in decode, of plain reading of them", "", goal=">= 0.95")
-        meeting_row = Row(self.name, "the same, of reading that waits for the other thread as often", "")
-        meeting_row.figures = {name: Figure() for name in OURS}
+        # One rank waits for nobody.
+        meeting_row = Row(self.name, "the same, of reading whose threads wait for each other as often", "")
+        meeting_row.figures = {OURS[0]: Figure()}
 
         def share(name: str) -> float:
             program = ways[name]
@@ -256,13 +265,12 @@ class Comparison:
                 raise Missing(program)
             assert isinstance(program, Llmpack)
             shares = program.read_shares(self.machine.on_demand())
-            meeting_row.figures[name].add(shares["share_meeting"])
+            if name in meeting_row.figures:
+                meeting_row.figures[name].add(shares["share_meeting"])
             return shares["share"]
 
         in_turn(row, {name: lambda name=name: share(name) for name in OURS}, self.rounds)
-        for name, figure in row.figures.items():
-            if not meeting_row.figures[name].samples:
-                meeting_row.figures[name].reason = figure.reason
+        take_reasons(row, meeting_row)
         self.rows += [row, meeting_row]
 
     def _depth(self, ways: dict[str, Program | str]) -> None:
@@ -287,10 +295,7 @@ class Comparison:
 
         calls = {name: lambda name=name, program=program: both(name, program) for name, program in ways.items()}
         in_turn(row, calls, self.rounds)
-        for name, figure in row.figures.items():
-            for either in (near_row, far_row):
-                if not either.figures[name].samples:
-                    either.figures[name].reason = figure.reason
+        take_reasons(row, near_row, far_row)
         self.rows += [near_row, far_row]
         self.rows.append(row)
 
