@@ -108,7 +108,7 @@ struct Kernels {
     void (*embedding)(WeightType type, const QuantizedEmbedding& args, int64_t begin, int64_t end);
 
     // Rows [begin, end) of x [T, H]. With residual [T, H]: normalizes x + residual and stores that sum in sum
-    // [T, H], which may be residual itself; without (both null): normalizes x.
+    // [T, H], which may be residual itself, and y may be x; without (both null): normalizes x.
     void (*rms_norm)(const float* x, const float* residual, const float* weight, float epsilon, int64_t H,
                      float* y, float* sum, int64_t begin, int64_t end);
 

@@ -3,9 +3,10 @@
 //
 // OrtApi is a struct of function pointers to which releases only append: a slot number never changes its
 // meaning (static_asserts at the end of onnxruntime/core/session/onnxruntime_c_api.cc hold upstream to that).
-// GetApi(18) returns the table in every release from 1.18 on. The slot numbers and the layout of OrtCustomOp
-// were read from include/onnxruntime/core/session/onnxruntime_c_api.h and are exercised by tests/ops in the
-// oldest and newest release supported.
+// GetApi(18) returns the table in every release from 1.18 on, with all of that release's functions. The slot
+// numbers and the layout of OrtCustomOp were read from
+// include/onnxruntime/core/session/onnxruntime_c_api.h and are exercised by tests/ops in the oldest and
+// newest release supported.
 #ifndef LLMPACK_ORT_ABI_H_
 #define LLMPACK_ORT_ABI_H_
 
@@ -105,6 +106,8 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
     X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo*))                                 \
     X(KernelContext_GetGPUComputeStream, 193, OrtStatus*, (const OrtKernelContext*, void** out))             \
     X(KernelInfo_GetNodeName, 244, OrtStatus*, (const OrtKernelInfo*, char* out, size_t* size))              \
+    X(KernelInfoGetConstantInput_tensor, 249, OrtStatus*,                                                    \
+      (const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue** out))                          \
     X(KernelContext_ParallelFor, 274, OrtStatus*,                                                            \
       (const OrtKernelContext*, void (*function)(void* user_data, size_t index), size_t total,               \
        size_t num_batch, void* user_data))
@@ -119,6 +122,14 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 LLMPACK_ORT_FUNCTIONS(LLMPACK_ORT_FUNCTION)
 #undef LLMPACK_ORT_FUNCTION
 #undef LLMPACK_ORT_FUNCTIONS
+
+// From release 1.24 on: the shape where the tensor has it, without an object made and released for it.
+constexpr int kTypeAndShapeReferenceRelease = 24;
+inline OrtStatus* GetTensorElementTypeAndShapeDataReference(const OrtApi& api, const OrtValue* value,
+                                                            int* type, const int64_t** dims, size_t* count) {
+    using Function = OrtStatus* (*)(const OrtValue*, int*, const int64_t**, size_t*);
+    return reinterpret_cast<Function>((&api.slots[0])[414])(value, type, dims, count);
+}
 
 }  // namespace llmpack::ort
 

@@ -14,10 +14,11 @@ struct RMSNormOp {
     static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kFloat}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
-    explicit RMSNormOp(const NodeInfo& node) : epsilon(node.float_attribute("epsilon")) {}
+    explicit RMSNormOp(const NodeInfo& node)
+        : epsilon(node.float_attribute("epsilon")), stored_weight(node, 1) {}
 
     void compute(Context& context) const {
-        const Tensor x = context.input(0), weight = context.input(1);
+        const Tensor x = context.input(0), weight = stored_weight.of(context);
         x.expect_shape({-1, -1}, "[tokens, hidden_size]");
         const int64_t T = x.shape[0], H = x.shape[1];
         weight.expect_shape({H}, "[hidden_size]");
@@ -29,18 +30,20 @@ struct RMSNormOp {
     }
 
     float epsilon;
+    StoredInput stored_weight;
 };
 
 struct AddRMSNormOp {
     static constexpr const char* kName = "AddRMSNorm";
     static constexpr Port kInputs[] = {{"x", kFloat}, {"residual", kFloat}, {"weight", kFloat}};
     static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
-    static constexpr InPlace kInPlace[] = {{1, 1}};
+    static constexpr InPlace kInPlace[] = {{0, 0}, {1, 1}};
 
-    explicit AddRMSNormOp(const NodeInfo& node) : epsilon(node.float_attribute("epsilon")) {}
+    explicit AddRMSNormOp(const NodeInfo& node)
+        : epsilon(node.float_attribute("epsilon")), stored_weight(node, 2) {}
 
     void compute(Context& context) const {
-        const Tensor x = context.input(0), residual = context.input(1), weight = context.input(2);
+        const Tensor x = context.input(0), residual = context.input(1), weight = stored_weight.of(context);
         x.expect_shape({-1, -1}, "[tokens, hidden_size]");
         const int64_t T = x.shape[0], H = x.shape[1];
         residual.expect_shape({T, H}, "[tokens, hidden_size]");
@@ -55,6 +58,7 @@ struct AddRMSNormOp {
     }
 
     float epsilon;
+    StoredInput stored_weight;
 };
 
 struct SwiGLUOp {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 
 namespace llmpack::ort {
 
@@ -30,7 +31,56 @@ void require(const OrtApi& api, OrtStatus* status, const What& what) {
     throw OpError(what());
 }
 
+std::atomic<bool> has_shape_references{false};
+
+// rank is above Shape::kMaxRank if the tensor has more axes than a Shape holds; then sizes are not read.
+OrtStatus* read_type_and_shape(const OrtApi& api, const OrtValue* value, int& type, Shape& shape) {
+    if (has_shape_references.load(std::memory_order_relaxed)) {
+        const int64_t* sizes = nullptr;
+        OrtStatus* status = GetTensorElementTypeAndShapeDataReference(api, value, &type, &sizes, &shape.rank);
+        if (status == nullptr && shape.rank <= Shape::kMaxRank) std::copy_n(sizes, shape.rank, shape.sizes);
+        return status;
+    }
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    if (OrtStatus* status = GetTensorTypeAndShape(api, value, &info)) return status;
+    OrtStatus* status = GetTensorElementType(api, info, &type);
+    if (status == nullptr) status = GetDimensionsCount(api, info, &shape.rank);
+    if (status == nullptr && shape.rank <= Shape::kMaxRank)
+        status = GetDimensions(api, info, shape.sizes, shape.rank);
+    ReleaseTensorTypeAndShapeInfo(api, info);
+    return status;
+}
+
+// The tensor that an input is. Throws if it is none, or not what the port takes.
+Tensor tensor_of(const OrtApi& api, const OrtValue* value, const Port& port) {
+    Tensor tensor{port.name, kAny, {}, nullptr};
+    const auto unreadable = [&] {
+        return std::string("input ") + port.name + " is missing or no tensor, expected a tensor";
+    };
+    if (value == nullptr) throw OpError(unreadable());
+    int type = 0;
+    require(api, read_type_and_shape(api, value, type, tensor.shape), unreadable);
+    if (tensor.shape.rank > Shape::kMaxRank) {
+        throw OpError(std::string("input ") + port.name + " has " + std::to_string(tensor.shape.rank) +
+                      " axes, expected at most " + std::to_string(Shape::kMaxRank));
+    }
+    if (port.type != kAny && type != port.type) {
+        throw OpError(std::string("input ") + port.name + " is of " + type_name(type) + ", expected " +
+                      type_name(port.type));
+    }
+    tensor.type = static_cast<ElementType>(type);
+    // The C ABI has one accessor, for mutable data. Only PagedAttention writes through it, to its caches.
+    require(api, GetTensorMutableData(api, const_cast<OrtValue*>(value), &tensor.data), unreadable);
+    return tensor;
+}
+
 }  // namespace
+
+void set_release(const char* version) {
+    int release = 0;
+    has_shape_references = version != nullptr && std::sscanf(version, "1.%d.", &release) == 1 &&
+                           release >= kTypeAndShapeReferenceRelease;
+}
 
 std::string shape_string(const int64_t* sizes, size_t rank) {
     std::string text = "[";
@@ -54,6 +104,17 @@ float NodeInfo::float_attribute(const char* name) const {
     require(api_, KernelInfoGetAttribute_float(api_, info_, name, &value),
             [&] { return std::string("attribute ") + name + " is missing or no float, expected a float"; });
     return value;
+}
+
+std::optional<Tensor> NodeInfo::constant_input(size_t index) const {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    if (OrtStatus* status = KernelInfoGetConstantInput_tensor(api_, info_, index, &is_constant, &value)) {
+        ReleaseStatus(api_, status);
+        return std::nullopt;
+    }
+    if (is_constant == 0) return std::nullopt;
+    return tensor_of(api_, value, inputs_[index]);
 }
 
 std::string NodeInfo::name() const {
@@ -84,35 +145,11 @@ void Tensor::expect_shape(std::initializer_list<int64_t> expected, const char* m
 }
 
 Tensor Context::input(size_t index) const {
-    Tensor tensor{inputs_[index].name, kAny, {}, nullptr};
-    auto unreadable = [&] {
-        return std::string("input ") + tensor.name + " is missing or no tensor, expected a tensor";
-    };
     const OrtValue* value = nullptr;
-    require(api_, KernelContext_GetInput(api_, context_, index, &value), unreadable);
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    if (value == nullptr) throw OpError(unreadable());
-    require(api_, GetTensorTypeAndShape(api_, value, &info), unreadable);
-    int type = 0;
-    size_t& rank = tensor.shape.rank;
-    OrtStatus* status = GetTensorElementType(api_, info, &type);
-    if (status == nullptr) status = GetDimensionsCount(api_, info, &rank);
-    const bool fits = rank <= Shape::kMaxRank;
-    if (status == nullptr && fits) status = GetDimensions(api_, info, tensor.shape.sizes, rank);
-    ReleaseTensorTypeAndShapeInfo(api_, info);
-    require(api_, status, unreadable);
-    if (!fits) {
-        throw OpError(std::string("input ") + tensor.name + " has " + std::to_string(rank) +
-                      " axes, expected at most " + std::to_string(Shape::kMaxRank));
-    }
-    if (inputs_[index].type != kAny && type != inputs_[index].type) {
-        throw OpError(std::string("input ") + tensor.name + " is of " + type_name(type) + ", expected " +
-                      type_name(inputs_[index].type));
-    }
-    tensor.type = static_cast<ElementType>(type);
-    // The C ABI has one accessor, for mutable data. Only PagedAttention writes through it, to its caches.
-    require(api_, GetTensorMutableData(api_, const_cast<OrtValue*>(value), &tensor.data), unreadable);
-    return tensor;
+    require(api_, KernelContext_GetInput(api_, context_, index, &value), [&] {
+        return std::string("input ") + inputs_[index].name + " is missing or no tensor, expected a tensor";
+    });
+    return tensor_of(api_, value, inputs_[index]);
 }
 
 void* Context::output_memory(size_t index, std::initializer_list<int64_t> shape) {

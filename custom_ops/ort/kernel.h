@@ -17,6 +17,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -59,19 +60,6 @@ class Shape {
 // "[2, 64]"
 std::string shape_string(const int64_t* sizes, size_t rank);
 
-class NodeInfo {
-  public:
-    NodeInfo(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
-    // Attributes are required: the packager writes every one.
-    int64_t int_attribute(const char* name) const;
-    float float_attribute(const char* name) const;
-    std::string name() const;
-
-  private:
-    const OrtApi& api_;
-    const OrtKernelInfo* info_;
-};
-
 struct Tensor {
     const char* name;  // of the operator's input
     ElementType type;
@@ -84,6 +72,23 @@ struct Tensor {
     }
     // Throws "input weight has shape [..], expected [..]". A negative number accepts any size.
     void expect_shape(std::initializer_list<int64_t> expected, const char* meaning) const;
+};
+
+class NodeInfo {
+  public:
+    NodeInfo(const OrtApi& api, const OrtKernelInfo* info, const Port* inputs)
+        : api_(api), info_(info), inputs_(inputs) {}
+    // Attributes are required: the packager writes every one.
+    int64_t int_attribute(const char* name) const;
+    float float_attribute(const char* name) const;
+    // Input `index` if it is an initializer: the memory that each call will get.
+    std::optional<Tensor> constant_input(size_t index) const;
+    std::string name() const;
+
+  private:
+    const OrtApi& api_;
+    const OrtKernelInfo* info_;
+    const Port* inputs_;
 };
 
 class Context {
@@ -134,8 +139,23 @@ class Context {
     const Port* inputs_;
 };
 
+// An input that usually is an initializer, and is then read once, when the kernel is made: asking ONNX
+// Runtime for an input takes 0.5 us while weights pass through the caches, and a step asks hundreds of times.
+class StoredInput {
+  public:
+    StoredInput(const NodeInfo& node, size_t index) : index_(index), tensor_(node.constant_input(index)) {}
+    Tensor of(const Context& context) const { return tensor_ ? *tensor_ : context.input(index_); }
+
+  private:
+    size_t index_;
+    std::optional<Tensor> tensor_;
+};
+
 // llmpack_ops_expect_threads.
 void expect_threads(int number);
+
+// Which release of ONNX Runtime runs the operators, "1.32.0"; until told, the oldest.
+void set_release(const char* version);
 
 // Memory that a thread keeps between calls and that only grows. `Tag` tells the buffers of a thread apart.
 template <class T, class Tag>
@@ -212,7 +232,7 @@ struct CustomOp : OrtCustomOp {
 
     static OrtStatus* create(const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info,
                              void** kernel) {
-        NodeInfo node(*api, info);
+        NodeInfo node(*api, info, Op::kInputs);
         std::string name;
         try {
             name = node.name();

@@ -37,10 +37,11 @@ struct FloatMatMulOp {
                                        {"weight", type == WeightType::kF32 ? kFloat : kFloat16}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
-    explicit FloatMatMulOp(const NodeInfo& node) : out_features(positive_attribute(node, "out_features")) {}
+    explicit FloatMatMulOp(const NodeInfo& node)
+        : out_features(positive_attribute(node, "out_features")), stored_weight(node, 1) {}
 
     void compute(Context& context) const {
-        const Tensor x = context.input(0), weight = context.input(1);
+        const Tensor x = context.input(0), weight = stored_weight.of(context);
         x.expect_shape({-1, -1}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
         const int64_t tiles = (N + kTileRows - 1) / kTileRows;
@@ -54,6 +55,7 @@ struct FloatMatMulOp {
     }
 
     int64_t out_features;
+    StoredInput stored_weight;
 };
 
 int64_t group_size_attribute(const NodeInfo& node) {
@@ -90,10 +92,14 @@ struct QuantizedMatMulOp {
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit QuantizedMatMulOp(const NodeInfo& node)
-        : out_features(positive_attribute(node, "out_features")), group_size(group_size_attribute(node)) {}
+        : out_features(positive_attribute(node, "out_features")),
+          group_size(group_size_attribute(node)),
+          stored_weight(node, 1),
+          stored_scales(node, 2) {}
 
     void compute(Context& context) const {
-        const Tensor x = context.input(0), weight = context.input(1), scales = context.input(2);
+        const Tensor x = context.input(0), weight = stored_weight.of(context),
+                     scales = stored_scales.of(context);
         x.expect_shape({-1, -1}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
         if (K % group_size != 0) {
@@ -126,6 +132,7 @@ struct QuantizedMatMulOp {
     }
 
     int64_t out_features, group_size;
+    StoredInput stored_weight, stored_scales;
 };
 
 template <WeightType type>

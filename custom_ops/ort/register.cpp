@@ -1,5 +1,6 @@
 // RegisterCustomOps: what SessionOptions.register_custom_ops_library looks for.
 #include "llmpack_ops.h"
+#include "ort/kernel.h"
 #include "ort/ops.h"
 
 namespace llmpack::ort {
@@ -34,5 +35,6 @@ extern "C" LLMPACK_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* option
     // A status cannot be made without a table; ONNX Runtime reports the null domain as unknown operators when
     // a model loads.
     if (api == nullptr) return nullptr;
+    llmpack::ort::set_release(base->GetVersionString());
     return llmpack::ort::add_domain(*api, options);
 }

@@ -59,22 +59,33 @@ def addresses(probe: Path, source: bytes | str, feeds: dict[str, np.ndarray], na
     return [sum(int(p) << (16 * i) for i, p in enumerate(piece)) for piece in pieces]
 
 
-def test_add_rms_norm_writes_its_sum_over_the_residual(probe: Path) -> None:
+def test_add_rms_norm_writes_over_its_inputs(probe: Path) -> None:
+    def norm(*inputs: str, outputs: tuple[str, ...]) -> onnx.NodeProto:
+        op = "RMSNorm" if len(outputs) == 1 else "AddRMSNorm"
+        return helper.make_node(op, [*inputs, "weight"], outputs, domain=DOMAIN, epsilon=1e-5)
+
+    inner = ["x", "residual", "y", "sum"]
     graph = helper.make_graph(
         [
-            helper.make_node("RMSNorm", ["x", "weight"], ["residual"], domain=DOMAIN, epsilon=1e-5),
+            norm("tokens", outputs=("x",)),
+            norm("tokens", outputs=("residual",)),
+            address_of("x"),
             address_of("residual"),
-            helper.make_node("AddRMSNorm", ["x", "residual", "weight"], ["y", "sum"], domain=DOMAIN, epsilon=1e-5),
+            norm("x", "residual", outputs=("y", "sum")),
+            address_of("y"),
             address_of("sum"),
+            norm("y", "sum", outputs=("end", "end sum")),
         ],
         "in_place",
-        [float_info("x", ("T", 64)), float_info("weight", (64,))],
-        [float_info("y", ("T", 64)), float_info("address of residual", (4,)), float_info("address of sum", (4,))],
-        value_info=[float_info(n, ("T", 64)) for n in ("residual", "sum")],
+        [float_info("tokens", ("T", 64)), float_info("weight", (64,))],
+        [*(float_info(n, ("T", 64)) for n in ("end", "end sum")), *(float_info(f"address of {n}", (4,)) for n in inner)],
+        value_info=[float_info(n, ("T", 64)) for n in inner],
     )
-    feeds = {"x": np.ones((5, 64), np.float32), "weight": np.ones(64, np.float32)}
-    residual, total = addresses(probe, model(graph).SerializeToString(), feeds, ["residual", "sum"])
-    assert residual == total != 0
+    feeds = {"tokens": np.ones((5, 64), np.float32), "weight": np.ones(64, np.float32)}
+    x, residual, y, total = addresses(probe, model(graph).SerializeToString(), feeds, inner)
+    assert y == x != 0
+    assert total == residual != 0
+    assert x != residual
 
 
 EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p, ctypes.c_int, ctypes.c_ssize_t] * 2, ctypes.c_ssize_t)
