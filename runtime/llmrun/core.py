@@ -5,7 +5,6 @@ A step is: plan, run on all ranks, sample, record. Knows nothing of generators, 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -171,7 +170,8 @@ class Core:
         """
         started = time.perf_counter()
         plan, pieces = self._scheduler.plan(self._propose)
-        rows = self._job.run(dataclasses.replace(plan, whole_rows=any(map(self._needs_whole_rows, pieces))))
+        plan.asks_whole_rows = any(map(self._needs_whole_rows, pieces))
+        rows = self._job.run(plan)
         are_finite = rows.are_finite
         events: list[Event] = []
         for piece in pieces:

@@ -6,6 +6,7 @@ nan; slow. A fault fires once. `nan` fires at decode and is carried out by the c
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -17,10 +18,15 @@ SLOW_S = 3.0
 _fired = False
 
 
+@functools.cache
+def _wanted() -> str:
+    return os.environ.get("LLMRUN_FAULT", "")
+
+
 def fire(rank: int, point: str) -> bool:
     """Carry out the fault that is due at this point of this rank; True: the caller must compute NaN."""
     global _fired
-    wanted = os.environ.get("LLMRUN_FAULT", "")
+    wanted = _wanted()
     if not wanted or _fired:
         return False
     fault_rank, fault_point, kind = wanted.split(":")

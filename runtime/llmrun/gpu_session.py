@@ -22,7 +22,7 @@ from llmrun.errors import IncompatibleError, InternalError
 from llmrun.graph_check import check_session
 from llmrun.rows import Rows, merge_candidates
 from llmrun.session import EAGER, FATAL_ONLY, import_onnxruntime
-from llmrun.step_plan import FIELDS, StepPlan
+from llmrun.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,12 +108,12 @@ class GpuSession:
         Raises:
             InternalError: an operator failed; its sentence is in the message.
         """
-        is_captured = self._captures and plan.is_decode and len(plan.logit_rows) == len(plan.seq_lens)
-        table = plan.block_table
+        is_captured = self._captures and plan.is_decode and plan.num_rows == plan.num_seqs
+        values = plan.fields()
         if is_captured:
-            table = np.zeros((len(table), self._columns), np.int32)
-            table[:, : plan.block_table.shape[1]] = plan.block_table
-        values = {name: getattr(plan, name) for name in FIELDS} | {"block_table": table}
+            known = values["block_table"][:, : self._columns]
+            values["block_table"] = np.zeros((plan.num_seqs, self._columns), np.int32)
+            values["block_table"][:, : known.shape[1]] = known
         shape = self._shape_of(values, is_captured)
         for name, value in values.items():
             if name not in shape.sent or not np.array_equal(shape.sent[name], value):
@@ -126,7 +126,7 @@ class GpuSession:
             raise InternalError(f"a step failed: {' '.join(str(error).split())}") from error
         self.graph_s += time.perf_counter() - started
         records = self._gather(shape.top.numpy())
-        columns = self._gather(shape.logits.numpy()) if plan.whole_rows else None
+        columns = self._gather(shape.logits.numpy()) if plan.asks_whole_rows else None
         if records is None:
             return Rows()
         whole = None if columns is None else np.concatenate(columns, axis=1)[:, : self._vocab_size]

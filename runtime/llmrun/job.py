@@ -128,7 +128,7 @@ class Job:
         self.is_broken = True
         started = time.perf_counter()
         if self.size > 1:
-            self.comm.send(plan.pack())
+            self.comm.send(plan.message)
         sent = time.perf_counter()
         rows = self._run(plan)
         self.run_s += time.perf_counter() - sent
@@ -144,7 +144,7 @@ class Job:
             kind = MessageKind(int(message[0]))
             if kind is not MessageKind.STEP:
                 return kind, message[1:]
-            self._run(StepPlan.unpack(message))
+            self._run(StepPlan(message))
 
     def close(self, exit_code: int = 0) -> None:
         """Leave in order: rank 0 tells the others to, with the exit code of the job."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from llmrun.kv_cache import Key
 from llmrun.step_plan import StepPlan
-
-# Columns of the block table come in these steps, so that the shape of a step, and what is bound for it, mostly stays.
-_TABLE_STEP = 8
 
 
 @dataclass(eq=False)
@@ -25,7 +21,7 @@ class RunningSequence:
         can_share: whether blocks of other sequences may be used.
         num_cached: tokens whose keys and values are in the cache.
         num_reused: of the prompt, those that were found there.
-        blocks: in order of position; the first `num_published` can be found by others, and are never written again.
+        blocks, table: in order of position; the first `num_published` can be found by others, and are never written again.
         keys: of the full blocks.
     """
 
@@ -41,7 +37,7 @@ class RunningSequence:
     was_admitted: bool = False
     blocks: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
-    table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    table: array.array[int] = field(default_factory=lambda: array.array("i"))
 
     def __post_init__(self) -> None:
         """Want no logits of the prompt."""
@@ -63,7 +59,7 @@ class RunningSequence:
     def set_blocks(self, blocks: list[int]) -> None:
         """Hold these blocks."""
         self.blocks = blocks
-        self.table = np.asarray(blocks, np.int32)
+        self.table = array.array("i", blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +118,13 @@ def build_plan(
         row_slice = slice(at_row, len(rows))
         pieces.append(Piece(sequence, begin, num_tokens, guesses, row_slice, first_row, num_prompt_rows, is_last))
     num_columns = -(-max(seq_lens) // block_size)
-    table = np.zeros((len(chosen), -(-num_columns // _TABLE_STEP) * _TABLE_STEP), np.int32)
-    for row, (sequence, _) in zip(table, chosen, strict=True):
-        row[: len(sequence.table)] = sequence.table[: len(row)]
-    plan = StepPlan(
-        input_ids=np.array(ids, np.int32),
-        positions=np.array(positions, np.int32),
-        slot_mapping=np.array(slots, np.int32),
-        query_start=np.array(starts, np.int32),
-        seq_lens=np.array(seq_lens, np.int32),
-        block_table=table,
-        logit_rows=np.array(rows, np.int32),
+    plan = StepPlan.of(
+        input_ids=ids,
+        positions=positions,
+        slot_mapping=slots,
+        query_start=starts,
+        seq_lens=seq_lens,
+        block_table=[sequence.table[:num_columns] for sequence, _ in chosen],
+        logit_rows=rows,
     )
     return plan, pieces

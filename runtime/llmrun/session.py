@@ -22,7 +22,7 @@ from llmrun.device import PROVIDERS
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.graph_check import check_session
 from llmrun.rows import Rows
-from llmrun.step_plan import FIELDS, StepPlan
+from llmrun.step_plan import StepPlan
 from llmrun.weights_map import MappedWeights
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class RankSession:
         self._caches = self._bind_caches(kv_cache, num_blocks)
         self.graph_s = 0.0  # seconds inside ONNX Runtime so far
         self._shape: tuple[int, ...] = ()
-        self._inputs: dict[str, NDArray[np.int32]] = {}
+        self._message = np.empty(0, np.int32)  # a step's inputs, as ORT knows where they are
         self._logits = np.empty((0, vocab_size), np.float32)
         self._bound: list[Any] = []  # OrtValues of the current shape: ORT does not keep their memory alive
 
@@ -143,12 +143,11 @@ class RankSession:
         """
         if plan.shape != self._shape:
             self._bind_step(plan)
-        for name, memory in self._inputs.items():
-            np.copyto(memory, getattr(plan, name))
+        np.copyto(self._message, plan.message)
         started = time.perf_counter()
         try:
             # Activations of many tokens would stay with ORT for good: 128 MB of a 512-token step with Llama 2 7B's shape.
-            is_prompt = len(plan.input_ids) > _FEW_TOKENS
+            is_prompt = plan.num_tokens > _FEW_TOKENS
             self._session.run_with_iobinding(self._binding, self._prompt_options if is_prompt else self._run_options)
         except Exception as error:
             text = " ".join(str(error).split())
@@ -196,9 +195,9 @@ class RankSession:
 
     def _bind_step(self, plan: StepPlan) -> None:
         """Bind memory for the plan's shape; decode steps of a sequence mostly share one."""
-        self._inputs = {name: np.empty(getattr(plan, name).shape, np.int32) for name in FIELDS}
-        self._logits = np.empty((len(plan.logit_rows), self._vocab_size), np.float32)
-        values = {name: self._value_of(memory) for name, memory in self._inputs.items()}
+        self._message = plan.message.copy()
+        self._logits = np.empty((plan.num_rows, self._vocab_size), np.float32)
+        values = {name: self._value_of(memory) for name, memory in StepPlan(self._message).fields().items()}
         output = self._value_of(self._logits)
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)

@@ -1,13 +1,15 @@
 """One step of the graph as rank 0 decides it and every rank runs it: the seven index inputs of FORMAT 3.2.
 
-In the messages between ranks a plan is one int32 array: kind, T, B, M, R, whether whole rows of logits are wanted, then the
-inputs in the order of `FIELDS`.
+A plan is one int32 array, the message that rank 0 sends: kind, T, B, M, R, whether whole rows of logits are wanted, then
+the inputs in the order of `FIELDS`.
 """
 
 from __future__ import annotations
 
+import array
 import enum
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +23,8 @@ FIELDS = (
     "logit_rows",
 )
 _HEADER = 6
+# Columns of the block table come in these steps, so that the shape of a step, and what is bound for it, mostly stays.
+_TABLE_STEP = 8
 
 Int32Array = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
@@ -33,63 +37,97 @@ class MessageKind(enum.IntEnum):
     MIRROR = 3  # pickled result of a call that a user's script makes on every rank
 
 
-@dataclass(frozen=True)
+_STEP = int(MessageKind.STEP)  # a plain number is read three times as fast
+
+
 class StepPlan:
     """Tokens of B sequences, one after the other; symbols as in FORMAT 3.2.
 
-    `input_ids`, `positions`, `slot_mapping`: [T]; `query_start`: [B + 1]; `seq_lens`: [B]; `block_table`: [B, M];
-    `logit_rows`: [R]. All int32. `whole_rows`: whether somebody needs logits of the whole vocabulary, not only of the likeliest
-    tokens; a session that has them in its memory gives them anyway.
+    Attributes:
+        message: [6 + all fields'], int32; a plan is sent, and copied, as one array.
+        num_tokens, num_seqs, num_columns, num_rows: T, B, M, R.
     """
 
-    input_ids: Int32Array
-    positions: Int32Array
-    slot_mapping: Int32Array
-    query_start: Int32Array
-    seq_lens: Int32Array
-    block_table: Int32Array
-    logit_rows: Int32Array
-    whole_rows: bool = True
+    __slots__ = ("message", "num_columns", "num_rows", "num_seqs", "num_tokens")
 
-    def __post_init__(self) -> None:
-        """Check that the shapes agree."""
-        num_tokens, num_seqs = len(self.input_ids), len(self.seq_lens)
+    def __init__(self, message: Int32Array) -> None:
+        """Read a message.
+
+        Raises:
+            ValueError: it is no plan's, or not whole.
+        """
+        kind, num_tokens, num_seqs, num_columns, num_rows, _ = message[:_HEADER].tolist()
+        size = _HEADER + 3 * num_tokens + (num_seqs + 1) + num_seqs + num_seqs * num_columns + num_rows
+        if kind != _STEP or len(message) != size:
+            raise ValueError(f"a step message of {len(message)} numbers, expected {size}")
+        self.message = message
+        self.num_tokens, self.num_seqs, self.num_columns, self.num_rows = num_tokens, num_seqs, num_columns, num_rows
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        input_ids: Sequence[int],
+        positions: Sequence[int],
+        slot_mapping: Sequence[int],
+        query_start: Sequence[int],
+        seq_lens: Sequence[int],
+        block_table: Sequence[Sequence[int]],
+        logit_rows: Sequence[int],
+    ) -> StepPlan:
+        """Return the plan of these numbers; it asks for whole rows. Rows of `block_table` are filled up with zeros.
+
+        Raises:
+            ValueError: their shapes disagree.
+        """
+        num_tokens, num_seqs = len(input_ids), len(seq_lens)
         if (
-            len(self.positions) != num_tokens
-            or len(self.slot_mapping) != num_tokens
-            or len(self.query_start) != num_seqs + 1
-            or self.block_table.shape[:1] != (num_seqs,)
-            or self.block_table.ndim != 2
+            len(positions) != num_tokens
+            or len(slot_mapping) != num_tokens
+            or len(query_start) != num_seqs + 1
+            or len(block_table) != num_seqs
         ):
             raise ValueError(f"step plan of {num_tokens} tokens and {num_seqs} sequences: shapes disagree")
+        num_columns = -(-max(map(len, block_table)) // _TABLE_STEP) * _TABLE_STEP
+        header = (_STEP, num_tokens, num_seqs, num_columns, len(logit_rows), 1)
+        # An array of the standard library: a decode step has some twenty numbers, and numpy's calls are what takes the time.
+        message = array.array("i", (*header, *input_ids, *positions, *slot_mapping, *query_start, *seq_lens))
+        for row in block_table:
+            message.extend(row)
+            message.extend(itertools.repeat(0, num_columns - len(row)))
+        message.extend(logit_rows)
+        return cls(np.frombuffer(message, np.int32))
+
+    def fields(self) -> dict[str, Int32Array]:
+        """Return the graph's inputs, as views of the message.
+
+        `input_ids`, `positions`, `slot_mapping`: [T]; `query_start`: [B + 1]; `seq_lens`: [B]; `block_table`: [B, M];
+        `logit_rows`: [R].
+        """
+        sizes = (*(3 * [self.num_tokens]), self.num_seqs + 1, self.num_seqs, self.num_seqs * self.num_columns)
+        parts = np.split(self.message[_HEADER:], list(itertools.accumulate(sizes)))
+        fields = dict(zip(FIELDS, parts, strict=True))
+        fields["block_table"] = fields["block_table"].reshape(self.num_seqs, self.num_columns)
+        return fields
 
     @property
-    def num_tokens(self) -> int:
-        """T."""
-        return len(self.input_ids)
+    def asks_whole_rows(self) -> bool:
+        """Whether somebody needs logits of the whole vocabulary, not only of the likeliest tokens.
+
+        A session that has them in its memory gives them anyway.
+        """
+        return bool(self.message[_HEADER - 1])
+
+    @asks_whole_rows.setter
+    def asks_whole_rows(self, value: bool) -> None:
+        self.message[_HEADER - 1] = value
 
     @property
     def is_decode(self) -> bool:
         """True if each sequence has one token."""
-        return len(self.input_ids) == len(self.seq_lens)
+        return self.num_tokens == self.num_seqs
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(T, B, M, R)."""
-        return (len(self.input_ids), *self.block_table.shape, len(self.logit_rows))  # type: ignore[return-value]
-
-    def pack(self) -> Int32Array:
-        """Return the plan as one int32 array."""
-        header = np.array([MessageKind.STEP, *self.shape, self.whole_rows], np.int32)
-        return np.concatenate([header, *(getattr(self, name).ravel() for name in FIELDS)])
-
-    @classmethod
-    def unpack(cls, message: Int32Array) -> StepPlan:
-        """Return the plan that `pack` packed."""
-        num_tokens, num_seqs, num_columns, num_rows, whole_rows = (int(n) for n in message[1:_HEADER])
-        sizes = [num_tokens] * 3 + [num_seqs + 1, num_seqs, num_seqs * num_columns, num_rows]
-        if message[0] != MessageKind.STEP or len(message) != _HEADER + sum(sizes):
-            raise ValueError(f"a step message of {len(message)} numbers, expected {_HEADER + sum(sizes)}")
-        parts = dict(zip(FIELDS, np.split(message[_HEADER:], np.cumsum(sizes)[:-1].astype(int)), strict=True))
-        parts["block_table"] = parts["block_table"].reshape(num_seqs, num_columns)
-        return cls(**parts, whole_rows=bool(whole_rows))
+        """(T, B, M, R): plans of one shape have fields, and messages, of one shape."""
+        return self.num_tokens, self.num_seqs, self.num_columns, self.num_rows

@@ -44,8 +44,28 @@ def deadline_from_environment() -> float:
     return value
 
 
+class Phase:
+    """Something that is watched as long as it lasts: a context. One thread at a time is in one."""
+
+    __slots__ = ("_watchdog", "deadline_s", "name", "waited_s")
+
+    def __init__(self, watchdog: Watchdog, name: str, deadline_s: float) -> None:
+        self._watchdog, self.name, self.deadline_s = watchdog, name, deadline_s
+        self.waited_s = 0.0  # without progress, as the watchdog counts it
+
+    def __enter__(self) -> None:
+        self._watchdog.current = self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: object, _trace: object) -> None:
+        self._watchdog.current = None
+
+
 class Watchdog:
-    """Watches one rank and its peers on the same host."""
+    """Watches one rank and its peers on the same host.
+
+    Attributes:
+        current: what the rank is in; set by that phase.
+    """
 
     def __init__(
         self,
@@ -68,10 +88,8 @@ class Watchdog:
         self._peer_state = peer_state or process_state
         self._collectives: CollectiveState = lambda: (0, 0)
         self._unwell: dict[int, float] = {}  # seconds for which a peer has been seen stopped or gone
-        self._lock = threading.Lock()
-        self._phase: tuple[str, float] | None = None
+        self.current: Phase | None = None
         self._seen: tuple[int, int] = (0, 0)
-        self._waited_s = 0.0
         self._is_closed = threading.Event()
 
     def start(self) -> None:
@@ -91,32 +109,22 @@ class Watchdog:
         """Return the seconds that a step may take from one collective to the next."""
         return self._deadline_s * (1 + num_tokens // TOKENS_PER_DEADLINE)
 
-    @contextlib.contextmanager
-    def phase(self, name: str, deadline_s: float | None = None) -> Iterator[None]:
-        """Watch progress inside this context; `deadline_s` None: the decode deadline."""
-        with self._lock:
-            self._phase, self._waited_s = (name, deadline_s or self._deadline_s), 0.0
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._phase = None
+    def phase(self, name: str, deadline_s: float | None = None) -> Phase:
+        """Return a context in which to watch progress; `deadline_s` None: the decode deadline."""
+        return Phase(self, name, deadline_s or self._deadline_s)
 
     def tick(self, elapsed_s: float) -> None:
         """Look once; `elapsed_s` since the last look."""
         for peer in self._find_peers():
             self._look_at(peer, elapsed_s)
-        with self._lock:
-            phase = self._phase
-            state = self._collectives()
-            self._waited_s = self._waited_s + elapsed_s if state == self._seen and phase else 0.0
-            self._seen = state
-            waited_s = self._waited_s
+        phase, before = self.current, self._seen
+        self._seen = state = self._collectives()
         if phase is not None:
-            self._judge(phase, state, waited_s)
+            phase.waited_s = phase.waited_s + elapsed_s if state == before else 0.0
+            self._judge(phase, state)
 
-    def _judge(self, phase: tuple[str, float], state: tuple[int, int], waited_s: float) -> None:
-        name, deadline_s = phase
+    def _judge(self, phase: Phase, state: tuple[int, int]) -> None:
+        name, deadline_s, waited_s = phase.name, phase.deadline_s, phase.waited_s
         begun, ended = state
         if begun > ended:
             # A rank that is stuck by itself reports first, then the lowest rank that waits for it.

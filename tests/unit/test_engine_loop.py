@@ -174,7 +174,7 @@ def test_a_numeric_error_ends_its_request_only(packed_tiny: Packed, monkeypatch:
 
         def spoil(plan: Any) -> Any:
             rows = run(plan)
-            rows.logits[: int(plan.input_ids[0] == 5)] = float("nan")
+            rows.logits[: int(plan.fields()["input_ids"][0] == 5)] = float("nan")
             return rows
 
         monkeypatch.setattr(engine.core._job, "run", spoil)

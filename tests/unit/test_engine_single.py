@@ -113,7 +113,7 @@ def test_an_end_token_ends_without_being_text(engine: Engine, monkeypatch: pytes
 def test_nothing_is_sampled_from_nan(packed_tiny: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmrun import faults
 
-    monkeypatch.setenv("LLMRUN_FAULT", "0:decode:nan")
+    monkeypatch.setattr(faults, "_wanted", lambda: "0:decode:nan")
     monkeypatch.setattr(faults, "_fired", False)
     with Engine(packed_tiny(1, "f32")) as engine:
         ids = engine.generate_ids("The king", max_tokens=9, ignore_eos=True)

@@ -102,11 +102,14 @@ def make(monkeypatch):
     return make
 
 
+def plan_of(*numbers):
+    return StepPlan.of(**dict(zip(FIELDS, numbers, strict=True)))
+
+
 def decode(token, length, blocks, *, whole_rows=True):
-    numbers = ([token], [length - 1], [length - 1], [0, 1], [length], [blocks], [0])
-    return StepPlan(
-        **{name: np.array(n, np.int32) for name, n in zip(FIELDS, numbers, strict=True)}, whole_rows=whole_rows
-    )
+    plan = plan_of([token], [length - 1], [length - 1], [0, 1], [length], [blocks], [0])
+    plan.asks_whole_rows = whole_rows
+    return plan
 
 
 def test_decode_steps_share_a_graph_as_sequences_grow(make):
@@ -126,13 +129,12 @@ def test_decode_steps_share_a_graph_as_sequences_grow(make):
 
 def test_prompts_run_eagerly_over_the_same_cache(make):
     session = make()
-    numbers = ([1, 2, 3], [0, 1, 2], [0, 1, 2], [0, 3], [3], [[0]], [2])
-    session.run(StepPlan(**{name: np.array(n, np.int32) for name, n in zip(FIELDS, numbers, strict=True)}))
+    session.run(plan_of([1, 2, 3], [0, 1, 2], [0, 1, 2], [0, 3], [3], [[0]], [2]))
     session.run(decode(3, 4, [0]))
     (first, eager), (second, graph) = session._session.runs
     assert (eager, graph) == ("-1", "1")
     assert first.inputs["key_cache.0"] is second.inputs["key_cache.0"]
-    assert first.inputs["block_table"].array.shape == (1, 1)
+    assert first.inputs["block_table"].array.shape == (1, 8)
 
 
 def test_whole_rows_come_when_the_plan_asks_for_them(make):

@@ -132,8 +132,8 @@ class ByLikeliest:
         logits = self.inner.run(plan).logits
         if self.is_broken:
             logits[-1, -1] = np.nan
-        self.steps.append(plan.whole_rows)
-        return Rows(logits if plan.whole_rows else None, likeliest(logits, 2))
+        self.steps.append(plan.asks_whole_rows)
+        return Rows(logits if plan.asks_whole_rows else None, likeliest(logits, 2))
 
 
 @pytest.fixture

@@ -46,22 +46,23 @@ class CacheModel:
         self.slots: dict[int, int] = {}
 
     def run(self, plan: StepPlan, pieces: list[Piece]) -> None:
-        written = [int(slot) for slot in plan.slot_mapping]
+        fields = plan.fields()
+        written = [int(slot) for slot in fields["slot_mapping"]]
         assert len(set(written)) == len(written)
-        for slot, token in zip(written, plan.input_ids, strict=True):
+        for slot, token in zip(written, fields["input_ids"], strict=True):
             block = slot // BLOCK_SIZE
             assert self.pool._holders[block] == 1, "written although shared"
             assert block not in self.pool._key_of, "written although others can find it"
             self.slots[slot] = int(token)
         for row, piece in enumerate(pieces):
-            begin, end = plan.query_start[row], plan.query_start[row + 1]
-            seq_len = int(plan.seq_lens[row])
-            assert list(plan.positions[begin:end]) == list(range(seq_len - (end - begin), seq_len))
-            blocks = plan.block_table[row]
+            begin, end = fields["query_start"][row], fields["query_start"][row + 1]
+            seq_len = int(fields["seq_lens"][row])
+            assert list(fields["positions"][begin:end]) == list(range(seq_len - (end - begin), seq_len))
+            blocks = fields["block_table"][row]
             seen = [self.slots[int(blocks[p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE] for p in range(seq_len)]
             known = piece.begin + piece.num_tokens
             assert seen == [*piece.sequence.tokens[:known], *piece.drafts]
-            last = plan.logit_rows[piece.rows.stop - 1 - len(piece.drafts) : piece.rows.stop]
+            last = fields["logit_rows"][piece.rows.stop - 1 - len(piece.drafts) : piece.rows.stop]
             assert list(last) == list(range(end - 1 - len(piece.drafts), end))
 
 
@@ -147,7 +148,7 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
     submit(scheduler, list(range(50)), 1)
     plan, pieces = scheduler.plan()
     assert [(piece.sequence.id, piece.num_tokens) for piece in pieces] == [(first.id, 1), (first.id + 1, 7)]
-    assert list(plan.input_ids[:2]) == [7, 0]
+    assert list(plan.fields()["input_ids"][:2]) == [7, 0]
 
 
 def test_a_short_prompt_passes_a_long_one_which_still_gets_half() -> None:
@@ -276,7 +277,7 @@ def test_all_logits_asks_for_each_row() -> None:
     submit(scheduler, [5, 6, 7], 0, wants_all_rows=True)
     submit(scheduler, [8, 9], 1)
     plan, pieces = scheduler.plan()
-    assert list(plan.logit_rows) == [0, 1, 2, 4]
+    assert list(plan.fields()["logit_rows"]) == [0, 1, 2, 4]
     assert [(piece.rows, piece.num_prompt_rows) for piece in pieces] == [(slice(0, 3), 3), (slice(3, 4), 0)]
 
 
@@ -286,7 +287,7 @@ def test_rows_of_a_step_are_bounded() -> None:
     sizes = []
     for _ in range(3):
         plan, pieces = scheduler.plan()
-        sizes.append(len(plan.logit_rows))
+        sizes.append(plan.num_rows)
         advance(scheduler, pieces, {})
     assert sizes == [5, 5, 2]
 
@@ -315,20 +316,41 @@ def test_no_work_is_no_plan() -> None:
         make_scheduler()[0].plan()
 
 
-def test_a_plan_survives_packing() -> None:
+def test_a_plan_is_its_message() -> None:
+    fields = {
+        "input_ids": [5, 6, 7, 8],
+        "positions": [0, 1, 2, 20],
+        "slot_mapping": [32, 33, 34, 4],
+        "query_start": [0, 3, 4],
+        "seq_lens": [3, 21],
+        "block_table": [[2], [1, 3]],
+        "logit_rows": [0, 2, 3],
+    }
+    plan = StepPlan.of(**fields)
+    again = StepPlan(plan.message.copy())
+    assert tuple(again.fields()) == FIELDS
+    for name, value in again.fields().items():
+        expected = [[2, *[0] * 7], [1, 3, *[0] * 6]] if name == "block_table" else fields[name]
+        assert value.tolist() == expected
+        assert value.dtype == np.int32
+        assert np.shares_memory(value, again.message)
+    assert again.shape == plan.shape == (4, 2, 8, 3)
+    with pytest.raises(ValueError, match="4 tokens and 2 sequences: shapes disagree"):
+        StepPlan.of(**fields | {"positions": [0, 1, 2]})
+
+
+def test_a_message_says_whether_whole_rows_are_asked_for() -> None:
     scheduler, _ = make_scheduler()
-    submit(scheduler, [5, 6, 7], 0, wants_all_rows=True)
-    submit(scheduler, [8, 9, 10, 11, 12], 1)
+    submit(scheduler, [5, 6], 1)
     plan, _ = scheduler.plan()
-    again = StepPlan.unpack(plan.pack())
-    for name in FIELDS:
-        np.testing.assert_array_equal(getattr(again, name), getattr(plan, name))
-        assert getattr(again, name).dtype == np.int32
+    for asks in (True, False, True):
+        plan.asks_whole_rows = asks
+        assert StepPlan(plan.message.copy()).asks_whole_rows == asks
 
 
 def test_a_cut_message_is_refused() -> None:
     scheduler, _ = make_scheduler()
     submit(scheduler, [5, 6], 1)
-    packed = scheduler.plan()[0].pack()
-    with pytest.raises(ValueError, match="numbers"):
-        StepPlan.unpack(packed[:-1])
+    message = scheduler.plan()[0].message
+    with pytest.raises(ValueError, match=f"{len(message) - 1} numbers, expected {len(message)}"):
+        StepPlan(message[:-1])

@@ -5,6 +5,7 @@ import pytest
 
 from llmrun.errors import InternalError, PeerError
 from llmrun.session import RankSession
+from llmrun.step_plan import StepPlan
 
 
 class _Failing:
@@ -15,10 +16,15 @@ class _Failing:
         raise RuntimeError(self.text)
 
 
-class _Plan:
-    shape = ()
-    input_ids = np.zeros(1, np.int32)
-    logit_rows = np.zeros(1, np.int32)
+PLAN = StepPlan.of(
+    input_ids=[3],
+    positions=[0],
+    slot_mapping=[0],
+    query_start=[0, 1],
+    seq_lens=[1],
+    block_table=np.zeros((1, 1), np.int32),
+    logit_rows=[0],
+)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +37,10 @@ class _Plan:
 )
 def test_a_failed_step_has_the_exit_code_of_its_cause(text, kind):
     session = RankSession.__new__(RankSession)
-    session._shape, session._inputs, session._binding = (), {}, None
+    session._shape, session._message, session._binding = PLAN.shape, PLAN.message.copy(), None
     session._run_options = session._prompt_options = None
     session._session = _Failing(text)
     with pytest.raises(kind) as caught:
-        session.run(_Plan())  # type: ignore[arg-type]
+        session.run(PLAN)
     assert type(caught.value) is kind
     assert text in str(caught.value)
