@@ -29,22 +29,26 @@ struct QuantizedActivations {
     int64_t M, K, group_size;
 };
 
-// y [M, N] = dequantized x [M, K] * W [N, K]^T, W in tiles of 16 rows.
+// y [M, N] = dequantized x [M, K] * W [N, K]^T, W in tiles of 16 rows; or with `gated`, y [M, N / 2] = SwiGLU
+// of that product. Then 32 divides N, and an output tile comes of one tile of either half of W.
 struct QuantizedMatMul {
     const QuantizedActivations* x;
     const uint8_t* weight;   // rounded up: Q8 [N / 16, K / 4, 16, 4]; Q6 [N / 16, K / 16, 3, 16, 4]; Q4
                              // [N / 16, K / 8, 16, 4]
     const uint16_t* scales;  // [N / 16, K / group_size, 16] float16 bits
-    float* y;                // [M, N]
+    float* y;                // [M, N] or [M, N / 2]
     int64_t N;
+    bool gated;
+    float* scratch;  // gated and more than two tokens: [M, 32], of this call alone
 };
 
-// y [M, N] = x [M, K] * W [N, K]^T, W in tiles of 16 rows.
+// y [M, N] = x [M, K] * W [N, K]^T, W in tiles of 16 rows; `gated` as above.
 struct FloatMatMul {
     const float* x;      // [M, K]
     const void* weight;  // [N / 16, K, 16], rounded up; float or float16 bits
-    float* y;            // [M, N]
+    float* y;            // [M, N] or [M, N / 2]
     int64_t M, N, K;
+    bool gated;
 };
 
 // y [T, K] = rows ids of W [N, K], W in tiles as above (Q8 and Q6).

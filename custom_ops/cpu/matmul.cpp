@@ -97,14 +97,14 @@ LLMPACK_INLINE void prefetch_ahead(const void* p) {
     }
 }
 
-// Tiles `tile`, `tile` + apart, ..., as many as `streams`, for the m tokens of one block: y[t, row] = sum
-// over groups of (integer dot product) * (weight scale * token scale).
+// Tiles `tile`, `tile` + apart, ..., as many as `streams`, for the m tokens of one block: y[s][t] = sum over
+// groups of (integer dot product) * (weight scale * token scale).
 //
 // What waits for memory is kept to few instructions: a core looks a fixed number of them ahead, and eight
 // no-ops a line of weights cost 5 % of the bandwidth.
 template <class Scheme, int streams, int m>
 LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, int64_t apart,
-                                    int64_t first_token) {
+                                    int64_t first_token, F32x16 (&y)[streams][m]) {
     const QuantizedActivations& in = *args.x;
     const int64_t groups = in.K / in.group_size;
     const int64_t tile_bytes = in.K / 32 * Scheme::kBytes32, tile_scales = groups * kTileRows;
@@ -122,7 +122,6 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
 
     // Later blocks of tokens find the tile in the cache; with several streams there is one block.
     const bool from_memory = streams > 1 || first_token == 0;
-    F32x16 y[streams][m];
     LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
         LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) y[s][t] = zero();
     }
@@ -150,18 +149,29 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
         x_scales += m;
         x_sums += m;
     }
-    for (int s = 0; s < streams; s++) {
-        const int64_t row = (tile + s * apart) * kTileRows;
-        const int64_t rows = min(kTileRows, args.N - row);
-        for (int t = 0; t < m; t++) {
-            float* out = args.y + (first_token + t) * args.N + row;
-            if (rows == kTileRows) {
-                store(out, y[s][t]);
-            } else {
-                store_first(out, y[s][t], rows);
-            }
+}
+
+// Columns [16 * tile, ...) of rows first_token and following of y [.., N].
+template <int m>
+LLMPACK_INLINE void store_tile(const F32x16 (&values)[m], float* y, int64_t N, int64_t tile,
+                               int64_t first_token) {
+    const int64_t row = tile * kTileRows, rows = min(kTileRows, N - row);
+    for (int t = 0; t < m; t++) {
+        float* out = y + (first_token + t) * N + row;
+        if (rows == kTileRows) {
+            store(out, values[t]);
+        } else {
+            store_first(out, values[t], rows);
         }
     }
+}
+
+// Gates the values of one output tile, and stores it.
+template <int m>
+LLMPACK_INLINE void store_gated_tile(F32x16 (&gate)[m], const F32x16 (&up)[m], float* y, int64_t N,
+                                     int64_t tile, int64_t first_token) {
+    for (int t = 0; t < m; t++) gate[t] = gated(gate[t], up[t]);
+    store_tile<m>(gate, y, N / 2, tile, first_token);
 }
 
 template <class Scheme, int streams>
@@ -170,7 +180,10 @@ struct Quantized {
     struct Tiles {
         static LLMPACK_INLINE void run(const QuantizedMatMul& args, int64_t tile, int64_t apart,
                                        int64_t first_token) {
-            quantized_tiles<Scheme, streams, m>(args, tile, apart, first_token);
+            F32x16 y[streams][m];
+            quantized_tiles<Scheme, streams, m>(args, tile, apart, first_token, y);
+            for (int s = 0; s < streams; s++)
+                store_tile<m>(y[s], args.y, args.N, tile + s * apart, first_token);
         }
     };
 };
@@ -181,9 +194,30 @@ struct Quantized {
 constexpr int64_t kLeastTilesOfStream = 4;
 constexpr int kMostTokensOfTwoStreams = 2;  // with more, arithmetic is what takes the time
 
+// Gate and up are the two streams, where few tokens make them worth it.
+template <class Scheme>
+struct GatedQuantized {
+    template <int m>
+    struct Tiles {
+        static LLMPACK_INLINE void run(const QuantizedMatMul& args, int64_t tile, int64_t apart,
+                                       int64_t first_token) {
+            if constexpr (m <= kMostTokensOfTwoStreams) {
+                F32x16 y[2][m];
+                quantized_tiles<Scheme, 2, m>(args, tile, apart, first_token, y);
+                store_gated_tile<m>(y[0], y[1], args.y, args.N, tile, first_token);
+            } else {
+                F32x16 gate[1][m], up[1][m];
+                quantized_tiles<Scheme, 1, m>(args, tile, 0, first_token, gate);
+                quantized_tiles<Scheme, 1, m>(args, tile + apart, 0, first_token, up);
+                store_gated_tile<m>(gate[0], up[0], args.y, args.N, tile, first_token);
+            }
+        }
+    };
+};
+
 // Many tokens: a stretch of a tile's input features is decoded once, to stay in the first-level cache while
-// all tokens meet it; their sums wait in y between the stretches. Tiles go in pairs where the registers hold
-// the sums of both, so that each activation is fetched once for 32 rows.
+// all tokens meet it; their sums wait in memory between the stretches. Tiles go in pairs where the registers
+// hold the sums of both, so that each activation is fetched once for 32 rows.
 constexpr int64_t kStretch = 512;
 constexpr int64_t kLeastTokensToDecode = 2 * kQuantizedBlock + 1;
 #if defined(LLMPACK_ISA_avx512)
@@ -207,23 +241,32 @@ LLMPACK_INLINE void dot_decoded(const uint8_t* decoded, const int8_t* x, I32x16 
     }
 }
 
-// `tiles` tiles from `tile` on, features [first, last), the m tokens of one block. decoded: [tiles, kStretch
-// / 4, 16, 4], of which last - first features are used.
+// Tiles that go together, and where their sums are: those of tile + i * apart in columns [16 * i, ...) of y
+// [M], rows `stride` apart.
+struct Together {
+    int64_t tile, apart;
+    float* y;
+    int64_t stride;
+};
+
+// `tiles` tiles, features [first, last), the m tokens of one block. decoded: [tiles, kStretch / 4, 16, 4], of
+// which last - first features are used.
 template <class Scheme, int tiles, int m, int group>
-LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
+LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const Together& at, const uint8_t* decoded,
                                      int64_t first, int64_t last, int64_t first_token) {
     const QuantizedActivations& in = *args.x;
     const int64_t groups = in.K / in.group_size, first_group = first / in.group_size;
-    const uint16_t* scales = args.scales + (tile * groups + first_group) * kTileRows;
+    const uint16_t* scales = args.scales + (at.tile * groups + first_group) * kTileRows;
+    const int64_t scales_apart = at.apart * groups * kTileRows;
     const int8_t* x = in.values + first_token * in.K + first * m;                // [features / 4, m, 4]
     const float* x_scales = in.scales + first_token * groups + first_group * m;  // [groups, m]
     const int32_t* x_sums = in.sums + first_token * groups + first_group * m;    // [groups, m]
 
     F32x16 y[tiles][m];
     for (int i = 0; i < tiles; i++) {
-        const int64_t row = (tile + i) * kTileRows, rows = min(kTileRows, args.N - row);
+        const int64_t rows = min(kTileRows, args.N - (at.tile + i * at.apart) * kTileRows);
         for (int t = 0; t < m; t++) {
-            const float* sum = args.y + (first_token + t) * args.N + row;
+            const float* sum = at.y + (first_token + t) * at.stride + i * kTileRows;
             y[i][t] = first == 0 ? zero() : rows == kTileRows ? load(sum) : load_first(sum, rows);
         }
     }
@@ -242,7 +285,7 @@ LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t*
         decoded += 16 * in.group_size;
         x += in.group_size * m;
         LLMPACK_UNROLL_16 for (int i = 0; i < tiles; i++) {
-            const F32x16 scale = load_f16(scales + i * groups * kTileRows);
+            const F32x16 scale = load_f16(scales + i * scales_apart);
             LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) {
                 y[i][t] = fma(to_float(sum[i][t]), scale * set1(x_scales[t]), y[i][t]);
             }
@@ -252,9 +295,9 @@ LLMPACK_INLINE void stretch_of_tiles(const QuantizedMatMul& args, const uint8_t*
         x_sums += m;
     }
     for (int i = 0; i < tiles; i++) {
-        const int64_t row = (tile + i) * kTileRows, rows = min(kTileRows, args.N - row);
+        const int64_t rows = min(kTileRows, args.N - (at.tile + i * at.apart) * kTileRows);
         for (int t = 0; t < m; t++) {
-            float* sum = args.y + (first_token + t) * args.N + row;
+            float* sum = at.y + (first_token + t) * at.stride + i * kTileRows;
             if (rows == kTileRows) {
                 store(sum, y[i][t]);
             } else {
@@ -268,12 +311,13 @@ template <class Scheme, int tiles>
 struct Stretch {
     template <int m>
     struct Tiles {
-        static LLMPACK_INLINE void run(const QuantizedMatMul& args, const uint8_t* decoded, int64_t tile,
-                                       int64_t first, int64_t last, int64_t first_token) {
+        static LLMPACK_INLINE void run(const QuantizedMatMul& args, const Together& at,
+                                       const uint8_t* decoded, int64_t first, int64_t last,
+                                       int64_t first_token) {
             if (m == kQuantizedBlock && args.x->group_size == 64) {
-                stretch_of_tiles<Scheme, tiles, m, 64>(args, decoded, tile, first, last, first_token);
+                stretch_of_tiles<Scheme, tiles, m, 64>(args, at, decoded, first, last, first_token);
             } else {
-                stretch_of_tiles<Scheme, tiles, m, 0>(args, decoded, tile, first, last, first_token);
+                stretch_of_tiles<Scheme, tiles, m, 0>(args, at, decoded, first, last, first_token);
             }
         }
     };
@@ -292,27 +336,55 @@ void decode_stretch(const QuantizedMatMul& args, int64_t tile, int64_t first, in
 }
 
 template <class Scheme, int tiles>
-void tiles_of_many_tokens(const QuantizedMatMul& args, int64_t tile) {
+void tiles_of_many_tokens(const QuantizedMatMul& args, const Together& at) {
     alignas(64) uint8_t decoded[tiles * kStretch * 16];
     const int64_t M = args.x->M, K = args.x->K;
     for (int64_t first = 0; first < K; first += kStretch) {
         const int64_t last = min(K, first + kStretch);
         for (int i = 0; i < tiles; i++)
-            decode_stretch<Scheme>(args, tile + i, first, last, decoded + i * kStretch * 16);
+            decode_stretch<Scheme>(args, at.tile + i * at.apart, first, last, decoded + i * kStretch * 16);
         for (int64_t token = 0; token < M; token += kQuantizedBlock) {
             with_count<kQuantizedBlock, Stretch<Scheme, tiles>::template Tiles>(
-                min(kQuantizedBlock, M - token), args, decoded, tile, first, last, token);
+                min(kQuantizedBlock, M - token), args, at, decoded, first, last, token);
+        }
+    }
+}
+
+template <class Scheme>
+void gated_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
+    const int64_t M = args.x->M, N = args.N, apart = N / 2 / kTileRows;
+    for (int64_t tile = begin; tile < end; tile++) {
+        if (M < kLeastTokensToDecode) {
+            for (int64_t token = 0; token < M; token += kQuantizedBlock) {
+                with_count<kQuantizedBlock, GatedQuantized<Scheme>::template Tiles>(
+                    min(kQuantizedBlock, M - token), args, tile, apart, token);
+            }
+            continue;
+        }
+        constexpr int64_t kStride = 2 * kTileRows;
+        if constexpr (kTilesTogether == 2) {
+            tiles_of_many_tokens<Scheme, 2>(args, {tile, apart, args.scratch, kStride});
+        } else {
+            tiles_of_many_tokens<Scheme, 1>(args, {tile, 0, args.scratch, kStride});
+            tiles_of_many_tokens<Scheme, 1>(args, {tile + apart, 0, args.scratch + kTileRows, kStride});
+        }
+        for (int64_t t = 0; t < M; t++) {
+            const float* sums = args.scratch + t * kStride;
+            F32x16 gate[1] = {load(sums)}, up[1] = {load(sums + kTileRows)};
+            store_gated_tile<1>(gate, up, args.y, N, tile, t);
         }
     }
 }
 
 template <class Scheme>
 void quantized_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
+    if (args.gated) return gated_range<Scheme>(args, begin, end);
     const int64_t M = args.x->M, apart = (end - begin) / 2;
     if (M >= kLeastTokensToDecode) {
+        const auto at = [&](int64_t tile) { return Together{tile, 1, args.y + tile * kTileRows, args.N}; };
         for (; begin + kTilesTogether <= end; begin += kTilesTogether)
-            tiles_of_many_tokens<Scheme, kTilesTogether>(args, begin);
-        for (; begin < end; begin++) tiles_of_many_tokens<Scheme, 1>(args, begin);
+            tiles_of_many_tokens<Scheme, kTilesTogether>(args, at(begin));
+        for (; begin < end; begin++) tiles_of_many_tokens<Scheme, 1>(args, at(begin));
         return;
     }
     if (M <= kMostTokensOfTwoStreams && apart >= kLeastTilesOfStream) {
@@ -339,7 +411,7 @@ LLMPACK_INLINE F32x16 load_weights(const uint16_t* p) { return load_f16(p); }
 
 // Even and odd input features are summed apart: two chains of additions hide the latency of one.
 template <class Weight, int m>
-LLMPACK_INLINE void float_tile(const FloatMatMul& args, int64_t tile, int64_t first_token) {
+LLMPACK_INLINE void float_tile(const FloatMatMul& args, int64_t tile, int64_t first_token, F32x16 (&y)[m]) {
     const int64_t K = args.K;
     const Weight* w = static_cast<const Weight*>(args.weight) + tile * K * kTileRows;
     const float* x = args.x + first_token * K;  // [m, K]
@@ -357,16 +429,7 @@ LLMPACK_INLINE void float_tile(const FloatMatMul& args, int64_t tile, int64_t fi
         F32x16 w_even = load_weights(w + k * kTileRows);
         for (int t = 0; t < m; t++) even[t] = fma(w_even, set1(x[t * K + k]), even[t]);
     }
-    const int64_t row = tile * kTileRows;
-    const int64_t rows = min(kTileRows, args.N - row);
-    for (int t = 0; t < m; t++) {
-        float* out = args.y + (first_token + t) * args.N + row;
-        if (rows == kTileRows) {
-            store(out, even[t] + odd[t]);
-        } else {
-            store_first(out, even[t] + odd[t], rows);
-        }
-    }
+    for (int t = 0; t < m; t++) y[t] = even[t] + odd[t];
 }
 
 template <class Weight>
@@ -374,7 +437,12 @@ struct Float {
     template <int m>
     struct Tile {
         static LLMPACK_INLINE void run(const FloatMatMul& args, int64_t tile, int64_t first_token) {
-            float_tile<Weight, m>(args, tile, first_token);
+            F32x16 y[m];
+            float_tile<Weight, m>(args, tile, first_token, y);
+            if (!args.gated) return store_tile<m>(y, args.y, args.N, tile, first_token);
+            F32x16 up[m];
+            float_tile<Weight, m>(args, tile + args.N / 2 / kTileRows, first_token, up);
+            store_gated_tile<m>(y, up, args.y, args.N, tile, first_token);
         }
     };
     static void tiles(const FloatMatMul& args, int64_t begin, int64_t end) {

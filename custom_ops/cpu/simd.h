@@ -131,6 +131,11 @@ LLMPACK_INLINE F32x16 exp_nonpositive(F32x16 x) {
 LLMPACK_INLINE F32x16 exp_nonpositive(F32x16 x) { return exp(x); }
 #endif
 
+// SwiGLU: gate / (1 + e^-gate) * up.
+LLMPACK_INLINE F32x16 gated(F32x16 gate, F32x16 up) {
+    return gate / (set1(1.0f) + exp(set1(-0.0f) - gate)) * up;
+}
+
 }  // namespace llmpack::LLMPACK_ISA
 
 #endif  // LLMPACK_CPU_SIMD_H_

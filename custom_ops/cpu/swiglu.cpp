@@ -4,14 +4,6 @@
 
 namespace llmpack::LLMPACK_ISA {
 
-namespace {
-
-LLMPACK_INLINE F32x16 gated(F32x16 gate, F32x16 up) {
-    return gate / (set1(1.0f) + exp(set1(-0.0f) - gate)) * up;
-}
-
-}  // namespace
-
 // gate_up: [T, 2 F], gate in the first F columns.  y: [T, F].
 void swiglu(const float* gate_up, int64_t F, float* y, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {

@@ -1,6 +1,7 @@
-// AllReduce and AllGather: checks of FORMAT.md 5.6 and 5.7.
+// AllReduce, AllReduceAddRMSNorm and AllGather: checks of FORMAT.md 5.6, 5.7 and 5.11.
 #include "cpu/collectives.h"
 
+#include "cpu/isa.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
 
@@ -32,6 +33,34 @@ struct AllReduceOp {
     }
 };
 
+struct AllReduceAddRMSNormOp {
+    static constexpr const char* kName = "AllReduceAddRMSNorm";
+    static constexpr Port kInputs[] = {{"x", kFloat}, {"residual", kFloat}, {"weight", kFloat}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
+    static constexpr InPlace kInPlace[] = {{0, 0}, {1, 1}};
+
+    explicit AllReduceAddRMSNormOp(const NodeInfo& node)
+        : epsilon(node.float_attribute("epsilon")), stored_weight(node, 2) {}
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0), residual = context.input(1), weight = stored_weight.of(context);
+        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        const int64_t T = x.shape[0], H = x.shape[1];
+        residual.expect_shape({T, H}, "[tokens, hidden_size]");
+        weight.expect_shape({H}, "[hidden_size]");
+        float* y = context.output(0, {T, H});
+        float* sum = context.output(1, {T, H});
+        run([&] { all_reduce(x.as<float>(), y, T * H); });
+        const Kernels& k = kernels();
+        context.parallel_for(T, row_grain(H), [&](int64_t begin, int64_t end) {
+            k.rms_norm(y, residual.as<float>(), weight.as<float>(), epsilon, H, y, sum, begin, end);
+        });
+    }
+
+    float epsilon;
+    StoredInput stored_weight;
+};
+
 struct AllGatherOp {
     static constexpr const char* kName = "AllGather";
     static constexpr Port kInputs[] = {{"x", kFloat}};
@@ -57,7 +86,7 @@ struct AllGatherOp {
 }  // namespace
 
 std::vector<const OrtCustomOp*> collective_ops() {
-    return {custom_op<AllReduceOp>(), custom_op<AllGatherOp>()};
+    return {custom_op<AllReduceOp>(), custom_op<AllReduceAddRMSNormOp>(), custom_op<AllGatherOp>()};
 }
 
 }  // namespace llmpack::ort

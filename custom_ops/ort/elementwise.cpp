@@ -6,9 +6,6 @@
 namespace llmpack::ort {
 namespace {
 
-// Rows that are worth a call of their own: about 16K numbers.
-int64_t row_grain(int64_t columns) { return columns >= 16384 ? 1 : 16384 / (columns < 1 ? 1 : columns); }
-
 struct RMSNormOp {
     static constexpr const char* kName = "RMSNorm";
     static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kFloat}};

@@ -151,6 +151,11 @@ class StoredInput {
     std::optional<Tensor> tensor_;
 };
 
+// Rows that are worth a call of their own in parallel_for: about 16K numbers.
+inline int64_t row_grain(int64_t columns) {
+    return columns >= 16384 ? 1 : 16384 / (columns < 1 ? 1 : columns);
+}
+
 // llmpack_ops_expect_threads.
 void expect_threads(int number);
 

@@ -1,5 +1,5 @@
-// MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, EmbeddingQ8, EmbeddingQ6: checks of FORMAT.md 4.3
-// and 5.1, and the division of work.
+// MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, the same followed by SwiGLU, EmbeddingQ8, EmbeddingQ6:
+// checks of FORMAT.md 4.3, 5.1 and 5.10, and the division of work.
 #include <algorithm>
 
 #include "cpu/isa.h"
@@ -30,15 +30,26 @@ int64_t stream_grain(int64_t tiles, int64_t tokens) {
     return tokens <= 2 ? std::max<int64_t>(8, (tiles + 15) / 16) : 1;
 }
 
-template <WeightType type>
+// A gated product's output tile comes of two tiles of the weight.
+int64_t out_features_attribute(const NodeInfo& node, bool gated) {
+    const int64_t N = positive_attribute(node, "out_features");
+    if (gated && N % (2 * kTileRows) != 0) {
+        throw OpError("attribute out_features is " + std::to_string(N) +
+                      ", expected a multiple of 32: gate and up in whole tiles");
+    }
+    return N;
+}
+
+template <WeightType type, bool gated>
 struct FloatMatMulOp {
-    static constexpr const char* kName = type == WeightType::kF32 ? "MatMulF32" : "MatMulF16";
+    static constexpr const char* kName = type == WeightType::kF32 ? (gated ? "MatMulF32SwiGLU" : "MatMulF32")
+                                                                  : (gated ? "MatMulF16SwiGLU" : "MatMulF16");
     static constexpr Port kInputs[] = {{"x", kFloat},
                                        {"weight", type == WeightType::kF32 ? kFloat : kFloat16}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit FloatMatMulOp(const NodeInfo& node)
-        : out_features(positive_attribute(node, "out_features")), stored_weight(node, 1) {}
+        : out_features(out_features_attribute(node, gated)), stored_weight(node, 1) {}
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = stored_weight.of(context);
@@ -46,11 +57,12 @@ struct FloatMatMulOp {
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
         const int64_t tiles = (N + kTileRows - 1) / kTileRows;
         weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
-        const FloatMatMul args{x.as<float>(), weight.data, context.output(0, {M, N}), M, N, K};
+        float* y = context.output(0, {M, gated ? N / 2 : N});
+        const FloatMatMul args{x.as<float>(), weight.data, y, M, N, K, gated};
         if (M == 0) return;
         const Kernels& k = kernels();
         const int64_t bytes = K * kTileRows * (type == WeightType::kF32 ? 4 : 2);
-        context.parallel_for(tiles, tile_grain(bytes, M),
+        context.parallel_for(gated ? tiles / 2 : tiles, tile_grain(gated ? 2 * bytes : bytes, M),
                              [&](int64_t begin, int64_t end) { k.matmul_float(type, args, begin, end); });
     }
 
@@ -84,15 +96,18 @@ void check_quantized(WeightType type, const Tensor& weight, const Tensor& scales
                         "[ceil(out_features / 16), in_features / group_size, 16]");
 }
 
-template <WeightType type>
+template <WeightType type, bool gated>
 struct QuantizedMatMulOp {
     static constexpr int64_t kBits = type == WeightType::kQ4 ? 4 : type == WeightType::kQ6 ? 6 : 8;
-    static constexpr const char* kName = kBits == 4 ? "MatMulQ4" : kBits == 6 ? "MatMulQ6" : "MatMulQ8";
+    static_assert(!gated || kBits != 6, "q6 is for heads");
+    static constexpr const char* kName = kBits == 4   ? (gated ? "MatMulQ4SwiGLU" : "MatMulQ4")
+                                         : kBits == 8 ? (gated ? "MatMulQ8SwiGLU" : "MatMulQ8")
+                                                      : "MatMulQ6";
     static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kUInt8}, {"scales", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit QuantizedMatMulOp(const NodeInfo& node)
-        : out_features(positive_attribute(node, "out_features")),
+        : out_features(out_features_attribute(node, gated)),
           group_size(group_size_attribute(node)),
           stored_weight(node, 1),
           stored_scales(node, 2) {}
@@ -108,7 +123,7 @@ struct QuantizedMatMulOp {
         }
         const int64_t tiles = (N + kTileRows - 1) / kTileRows, groups = K / group_size;
         check_quantized(type, weight, scales, N, K, group_size);
-        float* y = context.output(0, {M, N});
+        float* y = context.output(0, {M, gated ? N / 2 : N});
         if (M == 0) return;
 
         struct Values;
@@ -125,10 +140,22 @@ struct QuantizedMatMulOp {
         context.parallel_for(blocks, 4, [&](int64_t begin, int64_t end) {
             k.quantize(x.as<float>(), activations, begin, end);
         });
-        const QuantizedMatMul args{&activations, weight.as<uint8_t>(), scales.as<uint16_t>(), y, N};
+        const QuantizedMatMul args{&activations, weight.as<uint8_t>(), scales.as<uint16_t>(), y, N, gated,
+                                   nullptr};
         const int64_t bytes = K * kTileRows * kBits / 8;
-        context.parallel_for(tiles, std::max(tile_grain(bytes, M), stream_grain(tiles, M)),
-                             [&](int64_t begin, int64_t end) { k.matmul_quantized(type, args, begin, end); });
+        if constexpr (gated) {
+            struct Scratch;
+            const int64_t grain = std::max(tile_grain(2 * bytes, M), stream_grain(tiles, M) / 2);
+            context.parallel_for(tiles / 2, grain, [&](int64_t begin, int64_t end) {
+                QuantizedMatMul own = args;
+                if (M > 2) own.scratch = workspace<float, Scratch>(static_cast<size_t>(M * 2 * kTileRows));
+                k.matmul_quantized(type, own, begin, end);
+            });
+        } else {
+            context.parallel_for(
+                tiles, std::max(tile_grain(bytes, M), stream_grain(tiles, M)),
+                [&](int64_t begin, int64_t end) { k.matmul_quantized(type, args, begin, end); });
+        }
     }
 
     int64_t out_features, group_size;
@@ -170,9 +197,16 @@ struct EmbeddingOp {
 }  // namespace
 
 std::vector<const OrtCustomOp*> matmul_ops() {
-    return {custom_op<FloatMatMulOp<WeightType::kF32>>(),    custom_op<FloatMatMulOp<WeightType::kF16>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ8>>(), custom_op<QuantizedMatMulOp<WeightType::kQ6>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ4>>(), custom_op<EmbeddingOp<WeightType::kQ8>>(),
+    return {custom_op<FloatMatMulOp<WeightType::kF32, false>>(),
+            custom_op<FloatMatMulOp<WeightType::kF16, false>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ8, false>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ6, false>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ4, false>>(),
+            custom_op<FloatMatMulOp<WeightType::kF32, true>>(),
+            custom_op<FloatMatMulOp<WeightType::kF16, true>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ8, true>>(),
+            custom_op<QuantizedMatMulOp<WeightType::kQ4, true>>(),
+            custom_op<EmbeddingOp<WeightType::kQ8>>(),
             custom_op<EmbeddingOp<WeightType::kQ6>>()};
 }
 

@@ -9,10 +9,10 @@
 
 namespace llmpack::ort {
 
-std::vector<const OrtCustomOp*> matmul_ops();       // MatMulF32, MatMulF16, MatMulQ8, MatMulQ4
+std::vector<const OrtCustomOp*> matmul_ops();       // MatMul.., MatMul..SwiGLU, Embedding..
 std::vector<const OrtCustomOp*> elementwise_ops();  // RMSNorm, AddRMSNorm, SwiGLU
 std::vector<const OrtCustomOp*> attention_ops();    // PagedAttention
-std::vector<const OrtCustomOp*> collective_ops();   // AllReduce, AllGather
+std::vector<const OrtCustomOp*> collective_ops();   // AllReduce, AllReduceAddRMSNorm, AllGather
 std::vector<const OrtCustomOp*> gpu_ops();          // all of these and more, for the CUDA and ROCm providers
 
 }  // namespace llmpack::ort

@@ -17,6 +17,7 @@ from typing import Any
 
 from llmpack import __version__, kernel_file, kernels, report
 from llmpack.checkpoint import open_checkpoint
+from llmpack.cpu_graph import cpu_graph
 from llmpack.export import export, rope_frequencies
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import plan_kernels
@@ -129,7 +130,7 @@ def pack(
             logical = export(config, kv_dtype, BLOCK_SIZE)
             for rank, plan in enumerate(plans):
                 graph = split(logical, config, plan, rank, options.shards, "weights.bin")
-                staging.add(f"rank-{rank}/cpu.onnx", graph.SerializeToString(deterministic=True))
+                staging.add(f"rank-{rank}/cpu.onnx", cpu_graph(graph).SerializeToString(deterministic=True))
                 if has_gpu:
                     graph = gpu_graph(graph, kv_cache)
                     staging.add(f"rank-{rank}/gpu.onnx", graph.SerializeToString(deterministic=True))

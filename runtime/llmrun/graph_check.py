@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
 _WITH_WEIGHTS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "EmbeddingQ8", "EmbeddingQ6")
-_ON_GPUS = ("MatMulF16F32", "MatMulQ8F32", "MatMulQ6F32", "MatMulQ4F32", "EmbeddingF16", "RMSNormF16")
-_FUSED_ON_GPUS = ("AllReduceAddRMSNorm", "TopK")
+_GATED = ("MatMulF32SwiGLU", "MatMulF16SwiGLU", "MatMulQ8SwiGLU", "MatMulQ4SwiGLU")
+_ON_GPUS = ("MatMulF16F32", "MatMulQ8F32", "MatMulQ6F32", "MatMulQ4F32", "EmbeddingF16", "RMSNormF16", "TopK")
 _OPERATORS = {
     OPS_DOMAIN: {
-        *(*_WITH_WEIGHTS, *_ON_GPUS, *_FUSED_ON_GPUS),
-        *("RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllGather"),
+        *(*_WITH_WEIGHTS, *_GATED, *_ON_GPUS),
+        *("RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllReduceAddRMSNorm", "AllGather"),
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
 }

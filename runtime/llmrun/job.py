@@ -20,7 +20,7 @@ import numpy as np
 import llmrun
 from llmrun import comm as communication
 from llmrun import console, device, errors, failstop, faults, launcher, library, watchdog
-from llmrun.artifact import Artifact, open_artifact
+from llmrun.artifact import OPS_VERSION, Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, share_cores
 from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError
 from llmrun.job_options import JobOptions
@@ -182,10 +182,9 @@ class Job:
         except OSError as error:
             raise IncompatibleError(f"{place}: cannot be loaded: {error}.", code="E416") from None
         version = self._ops.llmpack_ops_version()
-        if version != artifact.manifest.ops["version"]:
+        if version != OPS_VERSION:
             raise IncompatibleError(
-                f"{place} has operator version {version}, the artifact needs {artifact.manifest.ops['version']}."
-                " Install matching releases.",
+                f"{place} has operator version {version}, this llmrun expects {OPS_VERSION}. Install llmpack again.",
                 code="E416",
             )
         if self.options.isa is not None and self._ops.llmpack_ops_set_isa(self.options.isa.encode()) != 0:

@@ -20,7 +20,8 @@ from llmrun.errors import IncompatibleError, IntegrityError
 
 FORMAT_VERSION = (1, 0)
 OPS_DOMAIN = "ai.llmpack"
-OPS_VERSION = 2
+OPS_VERSION = 3
+READABLE_OPS_VERSIONS = (2, OPS_VERSION)  # the library has all that 2 has
 MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 64 << 20
 ROW_TILE = 16  # output features side by side in a weight tile (FORMAT 4.3)
@@ -208,7 +209,7 @@ def parse_manifest(data: bytes, path: Path) -> tuple[Manifest, str]:
         raise damaged
     manifest = _build(Manifest, raw, path, "")
     domain, ops_version = manifest.ops.get("domain"), manifest.ops.get("version")
-    if domain != OPS_DOMAIN or type(ops_version) is not int or ops_version != OPS_VERSION:
+    if domain != OPS_DOMAIN or type(ops_version) is not int or ops_version not in READABLE_OPS_VERSIONS:
         found = f"{domain} version {ops_version}"
         raise IncompatibleError(
             f"{path}: needs operators {found[:_MAX_SHOWN]!r}; this llmrun has {OPS_DOMAIN} version {OPS_VERSION}."

@@ -106,7 +106,7 @@ class StepPlan:
         """
         sizes = (*(3 * [self.num_tokens]), self.num_seqs + 1, self.num_seqs, self.num_seqs * self.num_columns)
         parts = np.split(self.message[_HEADER:], list(itertools.accumulate(sizes)))
-        fields = dict(zip(FIELDS, parts, strict=True))
+        fields: dict[str, Int32Array] = dict(zip(FIELDS, parts, strict=True))
         fields["block_table"] = fields["block_table"].reshape(self.num_seqs, self.num_columns)
         return fields
 

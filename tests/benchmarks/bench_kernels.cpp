@@ -180,7 +180,7 @@ void matmul(WeightType type, int64_t K, int64_t group, const std::vector<int64_t
             all.push_back({title, bound_by_memory ? bytes * 1e-9 : 2.0 * M * K * rows * 1e-9,
                            bound_by_memory ? "GB/s" : "GOP/s", threads, rows / kTileRows,
                            [=](int64_t b, int64_t e) {
-                               kernels().matmul_quantized(type, {&q->in, weight, scales, q->y, rows}, b, e);
+                               kernels().matmul_quantized(type, {&q->in, weight, scales, q->y, rows, false, nullptr}, b, e);
                            }});
             race(all);
             all.clear();

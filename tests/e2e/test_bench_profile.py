@@ -33,7 +33,7 @@ def test_the_places_add_up_to_the_step(shards: int, scheme: str, op: str, packed
         calls = {(row["op"], row["role"]): row["calls"] for row in rows}
         assert calls[op, "mlp/down_proj"] == calls["PagedAttention", "self_attn/attention"] == LAYERS
         assert [n for (name, role), n in calls.items() if role == "lm_head" and name != "AllGather"] == [1]
-        assert calls.get(("AllReduce", "mlp/down_proj"), 0) == (LAYERS if shards > 1 else 0)
+        assert calls.get(("AllReduceAddRMSNorm", "mlp/down_proj"), 0) == (LAYERS if shards > 1 else 0)
 
 
 def test_a_context_that_is_too_short_is_refused(packed_tiny: Packed) -> None:

@@ -71,8 +71,13 @@ class Library:
 
 def check_bits(library: Library, comm: MPI.Intracomm) -> None:
     rank, size = comm.Get_rank(), comm.Get_size()
-    model = helpers.Node("AllReduce", {"x": np.zeros((1, 1), np.float32)}).model(any_shape=True)
-    reduce = helpers.session(model)
+    x, residual, weight = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    reduce = helpers.session(helpers.Node("AllReduce", {"x": x}).model(any_shape=True))
+    inputs, names = {"x": x, "residual": residual, "weight": weight}, ("y", "sum")
+    norm, reduce_norm = (
+        helpers.session(helpers.Node(op, inputs, names, attributes={"epsilon": 1e-5}).model(any_shape=True))
+        for op in ("AddRMSNorm", "AllReduceAddRMSNorm")
+    )
     digests = set()
     order_matters = False
     for transport in ("shared-memory", "mpi"):
@@ -87,6 +92,12 @@ def check_bits(library: Library, comm: MPI.Intracomm) -> None:
             np.testing.assert_array_equal(library.all_reduce(parts[rank]), expected)
             order_matters |= bool((y != reference.all_reduce(parts[::-1])).any())
             digest.update(y.tobytes())
+            others = {"residual": values(size, (1, n)), "weight": values(size + 1, (1, n))[0]}
+            together = reduce_norm.run(None, {"x": parts[rank], **others})
+            for got, wanted in zip(together, norm.run(None, {"x": expected, **others}), strict=True):
+                np.testing.assert_array_equal(
+                    got, wanted, err_msg=f"AllReduceAddRMSNorm of {n} elements by {transport}"
+                )
         for rows, columns, kept in GATHERS:
             out_features = columns * (size - 1) + kept
             parts = [values(r, (rows, columns)) for r in range(size)]
@@ -100,7 +111,7 @@ def check_bits(library: Library, comm: MPI.Intracomm) -> None:
         np.testing.assert_array_equal(library.all_gather(parts[rank], 1), reference.all_gather(parts, 1))
         digests.add(digest.hexdigest())
         begun, ended = collective_counts(library)
-        assert begun == ended == before[0] + 2 * (len(ELEMENTS) + len(GATHERS)) + 1
+        assert begun == ended == before[0] + 3 * len(ELEMENTS) + 2 * len(GATHERS) + 1
     assert order_matters or size <= 2, "the data cannot show the order of addition"
     assert len(set(comm.allgather(digests.pop()))) == 1
     assert not digests, "the transports give different bits"

@@ -72,6 +72,11 @@ def main(path: str) -> None:
         if scheme in ("q8", "q6", "q4"):
             atol = atol + reference.activation_quantization_bound(x, projection.weight, 32)
         compare(f"MatMul{scheme.upper()}", projection.node(x).run(2)[0], exact, atol)
+        if scheme != "q6":
+            gated = helpers.random_projection(scheme, 64, 64).node(x)
+            expected = helpers.Node("SwiGLU", {"gate_up": gated.run()[0]}).run()[0]
+            gated.op += "SwiGLU"
+            compare(gated.op, gated.run(2)[0], expected, 0)
     rows = helpers.random_projection("q6", 35, 64)
     ids = np.array([34, 0, 7], np.int32)
     embedding = helpers.Node(
@@ -89,9 +94,14 @@ def main(path: str) -> None:
     compare("SwiGLU", helpers.Node("SwiGLU", {"gate_up": x}).run()[0], reference.swiglu(x), 1e-5)
     attention(np.float32)
     attention(np.float16)
-    for op, attributes in (("AllReduce", {}), ("AllGather", {"out_features": 64})):
+    lone = {
+        "AllReduce": helpers.Node("AllReduce", {"x": x}),
+        "AllReduceAddRMSNorm": helpers.Node("AllReduceAddRMSNorm", inputs, ("y", "sum"), attributes={"epsilon": 1e-5}),
+        "AllGather": helpers.Node("AllGather", {"x": x}, attributes={"out_features": 64}),
+    }
+    for op, lone_node in lone.items():
         try:
-            helpers.Node(op, {"x": x}, attributes=attributes).run()
+            lone_node.run()
             sys.exit(f"{op} ran without a communicator")
         except Exception as error:  # ONNX Runtime has a class per status code
             if "no communicator is set" not in str(error):

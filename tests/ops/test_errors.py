@@ -75,6 +75,16 @@ MATMUL_CASES = {
         matmul("MatMulQ8", (2, 32), ZEROS((1, 4, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=32),
         "input weight has shape [1, 4, 16, 4], expected [1, 8, 16, 4] = [ceil(out_features / 16), in_features / 4, 16, 4]",
     ),
+    "gate and up end within a tile": (
+        matmul("MatMulF32SwiGLU", (2, 8), ZEROS((3, 8, 16), F32), out_features=48),
+        "attribute out_features is 48, expected a multiple of 32: gate and up in whole tiles",
+    ),
+    "too few scales of gate and up": (
+        matmul(
+            "MatMulQ4SwiGLU", (2, 32), ZEROS((2, 4, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=32, group_size=32
+        ),
+        "input scales has shape [1, 1, 16], expected [2, 1, 16] = [ceil(out_features / 16), in_features / group_size, 16]",
+    ),
     "too few scales": (
         matmul("MatMulQ8", (2, 64), ZEROS((1, 16, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=32),
         "input scales has shape [1, 1, 16], expected [1, 2, 16] = [ceil(out_features / 16), in_features / group_size, 16]",
@@ -124,6 +134,24 @@ ELEMENTWISE_CASES = {
     "AllReduce alone": (
         Node("AllReduce", {"x": random_x(2, 8)}),
         "no communicator is set, expected llmpack_ops_set_communicator before the first run",
+    ),
+    "AllReduceAddRMSNorm alone": (
+        Node(
+            "AllReduceAddRMSNorm",
+            {"x": random_x(2, 8), "residual": random_x(2, 8), "weight": random_x(1, 8)[0]},
+            ("y", "sum"),
+            attributes={"epsilon": 1e-5},
+        ),
+        "no communicator is set, expected llmpack_ops_set_communicator before the first run",
+    ),
+    "AllReduceAddRMSNorm residual": (
+        Node(
+            "AllReduceAddRMSNorm",
+            {"x": random_x(2, 8), "residual": random_x(3, 8), "weight": random_x(1, 8)[0]},
+            ("y", "sum"),
+            attributes={"epsilon": 1e-5},
+        ),
+        "input residual has shape [3, 8], expected [2, 8] = [tokens, hidden_size]",
     ),
     "AllGather alone": (
         Node("AllGather", {"x": random_x(2, 8)}, attributes={"out_features": 8}),

@@ -1,4 +1,4 @@
-"""MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4 against float64 (FORMAT.md 4.3, 5.1)."""
+"""MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4 against float64 (FORMAT.md 4.3, 5.1), and the same with SwiGLU (5.10)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from helpers import (
     RANGES,
     TOLERANCES,
+    Node,
     Projection,
     layout_float,
     quantized_projection,
@@ -21,6 +22,7 @@ from llmrun.job_options import ISAS
 
 SCHEMES = ("f32", "f16", "q8", "q6", "q4")
 QUANTIZED = ("q8", "q6", "q4")
+GATED = ("f32", "f16", "q8", "q4")
 
 
 def check(projection: Projection, x: np.ndarray, threads: int = 1) -> np.ndarray:
@@ -190,6 +192,30 @@ def test_nan_in_x_reaches_every_output_of_its_token(isa: str, scheme: str, bad: 
     (y,) = projection.node(x).run()
     assert not np.isfinite(y[4]).any()
     np.testing.assert_array_equal(np.delete(y, 4, 0), np.delete(clean, 4, 0))
+
+
+def assert_gated_alike(projection: Projection, x: np.ndarray, threads: int = 1) -> None:
+    """The product and then SwiGLU, each compared with float64 elsewhere, say what both together give, to the bit."""
+    product = projection.node(x)
+    (expected,) = Node("SwiGLU", {"gate_up": product.run()[0]}).run()
+    product.op += "SwiGLU"
+    (y,) = product.run(threads)
+    assert y.shape == (len(x), len(projection.weight) // 2)
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("scheme", GATED)
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 33])
+def test_gated_products_of_any_number_of_tokens(isa: str, scheme: str, M: int) -> None:
+    assert_gated_alike(random_projection(scheme, 96, 96), random_x(M, 96))
+
+
+@pytest.mark.parametrize("scheme", GATED)
+@pytest.mark.parametrize("N", [32, 64, 1024])
+@pytest.mark.parametrize("M", [1, 3, 40])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gated_products_of_any_number_of_rows(isa: str, scheme: str, N: int, M: int, threads: int) -> None:
+    assert_gated_alike(random_projection(scheme, N, 640, 64), random_x(M, 640), threads)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

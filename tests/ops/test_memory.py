@@ -78,7 +78,10 @@ def test_add_rms_norm_writes_over_its_inputs(probe: Path) -> None:
         ],
         "in_place",
         [float_info("tokens", ("T", 64)), float_info("weight", (64,))],
-        [*(float_info(n, ("T", 64)) for n in ("end", "end sum")), *(float_info(f"address of {n}", (4,)) for n in inner)],
+        [
+            *(float_info(n, ("T", 64)) for n in ("end", "end sum")),
+            *(float_info(f"address of {n}", (4,)) for n in inner),
+        ],
         value_info=[float_info(n, ("T", 64)) for n in inner],
     )
     feeds = {"tokens": np.ones((5, 64), np.float32), "weight": np.ones(64, np.float32)}

@@ -1,5 +1,6 @@
 """Every rank's graph is valid ONNX, holds only allowed operators, and its slices put together are the checkpoint."""
 
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -17,7 +18,8 @@ ALLOWED = {
     "ai.llmpack": {
         "MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "EmbeddingQ8",
         "EmbeddingQ6", "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention",
-        "AllReduce", "AllGather",
+        "AllReduce", "AllGather", "AllReduceAddRMSNorm",
+        "MatMulF32SwiGLU", "MatMulF16SwiGLU", "MatMulQ8SwiGLU", "MatMulQ4SwiGLU",
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
 }  # fmt: skip
@@ -66,8 +68,37 @@ def test_collectives_appear_only_between_ranks(packed, tiny_checkpoint):
     one = onnx.load(graphs_of(packed(tiny_checkpoint, 1, "f32"))[0], load_external_data=False)
     two = onnx.load(graphs_of(packed(tiny_checkpoint, 2, "f32"))[0], load_external_data=False)
     count = lambda model, op: sum(node.op_type == op for node in model.graph.node)  # noqa: E731
-    assert (count(one, "AllReduce"), count(one, "AllGather")) == (0, 0)
-    assert (count(two, "AllReduce"), count(two, "AllGather")) == (2 * TINY["num_hidden_layers"], 1)
+    reductions = lambda model: count(model, "AllReduce") + count(model, "AllReduceAddRMSNorm")  # noqa: E731
+    assert (reductions(one), count(one, "AllGather")) == (0, 0)
+    assert (reductions(two), count(two, "AllGather")) == (2 * TINY["num_hidden_layers"], 1)
+
+
+def count_operators(artifact):
+    model = onnx.load(graphs_of(artifact)[0], load_external_data=False)
+    made = {name for node in model.graph.node for name in node.output}
+    assert {value.name for value in model.graph.value_info} == made - {"logits"}
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("intermediate_size", "is_gated"), [(512, True), (1000, False)], ids=["tiles", "no_whole_tiles"]
+)
+def test_operators_are_joined_where_they_can_be(packed, tmp_path, shards, intermediate_size, is_gated):
+    checkpoint = make_checkpoint(tmp_path / "m", intermediate_size=intermediate_size)
+    layers = TINY["num_hidden_layers"]
+    counts = count_operators(packed(checkpoint, shards, "f16"))
+    assert (counts["MatMulF16SwiGLU"], counts["SwiGLU"]) == ((layers, 0) if is_gated else (0, layers))
+    assert (counts["AllReduceAddRMSNorm"], counts["AddRMSNorm"]) == (
+        (0, 2 * layers) if shards == 1 else (2 * layers, 0)
+    )
+    assert counts["AllReduce"] == 0
+
+
+def test_operators_with_a_bias_between_them_stay_apart(packed, biased_checkpoint):
+    layers = TINY["num_hidden_layers"]
+    counts = count_operators(packed(biased_checkpoint, 2, "f32"))
+    assert [counts[op] for op in ("SwiGLU", "AllReduce", "AddRMSNorm")] == [layers, 2 * layers, 2 * layers]
 
 
 def load_weights(graph_path):
