@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Request:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
 
-    @property
+    @functools.cached_property
     def num_candidates(self) -> int | None:
         """How many of a row's likeliest tokens say what follows and what is reported of it; None: the whole row."""
         if self.sampler is None or self.constraint is not None or self.sampler.num_candidates is None:

@@ -98,13 +98,13 @@ class Sampler:
         """The random state; made when it is needed, as numpy imports `numpy.random` only then."""
         return np.random.Generator(np.random.PCG64(self.params.seed))
 
-    @property
+    @functools.cached_property
     def needs_history(self) -> bool:
         """Whether `sample` has any use for the ids so far."""
         params = self.params
         return params.repeat_penalty != 1.0 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
-    @property
+    @functools.cached_property
     def num_candidates(self) -> int | None:
         """How many of the likeliest tokens decide, before any constraint; None: all of the vocabulary."""
         if self.needs_history or len(self._bias_ids):

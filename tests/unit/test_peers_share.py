@@ -22,7 +22,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(machine: Path, *files: Path, threads: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [machine, str(threads), "on-demand", *files], input="\n\n5\n", capture_output=True, text=True, timeout=60
+        [machine, str(threads), "on-demand", *files], input="\n\nloads\n5\n", capture_output=True, text=True, timeout=60
     )
 
 
@@ -34,7 +34,7 @@ def test_every_line_gives_a_rate(machine: Path, tmp_path: Path, count: int) -> N
     done = read(machine, *files)
     assert done.returncode == 0
     rates = [float(line) for line in done.stdout.splitlines()]
-    assert len(rates) == 3
+    assert len(rates) == 4
     assert min(rates) > 1e7
 
 
@@ -52,7 +52,8 @@ def test_the_share_is_printed(machine: Path, packed_tiny: Callable[..., Path]) -
     command = [sys.executable, HERE / "share.py", artifact, "1", machine, "1", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     found = json.loads(done.stdout)
-    assert set(found) == {"share", "share_meeting", "read_bytes_per_s", "meeting_bytes_per_s"}
+    shares = {"share", "share_loads", "share_meeting"}
+    assert set(found) == shares | {"read_bytes_per_s", "loads_bytes_per_s", "meeting_bytes_per_s"}
     assert min(found.values()) > 0
 
 

@@ -255,6 +255,8 @@ class Comparison:
     def _weights_read(self, ways: dict[str, Program | str]) -> None:
         """Weight bytes that decoding reads, of what plain reading of the same pages reaches in turn with it."""
         row = Row(self.name, "weight bytes read in decode, of plain reading of them", "", goal=">= 0.95")
+        loads_row = Row(self.name, "the same, of reading without prefetches", "", goal=">= 0.95")
+        loads_row.figures = {name: Figure() for name in OURS}
         # One rank waits for nobody.
         meeting_row = Row(self.name, "the same, of reading whose threads wait for each other as often", "")
         meeting_row.figures = {OURS[0]: Figure()}
@@ -265,13 +267,14 @@ class Comparison:
                 raise Missing(program)
             assert isinstance(program, Llmpack)
             shares = program.read_shares(self.machine.on_demand())
+            loads_row.figures[name].add(shares["share_loads"])
             if name in meeting_row.figures:
                 meeting_row.figures[name].add(shares["share_meeting"])
             return shares["share"]
 
         in_turn(row, {name: lambda name=name: share(name) for name in OURS}, self.rounds)
-        take_reasons(row, meeting_row)
-        self.rows += [row, meeting_row]
+        take_reasons(row, loads_row, meeting_row)
+        self.rows += [row, loads_row, meeting_row]
 
     def _depth(self, ways: dict[str, Program | str]) -> None:
         """Decode with little and with much context, one right after the other, so that both meet the same machine."""

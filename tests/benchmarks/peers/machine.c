@@ -4,10 +4,11 @@
 // best for dot products, which is the processor's limit.
 //
 //   machine THREADS -> {"read_bytes_per_s": .., "int8_ops_per_s": .. or null, "int8_instruction": ".."}
-//   machine THREADS on-demand FILE...    for each line that comes, a number of pieces (1 if empty): bytes/s of one repetition
-//                                        of reading, of the files' own pages: one file, which the threads share, or one for
-//                                        each. After each of the pieces the threads wait for each other, as ranks do in an
-//                                        all-reduce; nothing else is done, so no program that meets as often is faster
+//   machine THREADS on-demand FILE...    for each line that comes, bytes/s of one repetition of reading, of the files' own pages:
+//                                        one file, which the threads share, or one for each. A line is a number of pieces (1 if
+//                                        empty): after each the threads wait for each other, as ranks do in an all-reduce;
+//                                        nothing else is done, so no program that meets as often is faster. Or "loads": a loop
+//                                        of loads without prefetches, as programs that measure bandwidth commonly read
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -17,6 +18,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -63,7 +65,7 @@ typedef struct {
     uint64_t sum;
 } Thread;
 
-static bool is_on_demand;
+static bool is_on_demand, loads_alone;
 static int threads, pieces = 1;
 static atomic_int arrivals;
 
@@ -71,6 +73,18 @@ static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static void read_by_loads(Thread* t) {
+    Vector a = {0}, b = a, c = a, d = a;
+    for (size_t i = 0; i + 4 <= t->count; i += 4) {
+        a += t->data[i];
+        b += t->data[i + 1];
+        c += t->data[i + 2];
+        d += t->data[i + 3];
+    }
+    a += b + c + d;
+    t->sum += a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
 }
 
 static void read_piece(Thread* t, const Vector* data, size_t count) {
@@ -94,6 +108,10 @@ static void read_piece(Thread* t, const Vector* data, size_t count) {
 // Reads all of a thread's memory; returns the seconds.
 static double read_all(Thread* t) {
     const double began = now();
+    if (loads_alone) {
+        read_by_loads(t);
+        return now() - began;
+    }
     for (int piece = 0; piece < pieces; piece++) {
         const size_t begin = t->count * (size_t)piece / (size_t)pieces;
         const size_t end = t->count * ((size_t)piece + 1) / (size_t)pieces;
@@ -132,6 +150,7 @@ static void* run(void* argument) {
 
 static void serve(Thread* all, pthread_barrier_t* barrier) {
     for (char line[64]; fgets(line, sizeof line, stdin) != NULL;) {
+        loads_alone = strcmp(line, "loads\n") == 0;
         pieces = atoi(line) > 1 ? atoi(line) : 1;
         arrivals = 0;
         pthread_barrier_wait(barrier);

@@ -4,8 +4,9 @@ mpirun -n 2 python share.py ARTIFACT THREADS MACHINE CORES [TURNS]
 
 MACHINE: machine.c's program, which reads the mapped files with CORES threads and does nothing with them. Neighbours and clocks
 change the bandwidth by the second, and in a virtual machine it differs from page to page (by 25 % between two places of one
-artifact): compare the same memory at nearly the same time. Prints JSON of medians: {"share", "read_bytes_per_s"}, and of
-reading that waits for the other threads as often as the ranks do in all-reduces, {"share_meeting", "meeting_bytes_per_s"}.
+artifact): compare the same memory at nearly the same time. Prints JSON of medians, shares and bytes/s: of reading with
+prefetches {"share", "read_bytes_per_s"}, of a loop of loads without them {"share_loads", "loads_bytes_per_s"}, and of reading
+that waits for the other threads as often as the ranks do in all-reduces {"share_meeting", "meeting_bytes_per_s"}.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def num_meetings(num_layers: int, size: int) -> int:
 
 def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TURNS) -> None:
     cores = os.sched_getaffinity(0)  # a rank keeps its threads on some of them
-    with Engine(path, verify="size", threads=threads) as engine:
+    with Engine(path, verify="size", threads=threads, is_mirroring=False) as engine:
         size = sum(entry.weight_bytes_per_token for entry in engine.manifest.ranks)
         if engine.rank > 0:
             engine.follow()
@@ -65,13 +66,13 @@ def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TUR
 
             pieces = num_meetings(engine.manifest.model.num_hidden_layers, engine.size)
 
-            def read() -> tuple[float, float]:
+            def read() -> tuple[float, float, float]:
                 time.sleep(SETTLE_S)
                 # Cores that slept wake slowly: the first pass, as the first token, does not count.
-                reader.stdin.write(f"\n\n{pieces}\n")
+                reader.stdin.write(f"\n\nloads\n{pieces}\n")
                 reader.stdin.flush()
-                _, plain, meeting = (float(reader.stdout.readline()) for _ in range(3))
-                return plain, meeting
+                _, plain, loads, meeting = (float(reader.stdout.readline()) for _ in range(4))
+                return plain, loads, meeting
 
             next(tokens)
             bandwidth, rates = [read()], []
@@ -84,11 +85,13 @@ def main(path: str, threads: int, machine: str, num_cores: str, turns: int = TUR
                 rates.append(count / took)
                 bandwidth.append(read())
             reader.stdin.close()
-        plain, meeting = zip(*bandwidth, strict=True)
+        plain, loads, meeting = zip(*bandwidth, strict=True)
         medians = {
             "share": read_shares(rates, size, plain),
+            "share_loads": read_shares(rates, size, loads),
             "share_meeting": read_shares(rates, size, meeting),
             "read_bytes_per_s": plain,
+            "loads_bytes_per_s": loads,
             "meeting_bytes_per_s": meeting,
         }
         print(json.dumps({name: statistics.median(values) for name, values in medians.items()}), flush=True)
