@@ -166,7 +166,7 @@ def joining(deadline_s: float) -> Iterator[None]:
         yield
         return
     rank = console.environment_rank()
-    dog = Watchdog(rank, (), deadline_s, find_peers=stopped_siblings)
+    dog = Watchdog(rank, (), deadline_s, find_peers=stopped_siblings, on_lost=_end_joining)
     dog.start()
     with dog.phase("waiting for all ranks to start", LOAD_S):
         yield
@@ -179,6 +179,12 @@ def process_state(peer: Peer) -> str:
     if stat is None or stat[0] in "ZX" or int(stat[19]) != peer.started:
         return "gone"
     return "stopped" if stat[0] == "T" else "running"
+
+
+def _end_joining(what: str) -> None:
+    # MPICH's launcher takes a rank that leaves before MPI knows it for one that has done its work, and waits for the rest.
+    failstop.before_leaving(lambda _: launcher.kill_if_still_stopped([peer.pid for peer in stopped_siblings()]))
+    _end_job(what)
 
 
 def _end_job(what: str) -> None:

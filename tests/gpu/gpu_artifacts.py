@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-import onnx
 from standin import write_kernels
 
+from llmpack.export import export
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import KernelSpec, plan_kernels
-from llmpack.weights import Quantization, plan_rank
+from llmpack.split import split
+from llmpack.weights import Quantization, RankWeight, plan_rank
 from llmrun.manifest import KvCacheSpec, ModelConfig
 
 CHIPS = ("sm_89", "gfx1100")
@@ -19,21 +21,30 @@ CHIPS = ("sm_89", "gfx1100")
 
 def specs_of(artifact: Path) -> list[KernelSpec]:
     """The plan of an artifact's kernels."""
-    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest = read_manifest(artifact)
     config = ModelConfig(**manifest["model"])
+    return plan_kernels(config, weights_of(manifest, 0), manifest["shards"], manifest["kv_cache"]["block_size"])
+
+
+def read_manifest(artifact: Path) -> dict[str, Any]:
+    return json.loads((artifact / "manifest.json").read_text())
+
+
+def weights_of(manifest: dict[str, Any], rank: int) -> list[RankWeight]:
+    """What a rank holds, planned again."""
     described = manifest["quantization"]
     quantization = Quantization(described["scheme"], described["group_size"] or 64)
-    weights = plan_rank(config, quantization, manifest["shards"], 0)
-    return plan_kernels(config, weights, manifest["shards"], manifest["kv_cache"]["block_size"])
+    return plan_rank(ModelConfig(**manifest["model"]), quantization, manifest["shards"], rank)
 
 
 def add_gpu(artifact: Path, target: Path) -> Path:
     """Copy an artifact and add the graphs for a GPU and the kernel files; the manifest stays that of the CPU."""
     shutil.copytree(artifact, target)
-    manifest = json.loads((target / "manifest.json").read_text())
-    cache = KvCacheSpec(**manifest["kv_cache"])
-    for entry in manifest["ranks"]:
-        model = onnx.load(str(target / entry["graphs"]["cpu"]), load_external_data=False)
+    manifest = read_manifest(target)
+    config, cache = ModelConfig(**manifest["model"]), KvCacheSpec(**manifest["kv_cache"])
+    logical = export(config, cache.dtype, cache.block_size)
+    for rank, entry in enumerate(manifest["ranks"]):
+        model = split(logical, config, weights_of(manifest, rank), rank, manifest["shards"], "weights.bin")
         converted = gpu_graph(model, cache)
         (target / entry["folder"] / "gpu.onnx").write_bytes(converted.SerializeToString())
     for chip in CHIPS:
