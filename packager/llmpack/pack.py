@@ -1,7 +1,8 @@
 """Table of contents of the packager: every step, in order, and nothing else.
 
-read config and headers -> match tensors -> plan each rank -> export the logical graph -> split it -> compile GPU kernels (where
-asked for) -> write weights tensor by tensor (slice, fuse, quantize, lay out) -> self-check from the written bytes -> publish.
+read config and headers -> match tensors -> plan each rank -> export the logical graph -> split it -> join operators for the
+CPU, lower them for GPUs and compile kernels (where asked for) -> write weights tensor by tensor (slice, fuse, quantize, lay
+out) -> self-check from the written bytes -> publish.
 """
 
 from __future__ import annotations
