@@ -120,7 +120,7 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
     const float* x_scales = in.scales + first_token * groups;  // [groups, m]
     const int32_t* x_sums = in.sums + first_token * groups;    // [groups, m]
 
-    // Later blocks of tokens find the tile in the cache; with several streams there is one block.
+    // Later blocks of tokens find the tile in the cache; several streams have one, or no branch for the last.
     const bool from_memory = streams > 1 || first_token == 0;
     LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
         LLMPACK_UNROLL_16 for (int t = 0; t < m; t++) y[s][t] = zero();

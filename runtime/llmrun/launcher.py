@@ -179,20 +179,6 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
-def kill_if_still_stopped(pids: Sequence[int]) -> None:
-    """Have a process that outlives this one kill these in two seconds, unless somebody has, or has resumed them."""
-    import subprocess
-
-    script = """
-        for _ in 1 2 3 4 5 6 7 8 9 10; do
-            stopped=; for pid; do grep -qs '^State:.T' /proc/$pid/status && stopped="$stopped $pid"; done
-            [ "$stopped" ] || exit; sleep 0.2
-        done; kill -9 $stopped"""
-    nowhere = subprocess.DEVNULL
-    command = ["/bin/sh", "-c", script, "sh", *map(str, pids)]
-    subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
-
-
 def start_ranks(
     num_ranks: int, arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:

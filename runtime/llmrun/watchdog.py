@@ -183,7 +183,7 @@ def process_state(peer: Peer) -> str:
 
 def _end_joining(what: str) -> None:
     # MPICH's launcher takes a rank that leaves before MPI knows it for one that has done its work, and waits for the rest.
-    failstop.before_leaving(lambda _: launcher.kill_if_still_stopped([peer.pid for peer in stopped_siblings()]))
+    failstop.before_leaving(lambda _: failstop.kill_if_still_stopped([peer.pid for peer in stopped_siblings()]))
     _end_job(what)
 
 
