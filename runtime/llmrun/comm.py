@@ -95,13 +95,16 @@ def read_process_stat(pid: int) -> list[str] | None:
         return None
 
 
-def stopped_siblings() -> list[Peer]:
-    """Return the stopped ranks that this rank's launcher started on this host: what is known of others before MPI is there."""
+def siblings(states: str = "RSDTt") -> list[Peer]:
+    """Return the ranks that this rank's launcher started on this host: what is known of others before MPI is there.
+
+    `states`: of /proc/PID/stat; those that are in one of them.
+    """
     own, host = console.environment_rank(), _host_identity()
     above = next((pid for pid in _ancestors(os.getpid()) if _environment_rank(pid) is None), None)
     found = []
     for name in os.listdir("/proc"):
-        if not name.isdigit() or (stat := read_process_stat(int(name))) is None or stat[0] != "T":
+        if not name.isdigit() or (stat := read_process_stat(int(name))) is None or stat[0] not in states:
             continue
         rank = _environment_rank(int(name))
         if rank is not None and rank != own and above in _ancestors(int(name)):

@@ -38,15 +38,15 @@ def leave(code: int) -> NoReturn:
     os._exit(code or 1)
 
 
-def kill_if_still_stopped(pids: Sequence[int]) -> None:
-    """Have a process that outlives this one kill these in two seconds, unless somebody has, or has resumed them."""
+def kill_if_still_there(pids: Sequence[int]) -> None:
+    """Have a process that outlives this one kill these in two seconds, unless they have ended."""
     import subprocess
 
     script = """
         for _ in 1 2 3 4 5 6 7 8 9 10; do
-            stopped=; for pid; do grep -qs '^State:.T' /proc/$pid/status && stopped="$stopped $pid"; done
-            [ "$stopped" ] || exit; sleep 0.2
-        done; kill -9 $stopped"""
+            left=; for pid; do grep -qs '^State:.[^ZX]' /proc/$pid/status && left="$left $pid"; done
+            [ "$left" ] || exit; sleep 0.2
+        done; kill -9 $left"""
     nowhere = subprocess.DEVNULL
     command = ["/bin/sh", "-c", script, "sh", *map(str, pids)]
     subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from llmrun import console, failstop, launcher
-from llmrun.comm import Peer, local_ranks, read_process_stat, stopped_siblings
+from llmrun.comm import Peer, local_ranks, read_process_stat, siblings
 from llmrun.errors import UsageError
 
 DEFAULT_S = 30.0
@@ -166,7 +166,7 @@ def joining(deadline_s: float) -> Iterator[None]:
         yield
         return
     rank = console.environment_rank()
-    dog = Watchdog(rank, (), deadline_s, find_peers=stopped_siblings, on_lost=_end_joining)
+    dog = Watchdog(rank, (), deadline_s, find_peers=lambda: siblings("T"), on_lost=_end_joining)
     dog.start()
     with dog.phase("waiting for all ranks to start", LOAD_S):
         yield
@@ -183,7 +183,7 @@ def process_state(peer: Peer) -> str:
 
 def _end_joining(what: str) -> None:
     # MPICH's launcher takes a rank that leaves before MPI knows it for one that has done its work, and waits for the rest.
-    failstop.before_leaving(lambda _: failstop.kill_if_still_stopped([peer.pid for peer in stopped_siblings()]))
+    failstop.before_leaving(lambda _: failstop.kill_if_still_there([peer.pid for peer in siblings()]))
     _end_job(what)
 
 

@@ -88,19 +88,21 @@ def test_a_rank_that_never_joins_is_not_waited_for_for_ever(packed_tiny: Packed,
     assert outcome.leftovers == []
 
 
-def test_a_rank_that_leaves_before_mpi_knows_it_leaves_no_stopped_rank_behind(
-    packed_tiny: Packed, tmp_path: Path
+@pytest.mark.parametrize("first", ["stopped", "late"])
+def test_a_rank_that_leaves_before_mpi_knows_it_leaves_no_rank_behind(
+    first: str, packed_tiny: Packed, tmp_path: Path
 ) -> None:
-    """MPICH's launcher takes such a rank for one that has done its work, and waits for the stopped one."""
+    """MPICH's launcher takes such a rank for one that has done its work, and waits for the other."""
+    rank_0 = {"stopped": "os.kill(os.getpid(), signal.SIGSTOP)", "late": "time.sleep(50)"}[first]
     (tmp_path / "script.py").write_text(
-        "import os, signal, sys, time\nfrom llmrun import Engine, comm\n"
+        "import os, signal, sys, time\nfrom llmrun import Engine, comm, watchdog\nwatchdog.LOAD_S = 4\n"
         "rank = os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK')\n"
-        "if rank == '0': os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "comm.connect = lambda: time.sleep(50)\nEngine(sys.argv[1])\n"
+        f"if rank == '0': {rank_0}\ncomm.connect = lambda: time.sleep(50)\nEngine(sys.argv[1])\n"
     )
     command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
     outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(20)
-    assert "is stopped" in outcome.errors[0]
+    expected = {"stopped": "is stopped", "late": "rank 1 is stuck: no progress in waiting for all ranks to start"}
+    assert expected[first] in outcome.errors[0]
     assert outcome.code != 0
     assert outcome.leftovers == []
 
