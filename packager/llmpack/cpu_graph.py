@@ -1,7 +1,7 @@
 """One rank's graph for the CPU with operators joined (FORMAT 5.10, 5.11): the same values, fewer of them between operators.
 
 In: what `split.py` made. Out: the same graph, where SwiGLU is part of the product before it, and AddRMSNorm of the AllReduce
-before it. A node costs 3 to 6 us of ONNX Runtime's own while weights pass through the caches, and its result a way to memory
+before it. A node costs about 3 us of ONNX Runtime's own while weights pass through the caches, and its result a way to memory
 and back. Ensures: initializers, inputs and outputs are as before, and every result has the same bits.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import onnx
 
-_GATED_IN = 32  # out_features of a gated product: whole tiles of 16 of gate and of up
+from llmrun.artifact import ROW_TILE
+
 _GATED_MATMULS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ4")
 
 
@@ -51,4 +52,6 @@ def _can_join(before: onnx.NodeProto, node: onnx.NodeProto) -> bool:
         return True
     if node.op_type != "SwiGLU" or before.op_type not in _GATED_MATMULS:
         return False
-    return next(a.i for a in before.attribute if a.name == "out_features") % _GATED_IN == 0
+    return (
+        next(a.i for a in before.attribute if a.name == "out_features") % (2 * ROW_TILE) == 0
+    )  # gate and up in whole tiles

@@ -174,6 +174,12 @@ def note_exit_code(code: int, environment: Mapping[str, str] = os.environ) -> No
             pass  # another rank was faster, or the launching llmrun is gone
 
 
+def has_exit_code(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a rank has told the llmrun that launched this one how the job ends, and its user why."""
+    folder = environment.get(LAUNCH_VARIABLE)
+    return bool(folder) and os.path.exists(os.path.join(folder, "exit-code"))
+
+
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Have the kernel send this process a signal when its parent dies, so that no orphan stays."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)

@@ -104,6 +104,11 @@ def test_wrong_types_are_refused_when_the_model_loads() -> None:
     assert re.search("[Tt]ype", message(node))
 
 
+def add_rms_norm(op: str, residual: np.ndarray) -> Node:
+    inputs = {"x": random_x(2, 8), "residual": residual, "weight": random_x(1, 8)[0]}
+    return Node(op, inputs, ("y", "sum"), attributes={"epsilon": 1e-5})
+
+
 ELEMENTWISE_CASES = {
     "RMSNorm weight": (
         Node("RMSNorm", {"x": random_x(2, 8), "weight": random_x(1, 9)[0]}, attributes={"epsilon": 1e-5}),
@@ -118,12 +123,7 @@ ELEMENTWISE_CASES = {
         "attribute epsilon is missing or no float, expected a float",
     ),
     "AddRMSNorm residual": (
-        Node(
-            "AddRMSNorm",
-            {"x": random_x(2, 8), "residual": random_x(3, 8), "weight": random_x(1, 8)[0]},
-            ("y", "sum"),
-            attributes={"epsilon": 1e-5},
-        ),
+        add_rms_norm("AddRMSNorm", residual=random_x(3, 8)),
         "input residual has shape [3, 8], expected [2, 8] = [tokens, hidden_size]",
     ),
     "SwiGLU odd": (Node("SwiGLU", {"gate_up": random_x(2, 7)}), "input gate_up has 7 columns, expected an even number"),
@@ -136,21 +136,11 @@ ELEMENTWISE_CASES = {
         "no communicator is set, expected llmpack_ops_set_communicator before the first run",
     ),
     "AllReduceAddRMSNorm alone": (
-        Node(
-            "AllReduceAddRMSNorm",
-            {"x": random_x(2, 8), "residual": random_x(2, 8), "weight": random_x(1, 8)[0]},
-            ("y", "sum"),
-            attributes={"epsilon": 1e-5},
-        ),
+        add_rms_norm("AllReduceAddRMSNorm", residual=random_x(2, 8)),
         "no communicator is set, expected llmpack_ops_set_communicator before the first run",
     ),
     "AllReduceAddRMSNorm residual": (
-        Node(
-            "AllReduceAddRMSNorm",
-            {"x": random_x(2, 8), "residual": random_x(3, 8), "weight": random_x(1, 8)[0]},
-            ("y", "sum"),
-            attributes={"epsilon": 1e-5},
-        ),
+        add_rms_norm("AllReduceAddRMSNorm", residual=random_x(3, 8)),
         "input residual has shape [3, 8], expected [2, 8] = [tokens, hidden_size]",
     ),
     "AllGather alone": (

@@ -217,5 +217,7 @@ def _fail(error: BaseException, where: str = "") -> NoReturn:
     """Report an error after which the ranks cannot leave in order, and end the job."""
     console.show_traceback(error)
     known = console.as_llmpack_error(error, where)
-    console.say(console.error_line(known))
+    # A rank that has been left has nothing to add to why, if its launcher is slow to end it.
+    if not (isinstance(known, PeerError) and launcher.has_exit_code()):
+        console.say(console.error_line(known))
     failstop.leave(known.exit_code)
