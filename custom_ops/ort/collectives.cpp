@@ -1,7 +1,7 @@
 // AllReduce, AllReduceAddRMSNorm and AllGather: checks of FORMAT.md 5.6, 5.7 and 5.11.
 #include "cpu/collectives.h"
 
-#include "cpu/isa.h"
+#include "ort/add_rms_norm.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
 
@@ -9,7 +9,7 @@ namespace llmpack::ort {
 namespace {
 
 template <class Collective>
-void run(const Collective& collective) {
+void call(const Collective& collective) {
     try {
         collective();
     } catch (const CollectiveError& error) {
@@ -29,36 +29,20 @@ struct AllReduceOp {
         const Tensor x = context.input(0);
         x.expect_shape({-1, -1}, "[tokens, hidden_size]");
         float* y = context.output(0, {x.shape[0], x.shape[1]});
-        run([&] { all_reduce(x.as<float>(), y, x.shape[0] * x.shape[1]); });
+        call([&] { all_reduce(x.as<float>(), y, x.shape[0] * x.shape[1]); });
     }
 };
 
-struct AllReduceAddRMSNormOp {
+struct AllReduceAddRMSNormOp : AddRMSNorm {
     static constexpr const char* kName = "AllReduceAddRMSNorm";
-    static constexpr Port kInputs[] = {{"x", kFloat}, {"residual", kFloat}, {"weight", kFloat}};
-    static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
-    static constexpr InPlace kInPlace[] = {{0, 0}, {1, 1}};
-
-    explicit AllReduceAddRMSNormOp(const NodeInfo& node)
-        : epsilon(node.float_attribute("epsilon")), stored_weight(node, 2) {}
+    using AddRMSNorm::AddRMSNorm;
 
     void compute(Context& context) const {
-        const Tensor x = context.input(0), residual = context.input(1), weight = stored_weight.of(context);
-        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
-        const int64_t T = x.shape[0], H = x.shape[1];
-        residual.expect_shape({T, H}, "[tokens, hidden_size]");
-        weight.expect_shape({H}, "[hidden_size]");
-        float* y = context.output(0, {T, H});
-        float* sum = context.output(1, {T, H});
-        run([&] { all_reduce(x.as<float>(), y, T * H); });
-        const Kernels& k = kernels();
-        context.parallel_for(T, row_grain(H), [&](int64_t begin, int64_t end) {
-            k.rms_norm(y, residual.as<float>(), weight.as<float>(), epsilon, H, y, sum, begin, end);
+        run(context, [](const float* x, float* y, int64_t n) {
+            call([&] { all_reduce(x, y, n); });
+            return y;
         });
     }
-
-    float epsilon;
-    StoredInput stored_weight;
 };
 
 struct AllGatherOp {
@@ -77,7 +61,7 @@ struct AllGatherOp {
         const Tensor x = context.input(0);
         x.expect_shape({-1, -1}, "[rows, columns of this rank]");
         float* y = context.output(0, {x.shape[0], out_features});
-        run([&] { all_gather(x.as<float>(), y, x.shape[0], x.shape[1], out_features); });
+        call([&] { all_gather(x.as<float>(), y, x.shape[0], x.shape[1], out_features); });
     }
 
     int64_t out_features;
