@@ -1,40 +1,51 @@
-// What AddRMSNorm and AllReduceAddRMSNorm (FORMAT.md 5.3, 5.11) have in common.
+// What AddRMSNorm (FORMAT.md 5.3) and the operators that end with it (5.11, 5.12) have in common.
 #ifndef LLMPACK_ORT_ADD_RMS_NORM_H_
 #define LLMPACK_ORT_ADD_RMS_NORM_H_
 
+#include "cpu/collectives.h"
 #include "cpu/isa.h"
 #include "ort/kernel.h"
 
 namespace llmpack::ort {
 
-struct AddRMSNorm {
-    static constexpr Port kInputs[] = {{"x", kFloat}, {"residual", kFloat}, {"weight", kFloat}};
-    static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
-    static constexpr InPlace kInPlace[] = {{0, 0}, {1, 1}};
+class AddRMSNorm {
+  public:
+    // `residual`: the index of that input; the norm's weight follows it.
+    AddRMSNorm(const NodeInfo& node, size_t residual)
+        : epsilon_(node.float_attribute("epsilon")),
+          residual_(residual),
+          stored_weight_(node, residual + 1) {}
 
-    explicit AddRMSNorm(const NodeInfo& node)
-        : epsilon(node.float_attribute("epsilon")), stored_weight(node, 2) {}
-
-    // Normalizes before(x, y, number of elements), which is x, or y if it wrote there.
-    template <class Before>
-    void run(Context& context, const Before& before) const {
-        const Tensor x = context.input(0), residual = context.input(1), weight = stored_weight.of(context);
-        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
-        const int64_t T = x.shape[0], H = x.shape[1];
+    // Normalizes values_of(y) [T, H], which may be y itself, into the outputs.
+    template <class ValuesOf>
+    void run(Context& context, int64_t T, int64_t H, const ValuesOf& values_of) const {
+        const Tensor residual = context.input(residual_), weight = stored_weight_.of(context);
         residual.expect_shape({T, H}, "[tokens, hidden_size]");
         weight.expect_shape({H}, "[hidden_size]");
         float* y = context.output(0, {T, H});
         float* sum = context.output(1, {T, H});
-        const float* values = before(x.as<float>(), y, T * H);
+        const float* values = values_of(y);
         const Kernels& k = kernels();
         context.parallel_for(T, row_grain(H), [&](int64_t begin, int64_t end) {
-            k.rms_norm(values, residual.as<float>(), weight.as<float>(), epsilon, H, y, sum, begin, end);
+            k.rms_norm(values, residual.as<float>(), weight.as<float>(), epsilon_, H, y, sum, begin, end);
         });
     }
 
-    float epsilon;
-    StoredInput stored_weight;
+  private:
+    float epsilon_;
+    size_t residual_;
+    StoredInput stored_weight_;
 };
+
+// collective(), whose errors are a failure and not the graph's fault.
+template <class Collective>
+void call_collective(const Collective& collective) {
+    try {
+        collective();
+    } catch (const CollectiveError& error) {
+        throw OpError(error.what(), kFail);
+    }
+}
 
 }  // namespace llmpack::ort
 

@@ -8,15 +8,6 @@
 namespace llmpack::ort {
 namespace {
 
-template <class Collective>
-void call(const Collective& collective) {
-    try {
-        collective();
-    } catch (const CollectiveError& error) {
-        throw OpError(error.what(), kFail);
-    }
-}
-
 struct AllReduceOp {
     static constexpr const char* kName = "AllReduce";
     static constexpr Port kInputs[] = {{"x", kFloat}};
@@ -29,20 +20,29 @@ struct AllReduceOp {
         const Tensor x = context.input(0);
         x.expect_shape({-1, -1}, "[tokens, hidden_size]");
         float* y = context.output(0, {x.shape[0], x.shape[1]});
-        call([&] { all_reduce(x.as<float>(), y, x.shape[0] * x.shape[1]); });
+        call_collective([&] { all_reduce(x.as<float>(), y, x.shape[0] * x.shape[1]); });
     }
 };
 
-struct AllReduceAddRMSNormOp : AddRMSNorm {
+struct AllReduceAddRMSNormOp {
     static constexpr const char* kName = "AllReduceAddRMSNorm";
-    using AddRMSNorm::AddRMSNorm;
+    static constexpr Port kInputs[] = {{"x", kFloat}, {"residual", kFloat}, {"weight", kFloat}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
+    static constexpr InPlace kInPlace[] = {{0, 0}, {1, 1}};
+
+    explicit AllReduceAddRMSNormOp(const NodeInfo& node) : norm(node, 1) {}
 
     void compute(Context& context) const {
-        run(context, [](const float* x, float* y, int64_t n) {
-            call([&] { all_reduce(x, y, n); });
+        const Tensor x = context.input(0);
+        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        const int64_t T = x.shape[0], H = x.shape[1];
+        norm.run(context, T, H, [&](float* y) {
+            call_collective([&] { all_reduce(x.as<float>(), y, T * H); });
             return y;
         });
     }
+
+    AddRMSNorm norm;
 };
 
 struct AllGatherOp {
@@ -61,7 +61,7 @@ struct AllGatherOp {
         const Tensor x = context.input(0);
         x.expect_shape({-1, -1}, "[rows, columns of this rank]");
         float* y = context.output(0, {x.shape[0], out_features});
-        call([&] { all_gather(x.as<float>(), y, x.shape[0], x.shape[1], out_features); });
+        call_collective([&] { all_gather(x.as<float>(), y, x.shape[0], x.shape[1], out_features); });
     }
 
     int64_t out_features;

@@ -31,13 +31,21 @@ struct RMSNormOp {
     StoredInput stored_weight;
 };
 
-struct AddRMSNormOp : AddRMSNorm {
+struct AddRMSNormOp {
     static constexpr const char* kName = "AddRMSNorm";
-    using AddRMSNorm::AddRMSNorm;
+    static constexpr Port kInputs[] = {{"x", kFloat}, {"residual", kFloat}, {"weight", kFloat}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
+    static constexpr InPlace kInPlace[] = {{0, 0}, {1, 1}};
+
+    explicit AddRMSNormOp(const NodeInfo& node) : norm(node, 1) {}
 
     void compute(Context& context) const {
-        run(context, [](const float* x, float*, int64_t) { return x; });
+        const Tensor x = context.input(0);
+        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        norm.run(context, x.shape[0], x.shape[1], [&](float*) { return x.as<float>(); });
     }
+
+    AddRMSNorm norm;
 };
 
 struct SwiGLUOp {

@@ -7,9 +7,10 @@
 //       static constexpr const char* kName = "RMSNorm";
 //       static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kFloat}};
 //       static constexpr Port kOutputs[] = {{"y", kFloat}};
-//       static constexpr InPlace kInPlace[] = {{0, 0}};     // optional: input that may share memory with an
-//       output explicit RMSNorm(const NodeInfo& node);             // reads attributes, throws OpError void
-//       compute(Context& context) const;               // checks shapes, runs the kernel, throws OpError
+//       // Optional: an input and the output that may share its memory.
+//       static constexpr InPlace kInPlace[] = {{0, 0}};
+//       explicit RMSNorm(const NodeInfo& node);  // reads attributes, throws OpError
+//       void compute(Context& context) const;    // checks shapes, runs the kernel, throws OpError
 //   };
 #ifndef LLMPACK_ORT_KERNEL_H_
 #define LLMPACK_ORT_KERNEL_H_
@@ -93,8 +94,10 @@ class NodeInfo {
 
 class Context {
   public:
-    Context(const OrtApi& api, OrtKernelContext* context, const Port* inputs)
-        : api_(api), context_(context), inputs_(inputs) {}
+    Context(const OrtApi& api, OrtKernelContext* context, const Port* inputs, ProfileScope& profile)
+        : profile(profile), api_(api), context_(context), inputs_(inputs) {}
+
+    ProfileScope& profile;
 
     // Input `index` as it lies in memory: for an initializer, the mapped file.
     Tensor input(size_t index) const;
@@ -189,6 +192,16 @@ struct InPlaceOf<Op, std::void_t<decltype(Op::kInPlace)>> {
     static constexpr size_t count = std::size(Op::kInPlace);
 };
 
+// Under which name an operator's time begins; its own, unless it goes on as another's.
+template <class Op, class = void>
+struct ProfileNameOf {
+    static constexpr const char* value = Op::kName;
+};
+template <class Op>
+struct ProfileNameOf<Op, std::void_t<decltype(Op::kProfileName)>> {
+    static constexpr const char* value = Op::kProfileName;
+};
+
 constexpr const char* kCpuProvider = "CPUExecutionProvider";
 constexpr const char* kCudaProvider = "CUDAExecutionProvider";
 constexpr const char* kRocmProvider = "ROCMExecutionProvider";
@@ -237,11 +250,12 @@ struct CustomOp : OrtCustomOp {
 
     static OrtStatus* create(const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info,
                              void** kernel) {
-        NodeInfo node(*api, info, Op::kInputs);
+        NodeInfo node(*api, info, std::data(Op::kInputs));
         std::string name;
         try {
             name = node.name();
-            *kernel = new Kernel{*api, name, OpTime::named(profile_name(Op::kName, name)), Op(node)};
+            *kernel =
+                new Kernel{*api, name, OpTime::named(profile_name(ProfileNameOf<Op>::value, name)), Op(node)};
             return nullptr;
         } catch (const std::exception& error) {
             return to_status(*api, Op::kName, name, error);
@@ -250,9 +264,9 @@ struct CustomOp : OrtCustomOp {
 
     static OrtStatus* compute(void* kernel, OrtKernelContext* ort_context) {
         const Kernel& k = *static_cast<const Kernel*>(kernel);
-        const ProfileScope scope(k.time);
+        ProfileScope scope(k.time);
         try {
-            Context context(k.api, ort_context, Op::kInputs);
+            Context context(k.api, ort_context, std::data(Op::kInputs), scope);
             k.op.compute(context);
             return nullptr;
         } catch (const std::exception& error) {

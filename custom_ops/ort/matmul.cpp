@@ -1,8 +1,10 @@
-// MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, the same followed by SwiGLU, EmbeddingQ8, EmbeddingQ6:
-// checks of FORMAT.md 4.3, 5.1 and 5.10, and the division of work.
+// MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, the same joined with what follows them, EmbeddingQ8,
+// EmbeddingQ6: checks of FORMAT.md 4.3, 5.1, 5.10 and 5.12, and the division of work.
 #include <algorithm>
+#include <array>
 
 #include "cpu/isa.h"
+#include "ort/add_rms_norm.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
 
@@ -40,34 +42,42 @@ int64_t out_features_attribute(const NodeInfo& node, bool gated) {
     return N;
 }
 
-template <WeightType type, bool gated>
-struct FloatMatMulOp {
-    static constexpr const char* kName = type == WeightType::kF32 ? (gated ? "MatMulF32SwiGLU" : "MatMulF32")
-                                                                  : (gated ? "MatMulF16SwiGLU" : "MatMulF16");
+// A matrix class holds a product's weight. check: throws OpError unless x [M, K] and the weight go together;
+// run: y [M, N], or [M, N / 2] where SwiGLU follows, = the product.
+template <WeightType type>
+class FloatMatrix {
+  public:
     static constexpr Port kInputs[] = {{"x", kFloat},
                                        {"weight", type == WeightType::kF32 ? kFloat : kFloat16}};
-    static constexpr Port kOutputs[] = {{"y", kFloat}};
 
-    explicit FloatMatMulOp(const NodeInfo& node)
-        : out_features(out_features_attribute(node, gated)), stored_weight(node, 1) {}
+    FloatMatrix(const NodeInfo& node, bool gated)
+        : out_features(out_features_attribute(node, gated)), stored_weight_(node, 1) {}
 
-    void compute(Context& context) const {
-        const Tensor x = context.input(0), weight = stored_weight.of(context);
+    FloatMatMul check(const Context& context) const {
+        const Tensor x = context.input(0), weight = stored_weight_.of(context);
         x.expect_shape({-1, -1}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
         const int64_t tiles = (N + kTileRows - 1) / kTileRows;
         weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
-        float* y = context.output(0, {M, gated ? N / 2 : N});
-        const FloatMatMul args{x.as<float>(), weight.data, y, M, N, K, gated};
-        if (M == 0) return;
+        return {x.as<float>(), weight.data, nullptr, M, N, K, false};
+    }
+
+    template <bool gated>
+    void run(const Context& context, FloatMatMul args, float* y) const {
+        if (args.M == 0) return;
+        args.y = y;
+        args.gated = gated;
+        const int64_t tiles = (args.N + kTileRows - 1) / kTileRows;
+        const int64_t bytes = args.K * kTileRows * (type == WeightType::kF32 ? 4 : 2);
         const Kernels& k = kernels();
-        const int64_t bytes = K * kTileRows * (type == WeightType::kF32 ? 4 : 2);
-        context.parallel_for(gated ? tiles / 2 : tiles, tile_grain(gated ? 2 * bytes : bytes, M),
+        context.parallel_for(gated ? tiles / 2 : tiles, tile_grain(gated ? 2 * bytes : bytes, args.M),
                              [&](int64_t begin, int64_t end) { k.matmul_float(type, args, begin, end); });
     }
 
-    int64_t out_features;
-    StoredInput stored_weight;
+    const int64_t out_features;
+
+  private:
+    StoredInput stored_weight_;
 };
 
 int64_t group_size_attribute(const NodeInfo& node) {
@@ -96,52 +106,57 @@ void check_quantized(WeightType type, const Tensor& weight, const Tensor& scales
                         "[ceil(out_features / 16), in_features / group_size, 16]");
 }
 
-template <WeightType type, bool gated>
-struct QuantizedMatMulOp {
-    static constexpr int64_t kBits = type == WeightType::kQ4 ? 4 : type == WeightType::kQ6 ? 6 : 8;
-    static_assert(!gated || kBits != 6, "q6 is for heads");
-    static constexpr const char* kName = kBits == 4   ? (gated ? "MatMulQ4SwiGLU" : "MatMulQ4")
-                                         : kBits == 8 ? (gated ? "MatMulQ8SwiGLU" : "MatMulQ8")
-                                                      : "MatMulQ6";
+// What a quantized product reads: x as it came, and weight and scales as they are stored.
+struct QuantizedOperands {
+    const float* x;
+    const uint8_t* weight;
+    const uint16_t* scales;
+    int64_t M, K;
+};
+
+template <WeightType type>
+class QuantizedMatrix {
+  public:
     static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kUInt8}, {"scales", kFloat16}};
-    static constexpr Port kOutputs[] = {{"y", kFloat}};
 
-    explicit QuantizedMatMulOp(const NodeInfo& node)
+    QuantizedMatrix(const NodeInfo& node, bool gated)
         : out_features(out_features_attribute(node, gated)),
-          group_size(group_size_attribute(node)),
-          stored_weight(node, 1),
-          stored_scales(node, 2) {}
+          group_size_(group_size_attribute(node)),
+          stored_weight_(node, 1),
+          stored_scales_(node, 2) {}
 
-    void compute(Context& context) const {
-        const Tensor x = context.input(0), weight = stored_weight.of(context),
-                     scales = stored_scales.of(context);
+    QuantizedOperands check(const Context& context) const {
+        const Tensor x = context.input(0), weight = stored_weight_.of(context),
+                     scales = stored_scales_.of(context);
         x.expect_shape({-1, -1}, "[tokens, in_features]");
-        const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
-        if (K % group_size != 0) {
+        const int64_t M = x.shape[0], K = x.shape[1];
+        if (K % group_size_ != 0) {
             throw OpError("input x has " + std::to_string(K) +
-                          " in_features, expected a multiple of group_size " + std::to_string(group_size));
+                          " in_features, expected a multiple of group_size " + std::to_string(group_size_));
         }
-        const int64_t tiles = (N + kTileRows - 1) / kTileRows, groups = K / group_size;
-        check_quantized(type, weight, scales, N, K, group_size);
-        float* y = context.output(0, {M, gated ? N / 2 : N});
-        if (M == 0) return;
+        check_quantized(type, weight, scales, out_features, K, group_size_);
+        return {x.as<float>(), weight.as<uint8_t>(), scales.as<uint16_t>(), M, K};
+    }
 
+    template <bool gated>
+    void run(const Context& context, const QuantizedOperands& in, float* y) const {
+        const int64_t M = in.M, K = in.K, N = out_features;
+        if (M == 0) return;
         struct Values;
         struct Scales;
         struct Sums;
+        const int64_t tiles = (N + kTileRows - 1) / kTileRows, groups = K / group_size_;
         const QuantizedActivations activations{workspace<int8_t, Values>(static_cast<size_t>(M * K)),
                                                workspace<float, Scales>(static_cast<size_t>(M * groups)),
                                                workspace<int32_t, Sums>(static_cast<size_t>(M * groups)),
                                                M,
                                                K,
-                                               group_size};
+                                               group_size_};
         const Kernels& k = kernels();
         const int64_t blocks = (M + k.quantized_token_block - 1) / k.quantized_token_block;
-        context.parallel_for(blocks, 4, [&](int64_t begin, int64_t end) {
-            k.quantize(x.as<float>(), activations, begin, end);
-        });
-        const QuantizedMatMul args{&activations, weight.as<uint8_t>(), scales.as<uint16_t>(), y, N, gated,
-                                   nullptr};
+        context.parallel_for(blocks, 4,
+                             [&](int64_t begin, int64_t end) { k.quantize(in.x, activations, begin, end); });
+        const QuantizedMatMul args{&activations, in.weight, in.scales, y, N, gated, nullptr};
         const int64_t bytes = K * kTileRows * kBits / 8;
         if constexpr (gated) {
             struct Scratch;
@@ -158,8 +173,121 @@ struct QuantizedMatMulOp {
         }
     }
 
-    int64_t out_features, group_size;
-    StoredInput stored_weight, stored_scales;
+    const int64_t out_features;
+
+  private:
+    static constexpr int64_t kBits = type == WeightType::kQ4 ? 4 : type == WeightType::kQ6 ? 6 : 8;
+
+    int64_t group_size_;
+    StoredInput stored_weight_, stored_scales_;
+};
+
+// A product by the storage of its weight: the operators of FORMAT.md 5.1, 5.10 and 5.12.
+template <WeightType type>
+struct Product;
+
+template <>
+struct Product<WeightType::kF32> : FloatMatrix<WeightType::kF32> {
+    using FloatMatrix::FloatMatrix;
+    static constexpr const char *kName = "MatMulF32", *kGatedName = "MatMulF32SwiGLU",
+                                *kNormName = "MatMulF32AddRMSNorm",
+                                *kReducedNormName = "MatMulF32AllReduceAddRMSNorm";
+};
+
+template <>
+struct Product<WeightType::kF16> : FloatMatrix<WeightType::kF16> {
+    using FloatMatrix::FloatMatrix;
+    static constexpr const char *kName = "MatMulF16", *kGatedName = "MatMulF16SwiGLU",
+                                *kNormName = "MatMulF16AddRMSNorm",
+                                *kReducedNormName = "MatMulF16AllReduceAddRMSNorm";
+};
+
+template <>
+struct Product<WeightType::kQ8> : QuantizedMatrix<WeightType::kQ8> {
+    using QuantizedMatrix::QuantizedMatrix;
+    static constexpr const char *kName = "MatMulQ8", *kGatedName = "MatMulQ8SwiGLU",
+                                *kNormName = "MatMulQ8AddRMSNorm",
+                                *kReducedNormName = "MatMulQ8AllReduceAddRMSNorm";
+};
+
+template <>
+struct Product<WeightType::kQ6> : QuantizedMatrix<WeightType::kQ6> {  // of heads only, which nothing follows
+    using QuantizedMatrix::QuantizedMatrix;
+    static constexpr const char* kName = "MatMulQ6";
+};
+
+template <>
+struct Product<WeightType::kQ4> : QuantizedMatrix<WeightType::kQ4> {
+    using QuantizedMatrix::QuantizedMatrix;
+    static constexpr const char *kName = "MatMulQ4", *kGatedName = "MatMulQ4SwiGLU",
+                                *kNormName = "MatMulQ4AddRMSNorm",
+                                *kReducedNormName = "MatMulQ4AllReduceAddRMSNorm";
+};
+
+template <class Product, bool gated>
+constexpr const char* product_name() {
+    if constexpr (gated) {
+        return Product::kGatedName;
+    } else {
+        return Product::kName;
+    }
+}
+
+template <WeightType type, bool gated>
+struct MatMulOp {
+    static constexpr const char* kName = product_name<Product<type>, gated>();
+    static constexpr auto& kInputs = Product<type>::kInputs;
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit MatMulOp(const NodeInfo& node) : product(node, gated) {}
+
+    void compute(Context& context) const {
+        const auto operands = product.check(context);
+        const int64_t N = product.out_features;
+        product.template run<gated>(context, operands, context.output(0, {operands.M, gated ? N / 2 : N}));
+    }
+
+    Product<type> product;
+};
+
+template <size_t count>
+constexpr std::array<Port, count + 2> with_norm(const Port (&inputs)[count]) {
+    std::array<Port, count + 2> all{};
+    for (size_t i = 0; i < count; i++) all[i] = inputs[i];
+    all[count] = {"residual", kFloat};
+    all[count + 1] = {"norm_weight", kFloat};
+    return all;
+}
+
+template <WeightType type, bool reduces>
+struct MatMulAddRMSNormOp {
+    static constexpr const char* kName = reduces ? Product<type>::kReducedNormName : Product<type>::kNormName;
+    static constexpr const char* kProfileName = Product<type>::kName;
+    static constexpr auto kInputs = with_norm(Product<type>::kInputs);
+    static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
+    static constexpr size_t kResidual = kInputs.size() - 2;
+    static constexpr InPlace kInPlace[] = {{static_cast<int>(kResidual), 1}};
+
+    explicit MatMulAddRMSNormOp(const NodeInfo& node)
+        : product(node, false),
+          norm(node, kResidual),
+          norm_time(
+              OpTime::named(profile_name(reduces ? "AllReduceAddRMSNorm" : "AddRMSNorm", node.name()))) {}
+
+    void compute(Context& context) const {
+        const auto operands = product.check(context);
+        const int64_t M = operands.M, N = product.out_features;
+        norm.run(context, M, N, [&](float* y) {
+            product.template run<false>(context, operands, y);
+            context.profile.go_on_as(norm_time);
+            if constexpr (reduces) call_collective([&] { all_reduce(y, y, M * N); });
+            return y;
+        });
+    }
+
+    Product<type> product;
+    AddRMSNorm norm;
+    OpTime& norm_time;
 };
 
 template <WeightType type>
@@ -194,20 +322,26 @@ struct EmbeddingOp {
     int64_t num_embeddings, group_size;
 };
 
+template <WeightType type>
+void add_products(std::vector<const OrtCustomOp*>& ops) {
+    for (const OrtCustomOp* op :
+         {custom_op<MatMulOp<type, false>>(), custom_op<MatMulOp<type, true>>(),
+          custom_op<MatMulAddRMSNormOp<type, false>>(), custom_op<MatMulAddRMSNormOp<type, true>>()}) {
+        ops.push_back(op);
+    }
+}
+
 }  // namespace
 
 std::vector<const OrtCustomOp*> matmul_ops() {
-    return {custom_op<FloatMatMulOp<WeightType::kF32, false>>(),
-            custom_op<FloatMatMulOp<WeightType::kF16, false>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ8, false>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ6, false>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ4, false>>(),
-            custom_op<FloatMatMulOp<WeightType::kF32, true>>(),
-            custom_op<FloatMatMulOp<WeightType::kF16, true>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ8, true>>(),
-            custom_op<QuantizedMatMulOp<WeightType::kQ4, true>>(),
-            custom_op<EmbeddingOp<WeightType::kQ8>>(),
-            custom_op<EmbeddingOp<WeightType::kQ6>>()};
+    std::vector<const OrtCustomOp*> ops{custom_op<MatMulOp<WeightType::kQ6, false>>(),
+                                        custom_op<EmbeddingOp<WeightType::kQ8>>(),
+                                        custom_op<EmbeddingOp<WeightType::kQ6>>()};
+    add_products<WeightType::kF32>(ops);
+    add_products<WeightType::kF16>(ops);
+    add_products<WeightType::kQ8>(ops);
+    add_products<WeightType::kQ4>(ops);
+    return ops;
 }
 
 }  // namespace llmpack::ort

@@ -57,20 +57,32 @@ class ProfileScope {
         : time_(OpTime::enabled().load(std::memory_order_relaxed) ? &time : nullptr) {
         if (time_ != nullptr) start_ = std::chrono::steady_clock::now();
     }
-    ~ProfileScope() {
-        if (time_ == nullptr) return;
-        const auto passed = std::chrono::steady_clock::now() - start_;
-        time_->calls.fetch_add(1, std::memory_order_relaxed);
-        time_->nanoseconds.fetch_add(
-            static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(passed).count()),
-            std::memory_order_relaxed);
-    }
+    ~ProfileScope() { stop(); }
     ProfileScope(const ProfileScope&) = delete;
     ProfileScope& operator=(const ProfileScope&) = delete;
 
+    // What follows is another operator's: two that are joined are two rows of a profile.
+    void go_on_as(OpTime& time) {
+        if (time_ == nullptr) return;
+        start_ = stop();
+        time_ = &time;
+    }
+
   private:
-    OpTime* const time_;
-    std::chrono::steady_clock::time_point start_;
+    using Moment = std::chrono::steady_clock::time_point;
+
+    // Returns when.
+    Moment stop() const {
+        if (time_ == nullptr) return {};
+        const Moment stopped = std::chrono::steady_clock::now();
+        const auto passed = std::chrono::duration_cast<std::chrono::nanoseconds>(stopped - start_);
+        time_->calls.fetch_add(1, std::memory_order_relaxed);
+        time_->nanoseconds.fetch_add(static_cast<uint64_t>(passed.count()), std::memory_order_relaxed);
+        return stopped;
+    }
+
+    OpTime* time_;
+    Moment start_;
 };
 
 }  // namespace llmpack::ort

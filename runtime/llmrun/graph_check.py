@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
 _WITH_WEIGHTS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "EmbeddingQ8", "EmbeddingQ6")
-_GATED = ("MatMulF32SwiGLU", "MatMulF16SwiGLU", "MatMulQ8SwiGLU", "MatMulQ4SwiGLU")
+_JOINED = (
+    f"MatMul{storage}{following}"
+    for storage in ("F32", "F16", "Q8", "Q4")
+    for following in ("SwiGLU", "AddRMSNorm", "AllReduceAddRMSNorm")
+)
 _ON_GPUS = ("MatMulF16F32", "MatMulQ8F32", "MatMulQ6F32", "MatMulQ4F32", "EmbeddingF16", "RMSNormF16", "TopK")
 _OPERATORS = {
     OPS_DOMAIN: {
-        *(*_WITH_WEIGHTS, *_GATED, *_ON_GPUS),
+        *(*_WITH_WEIGHTS, *_JOINED, *_ON_GPUS),
         *("RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllReduceAddRMSNorm", "AllGather"),
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},

@@ -20,8 +20,8 @@ from llmrun.errors import IncompatibleError, IntegrityError
 
 FORMAT_VERSION = (1, 0)
 OPS_DOMAIN = "ai.llmpack"
-OPS_VERSION = 3
-READABLE_OPS_VERSIONS = (2, OPS_VERSION)  # the library has all that 2 has
+OPS_VERSION = 4
+READABLE_OPS_VERSIONS = (2, 3, OPS_VERSION)  # the library has all that the older ones have
 MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 64 << 20
 ROW_TILE = 16  # output features side by side in a weight tile (FORMAT 4.3)

@@ -34,6 +34,7 @@ ELEMENTS = [
     *(n + k for n in (8192, 16384, 32768, 65536) for k in (-1, 0, 1, 3)),
     *(40001, 98304, 262144, 786431),
 ]
+PRODUCTS = ("f32", "f16", "q8", "q4")
 GATHERS = [(1, 1, 1), (1, 5, 3), (3, 7, 4), (9, 4000, 4000), (7, 16001, 16000), (1, 32769, 32769), (0, 5, 5)]
 
 
@@ -107,14 +108,33 @@ def check_bits(library: Library, comm: MPI.Intracomm) -> None:
             y = library.all_gather(parts[rank], out_features)
             np.testing.assert_array_equal(y, expected)
             digest.update(y.tobytes())
+        for scheme in PRODUCTS:
+            check_product(scheme, comm)
         parts = [values(r, (2, 3)) for r in range(size)]
         np.testing.assert_array_equal(library.all_gather(parts[rank], 1), reference.all_gather(parts, 1))
         digests.add(digest.hexdigest())
         begun, ended = collective_counts(library)
-        assert begun == ended == before[0] + 3 * len(ELEMENTS) + 2 * len(GATHERS) + 1
+        assert begun == ended == before[0] + 3 * len(ELEMENTS) + 2 * len(GATHERS) + len(PRODUCTS) + 1
     assert order_matters or size <= 2, "the data cannot show the order of addition"
     assert len(set(comm.allgather(digests.pop()))) == 1
     assert not digests, "the transports give different bits"
+
+
+def check_product(scheme: str, comm: MPI.Intracomm) -> None:
+    """A product, the sum of all ranks' and AddRMSNorm apart give the bits of the operator that is all three."""
+    rank, size = comm.Get_rank(), comm.Get_size()
+    nodes = [helpers.random_projection(scheme, 40, 64, seed=r).node(values(r, (3, 64))) for r in range(size)]
+    x = reference.all_reduce([node.run()[0] for node in nodes])
+    epsilon, outputs = {"epsilon": 1e-5}, ("y", "sum")
+    residual, weight = values(size, (3, 40)), values(size + 1, (1, 40))[0]
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    expected = helpers.Node("AddRMSNorm", inputs, outputs, attributes=epsilon).run()
+    node = nodes[rank]
+    node.op, node.outputs = f"{node.op}AllReduceAddRMSNorm", outputs
+    node.inputs = {**node.inputs, "residual": residual, "norm_weight": weight}
+    node.attributes = {**(node.attributes or {}), **epsilon}
+    for got, wanted in zip(node.run(), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted, err_msg=node.op)
 
 
 def collective_counts(library: Library) -> tuple[int, int]:

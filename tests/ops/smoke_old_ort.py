@@ -77,6 +77,14 @@ def main(path: str) -> None:
             expected = helpers.Node("SwiGLU", {"gate_up": gated.run()[0]}).run()[0]
             gated.op += "SwiGLU"
             compare(gated.op, gated.run(2)[0], expected, 0)
+            normed, others = projection.node(x), {"residual": helpers.random_x(5, 35, 3)}
+            weight = helpers.random_x(1, 35, 2)[0]
+            inputs = {"x": normed.run()[0], **others, "weight": weight}
+            expected = helpers.Node("AddRMSNorm", inputs, ("y", "sum"), attributes={"epsilon": 1e-5}).run()[0]
+            normed.op, normed.outputs = f"{normed.op}AddRMSNorm", ("y", "sum")
+            normed.inputs = {**normed.inputs, **others, "norm_weight": weight}
+            normed.attributes = {**(normed.attributes or {}), "epsilon": 1e-5}
+            compare(normed.op, normed.run(2)[0], expected, 0)
     rows = helpers.random_projection("q6", 35, 64)
     ids = np.array([34, 0, 7], np.int32)
     embedding = helpers.Node(

@@ -109,6 +109,12 @@ def add_rms_norm(op: str, residual: np.ndarray) -> Node:
     return Node(op, inputs, ("y", "sum"), attributes={"epsilon": 1e-5})
 
 
+def product_and_norm(op: str, residual: tuple[int, int], norm_weight: int) -> Node:
+    inputs = {"x": random_x(2, 8), "weight": ZEROS((1, 8, 16), F32)}
+    inputs |= {"residual": ZEROS(residual, F32), "norm_weight": ZEROS(norm_weight, F32)}
+    return Node(op, inputs, ("y", "sum"), ("weight",), {"out_features": 16, "epsilon": 1e-5})
+
+
 ELEMENTWISE_CASES = {
     "RMSNorm weight": (
         Node("RMSNorm", {"x": random_x(2, 8), "weight": random_x(1, 9)[0]}, attributes={"epsilon": 1e-5}),
@@ -142,6 +148,18 @@ ELEMENTWISE_CASES = {
     "AllReduceAddRMSNorm residual": (
         add_rms_norm("AllReduceAddRMSNorm", residual=random_x(3, 8)),
         "input residual has shape [3, 8], expected [2, 8] = [tokens, hidden_size]",
+    ),
+    "MatMulF32AddRMSNorm residual": (
+        product_and_norm("MatMulF32AddRMSNorm", (2, 8), 16),
+        "input residual has shape [2, 8], expected [2, 16] = [tokens, hidden_size]",
+    ),
+    "MatMulF32AddRMSNorm weight": (
+        product_and_norm("MatMulF32AddRMSNorm", (2, 16), 8),
+        "input norm_weight has shape [8], expected [16] = [hidden_size]",
+    ),
+    "MatMulF32AllReduceAddRMSNorm alone": (
+        product_and_norm("MatMulF32AllReduceAddRMSNorm", (2, 16), 16),
+        "no communicator is set, expected llmpack_ops_set_communicator before the first run",
     ),
     "AllGather alone": (
         Node("AllGather", {"x": random_x(2, 8)}, attributes={"out_features": 8}),

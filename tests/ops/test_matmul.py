@@ -1,4 +1,7 @@
-"""MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4 against float64 (FORMAT.md 4.3, 5.1), and the same with SwiGLU (5.10)."""
+"""MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4 against float64 (FORMAT.md 4.3, 5.1), and what is joined with them.
+
+SwiGLU (5.10) and AddRMSNorm (5.12); with AllReduce they need ranks: collectives_ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from llmrun.job_options import ISAS
 
 SCHEMES = ("f32", "f16", "q8", "q6", "q4")
 QUANTIZED = ("q8", "q6", "q4")
-GATED = ("f32", "f16", "q8", "q4")
+JOINED = ("f32", "f16", "q8", "q4")
 
 
 def check(projection: Projection, x: np.ndarray, threads: int = 1) -> np.ndarray:
@@ -204,18 +207,43 @@ def assert_gated_alike(projection: Projection, x: np.ndarray, threads: int = 1) 
     np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("scheme", GATED)
+@pytest.mark.parametrize("scheme", JOINED)
 @pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 33])
 def test_gated_products_of_any_number_of_tokens(isa: str, scheme: str, M: int) -> None:
     assert_gated_alike(random_projection(scheme, 96, 96), random_x(M, 96))
 
 
-@pytest.mark.parametrize("scheme", GATED)
+@pytest.mark.parametrize("scheme", JOINED)
 @pytest.mark.parametrize("N", [32, 64, 1024])
 @pytest.mark.parametrize("M", [1, 3, 40])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gated_products_of_any_number_of_rows(isa: str, scheme: str, N: int, M: int, threads: int) -> None:
     assert_gated_alike(random_projection(scheme, N, 640, 64), random_x(M, 640), threads)
+
+
+def assert_normed_alike(projection: Projection, x: np.ndarray, threads: int = 1) -> None:
+    """The product and then AddRMSNorm, each compared with float64 elsewhere, say what both together give, to the bit."""
+    product, M, N = projection.node(x), len(x), len(projection.weight)
+    residual, norm_weight, epsilon = random_x(M, N, 2), random_x(1, N, 3)[0], {"epsilon": 1e-5}
+    inputs = {"x": product.run()[0], "residual": residual, "weight": norm_weight}
+    expected = Node("AddRMSNorm", inputs, ("y", "sum"), attributes=epsilon).run()
+    together = Node(
+        f"{product.op}AddRMSNorm",
+        {**product.inputs, "residual": residual, "norm_weight": norm_weight},
+        ("y", "sum"),
+        (*product.initializers, "norm_weight"),
+        {**projection.attributes, **epsilon},
+    )
+    for got, wanted in zip(together.run(threads), expected, strict=True):
+        assert got.shape == (M, N)
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("scheme", JOINED)
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 8, 9, 33])
+@pytest.mark.parametrize(("N", "threads"), [(1, 1), (40, 1), (96, 2)], ids=["one_row", "odd_tail", "two_threads"])
+def test_products_with_a_norm(isa: str, scheme: str, M: int, N: int, threads: int) -> None:
+    assert_normed_alike(random_projection(scheme, N, 192, 64), random_x(M, 192), threads)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
