@@ -169,21 +169,24 @@ class Core:
             LlmpackError: the step failed, and with it every request.
         """
         started = time.perf_counter()
-        plan, pieces = self._scheduler.plan(self._propose)
-        plan.asks_whole_rows = any(map(self._needs_whole_rows, pieces))
+        is_guessing = any(request.lookup is not None for request in self._requests.values())
+        plan, pieces = self._scheduler.plan(self._propose if is_guessing else None)
+        if self._job.session.num_likeliest:
+            plan.asks_whole_rows = any(map(self._needs_whole_rows, pieces))
         rows = self._job.run(plan)
         are_finite = rows.are_finite
         events: list[Event] = []
         for piece in pieces:
             request = self._requests[piece.sequence.id]
             request.started_s = request.started_s or started
+            own_rows = rows[piece.rows] if len(pieces) > 1 else rows
             try:
-                if not are_finite and not rows[piece.rows].are_finite:
+                if not are_finite and not own_rows.are_finite:
                     raise NumericError(
                         "the model computed NaN or infinity. `llmrun verify --deep` tells whether the artifact or this"
                         " machine is at fault."
                     )
-                events += self._record(request, piece, rows[piece.rows])
+                events += self._record(request, piece, own_rows)
             except Exception as error:  # a constraint is somebody else's code: its failure is its request's alone
                 known = error if isinstance(error, LlmpackError) else InternalError(f"{type(error).__name__}: {error}")
                 events.append(self._end(request, "error", error=known))
@@ -280,7 +283,9 @@ class Core:
         if len(request.ids) >= request.sequence.max_tokens:
             self._scheduler.advance(piece, [])
             return [self._end(request, "length")]
-        sampled, scored = self._sample(request, piece, rows[len(rows) - 1 - len(piece.drafts) :])
+        if (first := len(rows) - 1 - len(piece.drafts)) > 0:
+            rows = rows[first:]
+        sampled, scored = self._sample(request, piece, rows)
         self._scheduler.advance(piece, sampled)
         events: list[Event] = []
         for token_id, logprobs in zip(sampled, scored, strict=True):
@@ -298,9 +303,12 @@ class Core:
         sampled: list[int] = []
         constraint, allowed = request.constraint, None
         likeliest = rows.likeliest if self._is_by_likeliest(request) else None
+        first_ids = rows.first_ids if likeliest is None and request.num_candidates == 1 else None
         for i, draft in enumerate([*piece.drafts, None]):
             if likeliest is not None:
                 token_id = request.sampler.choose(likeliest.logits[i], likeliest.ids[i])
+            elif first_ids is not None:
+                token_id = first_ids[i]
             else:
                 row = rows.logits[i]
                 if constraint is not None:

@@ -86,4 +86,4 @@ class Mirror:
         data = pickle.dumps(value)
         padded = np.frombuffer(data.ljust(-(-len(data) // 4) * 4, b"\0"), np.int32)
         header = np.array([MessageKind.MIRROR, len(data)], np.int32)
-        self._job.comm.send(np.concatenate([header, padded]))
+        self._job.comm.send(np.concatenate([header, padded]).data)

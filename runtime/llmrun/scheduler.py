@@ -170,6 +170,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting sequences run, in order, as long as there are blocks for all their tokens and to go on with."""
+        if not self._waiting:
+            return
         size = self._pool.block_size
         for sequence in list(self._waiting):
             if len(self._running) >= self.max_num_seqs:
@@ -202,7 +204,10 @@ class Scheduler:
         """Return the sequences with one token to run, oldest first, each with room for it."""
         chosen: list[tuple[RunningSequence, int]] = []
         for sequence in list(self._running):
-            if sequence.num_pending == 1 and self._make_room(sequence):
+            num_tokens = len(sequence.tokens)
+            if num_tokens - sequence.num_cached == 1 and (
+                num_tokens <= len(sequence.blocks) * self._pool.block_size or self._make_room(sequence)
+            ):
                 chosen.append((sequence, 1))
         return chosen
 

@@ -128,7 +128,7 @@ class RankSession:
         self._caches = self._bind_caches(kv_cache, num_blocks)
         self.graph_s = 0.0  # seconds inside ONNX Runtime so far
         self._shape: tuple[int, ...] = ()
-        self._message = np.empty(0, np.int32)  # a step's inputs, as ORT knows where they are
+        self._message = np.empty(0, np.int32).data  # a step's inputs, as ORT knows where they are
         self._logits = np.empty((0, vocab_size), np.float32)
         self._bound: list[Any] = []  # OrtValues of the current shape: ORT does not keep their memory alive
 
@@ -143,7 +143,7 @@ class RankSession:
         """
         if plan.shape != self._shape:
             self._bind_step(plan)
-        np.copyto(self._message, plan.message)
+        self._message[:] = plan.message
         started = time.perf_counter()
         try:
             # Activations of many tokens would stay with ORT for good: 128 MB of a 512-token step with Llama 2 7B's shape.
@@ -195,9 +195,10 @@ class RankSession:
 
     def _bind_step(self, plan: StepPlan) -> None:
         """Bind memory for the plan's shape; decode steps of a sequence mostly share one."""
-        self._message = plan.message.copy()
+        message = np.array(plan.message, np.int32)
+        self._message = message.data
         self._logits = np.empty((plan.num_rows, self._vocab_size), np.float32)
-        values = {name: self._value_of(memory) for name, memory in StepPlan(self._message).fields().items()}
+        values = {name: self._value_of(memory) for name, memory in StepPlan.read(message).fields().items()}
         output = self._value_of(self._logits)
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)

@@ -44,14 +44,20 @@ class StepPlan:
     """Tokens of B sequences, one after the other; symbols as in FORMAT 3.2.
 
     Attributes:
-        message: [6 + all fields'], int32; a plan is sent, and copied, as one array.
+        message: [6 + all fields'], of int32; a plan is sent, and copied, as one array.
         num_tokens, num_seqs, num_columns, num_rows: T, B, M, R.
+        shape: these; plans of one shape have fields, and messages, of one shape.
     """
 
-    __slots__ = ("message", "num_columns", "num_rows", "num_seqs", "num_tokens")
+    __slots__ = ("message", "num_columns", "num_rows", "num_seqs", "num_tokens", "shape")
 
-    def __init__(self, message: Int32Array) -> None:
-        """Read a message.
+    def __init__(self, message: memoryview, shape: tuple[int, int, int, int]) -> None:
+        self.message, self.shape = message, shape
+        self.num_tokens, self.num_seqs, self.num_columns, self.num_rows = shape
+
+    @classmethod
+    def read(cls, message: Int32Array) -> StepPlan:
+        """Return the plan of a message.
 
         Raises:
             ValueError: it is no plan's, or not whole.
@@ -60,8 +66,7 @@ class StepPlan:
         size = _HEADER + 3 * num_tokens + (num_seqs + 1) + num_seqs + num_seqs * num_columns + num_rows
         if kind != _STEP or len(message) != size:
             raise ValueError(f"a step message of {len(message)} numbers, expected {size}")
-        self.message = message
-        self.num_tokens, self.num_seqs, self.num_columns, self.num_rows = num_tokens, num_seqs, num_columns, num_rows
+        return cls(message.data, (num_tokens, num_seqs, num_columns, num_rows))
 
     @classmethod
     def of(
@@ -89,14 +94,14 @@ class StepPlan:
         ):
             raise ValueError(f"step plan of {num_tokens} tokens and {num_seqs} sequences: shapes disagree")
         num_columns = -(-max(map(len, block_table)) // _TABLE_STEP) * _TABLE_STEP
-        header = (_STEP, num_tokens, num_seqs, num_columns, len(logit_rows), 1)
+        shape = (num_tokens, num_seqs, num_columns, len(logit_rows))
         # An array of the standard library: a decode step has some twenty numbers, and numpy's calls are what takes the time.
-        message = array.array("i", (*header, *input_ids, *positions, *slot_mapping, *query_start, *seq_lens))
+        message = array.array("i", (_STEP, *shape, 1, *input_ids, *positions, *slot_mapping, *query_start, *seq_lens))
         for row in block_table:
             message.extend(row)
             message.extend(itertools.repeat(0, num_columns - len(row)))
         message.extend(logit_rows)
-        return cls(np.frombuffer(message, np.int32))
+        return cls(memoryview(message), shape)
 
     def fields(self) -> dict[str, Int32Array]:
         """Return the graph's inputs, as views of the message.
@@ -105,7 +110,7 @@ class StepPlan:
         `logit_rows`: [R].
         """
         sizes = (*(3 * [self.num_tokens]), self.num_seqs + 1, self.num_seqs, self.num_seqs * self.num_columns)
-        parts = np.split(self.message[_HEADER:], list(itertools.accumulate(sizes)))
+        parts = np.split(np.asarray(self.message)[_HEADER:], list(itertools.accumulate(sizes)))
         fields: dict[str, Int32Array] = dict(zip(FIELDS, parts, strict=True))
         fields["block_table"] = fields["block_table"].reshape(self.num_seqs, self.num_columns)
         return fields
@@ -120,14 +125,9 @@ class StepPlan:
 
     @asks_whole_rows.setter
     def asks_whole_rows(self, value: bool) -> None:
-        self.message[_HEADER - 1] = value
+        self.message[_HEADER - 1] = int(value)
 
     @property
     def is_decode(self) -> bool:
         """True if each sequence has one token."""
         return self.num_tokens == self.num_seqs
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(T, B, M, R): plans of one shape have fields, and messages, of one shape."""
-        return self.num_tokens, self.num_seqs, self.num_columns, self.num_rows

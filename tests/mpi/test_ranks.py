@@ -182,3 +182,34 @@ def test_an_idle_rank_sleeps(packed_tiny: Packed) -> None:
     finally:
         job.kill()
         job.process.communicate()
+
+
+MESSAGES = """
+import signal, numpy as np
+from llmrun import comm
+
+ranks = comm.connect()
+sizes = [1, 2, 254, 255, 256, 257, 5000, 1_000_000, 3, 0, 7]
+if ranks.rank == 0:
+    ranks.agree({})
+    for i, size in enumerate(sizes):
+        ranks.send((np.arange(size, dtype=np.int32) - i).data)
+else:
+    # A signal while it waits for the first: rank 0 sends it only after `agree`, and the second call gets it.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        ranks.receive()
+        print("no signal")
+    except KeyboardInterrupt:
+        ranks.agree({})
+    for i, size in enumerate(sizes):
+        message = ranks.receive()
+        assert message.dtype == np.int32 and message.tolist() == list(range(-i, size - i)), (size, message)
+    print("all", len(sizes))
+"""
+
+
+def test_messages_of_any_size_arrive_also_after_a_signal(tmp_path: Path) -> None:
+    outcome = run_script(MESSAGES, tmp_path)
+    assert (outcome.code, outcome.errors, outcome.stdout) == (0, [], "all 11\n")

@@ -28,7 +28,7 @@ def test_one_rank_needs_no_mpi() -> None:
 def test_one_rank_agrees_with_itself() -> None:
     rank = comm.connect()
     assert rank.agree({"a": 1}) == [{"a": 1}]
-    rank.send(np.zeros(3, np.int32))
+    rank.send(np.zeros(3, np.int32).data)
     with pytest.raises(InternalError):
         rank.receive()
     assert [peer.pid for peer in rank.peers] == [os.getpid()]

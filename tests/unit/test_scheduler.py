@@ -327,7 +327,7 @@ def test_a_plan_is_its_message() -> None:
         "logit_rows": [0, 2, 3],
     }
     plan = StepPlan.of(**fields)
-    again = StepPlan(plan.message.copy())
+    again = StepPlan.read(np.array(plan.message, np.int32))
     assert tuple(again.fields()) == FIELDS
     for name, value in again.fields().items():
         expected = [[2, *[0] * 7], [1, 3, *[0] * 6]] if name == "block_table" else fields[name]
@@ -345,7 +345,7 @@ def test_a_message_says_whether_whole_rows_are_asked_for() -> None:
     plan, _ = scheduler.plan()
     for asks in (True, False, True):
         plan.asks_whole_rows = asks
-        assert StepPlan(plan.message.copy()).asks_whole_rows == asks
+        assert StepPlan.read(np.array(plan.message, np.int32)).asks_whole_rows == asks
 
 
 def test_a_cut_message_is_refused() -> None:
@@ -353,4 +353,4 @@ def test_a_cut_message_is_refused() -> None:
     submit(scheduler, [5, 6], 1)
     message = scheduler.plan()[0].message
     with pytest.raises(ValueError, match=f"{len(message) - 1} numbers, expected {len(message)}"):
-        StepPlan(message[:-1])
+        StepPlan.read(np.array(message[:-1], np.int32))

@@ -37,7 +37,7 @@ PLAN = StepPlan.of(
 )
 def test_a_failed_step_has_the_exit_code_of_its_cause(text, kind):
     session = RankSession.__new__(RankSession)
-    session._shape, session._message, session._binding = PLAN.shape, PLAN.message.copy(), None
+    session._shape, session._message, session._binding = PLAN.shape, np.array(PLAN.message, np.int32).data, None
     session._run_options = session._prompt_options = None
     session._session = _Failing(text)
     with pytest.raises(kind) as caught:
