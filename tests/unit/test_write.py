@@ -188,41 +188,73 @@ def test_the_partial_directory_of_a_namesake_stays(tmp_path):
     assert (theirs / "file").exists()
 
 
+def opens_of_the_artifact(command):
+    """Return which of the main thread's calls of openat are of what `pack` writes: the first, the middle and the last."""
+    traced = subprocess.run(
+        ["strace", "-f", "-e", "trace=openat", "-o", "/dev/stdout", *command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in traced.stdout.splitlines() if " openat(" in line]
+    main = [line for line in lines if line.split()[0] == lines[0].split()[0]]
+    found = [number for number, line in enumerate(main, start=1) if ".partial-" in line]
+    return found[0], found[len(found) // 2], found[-1]
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (Debian package strace)")
-@pytest.mark.parametrize("call", ["openat", "pwrite64", "fsync", "rename", "renameat2", "mkdir", "unlink", "unlinkat"])
-@pytest.mark.parametrize("replaces", [False, True])
-def test_killed_at_any_system_call_leaves_absent_old_or_new(tmp_path, tiny_checkpoint, call, replaces):
-    """SIGKILL at chosen occurrences of each call that changes the file system; what is left is whole."""
-    out = tmp_path / "a"
-    command = [*PACK, str(tiny_checkpoint), "-o", str(out), "--quant", "q4", "--force"]
-    survived = False
-    for occurrence in (1, 2, 5, 9) if call != "openat" else (400, 600, 800):
-        shutil.rmtree(out, ignore_errors=True)
+@pytest.mark.parametrize(
+    ("replaces", "call", "occurrences"),
+    [
+        (False, "openat", None),
+        (False, "mkdir", (1, 2, 5)),
+        (False, "pwrite64", (1,)),
+        (False, "fsync", (1, 2)),
+        (False, "rename", (1,)),
+        (True, "openat", None),
+        (True, "mkdir", (1, 2, 5)),
+        (True, "pwrite64", (1,)),
+        (True, "fsync", (1, 2)),
+        (True, "renameat2", (1,)),
+        (True, "unlinkat", (1, 2, 5)),
+    ],
+)
+def test_killed_at_any_system_call_leaves_absent_old_or_new(tmp_path, tiny_checkpoint, replaces, call, occurrences):
+    """SIGKILL at occurrences (in one thread) of each call that changes the file system; what is left is whole."""
+    before = tmp_path / "before"
+    if replaces:
+        pack(tiny_checkpoint, before, Options(scheme="q8"))
+
+    def command_into(name):
+        out = tmp_path / name / "a"
+        out.parent.mkdir()
         if replaces:
-            pack(tiny_checkpoint, out, Options(scheme="q8"))
-        inject = [
-            "strace",
-            "-f",
-            "-o",
-            "/dev/null",
-            "-e",
-            f"trace={call}",
-            "-e",
-            f"inject={call}:signal=KILL:when={occurrence}",
-        ]
-        killed = subprocess.run([*inject, *command], capture_output=True, timeout=120)
-        survived |= killed.returncode == 0
+            shutil.copytree(before, out)
+        return [*PACK, str(tiny_checkpoint), "-o", str(out), "--quant", "q4", "--force"], out
+
+    def kill_at(occurrence):
+        command, out = command_into(str(occurrence))
+        inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={occurrence}"]
+        killed = subprocess.run(
+            ["strace", "-f", "-o", "/dev/null", *inject, *command], capture_output=True, timeout=120
+        )
+        assert killed.returncode != 0
         if out.exists():
             artifact = open_artifact(out)
             artifact.verify(artifact.manifest.files)
         else:
             assert not replaces
         # The next run cleans up and works.
-        if occurrence == 1:
+        if occurrence == occurrences[0]:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-            assert [p.name for p in tmp_path.iterdir()] == ["a"]
+            assert [p.name for p in out.parent.iterdir()] == ["a"]
             artifact = open_artifact(out)
             artifact.verify(artifact.manifest.files)
+
+    if occurrences is None:
+        occurrences = opens_of_the_artifact(command_into("traced")[0])
+    with ThreadPoolExecutor(2) as two:
+        list(two.map(kill_at, occurrences))
 
 
 @pytest.mark.parametrize("open_blocks", [1, 3, 1000])
