@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_far = any(w in item.nodeid for w in ("aarch64", "emulat", "sanitizer")) or item.path.parent.name == "hosts"
         if is_far or item.path.name == "test_compiled.py":
             item.add_marker("extended")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder() -> Iterator[None]:
+    """What tests and what they start leave behind, when killed for instance, goes into one folder, removed at the end."""
+    folder = tempfile.mkdtemp(prefix="llmpack-tests-")
+    os.environ["TMPDIR"], tempfile.tempdir = folder, None
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

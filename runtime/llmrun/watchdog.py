@@ -84,7 +84,7 @@ class Watchdog:
         self._rank, self._size, self._deadline_s = rank, len(peers), deadline_s
         own_host = [peers[r] for r in local_ranks(peers, rank) if r != rank] if peers else []
         self._find_peers = find_peers or (lambda: own_host)
-        self._on_lost = on_lost or _end_job
+        self._on_lost = on_lost
         self._peer_state = peer_state or process_state
         self._collectives: CollectiveState = lambda: (0, 0)
         self._unwell: dict[int, float] = {}  # seconds for which a peer has been seen stopped or gone
@@ -130,11 +130,11 @@ class Watchdog:
             # A rank that is stuck by itself reports first, then the lowest rank that waits for it.
             if waited_s > deadline_s + 1 + 0.5 * self._rank:
                 who = f"rank {1 - self._rank}" if self._size == 2 else "another rank"
-                self._on_lost(
+                self._lose(
                     f"{who} has not reached collective {begun} ({name}) for {waited_s:.0f} s; seen by rank {self._rank}"
                 )
         elif waited_s > deadline_s:
-            self._on_lost(f"rank {self._rank} is stuck: no progress in {name} for {waited_s:.0f} s")
+            self._lose(f"rank {self._rank} is stuck: no progress in {name} for {waited_s:.0f} s")
 
     def _look_at(self, peer: Peer, elapsed_s: float) -> None:
         state = self._peer_state(peer)
@@ -144,11 +144,21 @@ class Watchdog:
         seconds = self._unwell.get(peer.rank, 0.0) + elapsed_s
         self._unwell[peer.rank] = seconds
         if state == "stopped" and seconds > self._deadline_s:
-            self._on_lost(
-                f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}"
+            self._lose(
+                f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}", peer.pid
             )
         elif state == "gone" and seconds > GONE_S:
-            self._on_lost(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
+            self._lose(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
+
+    def _lose(self, what: str, stopped: int | None = None) -> None:
+        """End the job; `stopped`: the process that is."""
+        if self._on_lost is not None:
+            self._on_lost(what)
+            return
+        if stopped is not None:
+            # On a busy machine MPICH's launcher now and then waits for it for ever instead of killing it (measured).
+            failstop.before_leaving(lambda _: failstop.kill_if_still_there([stopped]))
+        _end_job(what)
 
     def _watch(self) -> None:
         poll_s = min(POLL_S, self._deadline_s / 4)
