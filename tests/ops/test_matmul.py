@@ -240,8 +240,8 @@ def assert_normed_alike(projection: Projection, x: np.ndarray, threads: int = 1)
 
 
 @pytest.mark.parametrize("scheme", JOINED)
-@pytest.mark.parametrize("M", [0, 1, 2, 3, 8, 9, 33])
-@pytest.mark.parametrize(("N", "threads"), [(1, 1), (40, 1), (96, 2)], ids=["one_row", "odd_tail", "two_threads"])
+@pytest.mark.parametrize("M", [0, 1, 3, 20])
+@pytest.mark.parametrize(("N", "threads"), [(40, 1), (96, 2)], ids=["odd_tail", "two_threads"])
 def test_products_with_a_norm(isa: str, scheme: str, M: int, N: int, threads: int) -> None:
     assert_normed_alike(random_projection(scheme, N, 192, 64), random_x(M, 192), threads)
 
