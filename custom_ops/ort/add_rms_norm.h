@@ -2,7 +2,6 @@
 #ifndef LLMPACK_ORT_ADD_RMS_NORM_H_
 #define LLMPACK_ORT_ADD_RMS_NORM_H_
 
-#include "cpu/collectives.h"
 #include "cpu/isa.h"
 #include "ort/kernel.h"
 
@@ -36,16 +35,6 @@ class AddRMSNorm {
     size_t residual_;
     StoredInput stored_weight_;
 };
-
-// collective(), whose errors are a failure and not the graph's fault.
-template <class Collective>
-void call_collective(const Collective& collective) {
-    try {
-        collective();
-    } catch (const CollectiveError& error) {
-        throw OpError(error.what(), kFail);
-    }
-}
 
 }  // namespace llmpack::ort
 

@@ -1,7 +1,6 @@
 // AllReduce, AllReduceAddRMSNorm and AllGather: checks of FORMAT.md 5.6, 5.7 and 5.11.
-#include "cpu/collectives.h"
-
 #include "ort/add_rms_norm.h"
+#include "ort/call_collective.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
 

@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "ort/add_rms_norm.h"
+#include "ort/call_collective.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
 

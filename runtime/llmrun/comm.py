@@ -73,7 +73,7 @@ class Communicator(Protocol):
         ...
 
     def receive(self) -> Int32Array:
-        """Wait for rank 0's next message."""
+        """Wait for rank 0's next message; its memory is reused by the one after it."""
         ...
 
 

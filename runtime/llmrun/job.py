@@ -27,7 +27,7 @@ from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, fit_blocks
 from llmrun.rank_files import RankFiles
 from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
-from llmrun.step_plan import MessageKind, StepPlan
+from llmrun.step_plan import STEP_KIND, MessageKind, StepPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from llmrun.session import RankSession
 
 Result = TypeVar("Result")
-_STEP = int(MessageKind.STEP)  # a plain number is read three times as fast
 
 
 class Job:
@@ -142,7 +141,7 @@ class Job:
         while True:
             faults.fire(self.rank, "idle")
             message = self.comm.receive()
-            if message[0] != _STEP:
+            if message[0] != STEP_KIND:
                 return MessageKind(int(message[0])), message[1:]
             self._run(StepPlan.read(message))
 

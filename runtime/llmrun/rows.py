@@ -82,24 +82,20 @@ class Rows:
     def first_ids(self) -> Sequence[int]:
         """The likeliest token of each whole row, the lowest of equal ones; -1 if a logit of the row is NaN or infinite."""
         if self._first_ids is None:
-            self._first_ids = _first_ids(self.logits)
+            self._first_ids = [_first_id(row) for row in self.logits]
         return self._first_ids
 
     @property
     def are_finite(self) -> bool:
         """Whether no logit of any row is NaN or infinite."""
         if self.likeliest is not None:
-            return bool(np.isfinite(self.likeliest.weight_sums).all())
+            return all(map(math.isfinite, self.likeliest.weight_sums.tolist()))
         return -1 not in self.first_ids
 
 
-def _first_ids(logits: NDArray[np.float32]) -> list[int]:
-    # A NaN is the smallest and the largest of all. A ufunc would take 100 us where weights have just passed through the
-    # caches, and these take 30; along an axis they take longer.
-    return [_first_id(row) for row in logits]
-
-
 def _first_id(row: NDArray[np.float32]) -> int:
+    # A NaN is the smallest and the largest of all. A ufunc would take 100 us where weights have just passed through the
+    # caches, and these take 30.
     at = int(row.argmax())
     return at if math.isfinite(row.item(at)) and math.isfinite(row.item(row.argmin())) else -1
 

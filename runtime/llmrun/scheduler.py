@@ -204,10 +204,7 @@ class Scheduler:
         """Return the sequences with one token to run, oldest first, each with room for it."""
         chosen: list[tuple[RunningSequence, int]] = []
         for sequence in list(self._running):
-            num_tokens = len(sequence.tokens)
-            if num_tokens - sequence.num_cached == 1 and (
-                num_tokens <= len(sequence.blocks) * self._pool.block_size or self._make_room(sequence)
-            ):
+            if sequence.num_pending == 1 and self._make_room(sequence):
                 chosen.append((sequence, 1))
         return chosen
 

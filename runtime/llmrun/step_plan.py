@@ -37,7 +37,7 @@ class MessageKind(enum.IntEnum):
     MIRROR = 3  # pickled result of a call that a user's script makes on every rank
 
 
-_STEP = int(MessageKind.STEP)  # a plain number is read three times as fast
+STEP_KIND = int(MessageKind.STEP)  # a plain number is read three times as fast
 
 
 class StepPlan:
@@ -64,7 +64,7 @@ class StepPlan:
         """
         kind, num_tokens, num_seqs, num_columns, num_rows, _ = message[:_HEADER].tolist()
         size = _HEADER + 3 * num_tokens + (num_seqs + 1) + num_seqs + num_seqs * num_columns + num_rows
-        if kind != _STEP or len(message) != size:
+        if kind != STEP_KIND or len(message) != size:
             raise ValueError(f"a step message of {len(message)} numbers, expected {size}")
         return cls(message.data, (num_tokens, num_seqs, num_columns, num_rows))
 
@@ -96,7 +96,9 @@ class StepPlan:
         num_columns = -(-max(map(len, block_table)) // _TABLE_STEP) * _TABLE_STEP
         shape = (num_tokens, num_seqs, num_columns, len(logit_rows))
         # An array of the standard library: a decode step has some twenty numbers, and numpy's calls are what takes the time.
-        message = array.array("i", (_STEP, *shape, 1, *input_ids, *positions, *slot_mapping, *query_start, *seq_lens))
+        message = array.array(
+            "i", (STEP_KIND, *shape, 1, *input_ids, *positions, *slot_mapping, *query_start, *seq_lens)
+        )
         for row in block_table:
             message.extend(row)
             message.extend(itertools.repeat(0, num_columns - len(row)))

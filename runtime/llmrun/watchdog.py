@@ -156,7 +156,7 @@ class Watchdog:
             self._on_lost(what)
             return
         if stopped is not None:
-            # On a busy machine MPICH's launcher now and then waits for it for ever instead of killing it (measured).
+            # On a busy machine some such jobs did not end under MPICH, whose launcher, it seems, waited for the stopped rank.
             failstop.before_leaving(lambda _: failstop.kill_if_still_there([stopped]))
         _end_job(what)
 

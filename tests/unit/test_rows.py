@@ -61,6 +61,17 @@ def test_a_nan_of_any_rank_shows() -> None:
     assert (rows.are_finite, rows[:1].are_finite, len(rows)) == (False, True, 2)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "minus_inf"])
+def test_whole_rows_know_their_first_tokens_and_what_is_not_finite(bad: float) -> None:
+    logits = np.array([[1, 5, 5, -2], [0, 0, 0, 0], [7, -9, 3, 6]], np.float32)
+    rows = Rows(logits)
+    assert (rows.first_ids, rows.are_finite) == ([1, 0, 0], True)
+    logits[1, 2] = bad
+    rows = Rows(logits)
+    assert (rows.first_ids, rows.are_finite) == ([1, -1, 0], False)
+    assert (rows[1:].first_ids, rows[2:].are_finite) == ([-1, 0], True)
+
+
 @pytest.mark.parametrize(
     "values",
     [

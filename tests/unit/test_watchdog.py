@@ -153,3 +153,20 @@ def test_process_states_are_those_of_the_kernel() -> None:
     assert process_state(peer) == "gone"  # a zombie
     process.communicate()
     assert process_state(peer) == "gone"
+
+
+def test_a_stopped_peer_is_killed_when_the_launcher_does_not() -> None:
+    """No launcher at all, here: the rank that found it leaves, and what it left behind does it."""
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        sleeper.send_signal(signal.SIGSTOP)
+        program = (
+            "import sys\nfrom llmrun.comm import Peer, process_started\nfrom llmrun.watchdog import Watchdog\n"
+            "pid = int(sys.argv[1])\npeers = (Peer(0, 'host', 1, 0), Peer(1, 'host', pid, process_started(pid)))\n"
+            "dog = Watchdog(0, peers, 1.0)\nwhile True: dog.tick(0.6)\n"
+        )
+        found = subprocess.run([sys.executable, "-c", program, str(sleeper.pid)], capture_output=True, text=True)
+        assert (found.returncode, f"rank 1 (pid {sleeper.pid}) is stopped" in found.stderr) == (6, True)
+        assert sleeper.wait(10) == -signal.SIGKILL
+    finally:
+        sleeper.kill()
