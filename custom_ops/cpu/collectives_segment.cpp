@@ -57,7 +57,8 @@ Tuning tuning(bool has_core_for_each) {
     chosen.spin = std::chrono::microseconds(has_core_for_each ? 50 : 0);
     chosen.yield = std::chrono::microseconds(has_core_for_each ? 1000 : 0);
     chosen.look = std::chrono::milliseconds(100);
-    chosen.grace = std::chrono::milliseconds(1000);
+    // A launcher on a busy machine needed more than a second to end the ranks that were left.
+    chosen.grace = std::chrono::milliseconds(3000);
     return chosen;
 }
 

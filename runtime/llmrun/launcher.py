@@ -2,12 +2,13 @@
 
 `llmrun ARTIFACT` typed without mpirun becomes the parent of `mpirun -n SHARDS llmrun ARTIFACT` of the same
 environment. Facts measured on MPICH 5.0.2 and Open MPI 5.0.11: another library's mpirun starts N jobs of one rank
-each, with exit code 0; a rank killed by a signal gives 9 (MPICH) or 137 (Open MPI); MPICH gives 0 if a rank vanishes
-with 0, and writes its reports to standard output; Open MPI never passes the end of standard input on. Hence the ranks
-of a job that we start talk to us directly, through the files of a folder: `stdin`, `stdout` and `stderr` (pipes),
-`started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only), `draining` (rank 0's pid, and the seconds
-that it may take to end in order) and `exit-code` (the job's own). What
-mpirun itself has to say is shown only if no rank explained the end.
+each, with exit code 0; a rank killed by a signal gives 9 (MPICH) or 137 (Open MPI); Open MPI never passes the end of
+standard input on. MPICH writes its reports to standard output and gives 0 if a rank vanishes with 0, the bitwise or of
+the codes if several leave, and now and then 9, for a rank that it killed itself because another one left with a code
+(by its source: if it sees the end of the killed one before the ends of all output). Hence the ranks of a job that we
+start talk to us directly, through the files of a folder: `stdin`, `stdout` and `stderr` (pipes), `started`, `answering`
+(rank 0's pid while Ctrl-C is to stop an answer only), `draining` (rank 0's pid, and the seconds that it may take to end
+in order) and `exit-code` (the job's own). What mpirun itself has to say is shown only if no rank explained the end.
 """
 
 from __future__ import annotations

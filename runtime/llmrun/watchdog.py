@@ -22,7 +22,7 @@ from llmrun.errors import UsageError
 DEFAULT_S = 30.0
 LOAD_S = 600.0
 POLL_S = 0.5
-GONE_S = 2.0  # the launcher's turn to end the job
+GONE_S = 4.0  # the launcher's turn to end the job, and then the collectives'
 TOKENS_PER_DEADLINE = 256  # a step of this many tokens gets twice the deadline of a decode step
 
 CollectiveState = Callable[[], tuple[int, int]]

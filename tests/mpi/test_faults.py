@@ -38,6 +38,11 @@ def faulty(path: Path, fault: str, run: Callable[..., Outcome], watchdog_s: floa
     return run(path, *ARGUMENTS, environment={"LLMRUN_FAULT": fault, "LLMRUN_WATCHDOG_S": str(watchdog_s)})
 
 
+def codes_of_mpirun(code: int) -> set[int]:
+    """Return what a user's own mpirun may report when a rank leaves with `code` (llmrun as the launcher: only that)."""
+    return {code, 9} if launcher.library_family() == launcher.MPICH else {code}  # llmrun.launcher says why
+
+
 @pytest.mark.parametrize(("rank", "point", "kind"), CASES)
 def test_a_faulty_rank_ends_the_job(rank: int, point: str, kind: str, packed_tiny: Packed, golden: str) -> None:
     outcome = faulty(packed_tiny(2, "f32"), f"{rank}:{point}:{kind}", run_alone)
@@ -57,8 +62,7 @@ def test_a_faulty_rank_ends_a_job_of_the_users_mpirun(
     rank: int, point: str, kind: str, packed_tiny: Packed, golden: str
 ) -> None:
     outcome = faulty(packed_tiny(2, "f32"), f"{rank}:{point}:{kind}", lambda *a, **k: run_ranks(2, *a, **k))
-    # MPICH's launcher kills the other ranks, and may report their death instead of the code (seen twice, under load).
-    assert outcome.code in (EXIT_CODES[kind], 9 if kind in ("raise", "stop") else EXIT_CODES[kind]), outcome
+    assert outcome.code in codes_of_mpirun(EXIT_CODES[kind]), outcome
     assert len(outcome.errors) == 1
     assert outcome.leftovers == []
 
@@ -83,7 +87,7 @@ def test_a_rank_that_never_joins_is_not_waited_for_for_ever(packed_tiny: Packed,
     )
     command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
     outcome = RunningJob(command).finish(45)
-    assert outcome.code == 6
+    assert outcome.code in codes_of_mpirun(6)
     assert "rank 0 is stuck: no progress in waiting for all ranks to start" in outcome.errors[0]
     assert outcome.leftovers == []
 

@@ -63,7 +63,7 @@ def test_a_killed_rank_is_named_by_all_others(library_path: Path, tmp_path: Path
         expected = rf"rank {size - 1} \(pid \d+\) has ended, and rank {rank} waits for it in AllReduce of 1000 elements"
         assert re.search(expected, result["error"]), result["error"]
         assert "an earlier collective failed: " in result["second"]
-        assert result["seconds"] < 2
+        assert 2 < result["seconds"] < 5
 
 
 @pytest.mark.parametrize("size", [2, 3])
