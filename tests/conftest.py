@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make test` leaves to `make test-all`.
 
     That is minutes on an emulator, between network namespaces and in builds with sanitizers, and the launches of really
-    compiled GPU code on the stand-in driver.
+    compiled GPU code on the stand-in driver. A test may bear the mark itself.
     """
     for item in items:
         is_far = any(w in item.nodeid for w in ("aarch64", "emulat", "sanitizer")) or item.path.parent.name == "hosts"

@@ -53,13 +53,22 @@ def test_an_artifact_with_gpu_code(tmp_path: Path, tiny_checkpoint: Path, few_va
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_demo_for_every_target_runs_on_the_cpu_and_lists_what_it_holds(tmp_path: Path, monkeypatch) -> None:
-    """Every kernel of a model, for every chip: minutes of compilers the first time; then from .build."""
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        pytest.param(("sm_89", "gfx1100"), ("sm_89", "gfx1100"), id="both vendors"),
+        pytest.param(("all",), kernels.GPU_TARGETS, id="all", marks=pytest.mark.extended),
+    ],
+)
+def test_the_demo_for_gpus_runs_on_the_cpu_and_lists_what_it_holds(
+    targets: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path, monkeypatch
+) -> None:
+    """Every kernel of a model: a minute of compilers for two chips, some minutes for all; then from .build."""
     monkeypatch.setenv("LLMPACK_CACHE", str(Path(__file__).parents[2] / ".build/kernel-cache"))
-    pack(DEMO, tmp_path / "a", Options(scheme="q4", shards=2, targets=("all",)))
+    pack(DEMO, tmp_path / "a", Options(scheme="q4", shards=2, targets=targets))
     manifest = open_artifact(tmp_path / "a").manifest
-    assert manifest.targets == ("cpu", *kernels.GPU_TARGETS)
-    assert set(manifest.kernels) == {*kernels.GPU_TARGETS, kernels.PTX_TARGET}
+    assert manifest.targets == ("cpu", *expected)
+    assert set(manifest.kernels) == {*expected, kernels.PTX_TARGET}
     for target, path in manifest.kernels.items():
         file = kernel_file.from_bytes((tmp_path / "a" / path).read_bytes(), path)
         assert len(file.kernels) == len({(k.op, *sorted(k.constants.items())) for k in file.kernels}) > 30, target
@@ -79,7 +88,7 @@ def test_the_demo_for_every_target_runs_on_the_cpu_and_lists_what_it_holds(tmp_p
         return done.stdout
 
     shown = json.loads(llmrun("show", tmp_path / "a", "--json"))
-    assert (shown["targets"], set(shown["kernels"])) == (["cpu", *kernels.GPU_TARGETS], set(manifest.kernels))
+    assert (shown["targets"], set(shown["kernels"])) == (["cpu", *expected], set(manifest.kernels))
     answer = json.loads(llmrun("generate", tmp_path / "a", "-p", "The king", "-n", 5, "--ignore-eos", "--json"))
     assert len(answer["ids"]) == 5
 
