@@ -15,21 +15,11 @@ import pytest
 
 import llmrun.artifact
 import llmrun.manifest
-from hostile.bad_input import LISTED, MANIFEST, assert_refused, check, copy, list_again, refusal
+from hostile.bad_input import LISTED, MANIFEST, assert_refused, check, list_again, refusal
 from llmrun.artifact import Artifact, IntegrityError, ResourceError, UsageError, open_artifact
 from mpi.harness import run_alone
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(scope="module")
-def sound(packed_tiny):
-    return packed_tiny(2, "q4")
-
-
-@pytest.fixture
-def artifact(sound, tmp_path):
-    return copy(sound, tmp_path / "artifact")
 
 
 def flip(path, offset, bit=0):

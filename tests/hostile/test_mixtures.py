@@ -25,16 +25,6 @@ pytestmark = pytest.mark.timeout(120)
 ASK = ("--ids", "-p", "[1, 5, 99]", "-n", "2")
 
 
-@pytest.fixture(scope="module")
-def sound(packed_tiny):
-    return packed_tiny(2, "q4")
-
-
-@pytest.fixture
-def artifact(sound, tmp_path):
-    return copy(sound, tmp_path / "artifact")
-
-
 @pytest.fixture
 def single(packed_tiny, tmp_path):
     return copy(packed_tiny(1, "q4"), tmp_path / "single")
