@@ -47,8 +47,8 @@ def test_the_deadline_is_kept_whatever_hangs(tmp_path):
     code = """
 import sys, time, argparse, pathlib
 sys.path.insert(0, sys.argv[1])
-import hardware
-bench = hardware.Bench(argparse.Namespace(dry=True, chip="", minutes=0.01, json=pathlib.Path(sys.argv[2])))
+import gpu_bench
+bench = gpu_bench.Bench(argparse.Namespace(dry=True, chip="", minutes=0.01, json=pathlib.Path(sys.argv[2])))
 bench.stop_in_time()
 bench.row("first", "1")
 bench.part("second", lambda: time.sleep(100))"""
