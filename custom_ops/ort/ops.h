@@ -13,7 +13,13 @@ std::vector<const OrtCustomOp*> matmul_ops();       // MatMul.. and what is join
 std::vector<const OrtCustomOp*> elementwise_ops();  // RMSNorm, AddRMSNorm, SwiGLU
 std::vector<const OrtCustomOp*> attention_ops();    // PagedAttention
 std::vector<const OrtCustomOp*> collective_ops();   // AllReduce, AllReduceAddRMSNorm, AllGather
-std::vector<const OrtCustomOp*> gpu_ops();          // all of these and more, for the CUDA and ROCm providers
+
+// For the CUDA and ROCm providers.
+std::vector<const OrtCustomOp*> gpu_matmul_ops();       // MatMul.., Embedding..
+std::vector<const OrtCustomOp*> gpu_elementwise_ops();  // RMSNormF16, AddRMSNorm, SwiGLU
+std::vector<const OrtCustomOp*> gpu_attention_ops();    // PagedAttention
+std::vector<const OrtCustomOp*> gpu_collective_ops();   // AllReduce, AllReduceAddRMSNorm
+std::vector<const OrtCustomOp*> gpu_top_k_ops();        // TopK
 
 }  // namespace llmpack::ort
 

@@ -1,0 +1,127 @@
+// PagedAttention of a GPU's graph.
+#include <algorithm>
+
+#include "ort/gpu_operator.h"
+#include "ort/ops.h"
+
+namespace llmpack::ort {
+namespace {
+
+struct GpuPagedAttention {
+    static constexpr const char* kName = "PagedAttention";
+    static constexpr Port kInputs[] = {
+        {"qkv", kFloat16},        {"cos_sin", kFloat},     {"key_cache", kFloat16}, {"value_cache", kFloat16},
+        {"slot_mapping", kInt32}, {"query_start", kInt32}, {"seq_lens", kInt32},    {"block_table", kInt32}};
+    static constexpr Port kOutputs[] = {{"out", kFloat16}};
+
+    explicit GpuPagedAttention(const NodeInfo& node)
+        : num_heads(node.int_attribute("num_heads")),
+          num_kv_heads(node.int_attribute("num_kv_heads")),
+          head_dim(node.int_attribute("head_dim")),
+          block_size(node.int_attribute("block_size")),
+          scale(node.float_attribute("scale")),
+          multiprocessors(Launcher::current().device.multiprocessors) {
+        Launcher& launcher = Launcher::current();
+        write = launcher.operation(
+            "cache_write", {{"num_heads", num_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}},
+            {{"qkv", kPointer},
+             {"cos_sin", kPointer},
+             {"key_cache", kPointer},
+             {"value_cache", kPointer},
+             {"slot_mapping", kPointer}});
+        const gpu::Constants shape = {{"num_heads", num_heads},
+                                      {"num_kv_heads", num_kv_heads},
+                                      {"head_dim", head_dim},
+                                      {"block_size", block_size}};
+        any = launcher.operation("attention", shape,
+                                 {{"out", kPointer},
+                                  {"qkv", kPointer},
+                                  {"cos_sin", kPointer},
+                                  {"key_cache", kPointer},
+                                  {"value_cache", kPointer},
+                                  {"query_start", kPointer},
+                                  {"seq_lens", kPointer},
+                                  {"block_table", kPointer},
+                                  {"table_stride", kInteger},
+                                  {"num_sequences", kInteger},
+                                  {"scale", kNumber}});
+        split = launcher.operation("attention_split", shape,
+                                   {{"partial", kPointer},
+                                    {"qkv", kPointer},
+                                    {"cos_sin", kPointer},
+                                    {"key_cache", kPointer},
+                                    {"value_cache", kPointer},
+                                    {"query_start", kPointer},
+                                    {"seq_lens", kPointer},
+                                    {"block_table", kPointer},
+                                    {"table_stride", kInteger},
+                                    {"num_splits", kInteger},
+                                    {"scale", kNumber}});
+        combine = launcher.operation("attention_combine", {{"num_heads", num_heads}, {"head_dim", head_dim}},
+                                     {{"out", kPointer}, {"partial", kPointer}, {"num_splits", kInteger}});
+        int64_t most = 0;
+        for (int64_t b = 1; b <= launcher.settings.max_sequences; b++)
+            most = std::max(most, b * splits_of(b, kMostSplits));
+        launcher.reserve(static_cast<size_t>(most * num_heads * (head_dim + 2)) * sizeof(float));
+    }
+
+    void compute(Context& context) const {
+        const Tensor qkv = context.input(0), cos_sin = context.input(1), keys = context.input(2),
+                     values = context.input(3), slot_mapping = context.input(4),
+                     query_start = context.input(5), seq_lens = context.input(6),
+                     block_table = context.input(7);
+        cos_sin.expect_shape({-1, head_dim}, "[tokens, head_dim]");
+        const int64_t T = cos_sin.shape[0];
+        qkv.expect_shape({T, (num_heads + 2 * num_kv_heads) * head_dim},
+                         "[tokens, (num_heads + 2 * num_kv_heads) * head_dim]");
+        keys.expect_shape({-1, block_size, num_kv_heads, head_dim},
+                          "[num_blocks, block_size, num_kv_heads, head_dim]");
+        values.expect_shape({keys.shape[0], block_size, num_kv_heads, head_dim},
+                            "[num_blocks, block_size, num_kv_heads, head_dim]");
+        slot_mapping.expect_shape({T}, "[tokens]");
+        seq_lens.expect_shape({-1}, "[sequences]");
+        const int64_t B = seq_lens.shape[0];
+        query_start.expect_shape({B + 1}, "[sequences + 1]");
+        block_table.expect_shape({B, -1}, "[sequences, max_blocks]");
+        const int64_t M = block_table.shape[1];
+        void* out = context.output_memory(0, {T, num_heads * head_dim});
+        const gpu::Stream stream = context.gpu_stream();
+        write.launch({T, B}, {qkv.data, cos_sin.data, keys.data, values.data, slot_mapping.data}, stream);
+        Launcher& launcher = Launcher::current();
+        if (T == B && B <= launcher.settings.max_sequences) {
+            const int64_t S = splits_of(B, (M * block_size + kPositionsPerSplit - 1) / kPositionsPerSplit);
+            const gpu::DevicePointer partial = launcher.workspace();
+            split.launch({T, B, S},
+                         {partial, qkv.data, cos_sin.data, keys.data, values.data, query_start.data,
+                          seq_lens.data, block_table.data, narrow(M), narrow(S), scale},
+                         stream);
+            combine.launch({T, B, S}, {out, partial, narrow(S)}, stream);
+            return;
+        }
+        any.launch({T, B},
+                   {out, qkv.data, cos_sin.data, keys.data, values.data, query_start.data, seq_lens.data,
+                    block_table.data, narrow(M), narrow(B), scale},
+                   stream);
+    }
+
+    // How many programs share the positions of one sequence and KV head: enough that every multiprocessor has
+    // two. From shapes only, so that a captured graph stays right as sequences grow.
+    int64_t splits_of(int64_t sequences, int64_t useful) const {
+        const int64_t programs = sequences * num_kv_heads;
+        const int64_t wanted = (2 * multiprocessors + programs - 1) / programs;
+        return std::max<int64_t>(1, std::min({wanted, useful, kMostSplits}));
+    }
+
+    static constexpr int64_t kMostSplits = 64;         // FORMAT.md 8.4
+    static constexpr int64_t kPositionsPerSplit = 64;  // fewer are not worth a program
+    int64_t num_heads, num_kv_heads, head_dim, block_size;
+    float scale;
+    int64_t multiprocessors;
+    Operation write, any, split, combine;
+};
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> gpu_attention_ops() { return gpu_ops_of<GpuPagedAttention>(); }
+
+}  // namespace llmpack::ort

@@ -1,0 +1,138 @@
+// Products and embeddings of a GPU's graph.
+#include "ort/gpu_operator.h"
+#include "ort/ops.h"
+
+namespace llmpack::ort {
+namespace {
+
+// How weights are stored (FORMAT.md 4.3).
+enum class Storage { kF16, kQ8, kQ6, kQ4 };
+
+struct EmbeddingF16 {
+    static constexpr const char* kName = "EmbeddingF16";
+    static constexpr Port kInputs[] = {{"ids", kInt32}, {"weight", kFloat16}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit EmbeddingF16(const NodeInfo& node)
+        : width(node.int_attribute("in_features")),
+          embed(Launcher::current().operation("embed_f16", {{"in_features", width}},
+                                              {{"ids", kPointer}, {"weight", kPointer}, {"y", kPointer}})) {}
+
+    void compute(Context& context) const {
+        const Tensor ids = context.input(0), weight = context.input(1);
+        ids.expect_shape({-1}, "[tokens]");
+        weight.expect_shape({-1, width}, "[vocab_size, hidden_size]");
+        const int64_t T = ids.shape[0];
+        float* y = context.output(0, {T, width});
+        embed.launch({T}, {ids.data, weight.data, y}, context.gpu_stream());
+    }
+
+    int64_t width;
+    Operation embed;
+};
+
+template <Storage storage>
+struct EmbeddingQ {
+    static constexpr const char* kName = storage == Storage::kQ8 ? "EmbeddingQ8" : "EmbeddingQ6";
+    static constexpr Port kInputs[] = {{"ids", kInt32}, {"weight", kUInt8}, {"scales", kFloat16}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit EmbeddingQ(const NodeInfo& node)
+        : width(node.int_attribute("in_features")),
+          embed(Launcher::current().operation(
+              storage == Storage::kQ8 ? "embed_q8" : "embed_q6",
+              {{"in_features", width}, {"group_size", node.int_attribute("group_size")}},
+              {{"ids", kPointer}, {"weight", kPointer}, {"scales", kPointer}, {"y", kPointer}})) {}
+
+    void compute(Context& context) const {
+        const Tensor ids = context.input(0), weight = context.input(1), scales = context.input(2);
+        ids.expect_shape({-1}, "[tokens]");
+        const int64_t T = ids.shape[0];
+        float* y = context.output(0, {T, width});
+        embed.launch({T}, {ids.data, weight.data, scales.data, y}, context.gpu_stream());
+    }
+
+    int64_t width;
+    Operation embed;
+};
+
+// y is float16 between operators and float32 for logits. ONNX Runtime tells operators of one name apart by
+// the types of their inputs only, so the name says the type of y where the inputs do not.
+template <ElementType type>
+struct GpuMatMulF16 {
+    static constexpr const char* kName = type == kFloat ? "MatMulF16F32" : "MatMulF16";
+    static constexpr Port kInputs[] = {{"x", kFloat16}, {"weight", kFloat16}};
+    static constexpr Port kOutputs[] = {{"y", type}};
+
+    explicit GpuMatMulF16(const NodeInfo& node)
+        : in_features(node.int_attribute("in_features")),
+          out_features(node.int_attribute("out_features")),
+          matmul(Launcher::current().operation(
+              "matmul_f16",
+              {{"in_features", in_features},
+               {"out_features", out_features},
+               {"y_bits", type == kFloat ? 32 : 16}},
+              {{"x", kPointer}, {"weight", kPointer}, {"y", kPointer}, {"num_rows", kInteger}})) {}
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0), weight = context.input(1);
+        x.expect_shape({-1, in_features}, "[tokens, in_features]");
+        const int64_t T = x.shape[0];
+        void* y = context.output_memory(0, {T, out_features});
+        matmul.launch({T}, {x.data, weight.data, y, narrow(T)}, context.gpu_stream());
+    }
+
+    int64_t in_features, out_features;
+    Operation matmul;
+};
+
+template <Storage storage, ElementType type>
+struct GpuMatMulQ {
+    static constexpr const char* kName = type == kFloat ? (storage == Storage::kQ8   ? "MatMulQ8F32"
+                                                           : storage == Storage::kQ6 ? "MatMulQ6F32"
+                                                                                     : "MatMulQ4F32")
+                                                        : (storage == Storage::kQ8   ? "MatMulQ8"
+                                                           : storage == Storage::kQ6 ? "MatMulQ6"
+                                                                                     : "MatMulQ4");
+    static constexpr Port kInputs[] = {{"x", kFloat16}, {"weight", kUInt8}, {"scales", kFloat16}};
+    static constexpr Port kOutputs[] = {{"y", type}};
+
+    explicit GpuMatMulQ(const NodeInfo& node)
+        : in_features(node.int_attribute("in_features")),
+          out_features(node.int_attribute("out_features")),
+          matmul(Launcher::current().operation(storage == Storage::kQ8   ? "matmul_q8"
+                                               : storage == Storage::kQ6 ? "matmul_q6"
+                                                                         : "matmul_q4",
+                                               {{"in_features", in_features},
+                                                {"out_features", out_features},
+                                                {"group_size", node.int_attribute("group_size")},
+                                                {"y_bits", type == kFloat ? 32 : 16}},
+                                               {{"x", kPointer},
+                                                {"weight", kPointer},
+                                                {"scales", kPointer},
+                                                {"y", kPointer},
+                                                {"num_rows", kInteger}})) {}
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0), weight = context.input(1), scales = context.input(2);
+        x.expect_shape({-1, in_features}, "[tokens, in_features]");
+        const int64_t T = x.shape[0];
+        void* y = context.output_memory(0, {T, out_features});
+        matmul.launch({T}, {x.data, weight.data, scales.data, y, narrow(T)}, context.gpu_stream());
+    }
+
+    int64_t in_features, out_features;
+    Operation matmul;
+};
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> gpu_matmul_ops() {
+    return gpu_ops_of<EmbeddingF16, EmbeddingQ<Storage::kQ8>, EmbeddingQ<Storage::kQ6>,
+                      GpuMatMulF16<kFloat16>, GpuMatMulF16<kFloat>, GpuMatMulQ<Storage::kQ8, kFloat16>,
+                      GpuMatMulQ<Storage::kQ8, kFloat>, GpuMatMulQ<Storage::kQ6, kFloat16>,
+                      GpuMatMulQ<Storage::kQ6, kFloat>, GpuMatMulQ<Storage::kQ4, kFloat16>,
+                      GpuMatMulQ<Storage::kQ4, kFloat>>();
+}
+
+}  // namespace llmpack::ort
