@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmrun import launcher, stdin
+from llmrun import launch, launcher, stdin
 
 Message = dict[str, Any]
 _LEAVING_S = 10.0
@@ -43,7 +43,7 @@ class ChatJob:
         """Start `llmrun ARGUMENTS`; use as a context manager, which ends the job."""
         self._folder = tempfile.TemporaryDirectory(prefix="llmrun-")
         try:
-            self._child = launcher.start_ranks(num_ranks, arguments, self._folder.name, {launcher.CHAT_VARIABLE: "1"})
+            self._child = launch.start_ranks(num_ranks, arguments, self._folder.name, {launcher.CHAT_VARIABLE: "1"})
         except BaseException:
             self._folder.cleanup()
             raise
@@ -52,7 +52,7 @@ class ChatJob:
         self._poller.register(self._events, select.POLLIN)
         self._rest = b""
         self._sink: int | None = None
-        self._errors = launcher.OutputPump(self._path("stderr"), 2)
+        self._errors = launch.OutputPump(self._path("stderr"), 2)
         self._errors.start()
 
     def __enter__(self) -> ChatJob:
@@ -144,7 +144,7 @@ class ChatJob:
         code = self._child.wait()
         self._errors.finish()  # what the ranks said comes before what we say
         note, log = Path(self._path("exit-code")), Path(self._path("mpirun.log"))
-        raise RanksEndedError(launcher.job_exit_code(code, note, log))
+        raise RanksEndedError(launch.job_exit_code(code, note, log))
 
 
 class Inbox:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrun import comm, launcher
+from llmrun import comm, launch, launcher
 from llmrun.errors import IncompatibleError
 from llmrun.launcher import MPICH, OPEN_MPI
 
@@ -83,7 +83,7 @@ def test_the_jobs_own_exit_code_wins(
     if mpirun_code != 213:
         (tmp_path / "started").touch()
     (tmp_path / "mpirun.log").write_text("unrecognized option\n")
-    assert launcher.job_exit_code(mpirun_code, tmp_path / "exit-code", tmp_path / "mpirun.log") == code
+    assert launch.job_exit_code(mpirun_code, tmp_path / "exit-code", tmp_path / "mpirun.log") == code
     err = capfd.readouterr().err
     assert ("error[E602]" in err) == (noted is None)
     assert ("unrecognized option" in err) == (mpirun_code == 213)  # mpirun's own words, if nobody explains the end

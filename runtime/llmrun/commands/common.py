@@ -144,7 +144,9 @@ def run_on_ranks(arguments: argparse.Namespace, work: RankWork) -> int:
 
         shards = open_artifact(arguments.artifact, ranks=[]).manifest.shards
         if shards > 1:
-            return launcher.launch(shards, arguments.typed)
+            from llmrun import launch
+
+            return launch.run_job(shards, arguments.typed)
     rank, size = console.environment_rank(), launcher.launcher_size() or 1
     if work.drains and rank == 0 and console.is_under_mpirun():
         failstop.outlive_launcher()

@@ -1,0 +1,239 @@
+"""`llmrun ARTIFACT` typed without mpirun: starts `mpirun -n SHARDS llmrun ARTIFACT` of the same environment, and waits.
+
+Its ranks talk to us directly (`llmrun.launcher` says why), through the files of a folder: `stdin`, `stdout` and `stderr`
+(pipes), `started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only), `draining` (rank 0's pid, and the
+seconds that it may take to end in order) and `exit-code` (the job's own). What mpirun itself has to say is shown only if
+no rank explained the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmrun import console
+from llmrun.errors import ResourceError
+from llmrun.launcher import LAUNCH_VARIABLE, die_with_parent, find_mpirun, mpirun_options
+
+if TYPE_CHECKING:
+    import subprocess
+
+KILL_AFTER_S = 5.0
+FAREWELL_S = 3.0
+_FATAL_SIGNALS = {
+    signal.SIGKILL,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGABRT,
+    signal.SIGILL,
+    signal.SIGFPE,
+    signal.SIGTERM,
+}
+
+
+def start_ranks(
+    num_ranks: int, arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `llmrun ARGUMENTS` on `num_ranks` ranks of this host, a single one without mpirun.
+
+    Args:
+        num_ranks: as the artifact was packed for.
+        arguments: of llmrun's command line.
+        folder: empty; gets the pipes and notes through which the ranks talk to us.
+        environment: variables to add.
+    """
+    import subprocess
+
+    command = [sys.executable, "-m", "llmrun", *arguments]
+    if num_ranks > 1:
+        mpirun, family = find_mpirun()
+        command = [mpirun, *mpirun_options(family, num_ranks), *command]
+    for name in ("stdin", "stdout", "stderr"):
+        os.mkfifo(os.path.join(folder, name), 0o600)
+    streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
+    variables = {**os.environ, **(environment or {}), "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
+    with open(os.path.join(folder, "mpirun.log"), "wb") as log:
+        # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # safe: no thread has been started yet
+        )
+
+
+def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
+    """Run `llmrun ARGUMENTS` on `num_ranks` ranks of this host and wait.
+
+    SIGINT and SIGTERM end the job, or only the answer while rank 0 of a chat says so, or let rank 0 of a server end it.
+
+    Returns:
+        the job's exit code; 6 if a rank was killed by a signal or vanished.
+    """
+    import tempfile  # here and not above: the ranks, which import this module, start nobody
+
+    with tempfile.TemporaryDirectory(prefix="llmrun-") as folder:
+        child = start_ranks(num_ranks, arguments, folder)
+        pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
+        for pump in pumps:
+            pump.start()
+        threading.Thread(target=_pump_stdin, args=(os.path.join(folder, "stdin"),), daemon=True).start()
+        signals = _SignalForwarder(child, Path(folder))
+        with signals:
+            code = child.wait()
+            _wait_for_server(folder)
+            for pump in pumps:
+                pump.finish()
+        if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
+            return 128 + signals.received
+        code = job_exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
+        if (failure := pumps[0].failure) is not None and code == 0:
+            lost = ResourceError(f"standard output: {failure.strerror}.", code="E503")
+            console.say(console.error_line(lost))
+            return lost.exit_code
+        return code
+
+
+def _wait_for_server(folder: str) -> None:
+    """Give rank 0 of a server, which outlives its launcher, the time for its last words; then end it."""
+    until = time.monotonic() + FAREWELL_S
+    with contextlib.suppress(OSError, ValueError, ProcessLookupError):
+        pid = int(Path(folder, "draining").read_text().split()[0])
+        mark = f"{LAUNCH_VARIABLE}={folder}".encode()
+        while mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):  # empty for one that has ended
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+
+def job_exit_code(code: int, note: Path, log: Path) -> int:
+    """Return how the job ended: as a rank said, or else 6, with what mpirun's code and log say about a lost rank."""
+    try:
+        return int(note.read_text())
+    except (OSError, ValueError):
+        pass
+    number = -code if code < 0 else code - 128 if code > 128 else code
+    if not 0 <= code < 8 and number in _FATAL_SIGNALS:
+        what = f"a rank was killed by {signal.Signals(number).name} (out of memory, or somebody's kill)"
+    elif (note.parent / "started").exists():
+        what = "a rank left before the work was done"
+    else:
+        console.say(log.read_text("utf-8", "replace").strip())
+        what = f"mpirun ended with {code}, and no rank said why"
+    console.say(f"llmrun: error[E602]: {what}; the job has ended.")
+    return 6
+
+
+class OutputPump:
+    """Copies a pipe of the ranks to a descriptor of ours on a thread; if nobody reads that, they are told by a broken pipe."""
+
+    def __init__(self, pipe: str, descriptor: int) -> None:
+        self.failure: OSError | None = None  # why our descriptor takes no more; a reader that left is no failure
+        self._descriptor = descriptor
+        self._reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._pump, daemon=True)
+
+    def start(self) -> None:
+        """Begin to copy."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Copy the rest; the writer is gone."""
+        self._is_over.set()
+        self._thread.join()
+
+    def _pump(self) -> None:
+        poller = select.poll()
+        poller.register(self._reader, select.POLLIN)
+        try:
+            while True:
+                is_over = self._is_over.is_set()
+                events = poller.poll(100)
+                data = os.read(self._reader, 65536) if events else b""
+                if not data and is_over:
+                    return
+                if not data and events:  # the writer has closed, or not yet opened
+                    self._is_over.wait(0.1)
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            self.failure = error
+        finally:
+            os.close(self._reader)
+
+
+def _isatty(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
+
+
+def _pump_stdin(pipe: str) -> None:
+    """Copy standard input into the pipe once rank 0 has opened it, and close it at the end."""
+    try:
+        with open(pipe, "wb", buffering=0) as sink:  # waits for a reader
+            while data := os.read(0, 65536):
+                sink.write(data)
+    except OSError:
+        pass  # the reader has gone, or there is no standard input
+
+
+class _SignalForwarder:
+    """While entered, passes SIGINT and SIGTERM on to the job; remembers the one that ended it."""
+
+    def __init__(self, child: subprocess.Popen[bytes], folder: Path) -> None:
+        self._child, self._folder = child, folder
+        self.is_draining = False
+        self._previous: dict[int, object] = {}
+        self.received: int | None = None
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._previous[number] = signal.signal(number, self._forward)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _forward(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.received is None:
+            with contextlib.suppress(OSError, ValueError):  # rank 0 stops its answer, nothing else ends
+                os.kill(int((self._folder / "answering").read_text()), signal.SIGINT)
+                return
+        if self.received is None and number != signal.SIGHUP:
+            with contextlib.suppress(OSError, ValueError):
+                pid, seconds = (self._folder / "draining").read_text().split()
+                os.kill(int(pid), signal.SIGTERM)
+                self.received, self.is_draining = number, True
+                late = float(seconds) + KILL_AFTER_S
+                threading.Thread(target=self._kill_late, args=(late,), daemon=True).start()
+                return
+        if self.received is None:
+            self.received = number
+            threading.Thread(target=self._kill_late, args=(KILL_AFTER_S,), daemon=True).start()
+        self._child.send_signal(signal.SIGTERM)
+
+    def _kill_late(self, seconds: float) -> None:
+        import subprocess
+
+        try:
+            self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
