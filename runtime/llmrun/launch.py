@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import subprocess
 
 KILL_AFTER_S = 5.0
+ENDS_WITHIN_S = 10.0  # mpirun, once a rank has said how the job ends
 FAREWELL_S = 3.0
 _FATAL_SIGNALS = {
     signal.SIGKILL,
@@ -62,7 +63,7 @@ def start_ranks(
     variables = {**os.environ, **(environment or {}), "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
     with open(os.path.join(folder, "mpirun.log"), "wb") as log:
         # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
-        return subprocess.Popen(
+        child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -71,6 +72,26 @@ def start_ranks(
             start_new_session=True,
             preexec_fn=die_with_parent,  # safe: no thread has been started yet
         )
+    if num_ranks > 1:
+        threading.Thread(target=_end_late, args=(child, Path(folder, "exit-code")), daemon=True).start()
+    return child
+
+
+def _end_late(child: subprocess.Popen[bytes], note: Path) -> None:
+    """Kill an mpirun that does not see that its job has ended.
+
+    Open MPI's waited for ever in 1 of 14 jobs of four ranks with a stopped one, on a busy machine: all ranks had left.
+    """
+    import subprocess
+
+    while child.poll() is None:
+        if not note.exists():
+            time.sleep(1)
+            continue
+        try:
+            child.wait(ENDS_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
 
 
 def run_job(num_ranks: int, arguments: Sequence[str]) -> int:

@@ -23,6 +23,7 @@ DEFAULT_S = 30.0
 LOAD_S = 600.0
 POLL_S = 0.5
 GONE_S = 4.0  # the launcher's turn to end the job, and then the collectives'
+TURN_S, MOST_TURNS_S = 1.0, 4.0  # between what the ranks of a host say of the same peer
 TOKENS_PER_DEADLINE = 256  # a step of this many tokens gets twice the deadline of a decode step
 
 CollectiveState = Callable[[], tuple[int, int]]
@@ -84,6 +85,9 @@ class Watchdog:
         self._rank, self._size, self._deadline_s = rank, len(peers), deadline_s
         own_host = [peers[r] for r in local_ranks(peers, rank) if r != rank] if peers else []
         self._find_peers = find_peers or (lambda: own_host)
+        # All ranks of a host see what is wrong with one: the lowest speaks, and the launcher has time to end the others.
+        turn = sum(peer.rank < rank for peer in own_host) if peers else rank
+        self._turn_s = min(TURN_S * turn, MOST_TURNS_S)
         self._on_lost = on_lost
         self._peer_state = peer_state or process_state
         self._collectives: CollectiveState = lambda: (0, 0)
@@ -143,11 +147,11 @@ class Watchdog:
             return
         seconds = self._unwell.get(peer.rank, 0.0) + elapsed_s
         self._unwell[peer.rank] = seconds
-        if state == "stopped" and seconds > self._deadline_s:
+        if state == "stopped" and seconds > self._deadline_s + self._turn_s:
             self._lose(
                 f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}", peer.pid
             )
-        elif state == "gone" and seconds > GONE_S:
+        elif state == "gone" and seconds > GONE_S + self._turn_s:
             self._lose(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
 
     def _lose(self, what: str, stopped: int | None = None) -> None:
@@ -198,7 +202,8 @@ def _end_joining(what: str) -> None:
 
 
 def _end_job(what: str) -> None:
-    console.say(
-        f"llmrun: error[E601]: {what}. The job has ended; LLMRUN_WATCHDOG_S changes the time allowed, 0 turns this off."
-    )
+    if not launcher.has_exit_code():
+        console.say(
+            f"llmrun: error[E601]: {what}. The job has ended; LLMRUN_WATCHDOG_S changes the time allowed, 0 turns this off."
+        )
     failstop.leave(6)

@@ -137,7 +137,8 @@ def test_a_rank_that_computes_for_ever_is_ended(packed_tiny: Packed) -> None:
 def test_of_four_ranks_the_stopped_one_is_named(packed_tiny: Packed) -> None:
     outcome = faulty(packed_tiny(4, "f32"), "2:decode:stop", run_alone)
     assert (outcome.code, outcome.leftovers) == (6, [])
-    assert "rank 2" in outcome.errors[0]
+    (error,) = outcome.errors  # of the three ranks that see it
+    assert "rank 2" in error
 
 
 LONG = ("-p", "a", "-n", 100, "--ignore-eos")

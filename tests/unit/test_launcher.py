@@ -89,6 +89,24 @@ def test_the_jobs_own_exit_code_wins(
     assert ("unrecognized option" in err) == (mpirun_code == 213)  # mpirun's own words, if nobody explains the end
 
 
+@pytest.mark.parametrize(("leaves_after_s", "log"), [("60", ""), ("0.5; echo left in time", "left in time\n")])
+def test_an_mpirun_that_does_not_see_the_end_is_killed(
+    leaves_after_s: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Open MPI's does, seldom, when several ranks leave at once: the job's exit code is known by then."""
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(f'#!/bin/sh\nprintf 6 > "$LLMRUN_LAUNCH/exit-code"\nsleep {leaves_after_s}\n')
+    mpirun.chmod(0o700)
+    monkeypatch.setattr(launch, "find_mpirun", lambda: (str(mpirun), MPICH))
+    monkeypatch.setattr(launch, "ENDS_WITHIN_S", 1.5)
+    folder = tmp_path / "job"
+    folder.mkdir()
+    child = launch.start_ranks(2, ["artifact"], str(folder))
+    child.wait(20)
+    assert (folder / "mpirun.log").read_text() == log
+    assert launch.job_exit_code(child.returncode, folder / "exit-code", folder / "mpirun.log") == 6
+
+
 def test_this_environments_mpirun_belongs_to_its_library() -> None:
     path, family = launcher.find_mpirun()
     assert Path(path).exists()

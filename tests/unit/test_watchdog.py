@@ -6,25 +6,27 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from llmrun.comm import Peer, process_started
 from llmrun.errors import UsageError
+from llmrun.launcher import LAUNCH_VARIABLE
 from llmrun.watchdog import GONE_S, Watchdog, deadline_from_environment, process_state
 
 PEERS = (Peer(0, "here", 10, 1), Peer(1, "here", 11, 1), Peer(2, "there", 12, 1))
 
 
 class Case:
-    """Rank 0's watchdog with a deadline of 10 s."""
+    """A rank's watchdog with a deadline of 10 s."""
 
-    def __init__(self, peers: tuple[Peer, ...] = PEERS) -> None:
+    def __init__(self, peers: tuple[Peer, ...] = PEERS, rank: int = 0) -> None:
         self.lost: list[str] = []
         self.states: dict[int, str] = {}
         self.collectives: tuple[int, int] = (0, 0)
         self.asked: set[int] = set()
-        self.dog = Watchdog(0, peers, 10.0, on_lost=self.lost.append, peer_state=self._state)
+        self.dog = Watchdog(rank, peers, 10.0, on_lost=self.lost.append, peer_state=self._state)
         self.dog.count_collectives(lambda: self.collectives)
 
     def _state(self, peer: Peer) -> str:
@@ -85,6 +87,19 @@ def test_a_stopped_peer_is_lost_also_while_idle() -> None:
     assert not case.lost
     case.wait(2)
     assert "rank 1 (pid 11) is stopped" in case.lost[0]
+
+
+@pytest.mark.parametrize(("state", "seconds"), [("stopped", 10.0), ("gone", GONE_S)])
+def test_of_a_hosts_ranks_the_lowest_speaks_first(state: str, seconds: float) -> None:
+    """The launcher has a second to end the others, or whoever sees the same says the same."""
+    peers = tuple(Peer(rank, "here" if rank > 1 else "there", 10 + rank, 1) for rank in range(12))
+    for rank, turn_s in ((2, 0), (3, 1), (5, 3), (11, 4)):
+        case = Case(peers, rank)
+        case.states[4] = state
+        case.wait(seconds + turn_s)
+        assert not case.lost
+        case.wait(1)
+        assert "rank 4 (pid 14)" in case.lost[0]
 
 
 def test_who_is_watched_may_become_known_later() -> None:
@@ -170,3 +185,17 @@ def test_a_stopped_peer_is_killed_when_the_launcher_does_not() -> None:
         assert sleeper.wait(10) == -signal.SIGKILL
     finally:
         sleeper.kill()
+
+
+@pytest.mark.parametrize("has_said", [False, True])
+def test_one_rank_says_why_the_job_has_ended(has_said: bool, tmp_path: Path) -> None:
+    if has_said:
+        (tmp_path / "exit-code").write_text("6")
+    program = (
+        "from llmrun.watchdog import Watchdog\ndog = Watchdog(0, (), 1.0)\n"
+        "with dog.phase('work'):\n    while True: dog.tick(0.6)\n"
+    )
+    environment = {**os.environ, LAUNCH_VARIABLE: str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 6
+    assert ("rank 0 is stuck" in ended.stderr, ended.stderr == "") == (not has_said, has_said)
