@@ -39,16 +39,24 @@ def leave(code: int) -> NoReturn:
 
 
 def kill_if_still_there(pids: Sequence[int]) -> None:
-    """Have a process that outlives this one kill these in two seconds, unless they have ended."""
+    """Have a process that outlives this one kill these in two seconds, unless they have ended, and then a stuck launcher.
+
+    Open MPI's, when the stopped rank was just about to connect to it, waited for ever in 1 of 28 jobs whose ranks were all
+    gone. It has ten seconds, then SIGTERM, then SIGKILL.
+    """
     import subprocess
 
     script = """
-        for _ in 1 2 3 4 5 6 7 8 9 10; do
-            left=; for pid; do grep -qs '^State:.[^ZX]' /proc/$pid/status && left="$left $pid"; done
-            [ "$left" ] || exit; sleep 0.2
-        done; kill -9 $left"""
+        there() { left=; for pid; do grep -qs '^State:.[^ZX]' /proc/$pid/status && left="$left $pid"; done; [ "$left" ]; }
+        wait_for() { tries=$1; shift; while there "$@" && [ $tries -gt 0 ]; do sleep 0.2; tries=$((tries - 1)); done; }
+        parent=$1; shift
+        wait_for 10 "$@"; there "$@" && kill -9 $left
+        [ $parent -gt 1 ] || exit 0
+        wait_for 50 $parent; there $parent && kill $parent
+        wait_for 10 $parent; there $parent && kill -9 $parent"""
     nowhere = subprocess.DEVNULL
-    command = ["/bin/sh", "-c", script, "sh", *map(str, pids)]
+    parent = os.getppid() if launcher.launcher_family() is not None else 0
+    command = ["/bin/sh", "-c", script, "sh", str(parent), *map(str, pids)]
     subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
