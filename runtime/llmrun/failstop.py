@@ -41,7 +41,7 @@ def leave(code: int) -> NoReturn:
 def kill_if_still_there(pids: Sequence[int]) -> None:
     """Have a process that outlives this one kill these in two seconds, unless they have ended, and then a stuck launcher.
 
-    Open MPI's, when the stopped rank was just about to connect to it, waited for ever in 1 of 28 jobs whose ranks were all
+    Open MPI's, when the stopped rank was just about to connect to it, waited for ever in 6 of 117 jobs whose ranks were all
     gone. It has ten seconds, then SIGTERM, then SIGKILL.
     """
     import subprocess
