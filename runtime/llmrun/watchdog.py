@@ -148,21 +148,12 @@ class Watchdog:
         seconds = self._unwell.get(peer.rank, 0.0) + elapsed_s
         self._unwell[peer.rank] = seconds
         if state == "stopped" and seconds > self._deadline_s + self._turn_s:
-            self._lose(
-                f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}", peer.pid
-            )
+            self._lose(f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}")
         elif state == "gone" and seconds > GONE_S + self._turn_s:
             self._lose(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
 
-    def _lose(self, what: str, stopped: int | None = None) -> None:
-        """End the job; `stopped`: the process that is."""
-        if self._on_lost is not None:
-            self._on_lost(what)
-            return
-        if stopped is not None:
-            # On a busy machine some such jobs did not end under MPICH, whose launcher, it seems, waited for the stopped rank.
-            failstop.before_leaving(lambda _: failstop.kill_if_still_there([stopped]))
-        _end_job(what)
+    def _lose(self, what: str) -> None:
+        (self._on_lost or _end_job)(what)
 
     def _watch(self) -> None:
         poll_s = min(POLL_S, self._deadline_s / 4)
@@ -197,7 +188,7 @@ def process_state(peer: Peer) -> str:
 
 def _end_joining(what: str) -> None:
     # MPICH's launcher takes a rank that leaves before MPI knows it for one that has done its work, and waits for the rest.
-    failstop.before_leaving(lambda _: failstop.kill_if_still_there([peer.pid for peer in siblings()]))
+    failstop.take_along([peer.pid for peer in siblings()])
     _end_job(what)
 
 

@@ -41,7 +41,7 @@ def faulty(path: Path, fault: str, run: Callable[..., Outcome], watchdog_s: floa
 
 def codes_of_mpirun(code: int) -> set[int]:
     """Return what a user's own mpirun may report when a rank leaves with `code` (llmrun as the launcher: only that)."""
-    # MPICH's: llmrun.launcher says why. Open MPI's may wait for ever, until it is killed: failstop.kill_if_still_there.
+    # MPICH's: llmrun.launcher says why. Open MPI's may wait for ever, until it is killed: failstop.take_along.
     return {code, 9 if launcher.library_family() == launcher.MPICH else -signal.SIGKILL}
 
 

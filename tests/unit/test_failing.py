@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +38,43 @@ def test_a_rank_that_was_left_is_silent_once_another_has_said_why(
         common._fail(error)
     is_silent = is_told and isinstance(error, PeerError)
     assert (str(error) in capfd.readouterr().err) == (not is_silent)
+
+
+LEAVES = "import sys\nfrom llmrun import failstop\nfailstop.take_along([int(sys.argv[1])])\nfailstop.leave(6)\n"
+
+
+@pytest.fixture
+def other_rank() -> Iterator[int]:
+    """The pid of a stopped process; at the end it must have been killed."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as sleeper:
+        sleeper.send_signal(signal.SIGSTOP)
+        yield sleeper.pid
+        try:
+            assert sleeper.wait(10) == -signal.SIGKILL
+        finally:
+            sleeper.kill()
+
+
+def test_another_rank_is_killed_when_the_launcher_does_not(other_rank: int) -> None:
+    """No launcher at all, here: what the rank that leaves has left behind does it."""
+    assert subprocess.run([sys.executable, "-c", LEAVES, str(other_rank)], check=False).returncode == 6
+
+
+@pytest.mark.parametrize(
+    ("trap", "number"),
+    [("", signal.SIGTERM), pytest.param("trap '' TERM; ", signal.SIGKILL, marks=pytest.mark.extended)],
+)
+def test_a_launcher_that_does_not_see_the_end_is_ended(trap: str, number: signal.Signals, other_rank: int) -> None:
+    """A shell stands for it: the rank is its child, and it sleeps on when that has left."""
+    script = f'{trap}"$@"; echo $?; while :; do sleep 1; done'
+    command = ["/bin/sh", "-c", script, "sh", sys.executable, "-c", LEAVES, str(other_rank)]
+    environment = {**os.environ, "PMI_RANK": "0", "PMI_SIZE": "2"}
+    started = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as shell:
+        try:
+            assert shell.stdout is not None
+            assert shell.stdout.readline() == b"6\n"
+            assert shell.wait(30) == -number
+        finally:
+            shell.kill()
+    assert time.monotonic() - started > 10  # it may take its time

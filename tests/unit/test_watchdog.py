@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -170,54 +168,6 @@ def test_process_states_are_those_of_the_kernel() -> None:
     assert process_state(peer) == "gone"  # a zombie
     process.communicate()
     assert process_state(peer) == "gone"
-
-
-FINDS_A_STOPPED_PEER = """
-import sys
-from llmrun.comm import Peer, process_started
-from llmrun.watchdog import Watchdog
-pid = int(sys.argv[1])
-dog = Watchdog(0, (Peer(0, 'host', 1, 0), Peer(1, 'host', pid, process_started(pid))), 1.0)
-while True: dog.tick(0.6)
-"""
-
-
-@pytest.fixture
-def stopped_pid() -> Iterator[int]:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as sleeper:
-        sleeper.send_signal(signal.SIGSTOP)
-        yield sleeper.pid
-        try:
-            assert sleeper.wait(10) == -signal.SIGKILL
-        finally:
-            sleeper.kill()
-
-
-def test_a_stopped_peer_is_killed_when_the_launcher_does_not(stopped_pid: int) -> None:
-    """No launcher at all, here: the rank that found it leaves, and what it left behind does it."""
-    command = [sys.executable, "-c", FINDS_A_STOPPED_PEER, str(stopped_pid)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert (found.returncode, f"rank 1 (pid {stopped_pid}) is stopped" in found.stderr) == (6, True)
-
-
-@pytest.mark.parametrize(
-    ("trap", "number"),
-    [("", signal.SIGTERM), pytest.param("trap '' TERM; ", signal.SIGKILL, marks=pytest.mark.extended)],
-)
-def test_a_launcher_that_does_not_see_the_end_is_ended(trap: str, number: signal.Signals, stopped_pid: int) -> None:
-    """A shell stands for it: the rank is its child, and it sleeps on when that has left."""
-    command = [sys.executable, "-c", FINDS_A_STOPPED_PEER, str(stopped_pid)]
-    script = f'{trap}"$@"; echo $?; while :; do sleep 1; done'
-    environment = {**os.environ, "PMI_RANK": "0", "PMI_SIZE": "2"}
-    started = time.monotonic()
-    with subprocess.Popen(["/bin/sh", "-c", script, "sh", *command], stdout=subprocess.PIPE, env=environment) as shell:
-        try:
-            assert shell.stdout is not None
-            assert shell.stdout.readline() == b"6\n"
-            assert shell.wait(30) == -number
-        finally:
-            shell.kill()
-    assert time.monotonic() - started > 10  # it may take its time
 
 
 @pytest.mark.parametrize("has_said", [False, True])
