@@ -55,8 +55,8 @@ class Job:
             self.comm = communication.connect()
         self.rank, self.size = self.comm.rank, self.comm.size
         peers = self.comm.peers
-        if others := [peers[r].pid for r in communication.local_ranks(peers, self.rank) if r != self.rank]:
-            failstop.take_along(others)
+        if others := [peers[r] for r in communication.local_ranks(peers, self.rank) if r != self.rank]:
+            failstop.take_along(lambda: others)
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)
         self.watchdog.start()

@@ -188,7 +188,7 @@ def process_state(peer: Peer) -> str:
 
 def _end_joining(what: str) -> None:
     # MPICH's launcher takes a rank that leaves before MPI knows it for one that has done its work, and waits for the rest.
-    failstop.take_along([peer.pid for peer in siblings()])
+    failstop.take_along(siblings)
     _end_job(what)
 
 

@@ -40,7 +40,14 @@ def test_a_rank_that_was_left_is_silent_once_another_has_said_why(
     assert (str(error) in capfd.readouterr().err) == (not is_silent)
 
 
-LEAVES = "import sys\nfrom llmrun import failstop\nfailstop.take_along([int(sys.argv[1])])\nfailstop.leave(6)\n"
+LEAVES = """
+import sys
+from llmrun import failstop
+from llmrun.comm import Peer, process_started
+pid, later = map(int, sys.argv[1:])
+failstop.take_along(lambda: [Peer(1, "here", pid, process_started(pid) + later)])
+failstop.leave(6)
+"""
 
 
 @pytest.fixture
@@ -57,7 +64,17 @@ def other_rank() -> Iterator[int]:
 
 def test_another_rank_is_killed_when_the_launcher_does_not(other_rank: int) -> None:
     """No launcher at all, here: what the rank that leaves has left behind does it."""
-    assert subprocess.run([sys.executable, "-c", LEAVES, str(other_rank)], check=False).returncode == 6
+    assert subprocess.run([sys.executable, "-c", LEAVES, str(other_rank), "0"], check=False).returncode == 6
+
+
+def test_a_process_that_has_a_ranks_pid_by_now_is_left_alone() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as somebody:
+        try:
+            assert subprocess.run([sys.executable, "-c", LEAVES, str(somebody.pid), "1"], check=False).returncode == 6
+            with pytest.raises(subprocess.TimeoutExpired):
+                somebody.wait(3.5)
+        finally:
+            somebody.kill()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +84,7 @@ def test_another_rank_is_killed_when_the_launcher_does_not(other_rank: int) -> N
 def test_a_launcher_that_does_not_see_the_end_is_ended(trap: str, number: signal.Signals, other_rank: int) -> None:
     """A shell stands for it: the rank is its child, and it sleeps on when that has left."""
     script = f'{trap}"$@"; echo $?; while :; do sleep 1; done'
-    command = ["/bin/sh", "-c", script, "sh", sys.executable, "-c", LEAVES, str(other_rank)]
+    command = ["/bin/sh", "-c", script, "sh", sys.executable, "-c", LEAVES, str(other_rank), "0"]
     environment = {**os.environ, "PMI_RANK": "0", "PMI_SIZE": "2"}
     started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as shell:
