@@ -57,7 +57,7 @@ Tuning tuning(bool has_core_for_each) {
     chosen.spin = std::chrono::microseconds(has_core_for_each ? 50 : 0);
     chosen.yield = std::chrono::microseconds(has_core_for_each ? 1000 : 0);
     chosen.look = std::chrono::milliseconds(100);
-    // A launcher on a busy machine needed more than a second to end the ranks that were left.
+    // Longer than the two seconds after which failstop.py ends the ranks that the launcher does not.
     chosen.grace = std::chrono::milliseconds(3000);
     return chosen;
 }

@@ -82,6 +82,11 @@ def local_ranks(peers: tuple[Peer, ...], rank: int) -> list[int]:
     return [peer.rank for peer in peers if peer.host == peers[rank].host]
 
 
+def local_peers(peers: tuple[Peer, ...], rank: int) -> list[Peer]:
+    """Return the other ranks on the host of `rank`, in order; none if nobody is known yet."""
+    return [peers[other] for other in local_ranks(peers, rank) if other != rank] if peers else []
+
+
 def process_started(pid: int) -> int | None:
     """Return when a process of this host started, in clock ticks since boot; None if it is gone."""
     stat = read_process_stat(pid)
@@ -102,12 +107,12 @@ def siblings(states: str = "RSDTt") -> list[Peer]:
     `states`: of /proc/PID/stat; those that are in one of them.
     """
     own, host = console.environment_rank(), _host_identity()
-    above = next((pid for pid in _ancestors(os.getpid()) if _environment_rank(pid) is None), None)
+    above = next((pid for pid in _ancestors(os.getpid()) if rank_of_process(pid) is None), None)
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit() or (stat := read_process_stat(int(name))) is None or stat[0] not in states:
             continue
-        rank = _environment_rank(int(name))
+        rank = rank_of_process(int(name))
         if rank is not None and rank != own and above in _ancestors(int(name)):
             found.append(Peer(rank, host, int(name), int(stat[19])))
     return found
@@ -121,7 +126,7 @@ def _ancestors(pid: int) -> list[int]:
     return found
 
 
-def _environment_rank(pid: int) -> int | None:
+def rank_of_process(pid: int) -> int | None:
     """Return the rank that a launcher gave a process; None: none did, or it is gone."""
     try:
         lines = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")

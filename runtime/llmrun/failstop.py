@@ -44,21 +44,23 @@ def leave(code: int) -> NoReturn:
 def take_along(find: Callable[[], Sequence[Peer]]) -> None:
     """Have other ranks of this host killed two seconds after `leave`, and then their launcher, should it not end them.
 
-    `find`: names them when it comes to that. Measured: MPICH's launcher did not see that a rank had left with 1 in 11 of
-    800 jobs, nor, on a busy machine, in 2 of 84 with a stopped rank. Open MPI's, when the stopped rank was just about to
-    connect to it, waited for ever in 6 of 117 jobs whose ranks were all gone. It has ten seconds, then SIGTERM, then
-    SIGKILL.
+    `find`: names them when it comes to that. Both MPIs' launchers now and then do not see that a rank has left, or wait
+    for ever when all have (tests/benchmarks/LOG.md). Theirs has ten seconds, then SIGTERM, then SIGKILL; not if a program
+    of the user's stands between it and this rank, which may have more to do.
     """
 
     def kill(_code: int) -> None:
-        from llmrun.comm import process_started
+        from llmrun.comm import process_started, rank_of_process
 
-        _kill_if_still_there([peer.pid for peer in find() if process_started(peer.pid) == peer.started])
+        pids = [peer.pid for peer in find() if process_started(peer.pid) == peer.started]
+        parent = os.getppid()
+        is_launcher = launcher.launcher_family() is not None and rank_of_process(parent) is None
+        _kill_if_still_there(pids, parent if is_launcher else 0)
 
     before_leaving(kill)
 
 
-def _kill_if_still_there(pids: Sequence[int]) -> None:
+def _kill_if_still_there(pids: Sequence[int], parent: int) -> None:
     import subprocess
 
     script = """
@@ -70,7 +72,6 @@ def _kill_if_still_there(pids: Sequence[int]) -> None:
         wait_for 50 $parent; there $parent && kill $parent
         wait_for 10 $parent; there $parent && kill -9 $parent"""
     nowhere = subprocess.DEVNULL
-    parent = os.getppid() if launcher.launcher_family() is not None else 0
     command = ["/bin/sh", "-c", script, "sh", str(parent), *map(str, pids)]
     subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 

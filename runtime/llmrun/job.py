@@ -54,8 +54,7 @@ class Job:
         with watchdog.joining(deadline_s):
             self.comm = communication.connect()
         self.rank, self.size = self.comm.rank, self.comm.size
-        peers = self.comm.peers
-        if others := [peers[r] for r in communication.local_ranks(peers, self.rank) if r != self.rank]:
+        if others := communication.local_peers(self.comm.peers, self.rank):
             failstop.take_along(lambda: others)
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)

@@ -12,19 +12,17 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmrun import console
 from llmrun.errors import ResourceError
 from llmrun.launcher import LAUNCH_VARIABLE, die_with_parent, find_mpirun, mpirun_options
-
-if TYPE_CHECKING:
-    import subprocess
 
 KILL_AFTER_S = 5.0
 ENDS_WITHIN_S = 10.0  # mpirun, once a rank has said how the job ends
@@ -51,8 +49,6 @@ def start_ranks(
         folder: empty; gets the pipes and notes through which the ranks talk to us.
         environment: variables to add.
     """
-    import subprocess
-
     command = [sys.executable, "-m", "llmrun", *arguments]
     if num_ranks > 1:
         mpirun, family = find_mpirun()
@@ -78,12 +74,7 @@ def start_ranks(
 
 
 def _end_late(child: subprocess.Popen[bytes], note: Path) -> None:
-    """Kill an mpirun that does not see that its job has ended.
-
-    Open MPI's waited for ever in 1 of 14 jobs of four ranks with a stopped one, on a busy machine: all ranks had left.
-    """
-    import subprocess
-
+    """Kill an mpirun that does not see that its job has ended, as Open MPI's now and then, when all ranks have left."""
     while child.poll() is None:
         if not note.exists():
             time.sleep(1)
@@ -102,8 +93,6 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
-    import tempfile  # here and not above: the ranks, which import this module, start nobody
-
     with tempfile.TemporaryDirectory(prefix="llmrun-") as folder:
         child = start_ranks(num_ranks, arguments, folder)
         pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
@@ -252,8 +241,6 @@ class _SignalForwarder:
         self._child.send_signal(signal.SIGTERM)
 
     def _kill_late(self, seconds: float) -> None:
-        import subprocess
-
         try:
             self._child.wait(seconds)
         except subprocess.TimeoutExpired:

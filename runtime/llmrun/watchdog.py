@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from llmrun import console, failstop, launcher
-from llmrun.comm import Peer, local_ranks, read_process_stat, siblings
+from llmrun.comm import Peer, local_peers, read_process_stat, siblings
 from llmrun.errors import UsageError
 
 DEFAULT_S = 30.0
@@ -83,12 +83,12 @@ class Watchdog:
         `on_lost` is told in one sentence what is wrong, and by default ends the job; `peer_state` as the function.
         """
         self._rank, self._size, self._deadline_s = rank, len(peers), deadline_s
-        own_host = [peers[r] for r in local_ranks(peers, rank) if r != rank] if peers else []
+        own_host = local_peers(peers, rank)
         self._find_peers = find_peers or (lambda: own_host)
         # All ranks of a host see what is wrong with one: the lowest speaks, and the launcher has time to end the others.
         turn = sum(peer.rank < rank for peer in own_host) if peers else rank
         self._turn_s = min(TURN_S * turn, MOST_TURNS_S)
-        self._on_lost = on_lost
+        self._on_lost = on_lost or _end_job
         self._peer_state = peer_state or process_state
         self._collectives: CollectiveState = lambda: (0, 0)
         self._unwell: dict[int, float] = {}  # seconds for which a peer has been seen stopped or gone
@@ -134,11 +134,11 @@ class Watchdog:
             # A rank that is stuck by itself reports first, then the lowest rank that waits for it.
             if waited_s > deadline_s + 1 + 0.5 * self._rank:
                 who = f"rank {1 - self._rank}" if self._size == 2 else "another rank"
-                self._lose(
+                self._on_lost(
                     f"{who} has not reached collective {begun} ({name}) for {waited_s:.0f} s; seen by rank {self._rank}"
                 )
         elif waited_s > deadline_s:
-            self._lose(f"rank {self._rank} is stuck: no progress in {name} for {waited_s:.0f} s")
+            self._on_lost(f"rank {self._rank} is stuck: no progress in {name} for {waited_s:.0f} s")
 
     def _look_at(self, peer: Peer, elapsed_s: float) -> None:
         state = self._peer_state(peer)
@@ -148,12 +148,11 @@ class Watchdog:
         seconds = self._unwell.get(peer.rank, 0.0) + elapsed_s
         self._unwell[peer.rank] = seconds
         if state == "stopped" and seconds > self._deadline_s + self._turn_s:
-            self._lose(f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}")
+            self._on_lost(
+                f"rank {peer.rank} (pid {peer.pid}) is stopped for {seconds:.0f} s; seen by rank {self._rank}"
+            )
         elif state == "gone" and seconds > GONE_S + self._turn_s:
-            self._lose(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
-
-    def _lose(self, what: str) -> None:
-        (self._on_lost or _end_job)(what)
+            self._on_lost(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
 
     def _watch(self) -> None:
         poll_s = min(POLL_S, self._deadline_s / 4)

@@ -83,11 +83,10 @@ def test_a_process_that_has_a_ranks_pid_by_now_is_left_alone() -> None:
 )
 def test_a_launcher_that_does_not_see_the_end_is_ended(trap: str, number: signal.Signals, other_rank: int) -> None:
     """A shell stands for it: the rank is its child, and it sleeps on when that has left."""
-    script = f'{trap}"$@"; echo $?; while :; do sleep 1; done'
+    script = f'{trap}PMI_RANK=0 PMI_SIZE=2 "$@"; echo $?; while :; do sleep 1; done'
     command = ["/bin/sh", "-c", script, "sh", sys.executable, "-c", LEAVES, str(other_rank), "0"]
-    environment = {**os.environ, "PMI_RANK": "0", "PMI_SIZE": "2"}
     started = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as shell:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as shell:
         try:
             assert shell.stdout is not None
             assert shell.stdout.readline() == b"6\n"
@@ -95,3 +94,15 @@ def test_a_launcher_that_does_not_see_the_end_is_ended(trap: str, number: signal
         finally:
             shell.kill()
     assert time.monotonic() - started > 10  # it may take its time
+
+
+@pytest.mark.slow
+def test_a_program_between_launcher_and_rank_goes_on(other_rank: int) -> None:
+    """It has the rank's environment too, and cleans up, say, for longer than the launcher has."""
+    command = ["/bin/sh", "-c", '"$@"; exec sleep 60', "sh", sys.executable, "-c", LEAVES, str(other_rank), "0"]
+    with subprocess.Popen(command, env={**os.environ, "PMI_RANK": "0", "PMI_SIZE": "2"}) as wrapper:
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                wrapper.wait(14)
+        finally:
+            wrapper.kill()
