@@ -38,6 +38,14 @@ int llmpack_ops_set_isa(const char* name) {
         " is not an instruction set of this machine, expected one of: " + llmpack::supported_isas() + ".");
 }
 
+const char* llmpack_ops_weight_fetch(void) { return llmpack::name_of(llmpack::weight_fetch()); }
+
+int llmpack_ops_set_weight_fetch(const char* name) {
+    if (name != nullptr && llmpack::set_weight_fetch(name)) return 0;
+    return failed(std::string("llmpack_ops_set_weight_fetch: ") + (name != nullptr ? name : "NULL") +
+                  " is no way of asking for weights, expected through-caches or past-caches.");
+}
+
 int llmpack_ops_expect_threads(int number) {
     return guarded("llmpack_ops_expect_threads", [&] { llmpack::ort::expect_threads(number); });
 }

@@ -29,6 +29,13 @@ LLMPACK_EXPORT const char* llmpack_ops_isa(void);
 // Choose the instruction set, for tests and comparisons. -1: unknown name, or this machine lacks it.
 LLMPACK_EXPORT int llmpack_ops_set_isa(const char* name);
 
+// How products of few tokens ask for weights that come from memory: "through-caches", or "past-caches", which
+// suits AMD's processors. At first what suits this one; the results are the same.
+LLMPACK_EXPORT const char* llmpack_ops_weight_fetch(void);
+
+// Choose it, for tests and comparisons. -1: unknown name.
+LLMPACK_EXPORT int llmpack_ops_set_weight_fetch(const char* name);
+
 // Tell how many threads a session of this process may have for its operators; the most that was ever told
 // counts. With one, work is not cut into ranges for others to take: each costs streams from memory a new
 // start. Never told: any number. -1: below 1.

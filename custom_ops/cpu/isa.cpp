@@ -74,6 +74,23 @@ bool has_neon_dot_products() {
 }
 #endif
 
+// Whether the third-level cache takes what leaves the second: AMD's since Zen, and Hygon's, which descend
+// from it. Measured on Zen 5.
+bool has_victim_cache() {
+#if defined(__x86_64__)
+    constexpr unsigned kZen = 0x17;
+    unsigned eax, vendor[3];
+    if (!__get_cpuid(0, &eax, &vendor[0], &vendor[2], &vendor[1])) return false;
+    if (std::memcmp(vendor, "AuthenticAMD", 12) != 0 && std::memcmp(vendor, "HygonGenuine", 12) != 0)
+        return false;
+    unsigned ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+    return (eax >> 8 & 15) + (eax >> 20 & 255) >= kZen;
+#else
+    return false;
+#endif
+}
+
 struct Level {
     const Kernels& (*table)();
     bool (*supported)();
@@ -106,7 +123,28 @@ std::atomic<const Kernels*>& current() {
     return kernels;
 }
 
+std::atomic<WeightFetch>& current_fetch() {
+    static std::atomic<WeightFetch> fetch{has_victim_cache() ? WeightFetch::kPastCaches
+                                                             : WeightFetch::kThroughCaches};
+    return fetch;
+}
+
 }  // namespace
+
+WeightFetch weight_fetch() { return current_fetch().load(std::memory_order_relaxed); }
+
+const char* name_of(WeightFetch fetch) {
+    return fetch == WeightFetch::kPastCaches ? "past-caches" : "through-caches";
+}
+
+bool set_weight_fetch(const char* name) {
+    for (WeightFetch fetch : {WeightFetch::kThroughCaches, WeightFetch::kPastCaches}) {
+        if (std::strcmp(name, name_of(fetch)) != 0) continue;
+        current_fetch().store(fetch, std::memory_order_relaxed);
+        return true;
+    }
+    return false;
+}
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 

@@ -17,6 +17,10 @@ constexpr int64_t kPositionGroup = 16;  // positions of a vector of scores; cach
 
 enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4 };
 
+// How a product of few tokens asks for weights ahead of their use: into the caches, or past those that would
+// keep them. The results are the same.
+enum class WeightFetch { kThroughCaches, kPastCaches };
+
 // Activations [M, K] quantized to 8 bits, one scale for each group of input features.
 // Tokens are stored in blocks of Kernels::quantized_token_block (the last one may be smaller); with m tokens
 // in block b, b * block * K bytes from the start:   values [K / 4, m, 4],  scales and sums [K / group_size,
@@ -39,6 +43,7 @@ struct QuantizedMatMul {
     float* y;                // [M, N] or [M, N / 2]
     int64_t N;
     bool gated;
+    WeightFetch fetch;
     float* scratch;  // gated and more than two tokens: [M, 32], of this call alone
 };
 
@@ -49,6 +54,7 @@ struct FloatMatMul {
     float* y;            // [M, N] or [M, N / 2]
     int64_t M, N, K;
     bool gated;
+    WeightFetch fetch;
 };
 
 // y [T, K] = rows ids of W [N, K], W in tiles as above (Q8 and Q6).
@@ -131,6 +137,15 @@ const Kernels& kernels();
 
 // Switch to the named table. False: no such name, or this machine cannot run it.
 bool set_isa(const char* name);
+
+// The way in use, at first what suits the processor.
+WeightFetch weight_fetch();
+
+// "through-caches" or "past-caches".
+const char* name_of(WeightFetch fetch);
+
+// Switch to the named way. False: no such name.
+bool set_weight_fetch(const char* name);
 
 // Names that this machine can run, best first, separated by a comma and a space.
 const char* supported_isas();

@@ -80,20 +80,39 @@ LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
     }
 }
 
-// How far ahead of its use a weight is asked for, in bytes: from memory into the second-level cache, and from
-// there into the first. A core can have some 50 lines on their way into the second level and 10 to 16 into
-// the first, so that asking for all in one step leaves bandwidth unused (tests/benchmarks/LOG.md,
-// 2026-11-25 and 26). Tiles follow each other in memory, so this also fetches the next tile's first bytes,
-// across the page boundaries at which the hardware's prefetcher stops.
-constexpr int64_t kAhead = 4096, kNear = 2048;
+// How far ahead of its use a weight is asked for, in bytes.
+//
+// kThroughCaches: from memory into the second-level cache, and from there into the first. A core can have
+// some 50 lines on their way into the second level and 10 to 16 into the first, so that asking for all in one
+// step leaves bandwidth unused. kPastCaches: once, into the first-level cache alone. Where the third level
+// takes what leaves the second (AMD), weights that will not be used again cost bandwidth on their way there,
+// and push out what will be (tests/benchmarks/LOG.md, 2026-11-25 and 26).
+//
+// Tiles follow each other in memory, so this also fetches the next tile's first bytes, across the page
+// boundaries at which the hardware's prefetcher stops.
+constexpr int64_t kAhead = 4096, kNear = 2048, kAheadPastCaches = 3072;
 constexpr int64_t kScalesAhead = 32 * kTileRows;  // scales: 1 KB
 
+// Tokens of one block. Past the caches goes only what one block needs, as the next one would look for the
+// tile in them; and no more than wait for memory: eight tokens lose 3 %.
+constexpr int block_tokens(WeightFetch fetch, int block) {
+    return fetch == WeightFetch::kPastCaches && block > 4 ? 4 : block;
+}
+constexpr bool is_past_caches(WeightFetch fetch, int64_t M, int block) {
+    return fetch == WeightFetch::kPastCaches && M <= block_tokens(fetch, block);
+}
+
 // PRECOND: none; a prefetch beyond the last tile's page does nothing.
-template <int64_t bytes>
+template <WeightFetch fetch, int64_t bytes>
 LLMPACK_INLINE void prefetch_ahead(const void* p) {
     for (int64_t line = 0; line < bytes; line += 64) {
-        __builtin_prefetch(static_cast<const char*>(p) + kAhead + line, 0, 2);
-        __builtin_prefetch(static_cast<const char*>(p) + kNear + line);
+        const char* at = static_cast<const char*>(p) + line;
+        if constexpr (fetch == WeightFetch::kPastCaches) {
+            __builtin_prefetch(at + kAheadPastCaches, 0, 0);
+        } else {
+            __builtin_prefetch(at + kAhead, 0, 2);
+            __builtin_prefetch(at + kNear);
+        }
     }
 }
 
@@ -102,7 +121,7 @@ LLMPACK_INLINE void prefetch_ahead(const void* p) {
 //
 // What waits for memory is kept to few instructions: a core looks a fixed number of them ahead, and eight
 // no-ops a line of weights cost 5 % of the bandwidth.
-template <class Scheme, int streams, int m>
+template <class Scheme, WeightFetch fetch, int streams, int m>
 LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, int64_t apart,
                                     int64_t first_token, F32x16 (&y)[streams][m]) {
     const QuantizedActivations& in = *args.x;
@@ -132,7 +151,7 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
         }
         for (int64_t k = 0; k < in.group_size; k += 32) {
             LLMPACK_UNROLL_16 for (int s = 0; s < streams; s++) {
-                if (from_memory) prefetch_ahead<Scheme::kBytes32>(w[s]);
+                if (from_memory) prefetch_ahead<fetch, Scheme::kBytes32>(w[s]);
                 dot32<Scheme, m>(w[s], x, sum[s]);
                 w[s] += Scheme::kBytes32;
             }
@@ -174,14 +193,14 @@ LLMPACK_INLINE void store_gated_tile(F32x16 (&gate)[m], const F32x16 (&up)[m], f
     store_tile<m>(gate, y, N / 2, tile, first_token);
 }
 
-template <class Scheme, int streams>
+template <class Scheme, WeightFetch fetch, int streams>
 struct Quantized {
     template <int m>
     struct Tiles {
         static LLMPACK_INLINE void run(const QuantizedMatMul& args, int64_t tile, int64_t apart,
                                        int64_t first_token) {
             F32x16 y[streams][m];
-            quantized_tiles<Scheme, streams, m>(args, tile, apart, first_token, y);
+            quantized_tiles<Scheme, fetch, streams, m>(args, tile, apart, first_token, y);
             for (int s = 0; s < streams; s++)
                 store_tile<m>(y[s], args.y, args.N, tile + s * apart, first_token);
         }
@@ -195,7 +214,7 @@ constexpr int64_t kLeastTilesOfStream = 4;
 constexpr int kMostTokensOfTwoStreams = 2;  // with more, arithmetic is what takes the time
 
 // Gate and up are the two streams, where few tokens make them worth it.
-template <class Scheme>
+template <class Scheme, WeightFetch fetch>
 struct GatedQuantized {
     template <int m>
     struct Tiles {
@@ -203,12 +222,12 @@ struct GatedQuantized {
                                        int64_t first_token) {
             if constexpr (m <= kMostTokensOfTwoStreams) {
                 F32x16 y[2][m];
-                quantized_tiles<Scheme, 2, m>(args, tile, apart, first_token, y);
+                quantized_tiles<Scheme, fetch, 2, m>(args, tile, apart, first_token, y);
                 store_gated_tile<m>(y[0], y[1], args.y, args.N, tile, first_token);
             } else {
                 F32x16 gate[1][m], up[1][m];
-                quantized_tiles<Scheme, 1, m>(args, tile, 0, first_token, gate);
-                quantized_tiles<Scheme, 1, m>(args, tile + apart, 0, first_token, up);
+                quantized_tiles<Scheme, fetch, 1, m>(args, tile, 0, first_token, gate);
+                quantized_tiles<Scheme, fetch, 1, m>(args, tile + apart, 0, first_token, up);
                 store_gated_tile<m>(gate[0], up[0], args.y, args.N, tile, first_token);
             }
         }
@@ -329,7 +348,7 @@ void decode_stretch(const QuantizedMatMul& args, int64_t tile, int64_t first, in
     const uint8_t* w = args.weight + (tile * args.x->K + first) / 32 * Scheme::kBytes32;
     for (int64_t k = first; k < last; k += Scheme::kStep, w += Scheme::kStep * Scheme::kBytes32 / 32) {
         Bytes q[Scheme::kStep / 4];
-        prefetch_ahead<Scheme::kStep * Scheme::kBytes32 / 32>(w);
+        prefetch_ahead<WeightFetch::kThroughCaches, Scheme::kStep * Scheme::kBytes32 / 32>(w);
         Scheme::decode(w, q);
         for (int i = 0; i < Scheme::kStep / 4; i++, decoded += 64) store_bytes(decoded, q[i]);
     }
@@ -351,56 +370,71 @@ void tiles_of_many_tokens(const QuantizedMatMul& args, const Together& at) {
 }
 
 template <class Scheme>
-void gated_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
-    const int64_t M = args.x->M, N = args.N, apart = N / 2 / kTileRows;
-    for (int64_t tile = begin; tile < end; tile++) {
-        if (M < kLeastTokensToDecode) {
-            for (int64_t token = 0; token < M; token += kQuantizedBlock) {
-                with_count<kQuantizedBlock, GatedQuantized<Scheme>::template Tiles>(
-                    min(kQuantizedBlock, M - token), args, tile, apart, token);
-            }
-            continue;
-        }
-        constexpr int64_t kStride = 2 * kTileRows;
-        if constexpr (kTilesTogether == 2) {
-            tiles_of_many_tokens<Scheme, 2>(args, {tile, apart, args.scratch, kStride});
-        } else {
-            tiles_of_many_tokens<Scheme, 1>(args, {tile, 0, args.scratch, kStride});
-            tiles_of_many_tokens<Scheme, 1>(args, {tile + apart, 0, args.scratch + kTileRows, kStride});
-        }
-        for (int64_t t = 0; t < M; t++) {
-            const float* sums = args.scratch + t * kStride;
-            F32x16 gate[1] = {load(sums)}, up[1] = {load(sums + kTileRows)};
-            store_gated_tile<1>(gate, up, args.y, N, tile, t);
-        }
-    }
-}
-
-template <class Scheme>
-void quantized_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
-    if (args.gated) return gated_range<Scheme>(args, begin, end);
-    const int64_t M = args.x->M, apart = (end - begin) / 2;
-    if (M >= kLeastTokensToDecode) {
+void many_tokens(const QuantizedMatMul& args, int64_t begin, int64_t end) {
+    if (!args.gated) {
         const auto at = [&](int64_t tile) { return Together{tile, 1, args.y + tile * kTileRows, args.N}; };
         for (; begin + kTilesTogether <= end; begin += kTilesTogether)
             tiles_of_many_tokens<Scheme, kTilesTogether>(args, at(begin));
         for (; begin < end; begin++) tiles_of_many_tokens<Scheme, 1>(args, at(begin));
         return;
     }
+    constexpr int64_t kStride = 2 * kTileRows;
+    const int64_t apart = args.N / 2 / kTileRows;
+    for (int64_t tile = begin; tile < end; tile++) {
+        if constexpr (kTilesTogether == 2) {
+            tiles_of_many_tokens<Scheme, 2>(args, {tile, apart, args.scratch, kStride});
+        } else {
+            tiles_of_many_tokens<Scheme, 1>(args, {tile, 0, args.scratch, kStride});
+            tiles_of_many_tokens<Scheme, 1>(args, {tile + apart, 0, args.scratch + kTileRows, kStride});
+        }
+        for (int64_t t = 0; t < args.x->M; t++) {
+            const float* sums = args.scratch + t * kStride;
+            F32x16 gate[1] = {load(sums)}, up[1] = {load(sums + kTileRows)};
+            store_gated_tile<1>(gate, up, args.y, args.N, tile, t);
+        }
+    }
+}
+
+// Tile outside, tokens inside: a tile (16 KB of q4 for K = 2048) stays in the first-level cache for all
+// tokens.
+template <class Scheme, WeightFetch fetch>
+void few_tokens(const QuantizedMatMul& args, int64_t begin, int64_t end) {
+    constexpr int kBlock = block_tokens(fetch, kQuantizedBlock);
+    const int64_t M = args.x->M;
+    if (args.gated) {
+        const int64_t apart = args.N / 2 / kTileRows;
+        for (int64_t tile = begin; tile < end; tile++) {
+            for (int64_t token = 0; token < M; token += kBlock) {
+                with_count<kBlock, GatedQuantized<Scheme, fetch>::template Tiles>(min(kBlock, M - token),
+                                                                                  args, tile, apart, token);
+            }
+        }
+        return;
+    }
+    const int64_t apart = (end - begin) / 2;
     if (M <= kMostTokensOfTwoStreams && apart >= kLeastTilesOfStream) {
         for (int64_t tile = begin; tile < begin + apart; tile++) {
-            with_count<kMostTokensOfTwoStreams, Quantized<Scheme, 2>::template Tiles>(M, args, tile, apart,
-                                                                                      int64_t{0});
+            with_count<kMostTokensOfTwoStreams, Quantized<Scheme, fetch, 2>::template Tiles>(
+                M, args, tile, apart, int64_t{0});
         }
         begin += 2 * apart;
     }
-    // Tile outside, tokens inside: a tile (16 KB of q4 for K = 2048) stays in the first-level cache for all
-    // tokens.
     for (int64_t tile = begin; tile < end; tile++) {
-        for (int64_t token = 0; token < M; token += kQuantizedBlock) {
-            with_count<kQuantizedBlock, Quantized<Scheme, 1>::template Tiles>(min(kQuantizedBlock, M - token),
-                                                                              args, tile, int64_t{0}, token);
+        for (int64_t token = 0; token < M; token += kBlock) {
+            with_count<kBlock, Quantized<Scheme, fetch, 1>::template Tiles>(min(kBlock, M - token), args,
+                                                                            tile, int64_t{0}, token);
         }
+    }
+}
+
+template <class Scheme>
+void quantized_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
+    if (args.x->M >= kLeastTokensToDecode) {
+        many_tokens<Scheme>(args, begin, end);
+    } else if (is_past_caches(args.fetch, args.x->M, kQuantizedBlock)) {
+        few_tokens<Scheme, WeightFetch::kPastCaches>(args, begin, end);
+    } else {
+        few_tokens<Scheme, WeightFetch::kThroughCaches>(args, begin, end);
     }
 }
 
@@ -410,7 +444,7 @@ LLMPACK_INLINE F32x16 load_weights(const float* p) { return load(p); }
 LLMPACK_INLINE F32x16 load_weights(const uint16_t* p) { return load_f16(p); }
 
 // Even and odd input features are summed apart: two chains of additions hide the latency of one.
-template <class Weight, int m>
+template <class Weight, WeightFetch fetch, int m>
 LLMPACK_INLINE void float_tile(const FloatMatMul& args, int64_t tile, int64_t first_token, F32x16 (&y)[m]) {
     const int64_t K = args.K;
     const Weight* w = static_cast<const Weight*>(args.weight) + tile * K * kTileRows;
@@ -420,7 +454,7 @@ LLMPACK_INLINE void float_tile(const FloatMatMul& args, int64_t tile, int64_t fi
     const bool from_memory = first_token == 0;
     int64_t k = 0;
     for (; k + 2 <= K; k += 2) {
-        if (from_memory) prefetch_ahead<2 * kTileRows * sizeof(Weight)>(w + k * kTileRows);
+        if (from_memory) prefetch_ahead<fetch, 2 * kTileRows * sizeof(Weight)>(w + k * kTileRows);
         F32x16 w_even = load_weights(w + k * kTileRows), w_odd = load_weights(w + (k + 1) * kTileRows);
         for (int t = 0; t < m; t++) even[t] = fma(w_even, set1(x[t * K + k]), even[t]);
         for (int t = 0; t < m; t++) odd[t] = fma(w_odd, set1(x[t * K + k + 1]), odd[t]);
@@ -432,27 +466,40 @@ LLMPACK_INLINE void float_tile(const FloatMatMul& args, int64_t tile, int64_t fi
     for (int t = 0; t < m; t++) y[t] = even[t] + odd[t];
 }
 
-template <class Weight>
+template <class Weight, WeightFetch fetch>
 struct Float {
     template <int m>
     struct Tile {
         static LLMPACK_INLINE void run(const FloatMatMul& args, int64_t tile, int64_t first_token) {
             F32x16 y[m];
-            float_tile<Weight, m>(args, tile, first_token, y);
+            float_tile<Weight, fetch, m>(args, tile, first_token, y);
             if (!args.gated) return store_tile<m>(y, args.y, args.N, tile, first_token);
             F32x16 up[m];
-            float_tile<Weight, m>(args, tile + args.N / 2 / kTileRows, first_token, up);
+            float_tile<Weight, fetch, m>(args, tile + args.N / 2 / kTileRows, first_token, up);
             store_gated_tile<m>(y, up, args.y, args.N, tile, first_token);
         }
     };
-    static void tiles(const FloatMatMul& args, int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; tile++) {
-            for (int64_t token = 0; token < args.M; token += kFloatBlock) {
-                with_count<kFloatBlock, Tile>(min(kFloatBlock, args.M - token), args, tile, token);
-            }
+};
+
+template <class Weight, WeightFetch fetch>
+void float_tiles(const FloatMatMul& args, int64_t begin, int64_t end) {
+    constexpr int kBlock = block_tokens(fetch, kFloatBlock);
+    for (int64_t tile = begin; tile < end; tile++) {
+        for (int64_t token = 0; token < args.M; token += kBlock) {
+            with_count<kBlock, Float<Weight, fetch>::template Tile>(min(kBlock, args.M - token), args, tile,
+                                                                    token);
         }
     }
-};
+}
+
+template <class Weight>
+void float_range(const FloatMatMul& args, int64_t begin, int64_t end) {
+    if (is_past_caches(args.fetch, args.M, kFloatBlock)) {
+        float_tiles<Weight, WeightFetch::kPastCaches>(args, begin, end);
+    } else {
+        float_tiles<Weight, WeightFetch::kThroughCaches>(args, begin, end);
+    }
+}
 
 // One group of one token. values: every fourth byte group of a block of m tokens, [group_size / 4, m, 4] seen
 // from this token. The integers are half-to-even roundings of x * (127 / absmax), the same on every
@@ -527,9 +574,9 @@ void matmul_quantized(WeightType type, const QuantizedMatMul& args, int64_t begi
 
 void matmul_float(WeightType type, const FloatMatMul& args, int64_t begin, int64_t end) {
     if (type == WeightType::kF32) {
-        Float<float>::tiles(args, begin, end);
+        float_range<float>(args, begin, end);
     } else {
-        Float<uint16_t>::tiles(args, begin, end);
+        float_range<uint16_t>(args, begin, end);
     }
 }
 

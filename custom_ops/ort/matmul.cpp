@@ -60,7 +60,7 @@ class FloatMatrix {
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
         const int64_t tiles = (N + kTileRows - 1) / kTileRows;
         weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
-        return {x.as<float>(), weight.data, nullptr, M, N, K, false};
+        return {x.as<float>(), weight.data, nullptr, M, N, K, false, weight_fetch()};
     }
 
     template <bool gated>
@@ -157,7 +157,7 @@ class QuantizedMatrix {
         const int64_t blocks = (M + k.quantized_token_block - 1) / k.quantized_token_block;
         context.parallel_for(blocks, 4,
                              [&](int64_t begin, int64_t end) { k.quantize(in.x, activations, begin, end); });
-        const QuantizedMatMul args{&activations, in.weight, in.scales, y, N, gated, nullptr};
+        const QuantizedMatMul args{&activations, in.weight, in.scales, y, N, gated, weight_fetch(), nullptr};
         const int64_t bytes = K * kTileRows * kBits / 8;
         if constexpr (gated) {
             struct Scratch;

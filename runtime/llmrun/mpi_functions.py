@@ -76,6 +76,10 @@ def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
     library.llmpack_ops_isa.restype = ctypes.c_char_p
     library.llmpack_ops_set_isa.argtypes = [ctypes.c_char_p]
     library.llmpack_ops_set_isa.restype = ctypes.c_int
+    library.llmpack_ops_weight_fetch.argtypes = []
+    library.llmpack_ops_weight_fetch.restype = ctypes.c_char_p
+    library.llmpack_ops_set_weight_fetch.argtypes = [ctypes.c_char_p]
+    library.llmpack_ops_set_weight_fetch.restype = ctypes.c_int
     library.llmpack_ops_expect_threads.argtypes = [ctypes.c_int]
     library.llmpack_ops_expect_threads.restype = ctypes.c_int
     library.llmpack_ops_set_communicator.argtypes = [ctypes.POINTER(Communicator)]

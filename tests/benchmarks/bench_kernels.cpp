@@ -1,7 +1,8 @@
 // Times the CPU kernels by themselves, without ONNX Runtime, beside the limits of the machine: a loop that
 // reads the same memory in two prefetched streams, and a loop of integer dot products in registers.
 //
-//   cmake --build .build/ops --target bench_kernels && .build/ops/bench_kernels [isa] [rounds] [4k]
+//   cmake --build .build/ops --target bench_kernels
+//   .build/ops/bench_kernels [isa] [rounds] [4k] [through-caches | past-caches]
 //
 // The contestants of a group run in turn, round after round; the best round of each and its median are
 // printed: a neighbour on the machine slows some rounds, never all. A round is a slice of a few milliseconds,
@@ -177,11 +178,12 @@ void matmul(WeightType type, int64_t K, int64_t group, const std::vector<int64_t
                 all.push_back({"vpdpbusd, threads " + std::to_string(threads), peak_operations(), "GOP/s",
                                threads, kPeakLoops, peak});
             }
-            all.push_back({title, bound_by_memory ? bytes * 1e-9 : 2.0 * M * K * rows * 1e-9,
-                           bound_by_memory ? "GB/s" : "GOP/s", threads, rows / kTileRows,
-                           [=](int64_t b, int64_t e) {
-                               kernels().matmul_quantized(type, {&q->in, weight, scales, q->y, rows, false, nullptr}, b, e);
-                           }});
+            all.push_back(
+                {title, bound_by_memory ? bytes * 1e-9 : 2.0 * M * K * rows * 1e-9,
+                 bound_by_memory ? "GB/s" : "GOP/s", threads, rows / kTileRows, [=](int64_t b, int64_t e) {
+                     kernels().matmul_quantized(
+                         type, {&q->in, weight, scales, q->y, rows, false, weight_fetch(), nullptr}, b, e);
+                 }});
             race(all);
             all.clear();
         }
@@ -261,7 +263,13 @@ int main(int argc, char** argv) {
     if (argc > 1 && !set_isa(argv[1]))
         return std::fprintf(stderr, "expected one of %s\n", supported_isas()), 2;
     if (argc > 2) rounds = std::atoi(argv[2]);
-    is_huge = argc <= 3;
+    for (int i = 3; i < argc; i++) {
+        if (std::string(argv[i]) == "4k") {
+            is_huge = false;
+        } else if (!set_weight_fetch(argv[i])) {
+            return std::fprintf(stderr, "%s: expected 4k, through-caches or past-caches\n", argv[i]), 2;
+        }
+    }
     std::printf("isa %s, best of %d rounds; last column: share of the first line's rate\n\n", kernels().name,
                 rounds);
     matmul(WeightType::kQ4, 2048, 64, {1, 2, 4, 8, 16, 256, 512});

@@ -28,6 +28,14 @@ def test_unknown_instruction_set_is_refused(library: ctypes.CDLL) -> None:
     assert library.llmpack_ops_isa() == before
 
 
+def test_unknown_way_of_asking_for_weights_is_refused(library: ctypes.CDLL) -> None:
+    before = library.llmpack_ops_weight_fetch()
+    assert library.llmpack_ops_set_weight_fetch(b"around-caches") == -1
+    assert b"around-caches is no way of asking for weights, expected " in library.llmpack_ops_last_error()
+    assert library.llmpack_ops_set_weight_fetch(None) == -1
+    assert library.llmpack_ops_weight_fetch() == before
+
+
 SHARES = """
 import os, resource, sys
 import helpers

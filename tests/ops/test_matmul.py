@@ -246,6 +246,38 @@ def test_products_with_a_norm(isa: str, scheme: str, M: int, N: int, threads: in
     assert_normed_alike(random_projection(scheme, N, 192, 64), random_x(M, 192), threads)
 
 
+@pytest.fixture
+def weight_fetches(library):
+    """Switches to each way of asking for weights in turn."""
+
+    def each():
+        for name in (b"through-caches", b"past-caches"):
+            assert library.llmpack_ops_set_weight_fetch(name) == 0
+            yield name
+
+    before = library.llmpack_ops_weight_fetch()
+    yield each()
+    assert library.llmpack_ops_set_weight_fetch(before) == 0
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("N", [160, 208], ids=["two_streams", "two_streams_and_a_tile"])
+def test_both_ways_of_asking_for_weights(isa: str, weight_fetches, scheme: str, M: int, N: int) -> None:
+    projection, x = random_projection(scheme, N, 192, 64), random_x(M, 192)
+    through, past = (check(projection, x) for _ in weight_fetches)
+    np.testing.assert_array_equal(through, past)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("scheme", JOINED)
+@pytest.mark.parametrize("M", [1, 3, 5])
+def test_gated_products_with_both_ways_of_asking_for_weights(isa: str, weight_fetches, scheme: str, M: int) -> None:
+    for _ in weight_fetches:
+        assert_gated_alike(random_projection(scheme, 96, 192, 64), random_x(M, 192))
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     scheme=st.sampled_from(SCHEMES),
