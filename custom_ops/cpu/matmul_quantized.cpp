@@ -1,33 +1,11 @@
-// Matrix products over row tiles: M tokens, N output features, K input features (FORMAT.md 4.3 and 5.1).
-//
-// A tile is 16 output features side by side, so the lanes of a vector are output features, an input feature
-// is broadcast to all of them, and no horizontal sum occurs. A tile is read once for several tokens held in
-// registers. Each token's sum runs over the input features in the same order whatever the number of tokens,
-// so its result does not depend on the batch.
+// Products with quantized weights and activations: M tokens, N output features, K input features.
 #include "cpu/families.h"
-#include "cpu/simd.h"
+#include "cpu/matmul_tiles.h"
 
 namespace llmpack::LLMPACK_ISA {
 
 namespace {
 
-// Tokens whose sums fit in the vector registers: 32 of 64 bytes (AVX-512), 16 of 32 (AVX2), 32 of 16 (NEON)
-// or 16 of 16 (SSE2).
-#if defined(LLMPACK_ISA_avx512)
-constexpr int kQuantizedBlock = 8;
-constexpr int kFloatBlock = 8;
-#elif defined(LLMPACK_ISA_avx2)
-constexpr int kQuantizedBlock = 4;
-constexpr int kFloatBlock = 3;
-#elif defined(LLMPACK_ISA_neon)
-constexpr int kQuantizedBlock = 4;
-constexpr int kFloatBlock = 2;
-#else
-constexpr int kQuantizedBlock = 2;
-constexpr int kFloatBlock = 2;
-#endif
-
-// -----------------------------------------------------------------------------------------------------------
 // Integer dot products. A scheme's decode turns the bytes of kStep input features of a tile's 16 rows into
 // vectors of four features each, [kStep / 4][16, 4], for dot4 (simd.h). kZero is what the weights that dot4
 // multiplies with are too large by.
@@ -80,41 +58,7 @@ LLMPACK_INLINE void dot32(const uint8_t* w, const int8_t* x, I32x16 (&sum)[m]) {
     }
 }
 
-// How far ahead of its use a weight is asked for, in bytes.
-//
-// kThroughCaches: from memory into the second-level cache, and from there into the first. A core can have
-// some 50 lines on their way into the second level and 10 to 16 into the first, so that asking for all in one
-// step leaves bandwidth unused. kPastCaches: once, into the first-level cache alone. Where the third level
-// takes what leaves the second (AMD), weights that will not be used again cost bandwidth on their way there,
-// and push out what will be (tests/benchmarks/LOG.md, 2026-11-25 and 26).
-//
-// Tiles follow each other in memory, so this also fetches the next tile's first bytes, across the page
-// boundaries at which the hardware's prefetcher stops.
-constexpr int64_t kAhead = 4096, kNear = 2048, kAheadPastCaches = 3072;
-constexpr int64_t kScalesAhead = 32 * kTileRows;  // scales: 1 KB
-
-// Tokens of one block. Past the caches goes only what one block needs, as the next one would look for the
-// tile in them; and no more than wait for memory: eight tokens lose 3 %.
-constexpr int block_tokens(WeightFetch fetch, int block) {
-    return fetch == WeightFetch::kPastCaches && block > 4 ? 4 : block;
-}
-constexpr bool is_past_caches(WeightFetch fetch, int64_t M, int block) {
-    return fetch == WeightFetch::kPastCaches && M <= block_tokens(fetch, block);
-}
-
-// PRECOND: none; a prefetch beyond the last tile's page does nothing.
-template <WeightFetch fetch, int64_t bytes>
-LLMPACK_INLINE void prefetch_ahead(const void* p) {
-    for (int64_t line = 0; line < bytes; line += 64) {
-        const char* at = static_cast<const char*>(p) + line;
-        if constexpr (fetch == WeightFetch::kPastCaches) {
-            __builtin_prefetch(at + kAheadPastCaches, 0, 0);
-        } else {
-            __builtin_prefetch(at + kAhead, 0, 2);
-            __builtin_prefetch(at + kNear);
-        }
-    }
-}
+constexpr int64_t kScalesAhead = 32 * kTileRows;  // how far ahead scales are asked for: 1 KB
 
 // Tiles `tile`, `tile` + apart, ..., as many as `streams`, for the m tokens of one block: y[s][t] = sum over
 // groups of (integer dot product) * (weight scale * token scale).
@@ -168,29 +112,6 @@ LLMPACK_INLINE void quantized_tiles(const QuantizedMatMul& args, int64_t tile, i
         x_scales += m;
         x_sums += m;
     }
-}
-
-// Columns [16 * tile, ...) of rows first_token and following of y [.., N].
-template <int m>
-LLMPACK_INLINE void store_tile(const F32x16 (&values)[m], float* y, int64_t N, int64_t tile,
-                               int64_t first_token) {
-    const int64_t row = tile * kTileRows, rows = min(kTileRows, N - row);
-    for (int t = 0; t < m; t++) {
-        float* out = y + (first_token + t) * N + row;
-        if (rows == kTileRows) {
-            store(out, values[t]);
-        } else {
-            store_first(out, values[t], rows);
-        }
-    }
-}
-
-// Gates the values of one output tile, and stores it.
-template <int m>
-LLMPACK_INLINE void store_gated_tile(F32x16 (&gate)[m], const F32x16 (&up)[m], float* y, int64_t N,
-                                     int64_t tile, int64_t first_token) {
-    for (int t = 0; t < m; t++) gate[t] = gated(gate[t], up[t]);
-    store_tile<m>(gate, y, N / 2, tile, first_token);
 }
 
 template <class Scheme, WeightFetch fetch, int streams>
@@ -438,128 +359,7 @@ void quantized_range(const QuantizedMatMul& args, int64_t begin, int64_t end) {
     }
 }
 
-// -----------------------------------------------------------------------------------------------------------
-
-LLMPACK_INLINE F32x16 load_weights(const float* p) { return load(p); }
-LLMPACK_INLINE F32x16 load_weights(const uint16_t* p) { return load_f16(p); }
-
-// Even and odd input features are summed apart: two chains of additions hide the latency of one.
-template <class Weight, WeightFetch fetch, int m>
-LLMPACK_INLINE void float_tile(const FloatMatMul& args, int64_t tile, int64_t first_token, F32x16 (&y)[m]) {
-    const int64_t K = args.K;
-    const Weight* w = static_cast<const Weight*>(args.weight) + tile * K * kTileRows;
-    const float* x = args.x + first_token * K;  // [m, K]
-    F32x16 even[m], odd[m];
-    for (int t = 0; t < m; t++) even[t] = odd[t] = zero();
-    const bool from_memory = first_token == 0;
-    int64_t k = 0;
-    for (; k + 2 <= K; k += 2) {
-        if (from_memory) prefetch_ahead<fetch, 2 * kTileRows * sizeof(Weight)>(w + k * kTileRows);
-        F32x16 w_even = load_weights(w + k * kTileRows), w_odd = load_weights(w + (k + 1) * kTileRows);
-        for (int t = 0; t < m; t++) even[t] = fma(w_even, set1(x[t * K + k]), even[t]);
-        for (int t = 0; t < m; t++) odd[t] = fma(w_odd, set1(x[t * K + k + 1]), odd[t]);
-    }
-    if (k < K) {
-        F32x16 w_even = load_weights(w + k * kTileRows);
-        for (int t = 0; t < m; t++) even[t] = fma(w_even, set1(x[t * K + k]), even[t]);
-    }
-    for (int t = 0; t < m; t++) y[t] = even[t] + odd[t];
-}
-
-template <class Weight, WeightFetch fetch>
-struct Float {
-    template <int m>
-    struct Tile {
-        static LLMPACK_INLINE void run(const FloatMatMul& args, int64_t tile, int64_t first_token) {
-            F32x16 y[m];
-            float_tile<Weight, fetch, m>(args, tile, first_token, y);
-            if (!args.gated) return store_tile<m>(y, args.y, args.N, tile, first_token);
-            F32x16 up[m];
-            float_tile<Weight, fetch, m>(args, tile + args.N / 2 / kTileRows, first_token, up);
-            store_gated_tile<m>(y, up, args.y, args.N, tile, first_token);
-        }
-    };
-};
-
-template <class Weight, WeightFetch fetch>
-void float_tiles(const FloatMatMul& args, int64_t begin, int64_t end) {
-    constexpr int kBlock = block_tokens(fetch, kFloatBlock);
-    for (int64_t tile = begin; tile < end; tile++) {
-        for (int64_t token = 0; token < args.M; token += kBlock) {
-            with_count<kBlock, Float<Weight, fetch>::template Tile>(min(kBlock, args.M - token), args, tile,
-                                                                    token);
-        }
-    }
-}
-
-template <class Weight>
-void float_range(const FloatMatMul& args, int64_t begin, int64_t end) {
-    if (is_past_caches(args.fetch, args.M, kFloatBlock)) {
-        float_tiles<Weight, WeightFetch::kPastCaches>(args, begin, end);
-    } else {
-        float_tiles<Weight, WeightFetch::kThroughCaches>(args, begin, end);
-    }
-}
-
-// One group of one token. values: every fourth byte group of a block of m tokens, [group_size / 4, m, 4] seen
-// from this token. The integers are half-to-even roundings of x * (127 / absmax), the same on every
-// instruction set.
-LLMPACK_INLINE void quantize_group(const float* x, int64_t group_size, int64_t m, int8_t* values,
-                                   float* scale, int32_t* sum) {
-    // The largest magnitude, compared as integers: the order of the bits is that of the numbers, with NaN
-    // above infinity.
-    const I32x16 magnitude_mask = set1_i32(0x7fffffff);
-    I32x16 largest = set1_i32(0);
-    for (int64_t k = 0; k < group_size; k += 16) largest = max2(largest, bits(load(x + k)) & magnitude_mask);
-    const int32_t absmax_bits = reduce_max(largest);
-    const float absmax = bit_cast<float>(absmax_bits);
-
-    if (absmax_bits == 0 || absmax_bits >= 0x7f800000) {
-        // All zero; or an infinity or NaN, which makes every output NaN (NaN * 0 is NaN).
-        for (int64_t k = 0; k < group_size; k += 4) std::memset(values + k * m, 0, 4);
-        *scale = absmax_bits == 0 ? 0.0f : __builtin_nanf("");
-        *sum = 0;
-        return;
-    }
-    // 127 / absmax would be infinite for the tiniest numbers: those are scaled up first, which is exact.
-    const float up = absmax < 0x1p-100f ? 0x1p64f : 1.0f;
-    const F32x16 inverse = set1(127.0f / (absmax * up));
-    I32x16 total = set1_i32(0);
-    for (int64_t k = 0; k < group_size; k += 16) {
-        I32x16 q = round_to_even(load(x + k) * set1(up) * inverse);
-        total = total + q;
-        if (m == 1) {
-            store_i8(values + k, q);
-            continue;
-        }
-        int8_t lanes[16];
-        store_i8(lanes, q);
-        for (int64_t j = 0; j < 4; j++) std::memcpy(values + (k + 4 * j) * m, lanes + 4 * j, 4);
-    }
-    *scale = absmax / 127.0f;
-    *sum = reduce_add(total);
-}
-
 }  // namespace
-
-const int64_t kQuantizedTokenBlock = kQuantizedBlock;
-
-// x: [M, K].  PRECOND: group_size divides K and 16 divides group_size.
-void quantize(const float* x, const QuantizedActivations& out, int64_t begin, int64_t end) {
-    const int64_t K = out.K, groups = K / out.group_size;
-    for (int64_t block = begin; block < end; block++) {
-        const int64_t first = block * kQuantizedBlock;
-        const int64_t m = min(kQuantizedBlock, out.M - first);
-        for (int64_t t = 0; t < m; t++) {
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t scale = first * groups + g * m + t;
-                quantize_group(x + (first + t) * K + g * out.group_size, out.group_size, m,
-                               out.values + first * K + g * out.group_size * m + t * 4, out.scales + scale,
-                               out.sums + scale);
-            }
-        }
-    }
-}
 
 // PRECOND: x was quantized by this instruction set's quantize; group_size is a multiple of 32 and divides K.
 void matmul_quantized(WeightType type, const QuantizedMatMul& args, int64_t begin, int64_t end) {
@@ -569,14 +369,6 @@ void matmul_quantized(WeightType type, const QuantizedMatMul& args, int64_t begi
         quantized_range<Q6>(args, begin, end);
     } else {
         quantized_range<Q8>(args, begin, end);
-    }
-}
-
-void matmul_float(WeightType type, const FloatMatMul& args, int64_t begin, int64_t end) {
-    if (type == WeightType::kF32) {
-        float_range<float>(args, begin, end);
-    } else {
-        float_range<uint16_t>(args, begin, end);
     }
 }
 
