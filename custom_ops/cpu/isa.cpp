@@ -74,9 +74,10 @@ bool has_neon_dot_products() {
 }
 #endif
 
-// Whether the third-level cache takes what leaves the second: AMD's since Zen, and Hygon's, which descend
-// from it. Measured on Zen 5.
-bool has_victim_cache() {
+// Whether products read faster past the caches: on AMD's processors since Zen, and on Hygon's, which descend
+// from them. Measured on Zen 5: 5 to 16 % of a decode step. On an Intel Xeon with AVX-512 a step took 1.65
+// times as long (tests/benchmarks/LOG.md, 2026-11-26).
+bool reads_faster_past_caches() {
 #if defined(__x86_64__)
     constexpr unsigned kZen = 0x17;
     unsigned eax, vendor[3];
@@ -124,8 +125,8 @@ std::atomic<const Kernels*>& current() {
 }
 
 std::atomic<WeightFetch>& current_fetch() {
-    static std::atomic<WeightFetch> fetch{has_victim_cache() ? WeightFetch::kPastCaches
-                                                             : WeightFetch::kThroughCaches};
+    static std::atomic<WeightFetch> fetch{reads_faster_past_caches() ? WeightFetch::kPastCaches
+                                                                     : WeightFetch::kThroughCaches};
     return fetch;
 }
 
