@@ -198,11 +198,12 @@ void expect_threads(int number) {
 }
 
 int64_t Context::ranges_for(int64_t count, int64_t grain) {
-    if (most_threads.load(std::memory_order_relaxed) == 1) return 1;
-    // More ranges than threads, so that a thread that starts late takes fewer of them.
+    const int64_t threads = most_threads.load(std::memory_order_relaxed);
+    if (threads == 1) return 1;
+    // More ranges than threads, so that a thread that starts late takes fewer of them; and as many for each.
     constexpr int64_t kMostRanges = 64;
-    const int64_t ranges = grain > 1 ? count / grain : count;
-    return ranges < 1 ? 1 : ranges > kMostRanges ? kMostRanges : ranges;
+    const int64_t ranges = std::clamp<int64_t>(grain > 1 ? count / grain : count, 1, kMostRanges);
+    return threads > 0 && ranges > threads ? ranges - ranges % threads : ranges;
 }
 
 void Context::parallel_for_each(void (*function)(void*, size_t), size_t total, void* user_data) const {
