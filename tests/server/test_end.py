@@ -17,7 +17,7 @@ from serving import Served, events
 from mpi.harness import mpirun_command, run_alone
 
 Packed = Callable[..., Path]
-LONG: dict[str, Any] = {"prompt": "The king", "max_tokens": 200, "ignore_eos": True, "stream": True}
+LONG: dict[str, Any] = {"prompt": "The king", "max_tokens": 480, "ignore_eos": True, "stream": True}
 
 
 def collect(response: Any, into: list[Any]) -> threading.Thread:
@@ -44,7 +44,7 @@ def test_sigterm_lets_answers_finish(packed_demo: Packed) -> None:
 
 
 def test_a_drain_that_takes_too_long_ends_with_an_error_event(packed_demo: Packed) -> None:
-    with Served(packed_demo(2, "f32"), "--drain-timeout", 0.3) as served:
+    with Served(packed_demo(2, "f32"), "--drain-timeout", 0.05) as served:
         got: list[Any] = []
         reader = collect(served.request("/v1/completions", {**LONG, "n": 8}), got)
         while not got:
