@@ -75,7 +75,7 @@ bool has_neon_dot_products() {
 #endif
 
 // Whether products read faster past the caches: on AMD's processors since Zen, and on Hygon's, which descend
-// from them. Measured on Zen 5: 5 to 16 % of a decode step. On an Intel Xeon with AVX-512 a step took 1.65
+// from them. Measured on Zen 5: 6 to 14 % of a decode step. On an Intel Xeon with AVX-512 a step took 1.65
 // times as long (tests/benchmarks/LOG.md, 2026-11-26).
 bool reads_faster_past_caches() {
 #if defined(__x86_64__)
