@@ -34,8 +34,8 @@ constexpr int kFloatBlock = 2;
 // kThroughCaches: from memory into the second-level cache, and from there into the first. A core can have
 // some 50 lines on their way into the second level and 10 to 16 into the first, so that asking for all in one
 // step leaves bandwidth unused (tests/benchmarks/LOG.md, 2026-11-25 and 26). kPastCaches: once, into the
-// first-level cache alone. On Zen 5 two steps cost bandwidth, and weights that pass the caches by leave them to
-// what will be used again: AMD's third level takes what leaves the second (LOG.md, 2026-11-26, sixth).
+// first-level cache alone. On Zen 5 two steps cost bandwidth, and weights that pass the caches by leave them
+// to what will be used again: AMD's third level takes what leaves the second (LOG.md, 2026-11-26, sixth).
 //
 // Tiles follow each other in memory, so this also fetches the next tile's first bytes, across the page
 // boundaries at which the hardware's prefetcher stops.
