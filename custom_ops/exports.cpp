@@ -46,8 +46,13 @@ int llmpack_ops_set_weight_fetch(const char* name) {
                   " is no way of asking for weights, expected through-caches or past-caches.");
 }
 
-int llmpack_ops_expect_threads(int number) {
-    return guarded("llmpack_ops_expect_threads", [&] { llmpack::ort::expect_threads(number); });
+int llmpack_ops_use_threads(int number, const int32_t* cores) {
+    return guarded("llmpack_ops_use_threads", [&] {
+        if (number < 0)
+            throw std::invalid_argument("number is " + std::to_string(number) + ", expected 0 or more");
+        llmpack::ort::use_threads(number > 0 ? std::make_shared<llmpack::ThreadTeam>(number, cores)
+                                             : nullptr);
+    });
 }
 
 int llmpack_ops_set_communicator(const LlmpackCommunicator* communicator) {

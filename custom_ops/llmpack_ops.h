@@ -36,10 +36,14 @@ LLMPACK_EXPORT const char* llmpack_ops_weight_fetch(void);
 // Choose it, for tests and comparisons. -1: unknown name.
 LLMPACK_EXPORT int llmpack_ops_set_weight_fetch(const char* name);
 
-// Tell how many threads a session of this process may have for its operators; the most that was ever told
-// counts. With one, work is not cut into ranges for others to take: each costs streams from memory a new
-// start. Never told: any number. -1: below 1.
-LLMPACK_EXPORT int llmpack_ops_expect_threads(int number);
+// Let the sessions that this thread makes from now on run their operators on `number` threads: the one that
+// calls a session, and others, started here, that end with the last such session and this thread's next call.
+// ONNX Runtime's own intra-op threads are then not used: give the session one. cores: [number], one each; the
+// first is the calling thread's, the others are pinned to theirs and spin between two loops, for a
+// millisecond at most. NULL: not one each, nobody is pinned or spins. With one thread, work is not cut into
+// ranges for others to take: each costs streams from memory a new start. number 0, as in the beginning: ONNX
+// Runtime's threads. -1: number is below 0, or the system refuses a thread.
+LLMPACK_EXPORT int llmpack_ops_use_threads(int number, const int32_t* cores);
 
 // A communicator handed over by the host program, with the MPI functions that act on it. The library links no
 // MPI, so one build serves MPICH, Open MPI and the MPI 5 ABI.

@@ -51,11 +51,7 @@ Tuning tuning(bool has_core_for_each) {
 #if defined(__x86_64__)
     chosen.streams = __builtin_cpu_is("amd");  // measured there only
 #endif
-    // Without a core for each rank, whoever spins or only offers its core keeps it from the rank that is
-    // waited for: four ranks on two cores reduced 8 KB in 29 us by sleeping at once, in 370 us after yielding
-    // for 100.
-    chosen.spin = std::chrono::microseconds(has_core_for_each ? 50 : 0);
-    chosen.yield = std::chrono::microseconds(has_core_for_each ? 1000 : 0);
+    chosen.patience = patience(has_core_for_each);
     chosen.look = std::chrono::milliseconds(100);
     // Longer than the two seconds after which failstop.py ends the ranks that the launcher does not.
     chosen.grace = std::chrono::milliseconds(3000);

@@ -1,16 +1,10 @@
 #include "cpu/collectives_shared.h"
 
-#include <linux/futex.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #if defined(__x86_64__)
 #    include <xmmintrin.h>
 #endif
 
 #include <algorithm>
-#include <climits>
 #include <cstring>
 
 namespace llmpack {
@@ -24,27 +18,6 @@ using Clock = std::chrono::steady_clock;
 constexpr size_t kWholeMessageBytes = 32 * 1024;
 constexpr size_t kLineFloats = 16;       // parts begin at cache lines
 constexpr size_t kStreamedBytes = 4096;  // below, plain stores are as fast or faster
-constexpr int kSpinsPerLook = 64;        // at the clock: some microseconds
-
-void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb" ::: "memory");  // yield is a no-op on most cores
-#endif
-}
-
-// The word is in memory of several processes, hence not FUTEX_PRIVATE_FLAG.
-void sleep_while_equal(std::atomic<uint32_t>& word, uint32_t value, std::chrono::milliseconds longest) {
-    timespec timeout{};
-    timeout.tv_sec = static_cast<time_t>(longest.count() / 1000);
-    timeout.tv_nsec = static_cast<long>(longest.count() % 1000 * 1'000'000);
-    syscall(SYS_futex, &word, FUTEX_WAIT, value, &timeout, nullptr, 0);
-}
-
-void wake_all(std::atomic<uint32_t>& word) {
-    syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
-}
 
 std::string words(const Call& call) {
     switch (call.kind) {
@@ -183,23 +156,7 @@ void SharedMemoryTransport::publish(const Call& call) {
 
 void SharedMemoryTransport::await(int peer, const Call& call) {
     Mark& its = mark(peer);
-    const auto wait = [&] {
-        if (is_published(its)) return;
-        const auto began = Clock::now();
-        const auto spin_until = began + tuning_.spin, yield_until = spin_until + tuning_.yield;
-        for (auto now = began; now < spin_until; now = Clock::now()) {
-            for (int i = 0; i < kSpinsPerLook; i++) {
-                if (is_published(its)) return;
-                relax();
-            }
-        }
-        for (auto now = began; now < yield_until; now = Clock::now()) {
-            sched_yield();
-            if (is_published(its)) return;
-        }
-        sleep_until_published(its, call);
-    };
-    wait();
+    if (!wait_awake(tuning_.patience, [&] { return is_published(its); })) sleep_until_published(its, call);
     if (its.call == call) return;
     if (its.call.kind == Call::kLeave) {
         throw CollectiveError(processes_->description(peer) + " has left the communicator, and rank " +

@@ -12,8 +12,7 @@
 // which each publishes after it has read step k. So one wait a step is enough, and a mark holds either this
 // step's number or that of two steps ago.
 //
-// A wait spins for a bounded time, then gives up the core to whoever wants it, then sleeps on the mark
-// (futex): a slow peer costs no core. While it sleeps it looks whether the ranks that it waits for still run.
+// A rank waits as waiting.h says. While it sleeps it looks whether the ranks that it waits for still run.
 #ifndef LLMPACK_CPU_COLLECTIVES_SHARED_H_
 #define LLMPACK_CPU_COLLECTIVES_SHARED_H_
 
@@ -24,6 +23,7 @@
 #include <vector>
 
 #include "cpu/collectives.h"
+#include "cpu/waiting.h"
 
 namespace llmpack {
 
@@ -70,10 +70,10 @@ struct SharedLayout {
 };
 
 struct Tuning {
-    bool streams;                           // write slots past the caches
-    std::chrono::microseconds spin, yield;  // before sleeping
-    std::chrono::milliseconds look;         // the longest sleep, after which the peers are looked at
-    std::chrono::milliseconds grace;        // from seeing that a rank has ended to saying so
+    bool streams;  // write slots past the caches
+    Patience patience;
+    std::chrono::milliseconds look;   // the longest sleep, after which the peers are looked at
+    std::chrono::milliseconds grace;  // from seeing that a rank has ended to saying so
 };
 
 class SharedMemoryTransport : public Transport {

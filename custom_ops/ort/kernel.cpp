@@ -185,26 +185,13 @@ std::string profile_name(const char* op, const std::string& node) {
 
 namespace {
 
-std::atomic<int> most_threads{0};  // 0: nobody has told
+thread_local std::shared_ptr<ThreadTeam> used_threads;
 
 }  // namespace
 
-void expect_threads(int number) {
-    if (number < 1)
-        throw std::invalid_argument("number is " + std::to_string(number) + ", expected 1 or more");
-    int before = most_threads.load();
-    while (before < number && !most_threads.compare_exchange_weak(before, number)) {
-    }
-}
+void use_threads(std::shared_ptr<ThreadTeam> threads) { used_threads = std::move(threads); }
 
-int64_t Context::ranges_for(int64_t count, int64_t grain) {
-    const int64_t threads = most_threads.load(std::memory_order_relaxed);
-    if (threads == 1) return 1;
-    // More ranges than threads, so that a thread that starts late takes fewer of them; and as many for each.
-    constexpr int64_t kMostRanges = 64;
-    const int64_t ranges = std::clamp<int64_t>(grain > 1 ? count / grain : count, 1, kMostRanges);
-    return threads > 0 && ranges > threads ? ranges - ranges % threads : ranges;
-}
+std::shared_ptr<ThreadTeam> threads_in_use() { return used_threads; }
 
 void Context::parallel_for_each(void (*function)(void*, size_t), size_t total, void* user_data) const {
     require(api_, KernelContext_ParallelFor(api_, context_, function, total, size_t{0}, user_data),

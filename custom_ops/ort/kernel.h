@@ -15,6 +15,7 @@
 #ifndef LLMPACK_ORT_KERNEL_H_
 #define LLMPACK_ORT_KERNEL_H_
 
+#include <algorithm>
 #include <initializer_list>
 #include <iterator>
 #include <memory>
@@ -24,6 +25,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/threads.h"
 #include "ort/abi.h"
 #include "ort/profile.h"
 
@@ -94,8 +96,10 @@ class NodeInfo {
 
 class Context {
   public:
-    Context(const OrtApi& api, OrtKernelContext* context, const Port* inputs, ProfileScope& profile)
-        : profile(profile), api_(api), context_(context), inputs_(inputs) {}
+    // threads: null for those of ONNX Runtime.
+    Context(const OrtApi& api, OrtKernelContext* context, const Port* inputs, ThreadTeam* threads,
+            ProfileScope& profile)
+        : profile(profile), api_(api), context_(context), inputs_(inputs), threads_(threads) {}
 
     ProfileScope& profile;
 
@@ -108,38 +112,43 @@ class Context {
     // The stream that a GPU's provider computes on (cudaStream_t or hipStream_t).
     void* gpu_stream() const;
 
-    // Calls body(begin, end) on disjoint ranges that cover [0, count), on the session's intra-op threads, and
-    // waits. `grain` work items are worth one call. body must not throw. With one thread (expect_threads) it
-    // is one call.
+    // Calls body(begin, end), which must not throw, on disjoint ranges that cover [0, count), on the
+    // session's threads, and waits. `grain` items are worth one call.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, const Body& body) const {
         static_assert(std::is_invocable_v<const Body&, int64_t, int64_t>, "body(begin, end)");
         if (count <= 0) return;
-        Ranges<Body> ranges{body, count, ranges_for(count, grain)};
-        if (ranges.number == 1) {
-            body(0, count);
+        Loop<Body> loop{body, count, 1};
+        if (threads_ != nullptr) {
+            threads_->run(&Loop<Body>::range, &loop, count, std::max<int64_t>(grain, 1));
             return;
         }
-        parallel_for_each(&Ranges<Body>::run, static_cast<size_t>(ranges.number), &ranges);
+        // More ranges than threads, so that a thread that starts late takes fewer of them.
+        constexpr int64_t kMostRanges = 64;
+        loop.ranges = std::clamp<int64_t>(grain > 1 ? count / grain : count, 1, kMostRanges);
+        parallel_for_each(&Loop<Body>::one_of_ranges, static_cast<size_t>(loop.ranges), &loop);
     }
 
   private:
     template <class Body>
-    struct Ranges {
+    struct Loop {
         const Body& body;
-        int64_t count, number;
-        static void run(void* self, size_t index) {
-            const Ranges& r = *static_cast<const Ranges*>(self);
+        int64_t count, ranges;
+        static void range(void* self, int64_t begin, int64_t end) {
+            static_cast<const Loop*>(self)->body(begin, end);
+        }
+        static void one_of_ranges(void* self, size_t index) {
+            const Loop& loop = *static_cast<const Loop*>(self);
             const int64_t i = static_cast<int64_t>(index);
-            r.body(r.count * i / r.number, r.count * (i + 1) / r.number);
+            loop.body(loop.count * i / loop.ranges, loop.count * (i + 1) / loop.ranges);
         }
     };
-    static int64_t ranges_for(int64_t count, int64_t grain);
     void parallel_for_each(void (*function)(void*, size_t), size_t total, void* user_data) const;
 
     const OrtApi& api_;
     OrtKernelContext* context_;
     const Port* inputs_;
+    ThreadTeam* threads_;
 };
 
 // An input that usually is an initializer, and is then read once, when the kernel is made: asking ONNX
@@ -159,8 +168,9 @@ inline int64_t row_grain(int64_t columns) {
     return columns >= 16384 ? 1 : 16384 / (columns < 1 ? 1 : columns);
 }
 
-// llmpack_ops_expect_threads.
-void expect_threads(int number);
+// llmpack_ops_use_threads; null: those of ONNX Runtime.
+void use_threads(std::shared_ptr<ThreadTeam> threads);
+std::shared_ptr<ThreadTeam> threads_in_use();
 
 // Which release of ONNX Runtime runs the operators, "1.32.0"; until told, the oldest.
 void set_release(const char* version);
@@ -216,6 +226,7 @@ struct CustomOp : OrtCustomOp {
         const OrtApi& api;
         std::string node;
         OpTime& time;
+        const std::shared_ptr<ThreadTeam> threads;
         Op op;
     };
 
@@ -254,8 +265,8 @@ struct CustomOp : OrtCustomOp {
         std::string name;
         try {
             name = node.name();
-            *kernel =
-                new Kernel{*api, name, OpTime::named(profile_name(ProfileNameOf<Op>::value, name)), Op(node)};
+            *kernel = new Kernel{*api, name, OpTime::named(profile_name(ProfileNameOf<Op>::value, name)),
+                                 threads_in_use(), Op(node)};
             return nullptr;
         } catch (const std::exception& error) {
             return to_status(*api, Op::kName, name, error);
@@ -266,7 +277,7 @@ struct CustomOp : OrtCustomOp {
         const Kernel& k = *static_cast<const Kernel*>(kernel);
         ProfileScope scope(k.time);
         try {
-            Context context(k.api, ort_context, std::data(Op::kInputs), scope);
+            Context context(k.api, ort_context, std::data(Op::kInputs), k.threads.get(), scope);
             k.op.compute(context);
             return nullptr;
         } catch (const std::exception& error) {

@@ -27,12 +27,6 @@ int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
     return 2 * (work >= 16384 ? 1 : 16384 / (work < 1 ? 1 : work));
 }
 
-// With one or two tokens a call is bound by memory and reads its range as two streams, of which each must be
-// long: at least eight tiles a call, and at most 16 calls.
-int64_t stream_grain(int64_t tiles, int64_t tokens) {
-    return tokens <= 2 ? std::max<int64_t>(8, (tiles + 15) / 16) : 1;
-}
-
 // A gated product's output tile comes of two tiles of the weight.
 int64_t out_features_attribute(const NodeInfo& node, bool gated) {
     const int64_t N = positive_attribute(node, "out_features");
@@ -161,16 +155,15 @@ class QuantizedMatrix {
         const int64_t bytes = K * kTileRows * kBits / 8;
         if constexpr (gated) {
             struct Scratch;
-            const int64_t grain = std::max(tile_grain(2 * bytes, M), stream_grain(tiles, M) / 2);
-            context.parallel_for(tiles / 2, grain, [&](int64_t begin, int64_t end) {
+            context.parallel_for(tiles / 2, tile_grain(2 * bytes, M), [&](int64_t begin, int64_t end) {
                 QuantizedMatMul own = args;
                 if (M > 2) own.scratch = workspace<float, Scratch>(static_cast<size_t>(M * 2 * kTileRows));
                 k.matmul_quantized(type, own, begin, end);
             });
         } else {
-            context.parallel_for(
-                tiles, std::max(tile_grain(bytes, M), stream_grain(tiles, M)),
-                [&](int64_t begin, int64_t end) { k.matmul_quantized(type, args, begin, end); });
+            context.parallel_for(tiles, tile_grain(bytes, M), [&](int64_t begin, int64_t end) {
+                k.matmul_quantized(type, args, begin, end);
+            });
         }
     }
 

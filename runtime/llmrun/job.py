@@ -8,10 +8,11 @@ Decides nothing about tokens.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,7 @@ from llmrun import comm as communication
 from llmrun import console, device, errors, failstop, faults, launcher, library, watchdog
 from llmrun.artifact import OPS_VERSION, Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, share_cores
-from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError
+from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError, ResourceError
 from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, fit_blocks
 from llmrun.rank_files import RankFiles
@@ -148,8 +149,9 @@ class Job:
             self._run(StepPlan.read(message))
 
     def close(self, exit_code: int = 0) -> None:
-        """Leave in order: rank 0 tells the others to, with the exit code of the job."""
+        """Leave in order, and free the session's memory: rank 0 tells the others to, with the exit code of the job."""
         self.watchdog.close()
+        self._session = None
         if self.is_broken:
             failstop.leave(exit_code)
         launcher.note_exit_code(exit_code)
@@ -161,12 +163,12 @@ class Job:
         self._files.verify(names, num_threads)
 
     def _run(self, plan: StepPlan) -> Rows:
-        assert self._session is not None
+        session = self.session
         kind = "decode" if plan.is_decode else "prefill"
         with self.watchdog.phase(f"{kind} step", self.watchdog.step_deadline(plan.num_tokens)):
             if faults.fire(self.rank, kind):
-                self._session.spoil_cache()
-            return self._session.run(plan)
+                session.spoil_cache()
+            return session.run(plan)
 
     def _open(self, path: Path) -> tuple[Artifact, dict[str, Any]]:
         """Open the artifact as this rank, and collect what all ranks must agree on."""
@@ -322,18 +324,28 @@ class Job:
                 size=self.size,
                 captures=self._captures,
             )
+        with self._operators_on(share):
+            return session.RankSession(
+                graph,
+                weights,
+                stored,
+                self._library_path,
+                self.manifest.kv_cache,
+                num_blocks=self.num_blocks,
+                vocab_size=self.manifest.model.vocab_size,
+            )
+
+    @contextlib.contextmanager
+    def _operators_on(self, share: CoreShare) -> Iterator[None]:
+        """Let the sessions made meanwhile run their operators on the threads and cores of `share`."""
         assert self._ops is not None
-        self._ops.llmpack_ops_expect_threads(share.num_threads)
-        return session.RankSession(
-            graph,
-            weights,
-            stored,
-            self._library_path,
-            self.manifest.kv_cache,
-            num_blocks=self.num_blocks,
-            vocab_size=self.manifest.model.vocab_size,
-            share=share,
-        )
+        cores = (ctypes.c_int32 * len(share.cores))(*share.cores) if share.cores else None
+        if self._ops.llmpack_ops_use_threads(share.num_threads, cores) != 0:
+            raise ResourceError(f"{self._ops_error()} Use fewer --threads.")
+        try:
+            yield
+        finally:
+            self._ops.llmpack_ops_use_threads(0, None)
 
     def _pin(self) -> CoreShare:
         """Keep this process to its share of the host's cores."""
@@ -364,8 +376,13 @@ class Job:
 
     @property
     def session(self) -> RankSession | GpuSession:
-        """The loaded graph."""
-        assert self._session is not None
+        """The loaded graph.
+
+        Raises:
+            UsageError: the job was closed.
+        """
+        if self._session is None:
+            raise errors.UsageError("the engine is closed. Open another one.")
         return self._session
 
     @property

@@ -80,8 +80,8 @@ def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
     library.llmpack_ops_weight_fetch.restype = ctypes.c_char_p
     library.llmpack_ops_set_weight_fetch.argtypes = [ctypes.c_char_p]
     library.llmpack_ops_set_weight_fetch.restype = ctypes.c_int
-    library.llmpack_ops_expect_threads.argtypes = [ctypes.c_int]
-    library.llmpack_ops_expect_threads.restype = ctypes.c_int
+    library.llmpack_ops_use_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int32)]
+    library.llmpack_ops_use_threads.restype = ctypes.c_int
     library.llmpack_ops_set_communicator.argtypes = [ctypes.POINTER(Communicator)]
     library.llmpack_ops_set_communicator.restype = ctypes.c_int
     library.llmpack_ops_share_memory.argtypes = []

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrun.cores import CoreShare
 from llmrun.device import PROVIDERS
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.graph_check import check_session
@@ -79,7 +78,6 @@ class RankSession:
         *,
         num_blocks: int,
         vocab_size: int,
-        share: CoreShare,
     ) -> None:
         """Load `graph`, and reserve `num_blocks` cache blocks, whose memory is taken as they are used.
 
@@ -91,14 +89,13 @@ class RankSession:
             kv_cache: the manifest's.
             num_blocks: of the cache.
             vocab_size: columns of the logits.
-            share: threads and cores.
         Raises:
             IncompatibleError: ORT is too old, or refuses the graph or the operator library; or the graph is another model's.
             ResourceError: the system refuses the memory.
         """
         self._ort = import_onnxruntime()
         self._vocab_size = vocab_size
-        options = self._options(share)
+        options = self._options()
         try:
             self._weights = MappedWeights(weights)
         except OSError as error:
@@ -161,20 +158,14 @@ class RankSession:
         """Put NaN into the first cache, for fault injection."""
         self._caches[1][0] = np.nan
 
-    def _options(self, share: CoreShare) -> Any:
+    def _options(self) -> Any:
         ort = self._ort
         ort.set_default_logger_severity(FATAL_ONLY)
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.intra_op_num_threads = share.num_threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if share.cores else "0")
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # no spinning between steps
-        if share.num_threads > 1 and share.cores:  # one group for each thread but the calling one; ids count from 1
-            groups = ";".join(str(core + 1) for core in share.cores[1:])
-            options.add_session_config_entry("session.intra_op_thread_affinities", groups)
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # the operators have threads of their own
         return options
 
     def _bind_caches(self, spec: KvCacheSpec, num_blocks: int) -> list[NDArray[Any]]:

@@ -42,9 +42,7 @@ def library_path() -> Path:
 def library(library_path: Path) -> ctypes.CDLL:
     from llmrun.mpi_functions import load_library
 
-    library = load_library(library_path)
-    library.llmpack_ops_expect_threads(64)  # an engine of another test may have told of one only
-    return library
+    return load_library(library_path)
 
 
 EMULATED = "aarch64:"

@@ -6,7 +6,13 @@ misreading of that clause in either place turns a test red.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper
 
 from llmpack_ops import VERSION
+from llmrun.mpi_functions import load_library
 
 if TYPE_CHECKING:  # programs that tests start find this file, not that package
     from emulated.emulator import Emulator
@@ -112,14 +120,25 @@ def serialize(graph: onnx.GraphProto) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def session(model: bytes | str, threads: int = 1) -> onnxruntime.InferenceSession:
-    """A session with the library. Threads do not spin: tests share the machine."""
+def session(model: bytes | str, threads: int = 1, cores: Sequence[int] = ()) -> onnxruntime.InferenceSession:
+    """A session with the library; of one thread, it still cuts loops into ranges, as for ONNX Runtime's threads."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4  # errors arrive as exceptions
     options.register_custom_ops_library(str(LIBRARY_PATH))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    with operators_on(threads if threads > 1 else 0, cores):
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def operators_on(threads: int, cores: Sequence[int] = ()) -> Iterator[None]:
+    """Sessions made meanwhile compute on that many threads; without cores they do not spin: tests share the machine."""
+    library = load_library(LIBRARY_PATH)
+    assert library.llmpack_ops_use_threads(threads, (ctypes.c_int32 * len(cores))(*cores) if cores else None) == 0
+    try:
+        yield
+    finally:
+        library.llmpack_ops_use_threads(0, None)
 
 
 def tile_rows(rows: np.ndarray, fill: int = 0) -> np.ndarray:
@@ -212,3 +231,19 @@ def random_projection(scheme: str, N: int, K: int, group_size: int = 32, seed: i
 
 def random_x(M: int, K: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng([seed, M, K]).standard_normal((M, K)).astype(np.float32)
+
+
+def run_sanitized(program: Path, sanitizer: str, sources: Sequence[Path]) -> str:
+    """Build a C++ program of `sources` with -fsanitize=`sanitizer`, run it, and return what it printed."""
+    compiler = os.environ.get("CXX", "c++")
+    build = [compiler, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", f"-I{ROOT / 'custom_ops'}"]
+    made = subprocess.run([*build, *sources, "-o", program], capture_output=True, text=True, check=False)
+    if "cannot find" in made.stderr:
+        pytest.skip(f"the compiler has no -fsanitize={sanitizer}")
+    assert made.returncode == 0, made.stderr
+    # ThreadSanitizer of older compilers cannot live with much randomness of addresses.
+    without_randomness = ["setarch", "-R"] if shutil.which("setarch") else []
+    command, own = [*without_randomness, program], {**os.environ, "LD_PRELOAD": ""}  # of `make test-asan`
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,44 +33,6 @@ def test_unknown_way_of_asking_for_weights_is_refused(library: ctypes.CDLL) -> N
     assert b"around-caches is no way of asking for weights, expected " in library.llmpack_ops_last_error()
     assert library.llmpack_ops_set_weight_fetch(None) == -1
     assert library.llmpack_ops_weight_fetch() == before
-
-
-SHARES = """
-import os, resource, sys
-import helpers
-helpers.LIBRARY_PATH = __import__("pathlib").Path(sys.argv[1])
-from llmrun.mpi_functions import load_library
-library = load_library(sys.argv[1])
-projection = helpers.random_projection("q4", 512, 1024)
-x = helpers.random_x(256, 1024)
-session = helpers.session(projection.node(x).model(), 2)
-feeds = {"x": x}
-for told in sys.argv[2:]:
-    assert library.llmpack_ops_expect_threads(int(told)) == 0
-    before = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_THREAD)
-    for _ in range(100):
-        session.run(None, feeds)
-    after = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_THREAD)
-    whole, own = (b.ru_utime - a.ru_utime for a, b in zip(before, after))
-    print(1 - own / whole)
-"""
-
-
-def test_of_a_single_thread_loops_are_not_cut(library_path: Path) -> None:
-    """What threads other than the calling one did, of all user time: the most that was told counts."""
-    told = ["1", "2", "1"]
-    run = subprocess.run(
-        [sys.executable, "-c", SHARES, library_path, *told], capture_output=True, text=True, check=True, cwd=HERE
-    )
-    alone, together, still = map(float, run.stdout.split())
-    assert alone < 0.05
-    assert together > 0.2
-    assert still > 0.2
-
-
-def test_no_thread_is_refused(library: ctypes.CDLL) -> None:
-    assert library.llmpack_ops_expect_threads(0) == -1
-    assert library.llmpack_ops_last_error() == b"llmpack_ops_expect_threads: number is 0, expected 1 or more."
 
 
 def test_only_documented_names_are_exported(library_path: Path) -> None:

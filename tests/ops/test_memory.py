@@ -28,8 +28,9 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler to build the probe with")
     path = tmp_path_factory.mktemp("probe") / "libprobe.so"
-    sources = [ROOT / "tests/ops/probe.cpp", ROOT / "custom_ops/ort/kernel.cpp"]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{ROOT / 'custom_ops'}"]
+    own = [ROOT / "custom_ops" / name for name in ("ort/kernel.cpp", "cpu/threads.cpp", "cpu/waiting.cpp")]
+    sources = [ROOT / "tests/ops/probe.cpp", *own]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", f"-I{ROOT / 'custom_ops'}"]
     subprocess.run([compiler, *flags, *sources, "-o", path], check=True, timeout=120)
     return path
 

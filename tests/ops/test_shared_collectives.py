@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import run_sanitized
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "collectives_processes.py"
@@ -146,17 +147,6 @@ def test_ranks_that_cannot_see_each_other_use_mpi(library_path: Path, tmp_path: 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_the_protocol_under_a_sanitizer(tmp_path: Path, sanitizer: str) -> None:
     """Threads as ranks, with random sizes and delays, tiny slots, and step numbers that wrap."""
-    program = tmp_path / "stress"
-    sources = [HERE / "collectives_stress.cpp", *(OPS / "cpu").glob("collectives*.cpp")]
-    compiler = os.environ.get("CXX", "c++")
-    build = [compiler, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", f"-I{OPS}"]
-    made = subprocess.run([*build, *sources, "-o", program], capture_output=True, text=True, check=False)
-    if "cannot find" in made.stderr:
-        pytest.skip(f"the compiler has no -fsanitize={sanitizer}")
-    assert made.returncode == 0, made.stderr
-    # ThreadSanitizer of older compilers cannot live with much randomness of addresses.
-    without_randomness = ["setarch", "-R"] if shutil.which("setarch") else []
-    command, own = [*without_randomness, program], {**os.environ, "LD_PRELOAD": ""}  # of `make test-asan`
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=own)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all agree" in done.stdout
+    cpu = OPS / "cpu"
+    sources = [HERE / "collectives_stress.cpp", cpu / "waiting.cpp", *cpu.glob("collectives*.cpp")]
+    assert "all agree" in run_sanitized(tmp_path / "stress", sanitizer, sources)

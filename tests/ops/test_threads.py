@@ -1,0 +1,177 @@
+"""The threads that loops of operators run on: how many, where, for how long, and their protocol under sanitizers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import Projection, random_projection, random_x, run_sanitized, session
+
+HERE = Path(__file__).parent
+CPU = HERE.parents[1] / "custom_ops/cpu"
+
+
+def threads_now() -> dict[str, int]:
+    """Names and ids of the threads that loops of this process run on, beside those that call."""
+    names = {(task / "comm").read_text().strip(): int(task.name) for task in Path("/proc/self/task").iterdir()}
+    return {name: tid for name, tid in names.items() if name.startswith("llmpack-")}
+
+
+def cpu_seconds(tid: int) -> float:
+    return int(Path(f"/proc/self/task/{tid}/schedstat").read_text().split()[0]) / 1e9
+
+
+@pytest.fixture(scope="module")
+def projection() -> Projection:
+    return random_projection("q4", 512, 1024)
+
+
+# What threads other than the calling one did, of all user time, with so many threads. ONNX Runtime has two of its own.
+SHARES = """
+import resource, sys
+from pathlib import Path
+import helpers, onnxruntime
+helpers.LIBRARY_PATH = Path(sys.argv[1])
+projection = helpers.random_projection("q4", 512, 1024)
+x = helpers.random_x(256, 1024)
+for threads in sys.argv[2:]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.register_custom_ops_library(sys.argv[1])
+    with helpers.operators_on(int(threads)):
+        session = onnxruntime.InferenceSession(projection.node(x).model(), options, providers=["CPUExecutionProvider"])
+    before = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_THREAD)
+    for _ in range(100):
+        session.run(None, {"x": x})
+    after = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_THREAD)
+    whole, own = (b.ru_utime - a.ru_utime for a, b in zip(before, after))
+    print(1 - own / whole)
+"""
+
+
+def test_operators_run_on_as_many_threads_as_told(library_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", SHARES, library_path, "1", "2", "0"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=HERE,
+    )
+    alone, together, of_onnx_runtime = map(float, run.stdout.split())
+    assert alone < 0.05
+    assert 0.2 < together < 0.8
+    assert 0.2 < of_onnx_runtime < 0.8
+
+
+def test_threads_end_with_their_session(library: ctypes.CDLL, projection: Projection) -> None:
+    x = random_x(3, 1024)
+    made = session(projection.node(x).model(), 3)
+    assert sorted(threads_now()) == ["llmpack-1", "llmpack-2"]
+    made.run(None, {"x": x})
+    del made
+    assert threads_now() == {}
+
+
+def test_each_thread_but_the_caller_is_pinned_to_its_core(library: ctypes.CDLL, projection: Projection) -> None:
+    own, model = os.sched_getaffinity(0), projection.node(random_x(1, 1024)).model()
+    pinned = session(model, 2, (min(own), max(own)))
+    assert os.sched_getaffinity(threads_now()["llmpack-1"]) == {max(own)}
+    assert os.sched_getaffinity(0) == own
+    del pinned
+    free = session(model, 2)
+    assert os.sched_getaffinity(threads_now()["llmpack-1"]) == own
+    del free
+
+
+@pytest.mark.parametrize(("has_cores", "most_s"), [(True, 0.02), (False, 0.0005)])
+def test_between_loops_a_thread_soon_sleeps(
+    library: ctypes.CDLL, projection: Projection, has_cores: bool, most_s: float
+) -> None:
+    """With a core of its own it spins for a millisecond at most, without one not at all."""
+    x = random_x(64, 1024)
+    own = sorted(os.sched_getaffinity(0))
+    made = session(projection.node(x).model(), 2, (own[0], own[-1]) if has_cores else ())
+    thread = threads_now()["llmpack-1"]
+    used = []
+    for _ in range(20):
+        made.run(None, {"x": x})
+        before = cpu_seconds(thread)
+        time.sleep(0.03)
+        used.append(cpu_seconds(thread) - before)
+    assert sorted(used)[10] < most_s
+
+
+def test_signals_are_for_the_host_programs_threads(library: ctypes.CDLL, projection: Projection) -> None:
+    made = session(projection.node(random_x(1, 1024)).model(), 2)
+    status = Path(f"/proc/self/task/{threads_now()['llmpack-1']}/status").read_text()
+    blocked = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")), 16)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        assert blocked >> (number - 1) & 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    del made
+
+
+def test_two_callers_at_once_get_what_each_asked_for(library: ctypes.CDLL, projection: Projection) -> None:
+    given = [random_x(8, 1024) + number for number in range(2)]
+    made = session(projection.node(given[0]).model(), 2)
+    expected = [made.run(None, {"x": x})[0] for x in given]
+    wrong: list[int] = []
+
+    def call(number: int) -> None:
+        for _ in range(200):
+            if not np.array_equal(made.run(None, {"x": given[number]})[0], expected[number]):
+                wrong.append(number)
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+def test_fewer_than_no_thread_is_refused(library: ctypes.CDLL) -> None:
+    assert library.llmpack_ops_use_threads(-1, None) == -1
+    assert library.llmpack_ops_last_error() == b"llmpack_ops_use_threads: number is -1, expected 0 or more."
+
+
+REFUSED = """
+import resource, sys
+from pathlib import Path
+from llmrun.mpi_functions import load_library
+library = load_library(sys.argv[1])
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)  # a dozen stacks
+assert library.llmpack_ops_use_threads(1000, None) == -1
+print(library.llmpack_ops_last_error().decode())
+names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+print([name for name in names if name.startswith("llmpack-")])
+"""
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer's shadow memory does not fit the limit")
+def test_a_thread_that_the_system_refuses_is_an_error(library_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", REFUSED, library_path], capture_output=True, text=True, check=True, cwd=HERE
+    )
+    message, left = run.stdout.splitlines()
+    assert message.startswith("llmpack_ops_use_threads: thread ")
+    assert " of 1000 cannot be started (Resource temporarily unavailable), expected the system to allow" in message
+    assert left == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_the_protocol_under_a_sanitizer(tmp_path: Path, sanitizer: str) -> None:
+    """Teams of 1 to 8 threads with and without spinning, slow items, sleeping threads, and two callers."""
+    sources = [HERE / "threads_stress.cpp", CPU / "threads.cpp", CPU / "waiting.cpp"]
+    assert "all ran once" in run_sanitized(tmp_path / "stress", sanitizer, sources)

@@ -1,0 +1,82 @@
+"""The threads of an engine: as many as it was asked for, on its cores, for as long as it is open."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmrun import Engine
+from llmrun.errors import UsageError
+
+Packed = Callable[..., Path]
+TASKS = Path("/proc/self/task")
+IDS = list(range(3, 60))
+
+
+def operator_threads() -> list[int]:
+    """Ids of the threads that operators run on beside those that call."""
+    return [int(task.name) for task in TASKS.iterdir() if (task / "comm").read_text().startswith("llmpack-")]
+
+
+def cpu_seconds(tid: int) -> float:
+    return int((TASKS / str(tid) / "schedstat").read_text().split()[0]) / 1e9
+
+
+def test_threads_work_for_one_engine_and_end_with_it(packed_tiny: Packed) -> None:
+    path = packed_tiny(1, "q4")
+    with Engine(path, threads=1) as engine:
+        assert operator_threads() == []
+        expected = engine.logits(IDS)
+        with Engine(path, threads=2) as other:
+            (thread,) = operator_threads()
+            before = cpu_seconds(thread)
+            np.testing.assert_array_equal(engine.logits(IDS), expected)
+            assert cpu_seconds(thread) == pytest.approx(before, abs=0.005)  # at most its end of spinning
+            for _ in range(20):
+                np.testing.assert_array_equal(other.logits(IDS), expected)
+            assert cpu_seconds(thread) > before
+        assert operator_threads() == []
+        with pytest.raises(UsageError, match="the engine is closed"):
+            other.logits(IDS)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_each_thread_has_a_core_of_its_own(packed_tiny: Packed) -> None:
+    own = sorted(os.sched_getaffinity(0))
+    with Engine(packed_tiny(1, "q4"), threads=2):
+        (thread,) = operator_threads()
+        assert os.sched_getaffinity(thread) == {own[1]}
+    with Engine(packed_tiny(1, "q4"), threads=len(own) + 1):  # too few cores: the system decides
+        for thread in operator_threads():
+            assert os.sched_getaffinity(thread) == set(own)
+
+
+REFUSED = """
+import resource, sys
+from pathlib import Path
+from llmrun import Engine, cores, errors, job
+
+def few_pages(self):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)  # a dozen stacks
+    return cores.CoreShare(1000, ())
+
+job.Job._pin = few_pages
+try:
+    Engine(sys.argv[1]).__enter__()
+except errors.ResourceError as error:
+    print(error)
+"""
+
+
+def test_refused_threads_are_an_error_that_says_what_to_do(packed_tiny: Packed) -> None:
+    command = [sys.executable, "-c", REFUSED, packed_tiny(1, "q4")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert " of 1000 cannot be started (Resource temporarily unavailable), expected " in run.stdout
+    assert run.stdout.endswith("Use fewer --threads.\n")
