@@ -29,8 +29,9 @@ LLMPACK_EXPORT const char* llmpack_ops_isa(void);
 // Choose the instruction set, for tests and comparisons. -1: unknown name, or this machine lacks it.
 LLMPACK_EXPORT int llmpack_ops_set_isa(const char* name);
 
-// How products of few tokens ask for weights that come from memory: "through-caches", or "past-caches", which
-// suits AMD's processors. At first what suits this one; the results are the same.
+// How products of few tokens ask for weights that come from memory, and attention for keys and values:
+// "through-caches", or "past-caches", which suits AMD's processors. At first what suits this one; the results
+// are the same.
 LLMPACK_EXPORT const char* llmpack_ops_weight_fetch(void);
 
 // Choose it, for tests and comparisons. -1: unknown name.

@@ -141,27 +141,46 @@ LLMPACK_INLINE Stretch<Cached> find_stretch(const PagedAttention& args, const in
     return found;
 }
 
-// Scores of n rows with groups [first, first + vectors) of a stretch, into weights. What `ahead` holds at the
-// same places is asked for between pieces of arithmetic, into the second-level cache: a core can wait for 10
-// to 16 lines at once, and would stand still for the rest.
+// What is asked for while a stretch is multiplied, at the pace of that: keys or values of a stretch. A core
+// can wait for 10 to 16 lines at once, and would stand still for the rest.
+template <class Cached>
+struct Asked {
+    const Cached* const* places;  // of each group
+    int64_t groups;
+    int64_t apart;  // of 16 numbers that belong together, by 16: block_size / 16 for keys, 1 for values
+    bool is_near;   // into the first-level cache, else into the second
+
+    LLMPACK_INLINE const Cached* of(int64_t group, const Cached* otherwise) const {
+        return group < groups ? places[group] : otherwise;
+    }
+};
+
+LLMPACK_INLINE void ask_for(const void* line, bool is_near) {
+    if (is_near) {
+        __builtin_prefetch(line, 0, 3);
+    } else {
+        __builtin_prefetch(line, 0, 2);
+    }
+}
+
+// Scores of n rows with groups [first, first + vectors) of a stretch, into weights.
 template <int n, int vectors, class Cached>
 LLMPACK_INLINE void score_groups(const Stretch<Cached>& here, int64_t first, Rows& rows, int64_t row,
-                                 const Stretch<Cached>& ahead) {
+                                 const Asked<Cached>& asked) {
     const float* q = rows.q + row * rows.padded;
     F32x16 dot[n][vectors];
     LLMPACK_UNROLL_16 for (int r = 0; r < n; r++) {
         LLMPACK_UNROLL_16 for (int v = 0; v < vectors; v++) dot[r][v] = zero();
     }
-    const Cached *keys[vectors], *asked[vectors];
-    const int64_t to_ask = ahead.groups() - first;
+    const Cached *keys[vectors], *ask[vectors];
     LLMPACK_UNROLL_16 for (int v = 0; v < vectors; v++) {
         keys[v] = here.keys[first + v];
-        asked[v] = v < to_ask ? ahead.keys[first + v] : nullptr;
+        ask[v] = asked.of(first + v, keys[v]);  // without a branch in the loop: what is at hand costs little
     }
     // D is even. In blocks of 16, what `pack` makes, a line holds two features of float16 keys.
     for (int64_t j = 0; j < rows.D; j += 2) {
         LLMPACK_UNROLL_16 for (int v = 0; v < vectors; v++) {
-            if (v < to_ask) __builtin_prefetch(asked[v] + j * rows.block_size, 0, 2);
+            ask_for(ask[v] + j * kPositionGroup * asked.apart, asked.is_near);
         }
         LLMPACK_UNROLL_16 for (int k = 0; k < 2; k++) {
             F32x16 key[vectors];
@@ -188,17 +207,17 @@ struct Keys {
     template <int n>
     struct Score {
         static LLMPACK_INLINE void run(const Stretch<Cached>& here, int64_t groups, Rows& rows, int64_t row,
-                                       const Stretch<Cached>& ahead) {
-            pieces<vectors_at_once(n, kGroups)>(here, 0, groups, rows, row, ahead);
+                                       const Asked<Cached>& asked) {
+            pieces<vectors_at_once(n, kGroups)>(here, 0, groups, rows, row, asked);
         }
 
         template <int vectors>
         static LLMPACK_INLINE void pieces(const Stretch<Cached>& here, int64_t first, int64_t groups,
-                                          Rows& rows, int64_t row, const Stretch<Cached>& ahead) {
+                                          Rows& rows, int64_t row, const Asked<Cached>& asked) {
             for (; first + vectors <= groups; first += vectors) {
-                score_groups<n, vectors>(here, first, rows, row, ahead);
+                score_groups<n, vectors>(here, first, rows, row, asked);
             }
-            if constexpr (vectors > 1) pieces<vectors / 2>(here, first, groups, rows, row, ahead);
+            if constexpr (vectors > 1) pieces<vectors / 2>(here, first, groups, rows, row, asked);
         }
     };
 };
@@ -242,10 +261,10 @@ LLMPACK_INLINE F32x16 load_padded(const Cached* p, int64_t n) {  // n values, ze
 }
 
 // Adds the values of positions [begin, end) of a stretch to n rows, columns j to j + 16 * vectors, of which
-// the last may end beyond D. `ahead`: as above.
+// the last may end beyond D.
 template <int n, int vectors, class Cached>
 LLMPACK_INLINE void add_columns(const Stretch<Cached>& here, int64_t begin, int64_t end, Rows& rows,
-                                int64_t row, int64_t j, const Stretch<Cached>& ahead) {
+                                int64_t row, int64_t j, const Asked<Cached>& asked) {
     constexpr int64_t kLine = 64 / sizeof(Cached);
     float* out = rows.out + row * rows.padded + j;
     const float* weights = rows.weights + row * kStretch;
@@ -256,15 +275,12 @@ LLMPACK_INLINE void add_columns(const Stretch<Cached>& here, int64_t begin, int6
     for (int64_t i = begin; i < end;) {
         const int64_t group = i / kPositionGroup, group_end = min(end, (group + 1) * kPositionGroup);
         const Cached* p = here.values[group] + i % kPositionGroup * rows.D + j;
-        // May be more than `ahead` has of this group, of memory that is there all the same.
-        const Cached* asked =
-            group < ahead.groups() ? ahead.values[group] + i % kPositionGroup * rows.D + j : nullptr;
-        for (; i < group_end; i++, p += rows.D) {
-            if (asked != nullptr) {
-                for (int64_t line = 0; line < 16 * vectors; line += kLine)
-                    __builtin_prefetch(asked + line, 0, 2);
-                asked += rows.D;
-            }
+        // May be more than there is of this group, or beyond it: then it is only of no use.
+        const Cached* ask =
+            asked.of(group, here.values[group]) + (i % kPositionGroup * rows.D + j) * asked.apart;
+        for (; i < group_end; i++, p += rows.D, ask += rows.D * asked.apart) {
+            for (int64_t line = 0; line < 16 * vectors; line += kLine)
+                ask_for(ask + line * asked.apart, asked.is_near);
             F32x16 value[vectors];
             LLMPACK_UNROLL_16 for (int v = 0; v < vectors; v++) {
                 value[v] = v + 1 < vectors || j + 16 * vectors <= rows.D
@@ -289,17 +305,17 @@ struct Values {
     template <int n>
     struct Add {
         static LLMPACK_INLINE void run(const Stretch<Cached>& here, int64_t begin, int64_t end, Rows& rows,
-                                       int64_t row, const Stretch<Cached>& ahead) {
-            pieces<vectors_at_once(n, 8)>(here, begin, end, rows, row, 0, ahead);
+                                       int64_t row, const Asked<Cached>& asked) {
+            pieces<vectors_at_once(n, 8)>(here, begin, end, rows, row, 0, asked);
         }
 
         template <int vectors>
         static LLMPACK_INLINE void pieces(const Stretch<Cached>& here, int64_t begin, int64_t end, Rows& rows,
-                                          int64_t row, int64_t j, const Stretch<Cached>& ahead) {
+                                          int64_t row, int64_t j, const Asked<Cached>& asked) {
             for (; j + 16 * vectors <= rows.padded; j += 16 * vectors) {
-                add_columns<n, vectors>(here, begin, end, rows, row, j, ahead);
+                add_columns<n, vectors>(here, begin, end, rows, row, j, asked);
             }
-            if constexpr (vectors > 1) pieces<vectors / 2>(here, begin, end, rows, row, j, ahead);
+            if constexpr (vectors > 1) pieces<vectors / 2>(here, begin, end, rows, row, j, asked);
         }
     };
 };
@@ -334,8 +350,11 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
         store(rows.totals + row * 16, zero());
     }
 
-    Stretch<Cached> nothing;
-    nothing.count = 0;
+    // A head's stretch: first its keys are read, then its values. Near: what is read next is asked for, into
+    // the first-level cache. Else what is read after that, into the second.
+    const bool is_near = args.fetch == WeightFetch::kPastCaches;
+    const int64_t keys_apart = args.block_size / kPositionGroup;
+    const Asked<Cached> nothing{nullptr, 0, 1, is_near};
     auto stretch_at = [&](int64_t start) {
         return find_stretch<Cached>(args, blocks, first_kv_head, start, last_length - start);
     };
@@ -349,26 +368,34 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
             auto seen = [&](int64_t row) {
                 return min(kStretch, first_length + (row - first_row) / heads - start);
             };
-            // What is read next: this stretch of the next head, or the next stretch of the first one.
-            Stretch<Cached> ahead = g + 1 == kv_heads ? next : here;
-            if (g + 1 < kv_heads) ahead.advance(D * args.block_size);
-            const Stretch<Cached> after = ahead;
+            // This stretch of the next head, or the next stretch of the first one.
+            Stretch<Cached> after = g + 1 == kv_heads ? next : here;
+            if (g + 1 < kv_heads) after.advance(D * args.block_size);
+            const Asked<Cached> keys{after.keys, after.groups(), keys_apart, is_near};
+            const Asked<Cached> values{is_near ? here.values : after.values,
+                                       is_near ? here.groups() : after.groups(), 1, is_near};
+            bool is_asked = false;
             int64_t row = first_row + (start < first_length ? 0 : (start - first_length + 1) * heads);
             for (; row < end_row; row += kRowsTogether) {
                 const int64_t together = min(kRowsTogether, end_row - row);
                 const int64_t groups = (seen(row + together - 1) + kPositionGroup - 1) / kPositionGroup;
                 with_count<kRowsTogether, Keys<Cached>::template Score>(together, here, groups, rows, row,
-                                                                        ahead);
+                                                                        is_asked  ? nothing
+                                                                        : is_near ? values
+                                                                                  : keys);
                 for (int64_t r = row; r < row + together; r++) softmax_step(rows, r, seen(r));
                 // First what all these rows see, then what the later ones see besides. A position that a row
                 // does not see must not be multiplied by zero: it might be infinite.
                 const int64_t common = seen(row);
                 with_count<kRowsTogether, Values<Cached>::template Add>(together, here, int64_t{0}, common,
-                                                                        rows, row, ahead);
-                ahead = nothing;
+                                                                        rows, row,
+                                                                        is_asked  ? nothing
+                                                                        : is_near ? keys
+                                                                                  : values);
+                is_asked = true;
                 for (int64_t r = row + 1; r < row + together; r++) {
                     if (seen(r) <= common) continue;
-                    Values<Cached>::template Add<1>::run(here, common, seen(r), rows, r, ahead);
+                    Values<Cached>::template Add<1>::run(here, common, seen(r), rows, r, nothing);
                 }
             }
             here = after;

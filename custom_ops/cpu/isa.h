@@ -18,7 +18,8 @@ constexpr int64_t kPositionGroup = 16;  // positions of a vector of scores; cach
 enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4 };
 
 // How a product of few tokens asks for weights ahead of their use: into the caches, or past those that would
-// keep them. The results are the same.
+// keep them; and attention for keys and values: into the second-level cache, or, nearer to their use, into
+// the first. The results are the same.
 enum class WeightFetch { kThroughCaches, kPastCaches };
 
 // Activations [M, K] quantized to 8 bits, one scale for each group of input features.
@@ -100,6 +101,7 @@ struct PagedAttention {
     CacheType cache_type;
     int64_t num_heads, num_kv_heads, head_dim, block_size, max_blocks;  // block_size: of whole groups
     float scale;
+    WeightFetch fetch;
 };
 
 struct Kernels {

@@ -97,7 +97,8 @@ struct PagedAttentionOp {
                                   D,
                                   block_size,
                                   max_blocks,
-                                  scale};
+                                  scale,
+                                  weight_fetch()};
         const Kernels& k = kernels();
         // All keys and values are in the cache before any token reads them.
         context.parallel_for(T, 16, [&](int64_t begin, int64_t end) { k.attention_write(args, begin, end); });

@@ -226,7 +226,7 @@ void attention(int64_t heads, int64_t kv_heads, int64_t D, int64_t context, int6
     args.out = pages<float>(tokens * heads * D);
     args.cache_type = CacheType::kF16;
     args.num_heads = heads, args.num_kv_heads = kv_heads, args.head_dim = D;
-    args.block_size = 16, args.max_blocks = blocks, args.scale = 0.125f;
+    args.block_size = 16, args.max_blocks = blocks, args.scale = 0.125f, args.fetch = weight_fetch();
 
     const int64_t bytes = 2 * context * width * 2, items = static_cast<int64_t>(starts->size()) * kv_heads;
     const int64_t vectors = 2 * blocks * 16 * width * 2 / 64;

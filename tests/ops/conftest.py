@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,17 @@ def isa(request: pytest.FixtureRequest):
         pytest.skip(library.llmpack_ops_last_error().decode())
     yield request.param
     library.llmpack_ops_set_isa(before)
+
+
+@pytest.fixture
+def weight_fetches(library: ctypes.CDLL) -> Iterator[Iterator[bytes]]:
+    """Switches to each way of asking for weights, keys and values in turn."""
+
+    def each() -> Iterator[bytes]:
+        for name in (b"through-caches", b"past-caches"):
+            assert library.llmpack_ops_set_weight_fetch(name) == 0
+            yield name
+
+    before = library.llmpack_ops_weight_fetch()
+    yield each()
+    assert library.llmpack_ops_set_weight_fetch(before) == 0

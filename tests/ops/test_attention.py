@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import helpers
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmpack_ops import reference
+from llmrun.job_options import ISAS
 
 FILL = 7.0  # what untouched cache slots hold: a wrong read shows
 
@@ -162,6 +164,21 @@ def test_chunks_give_the_bits_of_the_whole(isa: str, chunk: int, dtype: type) ->
     out = [pieces.run(pieces.step([(0, p, min(p + chunk, 133))])) for p in range(0, 133, chunk)]
     np.testing.assert_array_equal(np.concatenate(out), expected)
     np.testing.assert_array_equal(whole.key_cache, pieces.key_cache)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("heads", ["MHA", "wide_GQA"])
+def test_both_ways_of_asking_for_keys_and_values(
+    isa: str, weight_fetches: Iterator[bytes], heads: str, block_size: int, dtype: type
+) -> None:
+    out = []
+    for _ in weight_fetches:
+        world = World(*HEADS[heads], 64, block_size, [Sequence(150, list(range(-(-150 // block_size))))], dtype)
+        out.append([check(world, world.step([(0, *tokens)])) for tokens in ((0, 149), (149, 150))])
+    for through, past in zip(*out, strict=True):
+        np.testing.assert_array_equal(through, past)
 
 
 def test_a_batch_gives_the_bits_of_each_alone(isa: str) -> None:

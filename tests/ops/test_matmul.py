@@ -246,20 +246,6 @@ def test_products_with_a_norm(isa: str, scheme: str, M: int, N: int, threads: in
     assert_normed_alike(random_projection(scheme, N, 192, 64), random_x(M, 192), threads)
 
 
-@pytest.fixture
-def weight_fetches(library):
-    """Switches to each way of asking for weights in turn."""
-
-    def each():
-        for name in (b"through-caches", b"past-caches"):
-            assert library.llmpack_ops_set_weight_fetch(name) == 0
-            yield name
-
-    before = library.llmpack_ops_weight_fetch()
-    yield each()
-    assert library.llmpack_ops_set_weight_fetch(before) == 0
-
-
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 9])
