@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -40,6 +41,7 @@ void pin(std::thread& thread, int core) {
 ThreadTeam::ThreadTeam(int number, const int32_t* cores)
     : number_(number),
       patience_(patience(cores != nullptr)),
+      process_(getpid()),
       members_(new Member[static_cast<size_t>(number)]) {
     const NoSignals inherited;
     for (int i = 1; i < number; i++) {
@@ -57,7 +59,13 @@ ThreadTeam::ThreadTeam(int number, const int32_t* cores)
     }
 }
 
-ThreadTeam::~ThreadTeam() { stop(); }
+ThreadTeam::~ThreadTeam() {
+    if (getpid() == process_) {
+        stop();
+    } else {
+        (void)members_.release();  // threads of another process are not to be waited for
+    }
+}
 
 void ThreadTeam::stop() {
     for (int i = 1; i < number_; i++) {

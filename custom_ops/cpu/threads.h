@@ -12,6 +12,8 @@
 #ifndef LLMPACK_CPU_THREADS_H_
 #define LLMPACK_CPU_THREADS_H_
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -64,6 +66,7 @@ class ThreadTeam {
 
     const int number_;
     const Patience patience_;
+    const pid_t process_;  // a child that was forked from it has no other thread
     std::unique_ptr<Member[]> members_;
     std::atomic_flag is_busy_ = ATOMIC_FLAG_INIT;
     uint32_t loop_ = 0;

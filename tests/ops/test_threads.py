@@ -144,6 +144,30 @@ def test_fewer_than_no_thread_is_refused(library: ctypes.CDLL) -> None:
     assert library.llmpack_ops_last_error() == b"llmpack_ops_use_threads: number is -1, expected 0 or more."
 
 
+FORKED = """
+import os, sys
+from pathlib import Path
+import helpers, numpy
+helpers.LIBRARY_PATH = Path(sys.argv[1])
+projection, x = helpers.random_projection("q4", 512, 1024), helpers.random_x(64, 1024)
+session = helpers.session(projection.node(x).model(), 3)
+(expected,) = session.run(None, {"x": x})
+child = os.fork()
+(y,) = session.run(None, {"x": x})
+assert numpy.array_equal(y, expected)
+del session
+if child == 0:
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes_and_ends_without_the_other_threads(library_path: Path) -> None:
+    command = [sys.executable, "-c", FORKED, library_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE, timeout=60)
+    assert run.stdout == "7\n"
+
+
 REFUSED = """
 import resource, sys
 from pathlib import Path
