@@ -9,9 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime
-import pytest
 from onnx import TensorProto, helper
 
 from llmpack_ops import VERSION
@@ -231,19 +227,3 @@ def random_projection(scheme: str, N: int, K: int, group_size: int = 32, seed: i
 
 def random_x(M: int, K: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng([seed, M, K]).standard_normal((M, K)).astype(np.float32)
-
-
-def run_sanitized(program: Path, sanitizer: str, sources: Sequence[Path]) -> str:
-    """Build a C++ program of `sources` with -fsanitize=`sanitizer`, run it, and return what it printed."""
-    compiler = os.environ.get("CXX", "c++")
-    build = [compiler, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", f"-I{ROOT / 'custom_ops'}"]
-    made = subprocess.run([*build, *sources, "-o", program], capture_output=True, text=True, check=False)
-    if "cannot find" in made.stderr:
-        pytest.skip(f"the compiler has no -fsanitize={sanitizer}")
-    assert made.returncode == 0, made.stderr
-    # ThreadSanitizer of older compilers cannot live with much randomness of addresses.
-    without_randomness = ["setarch", "-R"] if shutil.which("setarch") else []
-    command, own = [*without_randomness, program], {**os.environ, "LD_PRELOAD": ""}  # of `make test-asan`
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=own)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

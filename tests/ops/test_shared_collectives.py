@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import run_sanitized
+from sanitized import run_sanitized
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "collectives_processes.py"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Projection, random_projection, random_x, run_sanitized, session
+from helpers import Projection, random_projection, random_x, session
+from sanitized import run_sanitized
 
 HERE = Path(__file__).parent
 CPU = HERE.parents[1] / "custom_ops/cpu"
