@@ -68,9 +68,9 @@ def test_operators_run_on_as_many_threads_as_told(library_path: Path) -> None:
         cwd=HERE,
     )
     alone, together, of_onnx_runtime = map(float, run.stdout.split())
-    assert alone < 0.05
-    assert 0.2 < together < 0.8
-    assert 0.2 < of_onnx_runtime < 0.8
+    assert alone < 0.02
+    assert 0.05 < together < 0.95  # on a busy machine the caller does most by itself
+    assert 0.05 < of_onnx_runtime < 0.95
 
 
 def test_threads_end_with_their_session(library: ctypes.CDLL, projection: Projection) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
 
 from llmrun import Engine
-from llmrun.errors import UsageError
+from llmrun.cores import CoreShare
+from llmrun.errors import ResourceError, UsageError
+from llmrun.job import Job
+
+if TYPE_CHECKING:
+    import ctypes
 
 Packed = Callable[..., Path]
 TASKS = Path("/proc/self/task")
@@ -57,26 +61,19 @@ def test_each_thread_has_a_core_of_its_own(packed_tiny: Packed) -> None:
             assert os.sched_getaffinity(thread) == set(own)
 
 
-REFUSED = """
-import resource, sys
-from pathlib import Path
-from llmrun import Engine, cores, errors, job
+class _Refusing:
+    """The operator library where the system refuses a thread (tests/ops has the real one)."""
 
-def few_pages(self):
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)  # a dozen stacks
-    return cores.CoreShare(1000, ())
+    def llmpack_ops_use_threads(self, _number: int, _cores: object) -> int:
+        return -1
 
-job.Job._pin = few_pages
-try:
-    Engine(sys.argv[1]).__enter__()
-except errors.ResourceError as error:
-    print(error)
-"""
+    def llmpack_ops_last_error(self) -> bytes:
+        return b"llmpack_ops_use_threads: thread 12 of 1000 cannot be started (Resource temporarily unavailable)."
 
 
-def test_refused_threads_are_an_error_that_says_what_to_do(packed_tiny: Packed) -> None:
-    command = [sys.executable, "-c", REFUSED, packed_tiny(1, "q4")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert " of 1000 cannot be started (Resource temporarily unavailable), expected " in run.stdout
-    assert run.stdout.endswith("Use fewer --threads.\n")
+def test_refused_threads_are_an_error_that_says_what_to_do() -> None:
+    job = Job.__new__(Job)
+    job._ops = cast("ctypes.CDLL", _Refusing())
+    with pytest.raises(ResourceError, match=r"thread 12 of 1000 cannot be started .*\. Use fewer --threads\."):
+        with job._operators_on(CoreShare(1000, ())):
+            pass
