@@ -16,18 +16,10 @@ import pytest
 from helpers import Projection, random_projection, random_x, session
 from sanitized import run_sanitized
 
+from operator_threads import cpu_seconds, operator_threads
+
 HERE = Path(__file__).parent
 CPU = HERE.parents[1] / "custom_ops/cpu"
-
-
-def threads_now() -> dict[str, int]:
-    """Names and ids of the threads that loops of this process run on, beside those that call."""
-    names = {(task / "comm").read_text().strip(): int(task.name) for task in Path("/proc/self/task").iterdir()}
-    return {name: tid for name, tid in names.items() if name.startswith("llmpack-")}
-
-
-def cpu_seconds(tid: int) -> float:
-    return int(Path(f"/proc/self/task/{tid}/schedstat").read_text().split()[0]) / 1e9
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +68,20 @@ def test_operators_run_on_as_many_threads_as_told(library_path: Path) -> None:
 def test_threads_end_with_their_session(library: ctypes.CDLL, projection: Projection) -> None:
     x = random_x(3, 1024)
     made = session(projection.node(x).model(), 3)
-    assert sorted(threads_now()) == ["llmpack-1", "llmpack-2"]
+    assert sorted(operator_threads()) == ["llmpack-1", "llmpack-2"]
     made.run(None, {"x": x})
     del made
-    assert threads_now() == {}
+    assert operator_threads() == {}
 
 
 def test_each_thread_but_the_caller_is_pinned_to_its_core(library: ctypes.CDLL, projection: Projection) -> None:
     own, model = os.sched_getaffinity(0), projection.node(random_x(1, 1024)).model()
     pinned = session(model, 2, (min(own), max(own)))
-    assert os.sched_getaffinity(threads_now()["llmpack-1"]) == {max(own)}
+    assert os.sched_getaffinity(operator_threads()["llmpack-1"]) == {max(own)}
     assert os.sched_getaffinity(0) == own
     del pinned
     free = session(model, 2)
-    assert os.sched_getaffinity(threads_now()["llmpack-1"]) == own
+    assert os.sched_getaffinity(operator_threads()["llmpack-1"]) == own
     del free
 
 
@@ -101,7 +93,7 @@ def test_between_loops_a_thread_soon_sleeps(
     x = random_x(64, 1024)
     own = sorted(os.sched_getaffinity(0))
     made = session(projection.node(x).model(), 2, (own[0], own[-1]) if has_cores else ())
-    thread = threads_now()["llmpack-1"]
+    thread = operator_threads()["llmpack-1"]
     used = []
     for _ in range(20):
         made.run(None, {"x": x})
@@ -113,7 +105,7 @@ def test_between_loops_a_thread_soon_sleeps(
 
 def test_signals_are_for_the_host_programs_threads(library: ctypes.CDLL, projection: Projection) -> None:
     made = session(projection.node(random_x(1, 1024)).model(), 2)
-    status = Path(f"/proc/self/task/{threads_now()['llmpack-1']}/status").read_text()
+    status = Path(f"/proc/self/task/{operator_threads()['llmpack-1']}/status").read_text()
     blocked = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")), 16)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         assert blocked >> (number - 1) & 1

@@ -65,8 +65,8 @@ void loops(ThreadTeam& team, int number, unsigned seed) {
 }  // namespace
 
 int main() {
-    const std::vector<int32_t> cores(8,
-                                     0);  // all on one: the system takes it away in the middle of everything
+    // All on one: the system takes it away in the middle of everything.
+    const std::vector<int32_t> cores(8, 0);
     for (const int32_t* given : {static_cast<const int32_t*>(nullptr), cores.data()}) {
         for (int number : {1, 2, 3, 5, 8}) {
             for (int life = 0; life < 3; life++) {

@@ -14,50 +14,42 @@ from llmrun import Engine
 from llmrun.cores import CoreShare
 from llmrun.errors import ResourceError, UsageError
 from llmrun.job import Job
+from operator_threads import cpu_seconds, operator_threads
 
 if TYPE_CHECKING:
     import ctypes
 
 Packed = Callable[..., Path]
-TASKS = Path("/proc/self/task")
 IDS = list(range(3, 60))
-
-
-def operator_threads() -> list[int]:
-    """Ids of the threads that operators run on beside those that call."""
-    return [int(task.name) for task in TASKS.iterdir() if (task / "comm").read_text().startswith("llmpack-")]
-
-
-def cpu_seconds(tid: int) -> float:
-    return int((TASKS / str(tid) / "schedstat").read_text().split()[0]) / 1e9
 
 
 def test_threads_work_for_one_engine_and_end_with_it(packed_tiny: Packed) -> None:
     path = packed_tiny(1, "q4")
     with Engine(path, threads=1) as engine:
-        assert operator_threads() == []
+        assert operator_threads() == {}
         expected = engine.logits(IDS)
         with Engine(path, threads=2) as other:
-            (thread,) = operator_threads()
+            (thread,) = operator_threads().values()
             before = cpu_seconds(thread)
             np.testing.assert_array_equal(engine.logits(IDS), expected)
             assert cpu_seconds(thread) == pytest.approx(before, abs=0.005)  # at most its end of spinning
             for _ in range(20):
                 np.testing.assert_array_equal(other.logits(IDS), expected)
             assert cpu_seconds(thread) > before
-        assert operator_threads() == []
+        assert operator_threads() == {}
         with pytest.raises(UsageError, match="the engine is closed"):
-            other.logits(IDS)
+            list(other.generate_ids(IDS, max_tokens=1))
+        assert not other.job.is_broken  # nothing was begun, nor sent to ranks that have left
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_each_thread_has_a_core_of_its_own(packed_tiny: Packed) -> None:
     own = sorted(os.sched_getaffinity(0))
     with Engine(packed_tiny(1, "q4"), threads=2):
-        (thread,) = operator_threads()
+        (thread,) = operator_threads().values()
         assert os.sched_getaffinity(thread) == {own[1]}
     with Engine(packed_tiny(1, "q4"), threads=len(own) + 1):  # too few cores: the system decides
-        for thread in operator_threads():
+        for thread in operator_threads().values():
             assert os.sched_getaffinity(thread) == set(own)
 
 

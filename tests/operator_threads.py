@@ -1,0 +1,18 @@
+"""The threads of this process that loops of operators run on, beside those that call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_TASKS = Path("/proc/self/task")
+
+
+def operator_threads() -> dict[str, int]:
+    """Return their ids by name."""
+    names = {(task / "comm").read_text().strip(): int(task.name) for task in _TASKS.iterdir()}
+    return {name: tid for name, tid in names.items() if name.startswith("llmpack-")}
+
+
+def cpu_seconds(tid: int) -> float:
+    """Return how long a thread has run."""
+    return int((_TASKS / str(tid) / "schedstat").read_text().split()[0]) / 1e9
