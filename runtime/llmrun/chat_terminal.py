@@ -21,7 +21,7 @@ from llmrun import console
 from llmrun.artifact import open_artifact
 from llmrun.chat_link import ChatJob, RanksEndedError
 from llmrun.errors import UsageError
-from llmrun.line_editor import QUOTES, LineEditor, default_history
+from llmrun.line_editor import QUOTES, KeptKeys, LineEditor, default_history
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave_by_signal)
-    with ChatJob(manifest.shards, arguments.typed) as job:
-        return _Terminal(job, arguments).talk()
+    with KeptKeys() as keys, ChatJob(manifest.shards, arguments.typed) as job:
+        return _Terminal(job, arguments, keys).talk()
 
 
 def _leave_by_signal(number: int, _frame: FrameType | None) -> NoReturn:
@@ -57,8 +57,9 @@ def _leave_by_signal(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 class _Terminal:
-    def __init__(self, job: ChatJob, arguments: argparse.Namespace) -> None:
+    def __init__(self, job: ChatJob, arguments: argparse.Namespace, keys: KeptKeys) -> None:
         self._job = job
+        self._keys = keys
         self._answer_stream = os.dup(1)
         self._is_answer_shown = os.isatty(1)
         if not self._is_answer_shown:
@@ -91,7 +92,7 @@ class _Terminal:
                 if self._interrupts:
                     return 130
             self._ready = event["ready"]
-            editor = LineEditor([*self._commands, "/quit"], self._history)
+            editor = LineEditor([*self._commands, "/quit"], self._history, self._keys)
             self._say("/help shows the commands.", is_dim=True)
             while (message := self._read(editor)) is not None and self._take(message):
                 pass

@@ -13,8 +13,15 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import termios
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+try:
+    import readline
+except ImportError:  # a Python built without it: lines still arrive, as the terminal itself edits them
+    readline = None
 
 PROMPT, CONTINUATION = "> ", ". "
 QUOTES = '"""'
@@ -32,20 +39,57 @@ def default_history() -> Path | None:
     return Path(state, "llmrun", "history")
 
 
+class KeptKeys:
+    """Has the terminal keep keys as they are typed, unseen, until a message is read; Ctrl-C and Ctrl-Z act at once.
+
+    A terminal that edits lines itself would show them amid an answer, and spoil Ctrl-D: it makes it the end of a line,
+    which, when editing begins, turns into a character 0 that ends nothing (Linux, n_tty.c). Does nothing where there is
+    no readline to edit them, and while llmrun runs in the background, where it would be stopped for it.
+    """
+
+    def __enter__(self) -> KeptKeys:
+        """Begin; the end restores the terminal."""
+        self._found: list[Any] | None = None
+        if readline is not None:
+            with contextlib.suppress(termios.error, OSError):
+                self._found = termios.tcgetattr(0)
+        self._set(~(termios.ICANON | termios.ECHO))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the terminal."""
+        self._set(~0)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[None]:
+        """Let readline read, which echoes only where the terminal does."""
+        self._set(~termios.ICANON)
+        try:
+            yield
+        finally:
+            self._set(~(termios.ICANON | termios.ECHO))
+
+    def _set(self, mask: int) -> None:
+        if self._found is None:
+            return
+        attributes = self._found.copy()
+        attributes[3] &= mask
+        with contextlib.suppress(termios.error, OSError):  # a terminal that is gone
+            if os.tcgetpgrp(0) == os.getpgrp():
+                termios.tcsetattr(0, termios.TCSANOW, attributes)
+
+
 class LineEditor:
     """Reads messages. `history` None: only what is typed now can be recalled, and nothing is written."""
 
-    def __init__(self, commands: Sequence[str], history: Path | None) -> None:
+    def __init__(self, commands: Sequence[str], history: Path | None, keys: KeptKeys) -> None:
         """Prepare the terminal's editing; a history that cannot be read is an empty one."""
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
         self._history = history
         self._commands = sorted(commands)
-        try:
-            import readline
-        except ImportError:  # a Python built without it: lines still arrive, as the terminal itself edits them
-            self._readline = None
+        self._keys = keys
+        if readline is None:
             return
-        self._readline = readline
         readline.set_auto_history(False)  # a message of several lines is one entry
         readline.set_completer_delims(" ")
         readline.set_completer(self._complete)
@@ -67,15 +111,16 @@ class LineEditor:
             EOFError: Ctrl-D on an empty line.
             KeyboardInterrupt: Ctrl-C; what was typed is gone.
         """
-        line = input(PROMPT)
-        if line.lstrip().startswith(QUOTES):
-            text = self._read_block(line.lstrip().removeprefix(QUOTES))
-        else:
-            lines = [line]
-            while lines[-1].endswith("\\"):
-                lines[-1] = lines[-1][:-1]
-                lines.append(input(CONTINUATION))
-            text = "\n".join(lines)
+        with self._keys.read():
+            line = input(PROMPT)
+            if line.lstrip().startswith(QUOTES):
+                text = self._read_block(line.lstrip().removeprefix(QUOTES))
+            else:
+                lines = [line]
+                while lines[-1].endswith("\\"):
+                    lines[-1] = lines[-1][:-1]
+                    lines.append(input(CONTINUATION))
+                text = "\n".join(lines)
         self._remember(text)
         return text
 
@@ -88,7 +133,6 @@ class LineEditor:
 
     def _remember(self, text: str) -> None:
         text = text.strip("\n")
-        readline = self._readline
         if readline is None or not text.strip():
             return
         length = readline.get_current_history_length()
@@ -100,11 +144,11 @@ class LineEditor:
 
     def _complete(self, text: str, state: int) -> str | None:
         """Complete a command at the beginning of the line, and the file name of /save."""
-        assert self._readline is not None
-        begin = self._readline.get_begidx()
+        assert readline is not None
+        begin = readline.get_begidx()
         if begin == 0:
             found = [name + " " for name in self._commands if name.startswith(text)] if text.startswith("/") else []
-        elif self._readline.get_line_buffer().startswith("/save "):
+        elif readline.get_line_buffer().startswith("/save "):
             pattern = glob.escape(os.path.expanduser(text)) + "*"
             found = [path + "/" * os.path.isdir(path) for path in sorted(glob.glob(pattern))]
         else:

@@ -198,6 +198,29 @@ def test_ctrl_c_at_the_prompt_clears_and_twice_leaves(chat: Chat) -> None:
     assert chat.echoes()
 
 
+def test_what_is_typed_while_it_loads_waits_for_the_prompt(tmp_path: Path, artifact: Path) -> None:
+    with Chat(tmp_path, artifact, "-n", "2", environment={"LLMRUN_FAULT": "0:load:slow"}) as chat:
+        chat.wait(lambda: not chat.echoes())
+        chat.type("hellp" + BACKSPACE + "o\r" + CTRL_D)
+        chat.pump(0.3)
+        assert chat.screen == []
+        assert chat.finish() == 0
+        assert "> hello" in chat.screen
+        assert chat.answers() == 1
+        assert chat.echoes()
+
+
+def test_what_is_typed_during_an_answer_waits_for_the_prompt(tmp_path: Path, artifact: Path) -> None:
+    with Chat(tmp_path, artifact, "-n", "4", "--ignore-eos", environment=SLOW_ANSWER) as chat:
+        chat.begin_answer()
+        chat.type("/stats\r" + CTRL_D)
+        chat.pump(0.3)
+        assert "/stats" not in chat.text
+        assert chat.finish() == 0
+        assert "\n> /stats\nconversation  1 answer, " in chat.text
+        assert chat.echoes()
+
+
 def test_ctrl_c_while_it_loads_leaves(tmp_path: Path, artifact: Path) -> None:
     with Chat(tmp_path, artifact, environment={"LLMRUN_FAULT": "0:load:slow"}) as chat:
         chat.wait(lambda: len(chat.processes()) > 1)
