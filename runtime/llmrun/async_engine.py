@@ -76,8 +76,11 @@ class AsyncEngine:
 
     async def complete_batch(self, prompts: Sequence[Prompt], **options: Unpack[RequestOptions]) -> list[Completion]:
         """Answer several prompts together; return the completions in order. If one fails, all are cancelled."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.complete(prompt, **options)) for prompt in prompts]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.complete(prompt, **options)) for prompt in prompts]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # as `Engine.generate_batch`
         return [task.result() for task in tasks]
 
     async def events(self, prompt: Prompt, **options: Unpack[RequestOptions]) -> AsyncGenerator[Event, None]:

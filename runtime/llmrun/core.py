@@ -108,6 +108,7 @@ class Core:
         constraint: Constraint | None = None,
         speculate: int | None = None,
         reuse_prefix: bool = True,
+        is_continuation: bool | None = None,
         **sampling: Any,
     ) -> Request:
         """Check and tokenize; arguments and errors as in `Engine.submit`. Changes nothing, so any thread may call it."""
@@ -128,7 +129,8 @@ class Core:
         if stop and self.tokenizer is None:
             raise UsageError("stop texts need a tokenizer, and the artifact has none.", code="E205")
         self._scheduler.check(len(prompt_ids), max_tokens)
-        is_text = isinstance(prompt, str)
+        if is_continuation is None:
+            is_continuation = isinstance(prompt, str) or constraint is not None
         sequence = RunningSequence(
             -1,
             list(prompt_ids),
@@ -142,7 +144,7 @@ class Core:
             sequence,
             prompt_ids,
             sampler,
-            TextStream(self.tokenizer, stop, is_continuation=is_text) if self.tokenizer else None,
+            TextStream(self.tokenizer, stop, is_continuation=is_continuation) if self.tokenizer else None,
             frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
             constraint,
             TokenHistory(prompt_ids) if sampler.needs_history else None,

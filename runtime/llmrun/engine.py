@@ -170,7 +170,9 @@ class Engine:
             try:
                 requests += (self.submit(prompt, **options) for prompt in prompts)
                 while any(request.finish_reason is None for request in requests):
-                    self.step()
+                    self._step()
+                    if errors := [request.error for request in requests if request.error is not None]:
+                        raise errors[0]
             finally:
                 for request in requests:
                     self.cancel(request)
@@ -222,7 +224,10 @@ class Engine:
         Raises:
             NumericError: a logit is NaN or infinite; nothing is sampled from such a step.
         """
-        return self._core.step()
+        events = self._step()
+        if errors := [event.error for event in events if event.error is not None and event.request.events is None]:
+            raise errors[0]
+        return events
 
     def cancel(self, request: Request) -> None:
         """End a request, whatever its state, and free its cache blocks."""
@@ -296,12 +301,18 @@ class Engine:
         try:
             while events or request.finish_reason is None:
                 while not events:
-                    for event in self._core.step(raises=False):
-                        if event.request.events is not None:
-                            event.request.events.append(event)
+                    self._step()
                 event = events.popleft()
                 if event.error is not None:
                     raise event.error
                 yield event
         finally:
             self.cancel(request)
+
+    def _step(self) -> list[Event]:
+        """Run a step and return its events; those of requests that are read one by one wait there, too."""
+        events = self._core.step(raises=False)
+        for event in events:
+            if event.request.events is not None:
+                event.request.events.append(event)
+        return events

@@ -42,6 +42,8 @@ class RequestOptions(TypedDict, total=False):
         constraint: which tokens may come (structured output); the object is this request's alone.
         speculate: tokens to guess ahead at most (prompt look-up); the answer stays the same; not given: the engine's.
         reuse_prefix: False computes the whole prompt, even if the cache holds its beginning.
+        is_continuation: the answer goes on after other text, so a space that it begins with is part of it; not given:
+            for a prompt that is text, and with a constraint, which counts it.
         temperature, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, seed: see `SamplingParams`.
     """
 
@@ -54,6 +56,7 @@ class RequestOptions(TypedDict, total=False):
     constraint: Constraint | None
     speculate: int | None
     reuse_prefix: bool
+    is_continuation: bool | None
     temperature: float | None
     top_k: int | None
     top_p: float | None

@@ -132,6 +132,39 @@ def test_several_prompts_and_choices(client: openai.OpenAI, served: Served) -> N
     assert [choice.index for choice in result.choices] == [0, 1, 2, 3]
 
 
+def test_ids_of_a_prompt_are_answered_as_its_text(client: openai.OpenAI, served: Served) -> None:
+    options: Any = {"model": served.model, "max_tokens": 12, "temperature": 0, "echo": True}
+    begin_with_space = 0
+    for prompt in (PROMPT, "In the evening the prince was", "The king said"):
+        ids = served.ask("/tokenize", {"prompt": prompt})[1]["tokens"]
+        text, same = (client.completions.create(prompt=given, **options).choices[0].text for given in (prompt, ids))
+        assert text == same
+        begin_with_space += text.startswith(prompt + " ")
+    assert begin_with_space
+
+
+@pytest.mark.parametrize("stop", [[], [", never"]])
+def test_offsets_are_those_of_the_text(client: openai.OpenAI, served: Served, stop: list[str]) -> None:
+    prompt = "日本 the king, said"
+    options: Any = {"model": served.model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "stop": stop}
+    for echo in (True, False):
+        choice = client.completions.create(**options, echo=echo, logprobs=0).choices[0]
+        found = choice.logprobs
+        assert found is not None
+        assert found.tokens is not None
+        assert found.text_offset is not None
+        whole = [
+            (token, offset)
+            for token, offset in zip(found.tokens, found.text_offset, strict=True)
+            if not token.startswith(("bytes:", "<"))
+        ]
+        assert len(whole) > 8
+        for i, (token, offset) in enumerate(whole):
+            # The space that the encoding puts before a text is no part of it.
+            shown = token.removeprefix(" ") if echo and i == 0 else token
+            assert choice.text[offset : offset + len(shown)] == shown
+
+
 def test_a_stop_string_ends_an_answer(client: openai.OpenAI, served: Served) -> None:
     options: Any = {"model": served.model, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     text = client.completions.create(**options).choices[0].text
@@ -171,6 +204,13 @@ def test_an_answer_by_regular_expression_and_by_choice(client: openai.OpenAI, se
     assert len(ask({"regex": "[0-9]{3}"})) == 3
     assert ask({"choice": ["yes", "no"]}) in ("yes", "no")
     assert set(ask({"grammar": 'root ::= "ab" root | "c"'})) <= set("abc")
+
+
+def test_a_space_that_a_choice_begins_with_is_in_the_answer(client: openai.OpenAI, served: Served) -> None:
+    result = client.chat.completions.create(
+        model=served.model, messages=MESSAGES, extra_body={"structured_outputs": {"choice": [" yes", " no"]}}
+    )
+    assert result.choices[0].message.content in (" yes", " no")
 
 
 def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI, served: Served) -> None:

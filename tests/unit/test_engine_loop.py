@@ -235,6 +235,8 @@ def test_errors_reach_the_task(packed_tiny: Packed) -> None:
         async with AsyncEngine(packed_tiny(1, "f32")) as engine:
             with pytest.raises(UsageError, match="empty"):
                 await engine.complete("")
+            with pytest.raises(UsageError, match="empty"):
+                await engine.complete_batch(["The king", ""])
             with pytest.raises(LlmpackError, match="no such state"):
                 await engine.complete("The king", constraint=Broken())  # type: ignore[typeddict-item]
 

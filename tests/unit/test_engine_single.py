@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmrun import Engine
-from llmrun.errors import LlmpackError, NumericError, ResourceError, UsageError
+from llmrun.errors import InternalError, LlmpackError, NumericError, ResourceError, UsageError
 
 Packed = Callable[..., Path]
 PROMPTS = ["The king", "O", "To be, or not to be, that is the question", "War and peace"]
@@ -147,6 +147,38 @@ def test_generators_may_take_turns(engine: Engine) -> None:
     pairs = list(zip(first, second, strict=True))
     assert [a for a, _ in pairs] == engine.complete(PROMPTS[0], **options).ids
     assert [b for _, b in pairs] == engine.complete(PROMPTS[2], **options).ids
+
+
+@pytest.mark.parametrize("kind", ["complete", "step"])
+def test_a_half_read_generator_misses_nothing_that_others_compute(engine: Engine, kind: str) -> None:
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
+    generator = engine.generate_ids(PROMPTS[0], **options)
+    ids = [next(generator)]
+    if kind == "complete":
+        engine.complete(PROMPTS[2], max_tokens=20, temperature=0.0, ignore_eos=True)
+    else:
+        engine.step()
+    assert [*ids, *generator] == engine.complete(PROMPTS[0], **options).ids
+
+
+def test_an_error_of_a_half_read_generator_is_raised_there(engine: Engine) -> None:
+    class Failing:
+        is_done = False
+
+        def mask(self, tokens: Any) -> Any:
+            if len(tokens) > 1:
+                raise ValueError("mine")
+            return np.full((engine.manifest.model.vocab_size + 31) // 32, -1, np.int32)
+
+        def accept(self, token_id: int) -> None:
+            pass
+
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
+    generator = engine.generate_ids(PROMPTS[0], constraint=Failing(), **options)
+    next(generator)
+    assert len(engine.complete(PROMPTS[2], **options).ids) == 10
+    with pytest.raises(InternalError, match="mine"):
+        list(generator)
 
 
 def test_one_cancelled_request_leaves_the_others_alone(engine: Engine) -> None:

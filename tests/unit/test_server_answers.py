@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,15 @@ from hypothesis import strategies as st
 from llmrun.artifact import open_artifact
 from llmrun.constraint import allowed_tokens
 from llmrun.errors import UsageError
+from llmrun.requests import Event
+from llmrun.server.chats import _Writer as ChatWriter
 from llmrun.server.errors import ApiError
 from llmrun.server.grammar import CACHE_ENTRIES, Grammars
 from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
 from llmrun.server.prompts import chat_ids
+from llmrun.server.schemas import Schemas
+from llmrun.server.tasks import Choice
 from llmrun.server.tools import ToolForm, ToolStream, call_grammar, find_calls, tool_form
 from llmrun.tokenizer import Tokenizer, load_tokenizer
 
@@ -112,8 +117,8 @@ def test_any_way_through_a_regex_matches_it(pattern: str, grammars: Grammars, to
 
 
 def test_choices_are_taken_literally(grammars: Grammars, tokenizer: Tokenizer) -> None:
-    choices = ["yes", "no.*", "a|b", "(", "\\d", "x y", "{1}", "ü"]
-    assert {walk(grammars, tokenizer, "choice", choices, seed) for seed in range(60)} == set(choices)
+    choices = ["yes", "no.*", "a|b", "(", "\\d", "x y", "{1}", "ü", "<b>", ">=", "->"]
+    assert {walk(grammars, tokenizer, "choice", choices, seed) for seed in range(99)} == set(choices)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +179,31 @@ def test_a_costly_source_is_bounded(kind: str, source: Any, grammars: Grammars, 
     assert time.monotonic() - started < 20  # a bomb takes minutes or all memory
 
 
+LINKS = range(1400)
+CHAINS: dict[str, tuple[str, Any]] = {
+    "rules": ("grammar", "start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(4600)) + 'a4600: "x"\n'),
+    "terminals": ("grammar", "start: A0\n" + "".join(f"A{i}: A{i + 1}\n" for i in range(4600)) + 'A4600: "x"\n'),
+    "references": (
+        "json",
+        {
+            "$ref": "#/$defs/0",
+            "$defs": {
+                **{str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in LINKS},
+                str(len(LINKS)): {"type": "null"},
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_longest_chain_of_references_has_stack(chain: str, grammars: Grammars) -> None:
+    kind, source = CHAINS[chain]
+    assert len(json.dumps(source)) > 0.9 * Limits().max_schema_bytes  # a stack of 8 MB held half of it
+    constraint = grammars.constraint(kind, source)
+    assert np.any(constraint.mask([]))
+
+
 def test_the_cache_of_grammars_is_bounded(grammars: Grammars) -> None:
     for i in range(CACHE_ENTRIES + 10):
         grammars.constraint("choice", [str(i)])
@@ -225,6 +255,10 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
         {"role": "user", "content": [{"type": "image_url", "text": "x"}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}}],
+        },
     ],
 )
 def test_messages_that_no_template_gets(message: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -238,7 +272,7 @@ def test_messages_that_no_template_gets(message: dict[str, Any], tokenizer: Toke
 def test_a_constrained_call_is_a_call(
     form: ToolForm, choice: str, names: set[str], grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
-    kind, source = call_grammar(form, TOOLS, choice)
+    kind, source = call_grammar(form, TOOLS, choice, Limits())
     found = set()
     for seed in range(12):
         text = walk(grammars, tokenizer, kind, source, seed)
@@ -250,6 +284,95 @@ def test_a_constrained_call_is_a_call(
                 assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
     assert found <= names
     assert "weather" in found
+
+
+def tool(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+ROUTE = {  # as libraries write types that occur twice
+    "$id": "https://example.com/route",
+    "type": "object",
+    "properties": {
+        "from": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+        "to": {"$ref": "#/properties/from"},
+        "by": {"$ref": "#/definitions/by"},
+        "$ref": {"const": {"$ref": "#"}},  # a name and a value, no reference
+    },
+    "required": ["from", "to", "by", "$ref"],
+    "additionalProperties": False,
+    "definitions": {"by": {"enum": ["car"]}},
+}
+TREE = {
+    "type": "object",
+    "properties": {"label": {"enum": ["a"]}, "kids": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1}},
+    "required": ["label", "kids"],
+    "additionalProperties": False,
+}
+OTHER = {"properties": {"by": {"$ref": "#/definitions/by"}}, "definitions": {"by": {"enum": [1]}}, "required": ["by"]}
+RECURSIVE = [tool("route", ROUTE), tool("tree", TREE), tool("other", OTHER)]
+
+
+def is_tree(value: Any) -> bool:
+    return value.keys() == {"label", "kids"} and value["label"] == "a" and all(map(is_tree, value["kids"]))
+
+
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+def test_references_of_a_tools_schema_mean_the_schema(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
+    kind, source = call_grammar(form, RECURSIVE, "required", Limits())
+    seen = set()
+    for seed in range(30):
+        text = walk(grammars, tokenizer, kind, source, seed)
+        if text is None:
+            continue
+        _, (call,) = find_calls(form, RECURSIVE, text)
+        name, value = call["function"]["name"], json.loads(call["function"]["arguments"])
+        seen.add(name)
+        if name == "tree":
+            assert is_tree(value)
+        elif name == "route":
+            assert (value["to"]["city"], value["by"], value["$ref"]) == ("Rome", "car", {"$ref": "#"})
+        else:
+            assert value["by"] == 1
+    assert seen == {"route", "tree", "other"}
+
+
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"type": "string"}, "'f' are of type string: expected object"),
+        ({"properties": {"a": {"enum": list(range(1001))}}}, "an enum of 1001"),
+        ({"properties": {"a": {"const": "x" * (65 << 10)}}}, "bytes: at most"),
+        ({"properties": {"a": {"$ref": "http://example.com"}}}, "only references within the schema"),
+    ],
+)
+def test_a_tools_schema_has_the_bounds_of_others(form: ToolForm, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        call_grammar(form, [tool("f", parameters)], "required", Limits())
+    assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+def test_white_space_in_a_call_is_bounded(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.constraint(*call_grammar(form, TOOLS, "required", Limits()))
+    assert tokenizer.bos_token_id is not None
+    newline = tokenizer.encode_segments([tokenizer.bos_token_id, "{\n"])[-1]
+    ids: list[int] = []
+    for token_id in tokenizer.encode_segments([tokenizer.bos_token_id, form.opening + '{"name"'])[1:]:
+        constraint.accept(token_id)
+        ids.append(token_id)
+    for is_allowed in (True, False):
+        allowed = allowed_tokens(constraint.mask(ids), tokenizer.vocab_size + 61)
+        assert bool(allowed[newline]) is is_allowed
+        if is_allowed:
+            constraint.accept(newline)
+            ids.append(newline)
 
 
 CALL = '{"name": "weather", "parameters": {"city": "Rome"}}'
@@ -264,6 +387,9 @@ ANSWERS: list[tuple[ToolForm, str, str | None, int]] = [
     (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", None, 1),
     (HERMES, f"Let me see. <tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", "Let me see. ", 2),
     (HERMES, f"<tool_call>{CALL}", None, 1),
+    (HERMES, '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}, "x": "</tool_call>"}</tool_call>', None, 1),
+    (HERMES, f"<tool_call>{CALL} and more</tool_call>", f"<tool_call>{CALL} and more</tool_call>", 0),
+    (HERMES, f"<tool_call>{CALL}</tool_call> more", "more", 1),
     (HERMES, "a < b <tool", "a < b <tool", 0),
     (HERMES, "<tool_call>nonsense</tool_call>", "<tool_call>nonsense</tool_call>", 0),
 ]
@@ -278,6 +404,16 @@ def test_calls_are_found_however_the_text_is_cut(case: tuple[ToolForm, str, str 
     rest, calls = stream.finish()
     assert said + (rest or "") == (expected or "")
     assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"city": "Rome"}] * num_calls
+
+
+@pytest.mark.parametrize(("field", "expected"), [({}, 2), ({"parallel_tool_calls": False}, 1)])
+def test_one_call_where_several_are_not_wanted(field: dict[str, bool], expected: int) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **field}
+    service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=None), model_name="m", fingerprint="f")
+    writer = ChatWriter(service, Schemas(Limits()).chat_call(body), LLAMA)
+    request: Any = None
+    _, calls, _, reason = writer.take(Choice(0, 0), Event(request, None, f"{CALL};{CALL}", None, "stop"))
+    assert (len(calls), reason) == (expected, "tool_calls")
 
 
 @given(st.text(alphabet='{}"<tol_ca>/;: \n', max_size=60))

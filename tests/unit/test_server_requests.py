@@ -294,6 +294,16 @@ def test_pages_of_other_origins_are_refused_unless_allowed() -> None:
     assert "access-control-allow-origin" not in Exchange(Access()).ask()[1]
 
 
+@pytest.mark.parametrize("asked", ["authorization,content-type,x-stainless-os,x-stainless-retry-count", "x-a, X-B"])
+def test_headers_of_client_libraries_are_allowed_by_name(asked: str) -> None:
+    exchange = Exchange(Access(origins=("https://app.example",)))
+    options: dict[str, str] = {"origin": "https://app.example", "access_control_request_headers": asked}
+    status, headers, _ = exchange.ask("OPTIONS", **options)
+    assert (status, headers["access-control-allow-headers"]) == (204, asked)
+    _, headers, _ = exchange.ask("OPTIONS", **{**options, "access_control_request_headers": "x\u00e9, a b"})
+    assert headers["access-control-allow-headers"] == "authorization, content-type"
+
+
 @pytest.mark.parametrize(
     "header", ["", "Bearer", "Bearer ", "Bearer wrong", "Basic secret", "secret", "Bearer secretx", "Bearer ß"]
 )

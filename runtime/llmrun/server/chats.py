@@ -41,7 +41,7 @@ class Chats:
         form = self._tool_form(call)
         grammar = call.sampled.grammar
         if form is not None and call.tool_choice != "auto":
-            grammar = toolbox.call_grammar(form, call.tools, call.tool_choice)
+            grammar = toolbox.call_grammar(form, call.tools, call.tool_choice, service.limits)
         await service.compile(grammar)
         async with Answer(service, receive, call.sampled.n) as answer:
             await answer.submit([await service.in_thread(lambda: self._submitter(call, form, grammar))], call.sampled.n)
@@ -116,6 +116,8 @@ class _Writer:
             if reason is not None:
                 rest, calls = parser.finish()
                 text += rest or ""
+        if not self.call.may_call_several:
+            del calls[1:]
         if calls and reason == "stop" and not self.call.tool_choice.startswith("="):  # a named tool: OpenAI says "stop"
             reason = "tool_calls"
         return text, calls, entries, reason

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError, as_api_error
 from llmrun.server.guard import ClientGoneError
-from llmrun.server.replies import DONE, PING, Stream, TokenTexts, frame, usage
+from llmrun.server.replies import DONE, PING, Stream, TextOffsets, TokenTexts, frame, usage
 from llmrun.server.responses import Json
 from llmrun.server.schemas import CompletionCall
 from llmrun.server.service import Service
@@ -20,6 +20,7 @@ from llmrun.server.tasks import Answer, Choice
 
 if TYPE_CHECKING:
     from llmrun.engine_loop import Ticket
+    from llmrun.tokenizer import Tokenizer
 
 
 class Completions:
@@ -48,6 +49,7 @@ class Completions:
         self, call: CompletionCall, prompt: str | list[int]
     ) -> Callable[[Callable[[Event], None], int], Ticket]:
         sampled, loop, service = call.sampled, self._service.loop, self._service
+        is_continuation = _is_continuation(call, prompt, service.engine.tokenizer)
         if not prompt:
             prompt = service.empty_prompt()
         prompt_logprobs = call.logprobs if call.echo else None
@@ -66,11 +68,21 @@ class Completions:
                 prompt_logprobs=prompt_logprobs,
                 logit_bias=sampled.logit_bias or None,
                 constraint=constraint,
+                is_continuation=is_continuation,
                 seed=None if sampled.seed is None else (sampled.seed + i) % 2**63,
                 **sampled.sampling,
             )
 
         return submit
+
+
+def _is_continuation(call: CompletionCall, prompt: str | list[int], tokenizer: Tokenizer | None) -> bool:
+    """Tell whether a space at the beginning of the answer is text: it goes on after text, or a grammar has counted it."""
+    if call.sampled.grammar is not None:
+        return True
+    if isinstance(prompt, str) or tokenizer is None:
+        return bool(prompt)
+    return not set(prompt) <= {*tokenizer.special_tokens.values()}
 
 
 class _Writer:
@@ -79,7 +91,7 @@ class _Writer:
     def __init__(self, service: Service, call: CompletionCall) -> None:
         self.call = call
         self._service, self._texts = service, TokenTexts(service.engine.tokenizer)
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, TextOffsets] = {}
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -96,16 +108,18 @@ class _Writer:
         """Return the echo of the prompt, if it is wanted; to be called at a choice's first event."""
         if choice.index in self._offsets:
             return None
-        self._offsets[choice.index] = 0
-        if not self.call.echo or choice.ticket is None:
+        call, prompt, tokenizer = self.call, self.call.prompts[choice.prompt_index], self._service.engine.tokenizer
+        has_echo = call.echo and choice.ticket is not None
+        offsets = self._texts.offsets(is_continuation=not has_echo and _is_continuation(call, prompt, tokenizer))
+        self._offsets[choice.index] = offsets
+        if not has_echo or choice.ticket is None:
             return None
-        request, prompt = choice.ticket.request, self.call.prompts[choice.prompt_index]
-        tokenizer = self._service.engine.tokenizer
+        request = choice.ticket.request
         text = prompt if isinstance(prompt, str) else "" if tokenizer is None else tokenizer.decode(request.prompt_ids)
         logprobs = None
-        if self.call.logprobs is not None and request.prompt_logprobs is not None:
-            logprobs = self._texts.completion(request.prompt_logprobs, request.prompt_ids, 0)
-        self._offsets[choice.index] = len(text)
+        if call.logprobs is not None and request.prompt_logprobs is not None:
+            logprobs = self._texts.completion(request.prompt_logprobs, request.prompt_ids, offsets)
+        offsets.offset = len(text)
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
     def piece(self, choice: Choice, event: Event) -> dict[str, Any]:
@@ -115,7 +129,6 @@ class _Writer:
             has_token = event.token_id is not None and event.logprobs is not None
             entries, ids = ([event.logprobs], [event.token_id]) if has_token else ([], [])
             logprobs = self._texts.completion(entries, ids, self._offsets[choice.index])  # type: ignore[arg-type]
-        self._offsets[choice.index] += len(event.text)
         return {"index": choice.index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
 
 

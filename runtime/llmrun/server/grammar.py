@@ -1,19 +1,20 @@
 """Structured output: a JSON schema, regular expression, list of choices or grammar, as a constraint on tokens (llguidance).
 
 Sources come from clients. They are bounded before they are compiled (size, depth, enum), compiled away from the
-engine's thread, and the library's own limits bound what they may use up at each token. A constraint that fails then
-ends its own request with an error and nothing else.
+engine's thread, on a stack that the longest chain of references has room on, and the library's own limits bound what
+they may use up at each token. A constraint that fails then ends its own request with an error and nothing else.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import importlib.util
 import json
 import re
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 CACHE_ENTRIES = 32
 _MAX_LEXER_STATES = 10_000  # 1 to 2 kB each
 # Between the tokens of JSON: a space, or a line break and its indentation. Without a bound a weak model never stops.
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
+JSON_OPTIONS: Any = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
+# The library descends a chain of references recursively: 3.3 kB a link were measured, and a link has 6 bytes or more.
+_STACK_BYTES_A_BYTE = 4096
+_Result = TypeVar("_Result")
 
 
 def is_available() -> bool:
@@ -63,7 +67,8 @@ class Grammars:
         with self._lock:
             base = self._compiled.get(grammar)
             if base is None:
-                base = self._compile(grammar)
+                stack_bytes = _STACK_BYTES_A_BYTE * self._limits.max_schema_bytes
+                base = _on_deep_stack(lambda: self._compile(grammar), stack_bytes)
                 self._compiled[grammar] = base
                 if len(self._compiled) > CACHE_ENTRIES:
                     self._compiled.popitem(last=False)
@@ -76,7 +81,7 @@ class Grammars:
         try:
             if kind == "json":
                 return LLMatcher.grammar_from_json_schema(
-                    json.dumps(self._checked_schema(source)), defaults=_JSON_OPTIONS
+                    json.dumps(self._checked_schema(source)), defaults=JSON_OPTIONS
                 )
             if kind == "regex":
                 return LLMatcher.grammar_from_regex(source)
@@ -184,35 +189,57 @@ class TokenConstraint:
         return self._matcher.is_stopped()
 
 
-def check_schema(schema: Any, limits: Limits) -> None:
+def check_schema(schema: Any, limits: Limits, param: str = "response_format") -> None:
     """Refuse a JSON schema that is too large, too deep, has too many enum values, or points outside of itself.
 
+    Args:
+        schema: whatever JSON holds.
+        limits: the server's.
+        param: the request's field that it came in.
     Raises:
         ApiError: 400.
     """
     size = len(json.dumps(schema, ensure_ascii=False).encode())
     if size > limits.max_schema_bytes:
-        raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", "response_format")
+        raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", param)
     level, depth = [schema], 0
     while level:
         depth += 1
         if depth > limits.max_schema_depth:
-            raise bad(f"the schema is nested more than {limits.max_schema_depth} deep.", "response_format")
+            raise bad(f"the schema is nested more than {limits.max_schema_depth} deep.", param)
         deeper: list[Any] = []
         for item in level:
             if isinstance(item, dict):
                 values = item.get("enum")
                 if isinstance(values, list) and len(values) > limits.max_enum:
-                    raise bad(f"an enum of {len(values)}: at most {limits.max_enum} are allowed.", "response_format")
+                    raise bad(f"an enum of {len(values)}: at most {limits.max_enum} are allowed.", param)
                 target = item.get("$ref")
                 if isinstance(target, str) and not target.startswith("#"):
-                    raise bad(
-                        f"$ref {target[:100]!r}: only references within the schema are allowed.", "response_format"
-                    )
+                    raise bad(f"$ref {target[:100]!r}: only references within the schema are allowed.", param)
                 deeper += item.values()
             elif isinstance(item, list):
                 deeper += item
         level = deeper
+
+
+def _on_deep_stack(work: Callable[[], _Result], stack_bytes: int) -> _Result:
+    """Return what work gives on a thread with such a stack, of which it takes what it touches."""
+    outcome: concurrent.futures.Future[_Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="grammar")
+    previous = threading.stack_size(min(stack_bytes, 1 << 32))
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(previous)
+    thread.join()
+    return outcome.result()
 
 
 def _lark(source: str) -> str:
@@ -225,7 +252,8 @@ def _lark(source: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/\"<>@])", r"\\\1", text)
+    # Not "<" and ">": with a backslash they are the beginning and the end of a word.
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/\"@])", r"\\\1", text)
 
 
 def _refused(why: str) -> ApiError:

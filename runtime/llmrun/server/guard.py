@@ -27,6 +27,7 @@ OPEN_PATHS = ("/", "/health")  # no key: a page without secrets, and whether the
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
 
+_FIELD_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:[ \t]*,[ \t]*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:@/\[\]]+)(?::[0-9]{1,5})?")
 
 
@@ -71,7 +72,7 @@ class Guard:
             return
         has_started = False
         headers = Headers(scope=scope)
-        cors = self._cors(headers.get("origin"))
+        cors = self._cors(headers)
 
         async def sending(message: Message) -> None:
             nonlocal has_started
@@ -134,14 +135,18 @@ class Guard:
     def _is_allowed(self, origin: str) -> bool:
         return "*" in self._access.origins or origin in self._access.origins
 
-    def _cors(self, origin: str | None) -> list[tuple[bytes, bytes]]:
+    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        origin = headers.get("origin")
         if origin is None or not self._is_allowed(origin):
             return []
+        # What a client library sends of its own (OpenAI's: x-stainless-*) must be allowed by name.
+        asked = headers.get("access-control-request-headers", "").strip()
+        allowed = asked if _FIELD_NAMES.fullmatch(asked) else "authorization, content-type"
         return [
             (b"access-control-allow-origin", origin.encode("latin-1")),
-            (b"access-control-allow-headers", b"authorization, content-type"),
+            (b"access-control-allow-headers", allowed.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST"),
-            (b"vary", b"origin"),
+            (b"vary", b"origin, access-control-request-headers"),
         ]
 
 

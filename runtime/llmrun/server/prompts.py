@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from llmrun.chat import encode_chat
-from llmrun.server.errors import bad
+from llmrun.server.errors import ApiError, bad
+from llmrun.server.json_body import parse_json
 from llmrun.tokenizer import Tokenizer
+
+MAX_ARGUMENTS_DEPTH = 64
 
 
 def chat_ids(
@@ -56,9 +58,9 @@ def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
+    try:  # as deep as a request may be: a template descends into it
+        arguments = parse_json((function["arguments"] or "{}").encode(), max_depth=MAX_ARGUMENTS_DEPTH)
+    except ApiError:
         arguments = None
     if not isinstance(arguments, dict):
         raise bad(

@@ -10,6 +10,7 @@ from starlette.types import Send
 
 from llmrun.logprobs import TokenLogprobs
 from llmrun.server.tasks import Choice
+from llmrun.text_stream import TextStream
 from llmrun.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -92,13 +93,19 @@ class TokenTexts:
             content.append({**self._chat_entry(entry.token_id, entry.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def completion(self, entries: Sequence[TokenLogprobs | None], ids: Sequence[int], offset: int) -> dict[str, Any]:
+    def offsets(self, *, is_continuation: bool) -> TextOffsets:
+        """Return a count of characters, for the tokens of one choice."""
+        return TextOffsets(self._tokenizer, is_continuation=is_continuation)
+
+    def completion(
+        self, entries: Sequence[TokenLogprobs | None], ids: Sequence[int], offsets: TextOffsets
+    ) -> dict[str, Any]:
         """Return `logprobs` of a completion's choice.
 
         Args:
             entries: one for each id; None: nothing is known (the first token of a prompt).
             ids: the tokens.
-            offset: characters of the choice's text before the first of them.
+            offsets: where the choice's text has got to; counts these tokens.
         """
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, entry in zip(ids, entries, strict=True):
@@ -110,13 +117,32 @@ class TokenTexts:
                 name = self.text(i)
                 top[name] = max(top.get(name, -9999.0), _finite(logprob))
             result["top_logprobs"].append(top if entry is not None else None)
-            result["text_offset"].append(offset)
-            offset += 0 if token_id in self._special else len(self.data(token_id).decode("utf-8", "ignore"))
+            result["text_offset"].append(offsets.place(token_id))
         return result
 
     def _chat_entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self.data(token_id)
         return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+class TextOffsets:
+    """Where in a choice's text each token begins, in characters; one that goes on with a character: where that ends.
+
+    Counted from the tokens, not from the text of events, which holds back what may be a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, *, is_continuation: bool) -> None:
+        """`is_continuation`: the tokens go on after other text, so a space at their beginning counts."""
+        self._stream = None if tokenizer is None else TextStream(tokenizer, is_continuation=is_continuation)
+        self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
+        self.offset = 0
+
+    def place(self, token_id: int) -> int:
+        """Return where the next token begins."""
+        offset = self.offset
+        if self._stream is not None and token_id < self._vocab_size:
+            self.offset += len(self._stream.push(token_id))
+        return offset
 
 
 def _finite(logprob: float) -> float:

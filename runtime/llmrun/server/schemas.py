@@ -55,6 +55,7 @@ class ChatCall:
     top_logprobs: int | None
     tools: list[dict[str, Any]]
     tool_choice: str
+    may_call_several: bool
     sampled: Sampled
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -186,6 +187,7 @@ class Schemas:
             (top or 0) if given.get("logprobs") else None,
             tools,
             choice,
+            given.get("parallel_tool_calls", True),
             sampled,
         )
 

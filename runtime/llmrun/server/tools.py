@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrun.server.errors import bad
+from llmrun.server.grammar import JSON_OPTIONS, check_schema
+from llmrun.server.limits import Limits
 
 if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_BLOCK = re.compile(rf"{_OPEN}\s*(.*?)\s*(?:{_CLOSE}|\Z)", re.DOTALL)
+_BETWEEN = re.compile(r"[ \t\r\n;,]*")
 MAX_CALLS = 64
+# What JSON Schema calls these holds schemas by name, or values that are no schemas.
+_MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+_VALUES = frozenset(("const", "enum", "default", "examples"))
 
 
 @dataclass(frozen=True)
@@ -56,38 +61,59 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
     return ToolForm("parameters" if '"parameters"' in template or "'parameters'" in template else "arguments")
 
 
-def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str) -> tuple[str, Any]:
-    """Return the grammar of exactly one call: of any tool, or of the one after "=" in `choice`."""
-    schemas = []
-    for tool in tools:
+def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str, limits: Limits) -> tuple[str, Any]:
+    """Return the grammar of exactly one call: of any tool, or of the one after "=" in `choice`.
+
+    Raises:
+        ApiError: 400: a tool's parameters are beyond the limits, or are not those of an object.
+    """
+    calls, definitions = [], {}
+    for i, tool in enumerate(tools):
         function = tool["function"]
         if choice.startswith("=") and function["name"] != choice[1:]:
             continue
-        properties = {
-            "name": {"const": function["name"]},
-            form.key: function.get("parameters") or {"type": "object"},
-        }
-        schemas.append(
+        parameters = function.get("parameters") or {}
+        check_schema(parameters, limits, "tools")
+        if parameters.get("type", "object") != "object":
+            raise bad(
+                f"the parameters of {function['name']!r} are of type {str(parameters['type'])[:60]}: expected object.",
+                "tools",
+            )
+        root = f"#/$defs/{i}"
+        definitions[str(i)] = {**_moved(parameters, root), "type": "object"}
+        properties = {"name": {"const": function["name"]}, form.key: {"$ref": root}}
+        calls.append(
             {"type": "object", "properties": properties, "required": ["name", form.key], "additionalProperties": False}
         )
-    schema, definitions = _hoisted(schemas, form.key)
+    schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
     if not form.opening:
-        return "json", {**schema, **definitions}
-    text = json.dumps({**schema, **definitions})
+        return "json", schema
+    text = json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+    if len(text) > limits.max_schema_bytes:
+        raise bad(f"the tools have {len(text)} bytes: at most {limits.max_schema_bytes} are allowed.", "tools")
     return "grammar", f"start: {json.dumps(form.opening)} call {json.dumps(form.closing)}\ncall: %json {text}\n"
 
 
-def _hoisted(schemas: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return one schema of many, and the definitions that the tools' own schemas refer to, at its root."""
-    definitions: dict[str, dict[str, Any]] = {}
-    for schema in schemas:
-        parameters = schema["properties"][key]
-        for name in ("$defs", "definitions"):
-            if isinstance(parameters.get(name), dict):
-                for item, value in parameters[name].items():
-                    if definitions.setdefault(name, {}).setdefault(item, value) != value:
-                        raise bad(f"two tools define {name}/{item[:60]} differently.", "tools")
-    return (schemas[0] if len(schemas) == 1 else {"anyOf": schemas}), definitions
+def _moved(schema: Any, root: str) -> Any:
+    """Return a schema with its references, which are from its own root "#", made from `root`.
+
+    A base of its own (`$id`) goes: llmrun reads no other documents, and within it "#" would mean something else.
+    """
+    if isinstance(schema, list):
+        return [_moved(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            moved[name] = root + value[1:]
+        elif name in _MAPS_OF_SCHEMAS and isinstance(value, dict):
+            moved[name] = {key: _moved(item, root) for key, item in value.items()}
+        elif name in _VALUES:
+            moved[name] = value
+        elif name not in ("$id", "$schema"):
+            moved[name] = _moved(value, root)
+    return moved
 
 
 def may_be_call(form: ToolForm, text: str) -> bool:
@@ -106,46 +132,57 @@ def find_calls(
     names = {tool["function"]["name"] for tool in tools}
     stripped = text.strip()
     calls: list[dict[str, Any]] = []
-    rest = ""
+    rest, at = "", 0
     if _OPEN in stripped:
-        for match in _BLOCK.finditer(stripped):
-            found = _calls_in(match[1], names)
-            if not found:
+        while (start := stripped.find(_OPEN, at)) >= 0:
+            rest += stripped[at:start]
+            found, at = _calls_at(stripped, start + len(_OPEN), names)
+            if not found or not (at == len(stripped) or stripped.startswith(_CLOSE, at)):
                 return text, []
             calls += found
-        rest = _BLOCK.sub("", stripped).strip()
-    elif stripped.startswith("{"):
-        calls = _calls_in(stripped, names)
+            at += len(_CLOSE)
+        rest = (rest + stripped[at:]).strip()
+    else:
+        calls, at = _calls_at(stripped, 0, names)
+        if at != len(stripped):
+            return text, []
     if not calls or len(calls) > MAX_CALLS:
         return text, []
     return rest or None, calls
 
 
-def _calls_in(text: str, names: set[str]) -> list[dict[str, Any]]:
-    """Return the calls of a text that holds nothing else: JSON objects, maybe with ";" or "," between them."""
+def _calls_at(text: str, start: int, names: set[str]) -> tuple[list[dict[str, Any]], int]:
+    """Return the calls that begin at `start`, and where they end: JSON objects, maybe with ";" or "," between them.
+
+    An object that calls none of the tools: no calls.
+    """
     decoder = json.JSONDecoder()
     calls: list[dict[str, Any]] = []
-    end = 0
-    while end < len(text):
+    end = _after_space(text, start)
+    while text.startswith("{", end):
         try:
             value, end = decoder.raw_decode(text, end)
         except (ValueError, RecursionError):
-            return []
-        name = value.get("name") if isinstance(value, dict) else None
+            return [], end
+        name = value.get("name")
         if not isinstance(name, str) or name not in names:
-            return []
+            return [], end
         arguments = value.get("parameters", value.get("arguments", {}))
         if isinstance(arguments, str):
             arguments_text = arguments
         elif isinstance(arguments, dict):
             arguments_text = json.dumps(arguments, ensure_ascii=False)
         else:
-            return []
+            return [], end
         function = {"name": name, "arguments": arguments_text}
         calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        while end < len(text) and text[end] in " \t\r\n;,":
-            end += 1
-    return calls
+        end = _after_space(text, end)
+    return calls, end
+
+
+def _after_space(text: str, at: int) -> int:
+    match = _BETWEEN.match(text, at)
+    return at if match is None else match.end()
 
 
 class ToolStream:
