@@ -40,3 +40,13 @@ def make_checkpoint(folder: Path, *, dtype: str = "float32", seed: int = 0, **ov
                 parameter.normal_(0, 0.08)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def store_a_head(folder: Path) -> Path:
+    """Add an `lm_head.weight` of its own to a checkpoint whose embeddings are tied, as fine-tuning may; return the folder."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    return folder

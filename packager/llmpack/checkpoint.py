@@ -1,8 +1,9 @@
 """Hugging Face directory -> a lazy reader of its safetensors files (never the whole model in memory).
 
-In: a model directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names. Out: `Checkpoint`,
-which reads rectangular blocks of named tensors with `pread`: mapping the files would count every page touched as this
-process's memory. Headers are checked by the safetensors library first. Pickle files (`.bin`) are refused: they can run code.
+In: a model directory with `model.safetensors`, or else `model.safetensors.index.json` and the files it names. Out:
+`Checkpoint`, which reads rectangular blocks of named tensors with `pread`: mapping the files would count every page touched
+as this process's memory. Headers are checked by the safetensors library first. Pickle files (`.bin`) are refused: they can
+run code.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llmpack.config import open_regular, read_config, read_json
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_ELEMENTS_AT_ONCE = 1 << 20
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
@@ -43,6 +45,9 @@ class Checkpoint:
         self.tensors = tensors
         self._files = {name: open_regular(model_dir / name) for name in {t.file for t in tensors.values()}}
         self._stamps = {name: self._stamp(name) for name in self._files}
+        self.notes: list[str] = []  # what was done otherwise than the files say
+        if _SINGLE in self._files and (model_dir / _INDEX).exists():
+            self.notes.append(f"{_INDEX} is ignored, as by transformers: {_SINGLE} is there")
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -111,6 +116,15 @@ class Checkpoint:
                 )
             view, position = view[count:], position + count
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Tell whether two tensors of one shape hold the same values; reads some rows of each at a time."""
+        if first == second:
+            return True
+        num_rows, (width, _) = self.tensors[first].shape[0], self.layout(first)
+        columns, step = slice(0, width), max(1, _ELEMENTS_AT_ONCE // width)
+        runs = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+        return all(np.array_equal(self.read(first, rows, columns), self.read(second, rows, columns)) for rows in runs)
+
     def check_unchanged(self) -> None:
         """Make sure that nobody wrote to the files while they were read."""
         for name, stamp in self._stamps.items():
@@ -127,7 +141,7 @@ class Checkpoint:
         `is_cancelled` is asked now and then; once it says yes, the result is incomplete.
         """
         names = {"config.json", *self._files, *others}
-        if (self.model_dir / _INDEX).exists():
+        if _SINGLE not in self._files and (self.model_dir / _INDEX).exists():
             names.add(_INDEX)
         entries = []
         piece = bytearray(1 << 20)
@@ -165,6 +179,8 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
 
 
 def _weight_files(model_dir: Path) -> list[str]:
+    if os.path.isfile(model_dir / _SINGLE):
+        return [_SINGLE]
     if (model_dir / _INDEX).exists():
         weight_map = read_json(model_dir / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-seq-len", metavar="N", type=int, help="longest sequence (default: max_position_embeddings)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print bytes and memory of each rank; read no weights")
+    parser.add_argument("--dry-run", action="store_true", help="print bytes and memory of each rank, and pack nothing")
     parser.add_argument(
         "--force", action="store_true", help="replace an artifact that exists, once the new one is complete"
     )
@@ -112,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.output is None and not args.dry_run:
         parser.error("-o DIR is needed (or --dry-run)")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminate)
     progress = _Progress(sys.stderr, enabled=not args.json)
     before = _identity(args.output)
 

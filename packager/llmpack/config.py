@@ -31,6 +31,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False, None),
     "is_encoder_decoder": (False, None),
 }
+_MAX_HEAD_DIM = 256  # of PagedAttention: custom_ops/cpu/isa.h
 _ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
@@ -122,6 +123,8 @@ def read_config(model_dir: Path) -> ModelConfig:
     head_dim = reader.size("head_dim", hidden_size // num_attention_heads)
     if head_dim % 2:
         raise IncompatibleError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need pairs.")
+    if head_dim > _MAX_HEAD_DIM:
+        raise IncompatibleError(f"{path}: head_dim {head_dim}; llmpack packs heads of up to {_MAX_HEAD_DIM}.")
     max_position_embeddings = reader.size("max_position_embeddings", 2048)
     return ModelConfig(
         architecture="LlamaForCausalLM",

@@ -27,6 +27,8 @@ from llmpack.split import split
 from llmpack.store import write_weights
 from llmpack.tokenizer_files import TokenizerFiles, read_generation, read_tokenizer
 from llmpack.weights import (
+    EMBEDDING,
+    HEAD,
     Quantization,
     check_options,
     check_split,
@@ -37,6 +39,7 @@ from llmpack.weights import (
 )
 from llmpack.write import Staging
 from llmrun.artifact import (
+    FORMAT_NAME,
     FORMAT_VERSION,
     OPS_DOMAIN,
     OPS_VERSION,
@@ -75,7 +78,8 @@ def pack(
 
     Args:
         model_dir: Hugging Face model directory.
-        target: directory to create; None: a dry run that reads no weights and writes nothing.
+        target: directory to create; None: a dry run that writes nothing and reads no weights, but for a tied head that is
+            stored beside the embedding.
         options: see `Options`.
         on_progress: called with (step, bytes done, bytes in all).
 
@@ -86,6 +90,7 @@ def pack(
         LlmpackError: a subclass by cause; nothing is left at `target` that was not there before.
     """
     quantization = check_options(options.scheme, options.group_size, options.shards)
+    staging = None if target is None else Staging(target, force=options.force, model_dir=model_dir)
     targets = kernels.parse_targets(options.targets)
     if has_gpu := len(targets) > 1:
         kernels.check_compiler()
@@ -97,6 +102,13 @@ def pack(
             names = resolve_sources(config, {name: info.shape for name, info in checkpoint.tensors.items()})
         except IntegrityError as error:
             raise IntegrityError(f"{model_dir}: {error}", code=error.code) from None
+        notes = list(checkpoint.notes)
+        tied = names[f"{EMBEDDING}.weight"], names[f"{HEAD}.weight"]
+        if config.tie_word_embeddings and not checkpoint.are_equal(*tied):
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+            notes.append(
+                f"tie_word_embeddings is true, but {tied[1]} is not {tied[0]}; both are used, as by transformers 5"
+            )
         if options.group_size is None:
             quantization = choose_group_size(config, quantization, options.shards)
         check_split(config, quantization, options.shards)
@@ -119,10 +131,11 @@ def pack(
         )
         tokenizer = read_tokenizer(model_dir, config.vocab_size)
         generation = read_generation(model_dir, config.vocab_size)
-        if target is None:
+        summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else ())]
+        if staging is None:
             return summary
         with contextlib.ExitStack() as stack:
-            staging = stack.enter_context(Staging(target, force=options.force))
+            stack.enter_context(staging)
             background, stopped = stack.enter_context(ThreadPoolExecutor(1)), threading.Event()
             stack.callback(stopped.set)  # an error does not wait until gigabytes are hashed
             staging.check_room(sum(rank["weight_bytes"] for rank in summary["ranks"]) + _ROOM_FOR_SMALL_FILES)
@@ -154,7 +167,7 @@ def pack(
                 )
             staging.add("selfcheck.json", canonical_json(check))
             members = {
-                "format": "llmpack",
+                "format": FORMAT_NAME,
                 "format_version": list(FORMAT_VERSION),
                 "producer": {"name": "llmpack", "version": __version__},
                 "ops": {"domain": OPS_DOMAIN, "version": OPS_VERSION},
@@ -166,7 +179,7 @@ def pack(
                 "targets": list(targets),
                 "ranks": [_describe_rank(rank, has_gpu) for rank in summary["ranks"]],
                 "tokenizer": _add_tokenizer(tokenizer, staging),
-                "eos_token_ids": list(generation.eos_token_ids),
+                "eos_token_ids": list(tokenizer.eos_token_ids if tokenizer else generation.eos_token_ids),
                 "generation": dataclasses.asdict(generation.defaults),
                 "selfcheck": "selfcheck.json",
                 "source": [dataclasses.asdict(entry) for entry in sources.result()],

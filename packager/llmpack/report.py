@@ -93,7 +93,7 @@ def summarise(
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
-    """Return the same for people."""
+    """Return the same, and `notes` about what was done otherwise than the files say, for people."""
     group = f", group_size {summary['group_size']}" if summary["group_size"] else ""
     text = [
         f"{summary['parameters']:,} parameters, {summary['scheme']}{group}: {summary['bits_per_weight']:g} bits per weight"
@@ -108,7 +108,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         )
         held = ", ".join(f"{_NAMES[role]} {_size(size)}" for role, size in rank["weight_bytes_by_role"].items() if size)
         text.append(f"  of the weights: {held}")
-    return text
+    return text + [f"note: {note}" for note in summary["notes"]]
 
 
 def _size(num_bytes_: int) -> str:

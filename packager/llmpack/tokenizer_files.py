@@ -11,8 +11,12 @@ tokens that are not special: a `tokenizer.model` cannot hold them. With a `token
 tokens are taken as special.
 
 Which ids. EOS: generation_config.json, else config.json, else the tokenizer's files. BOS: the tokenizer's
-files, else generation_config.json, else config.json, since transformers' tokenizer puts its own BOS before a
-prompt.
+files, by name or by post-processor, else generation_config.json, else config.json, since transformers'
+tokenizer puts its own BOS before a prompt. What only the config files name is an id and no more: special is
+what the tokenizer says is (transformers writes the ids 1 and 2 for every Llama, whatever they stand for).
+
+Added tokens beyond the model's vocabulary are left out, as if the files did not have them: the model cannot
+read them, so they are ordinary text.
 
 Golden vectors are computed with the tokenizer libraries directly, not with llmrun, so that they check it.
 """
@@ -20,6 +24,7 @@ Golden vectors are computed with the tokenizer libraries directly, not with llmr
 # ruff: noqa: RUF001 - golden texts hold characters that look like others on purpose
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +34,7 @@ from typing import Any
 from llmpack.config import read_file, read_json
 from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
 from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError
+from llmrun.template_tags import template_extensions
 
 __all__ = ["GOLDEN_TEXTS", "Generation", "TokenizerFiles", "read_generation", "read_tokenizer"]
 
@@ -72,6 +78,7 @@ class TokenizerFiles:
         chat_template: Jinja source, None if the checkpoint has none.
         golden: `{"text": ..., "ids": [...]}`, special tokens in the text being text, without BOS.
         sources: names of all files that were read.
+        notes: what was not done as the files say, for a person.
     """
 
     kind: str
@@ -86,6 +93,7 @@ class TokenizerFiles:
     chat_template: str | None
     golden: list[dict[str, Any]]
     sources: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -115,14 +123,15 @@ def read_generation(model_dir: Path, vocab_size: int) -> Generation:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise IncompatibleError(
-                f"{model_dir / 'generation_config.json'}: {key}: found {value!r}, expected {expected}."
+                f"{model_dir / 'generation_config.json'}: {key}: found {value!r}, expected {expected}. "
+                "Correct it, or leave it out."
             )
         return value
 
     temperature = float(number("temperature", 1.0, "0 to 100", lambda x: 0 <= x <= 100))
     defaults = GenerationDefaults(
         temperature=temperature if config.get("do_sample") is True else 0.0,
-        top_k=int(number("top_k", 0, "a whole number from 0", lambda x: x >= 0 and x == int(x))),
+        top_k=int(number("top_k", 0, "a whole number from 0", lambda x: 0 <= x < math.inf and x == int(x))),
         top_p=float(number("top_p", 1.0, "above 0, at most 1", lambda x: 0 < x <= 1)),
         min_p=float(number("min_p", 0.0, "0 to below 1", lambda x: 0 <= x < 1)),
         repeat_penalty=float(number("repetition_penalty", 1.0, "above 0, at most 10", lambda x: 0 < x <= 10)),
@@ -136,59 +145,77 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
 
     Args:
         model_dir: a Hugging Face model directory.
-        vocab_size: of the model; the tokenizer may have fewer ids, not more.
+        vocab_size: of the model; the tokenizer may have fewer ids, not more, but for added tokens.
     Raises:
-        IncompatibleError: ids beyond vocab_size, a tokenizer of an unknown kind, a template that does not
-        parse. IntegrityError: a file is damaged or a Git LFS pointer. UsageError: a tokenizer library is not
-        installed.
+        IncompatibleError: ids beyond vocab_size, a tokenizer of an unknown kind, a character that is special, a
+        template that does not parse. IntegrityError: a file is damaged or a Git LFS pointer. UsageError: a
+        tokenizer library is not installed.
     """
     files = _Files(model_dir)
-    library = _open_library(files)
+    added = _added_tokens(files)
+    beyond = [text for text, (token_id, _) in added.items() if token_id >= vocab_size]
+    library = _open_library(files, {text: added[text] for text in added if text not in beyond}, vocab_size)
     if library is None:
         return None
     path = library.path
     for text, token_id in sorted(library.special_tokens.items()):
         if library.text(token_id) not in (None, text):
             raise IncompatibleError(f"{path}: id {token_id}: found {library.text(token_id)!r}, expected {text!r}.")
-    size = max(library.highest_id, *library.special_tokens.values(), -1) + 1
+    first_id = -1 if library.first_id is None else library.first_id
+    size = max(library.highest_id, first_id, *library.special_tokens.values()) + 1
     if size > vocab_size:
-        raise IncompatibleError(f"{path}: found ids up to {size - 1}, but the model's vocab_size is {vocab_size}.")
+        raise IncompatibleError(
+            f"{path}: found ids up to {size - 1}, but the model's vocab_size is {vocab_size}. "
+            f"Use the {path.name} that the model was trained with."
+        )
 
     bos_token = _named_token(files, library, "bos_token")
     eos_token = _named_token(files, library, "eos_token")
-    bos_id = None if bos_token is None else library.id(bos_token)
-    if bos_token is None and "bos_token" not in files.json("tokenizer_config.json"):
+    special = dict(library.special_tokens)
+    special.update((text, library.id(text)) for text in (bos_token, eos_token) if text is not None)
+    for text, token_id in sorted(special.items()):
+        # llmrun keeps a special id out of a prompt by cutting the token's text, which a character does not allow.
+        if len(text) == 1 and token_id != library.unknown_id and token_id in library.encode(text):
+            raise IncompatibleError(
+                f"{path}: special token {text!r} (id {token_id}): found the id that the ordinary character has, "
+                "expected a token that text never gives. Take it out of the special tokens of tokenizer.json and "
+                "tokenizer_config.json."
+            )
+    texts = {token_id: text for text, token_id in special.items()}
+    eos_ids = _eos_ids(files, vocab_size)
+    if not eos_ids and eos_token is not None:
+        eos_ids = (special[eos_token],)
+    if eos_token is None and eos_ids:
+        eos_token = texts.get(eos_ids[0])
+
+    add_bos = files.json("tokenizer_config.json").get("add_bos_token")
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise IncompatibleError(f"{path}: tokenizer_config.json: add_bos_token: found {add_bos!r}, expected a boolean.")
+    bos_id = library.first_id if bos_token is None else special[bos_token]
+    if bos_id is None and "bos_token" not in files.json("tokenizer_config.json"):
         for name in ("generation_config.json", "config.json"):
             bos_ids = files.ids(name, "bos_token_id")
             if bos_ids and library.text(bos_ids[0]) is not None:
-                bos_id, bos_token = bos_ids[0], library.text(bos_ids[0])
+                bos_id = bos_ids[0]
                 break
-    eos_ids = _eos_ids(files, vocab_size)
-    if not eos_ids and eos_token is not None:
-        eos_ids = (library.id(eos_token),)
-    if eos_token is None and eos_ids:
-        eos_token = library.text(eos_ids[0])
-    special = dict(library.special_tokens)
-    special.update((text, library.id(text)) for text in (bos_token, eos_token) if text is not None)
-
-    add_bos = files.json("tokenizer_config.json").get("add_bos_token")
-    if add_bos is None:
+    if bos_token is None or add_bos is None:  # transformers heeds add_bos_token only where a BOS is named
         add_bos = library.adds(bos_id)
-    elif not isinstance(add_bos, bool):
-        raise IncompatibleError(f"{path}: tokenizer_config.json: add_bos_token: found {add_bos!r}, expected a boolean.")
+    if bos_token is None and bos_id is not None:
+        bos_token = texts.get(bos_id)
     return TokenizerFiles(
         kind=library.kind,
         source_file=path,
         vocab_size=size,
         bos_token_id=bos_id,
         eos_token_ids=eos_ids,
-        add_bos_token=add_bos and bos_id is not None,
+        add_bos_token=add_bos,
         special_tokens=dict(sorted(special.items())),
         bos_token=bos_token,
         eos_token=eos_token,
         chat_template=_chat_template(files),
-        golden=_golden(library, set(special.values())),
+        golden=_golden(library, set(special.values()) - {library.unknown_id}),
         sources=files.names(path.name),
+        notes=(f"{_some(beyond)}: added beyond vocab_size {vocab_size}, therefore left out",) if beyond else (),
     )
 
 
@@ -236,24 +263,27 @@ def _eos_ids(files: _Files, vocab_size: int) -> tuple[int, ...]:
     return ids
 
 
-def _open_library(files: _Files) -> Library | None:
+def _open_library(files: _Files, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library | None:
     has_model, has_json = files.exists("tokenizer.model"), files.exists("tokenizer.json")
-    added = _added_tokens(files)
     document = files.json("tokenizer.json")
     path = files.model_dir / "tokenizer.model"
     if has_json:
         kind = files.json("tokenizer_config.json").get("tokenizer_class")
         if not has_model or kind not in _LLAMA_CLASSES or not all(special for _, special in added.values()):
-            return open_tokenizers(files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document)
+            return open_tokenizers(
+                files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document, vocab_size
+            )
     if not has_model:
         return None
     try:
-        return open_sentencepiece(path, files.bytes("tokenizer.model"), {text: i for text, (i, _) in added.items()})
+        return open_sentencepiece(path, files.bytes("tokenizer.model"), added, vocab_size)
     except IntegrityError:
         # Meta's Llama 3 has a tokenizer.model of another format, a list of base64 words, beside
         # tokenizer.json.
         if has_json:
-            return open_tokenizers(files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document)
+            return open_tokenizers(
+                files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document, vocab_size
+            )
         raise
 
 
@@ -272,6 +302,11 @@ def _added_tokens(files: _Files) -> dict[str, tuple[int, bool]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{files.model_dir}: the list of added tokens is malformed: {error!r}.") from error
     return added
+
+
+def _some(tokens: list[str]) -> str:
+    """Name the first few of tokens."""
+    return ", ".join([*map(repr, tokens[:3]), *([f"{len(tokens) - 3} more tokens"] if len(tokens) > 3 else [])])
 
 
 def _named_token(files: _Files, library: Library, key: str) -> str | None:
@@ -309,7 +344,7 @@ def _chat_template(files: _Files) -> str | None:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(extensions=template_extensions())
     try:
         environment.parse(template)
     except (TemplateError, RecursionError) as error:
@@ -317,8 +352,7 @@ def _chat_template(files: _Files) -> str | None:
     return template
 
 
-def _golden(library: Library, special_ids: set[int]) -> list[dict[str, Any]]:
+def _golden(library: Library, never_from_text: set[int]) -> list[dict[str, Any]]:
     """Encode the golden texts; one for which the library itself gives a special id says nothing about text."""
-    unknown = {library.id_of("<unk>")}
     vectors = [{"text": text, "ids": library.encode(text)} for text in GOLDEN_TEXTS]
-    return [vector for vector in vectors if (special_ids - unknown).isdisjoint(vector["ids"])]
+    return [vector for vector in vectors if never_from_text.isdisjoint(vector["ids"])]

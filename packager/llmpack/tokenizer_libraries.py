@@ -7,6 +7,7 @@ check the one by the other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,14 @@ class Library:
 
     kind: str
     path: Path
+    vocab_size: int  # of the model
     highest_id: int
     encode: Callable[[str], list[int]]  # special tokens being text
     text: Callable[[int], str | None]
     id_of: Callable[[str], int | None]
     adds: Callable[[int | None], bool]  # whether a BOS comes first by default
+    unknown_id: int | None  # stands for characters that are not in the vocabulary
+    first_id: int | None = None  # the token that the file itself puts before every text
     own: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token that the file itself names
     special_tokens: dict[str, int] = field(default_factory=dict)
 
@@ -38,12 +42,19 @@ class Library:
         """Return the id of a token that must be there."""
         token_id = self.special_tokens.get(text, self.id_of(text))
         if token_id is None:
-            raise IncompatibleError(f"{self.path}: has no token {text!r}, which tokenizer_config.json names.")
+            raise IncompatibleError(
+                f"{self.path}: token {text!r}, which tokenizer_config.json names: found none within the model's "
+                f"vocabulary of {self.vocab_size} ids, expected one. Use the files of one checkpoint together."
+            )
         return token_id
 
 
-def open_sentencepiece(path: Path, data: bytes, added: dict[str, int]) -> Library:
-    """Open a tokenizer.model; `added` are tokens that other files add to it, all taken as special."""
+def open_sentencepiece(path: Path, data: bytes, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library:
+    """Open a tokenizer.model.
+
+    `added` are tokens that other files add to it, {text: (id, is special)}; all are taken as special but those that are
+    the model's own pieces and not marked as special.
+    """
     try:
         from sentencepiece import SentencePieceProcessor, SetMinLogLevel
     except ImportError as error:
@@ -62,27 +73,33 @@ def open_sentencepiece(path: Path, data: bytes, added: dict[str, int]) -> Librar
         return None if token_id < 0 else model.id_to_piece(token_id)
 
     special = {text: i for text, i in pieces.items() if model.is_control(i) or model.is_unknown(i)}
-    special.update(added)
+    special.update((text, i) for text, (i, is_special) in added.items() if is_special or pieces.get(text) != i)
     texts = {token_id: text for text, token_id in special.items()}
     return Library(
         kind="sentencepiece",
         path=path,
+        vocab_size=vocab_size,
         highest_id=size - 1,
         encode=model.encode,
         text=lambda token_id: model.id_to_piece(token_id) if token_id < size else texts.get(token_id),
         id_of=pieces.get,
-        adds=lambda bos_id: bos_id is not None,
+        adds=lambda bos_id: bos_id in special.values(),
+        unknown_id=model.unk_id(),
         own={"bos_token": own(model.bos_id()), "eos_token": own(model.eos_id())},
         special_tokens=special,
     )
 
 
-def open_tokenizers(path: Path, data: bytes, document: dict[str, Any]) -> Library:
-    """Open a tokenizer.json; `document` is what `data` parses to."""
+def open_tokenizers(path: Path, data: bytes, document: dict[str, Any], vocab_size: int) -> Library:
+    """Open a tokenizer.json, without the added tokens that the model has no id for; `document` is what `data` parses to."""
     try:
         import tokenizers
     except ImportError as error:
         raise UsageError(f"{path}: needs `pip install tokenizers`: {error}") from error
+    added = document.get("added_tokens", [])
+    kept = [token for token in added if int(token["id"]) < vocab_size]
+    if len(kept) < len(added):
+        data = json.dumps(document | {"added_tokens": kept}).encode()
     tokenizer: Any = _call_tokenizers(path, lambda: tokenizers.Tokenizer.from_str(data.decode()))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -91,6 +108,12 @@ def open_tokenizers(path: Path, data: bytes, document: dict[str, Any]) -> Librar
         if step.get("type") not in _DECODERS:
             raise IncompatibleError(f"{path}: decoder: found {step.get('type')}, expected one of {sorted(_DECODERS)}.")
 
+    first = _call_tokenizers(path, lambda: tokenizer.encode("a"))
+    first_id: int | None = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
+    model = document["model"]
+    unknown = model.get("unk_token")
+    unigram_unknown: int | None = model.get("unk_id") if model.get("type") == "Unigram" else None
+
     def encode(text: str) -> list[int]:
         tokenizer.encode_special_tokens = True
         return _call_tokenizers(path, lambda: tokenizer.encode(text, add_special_tokens=False).ids)
@@ -98,11 +121,14 @@ def open_tokenizers(path: Path, data: bytes, document: dict[str, Any]) -> Librar
     return Library(
         kind="tokenizers",
         path=path,
+        vocab_size=vocab_size,
         highest_id=max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1),
         encode=encode,
         text=tokenizer.id_to_token,
         id_of=tokenizer.token_to_id,
-        adds=lambda bos_id: _call_tokenizers(path, lambda: tokenizer.encode("a").ids[:1]) == [bos_id],
+        adds=lambda bos_id: bos_id is not None and bos_id == first_id,
+        unknown_id=unigram_unknown if unknown is None else tokenizer.token_to_id(unknown),
+        first_id=first_id,
         special_tokens={
             token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         },

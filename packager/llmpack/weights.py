@@ -176,7 +176,7 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
     if config.tie_word_embeddings:
         pair = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
         present = [name for name in pair if name in found]
-        names.update({name: present[0] for name in pair if present})
+        names.update({name: present[0] for name in pair if present and name not in found})
     missing = sorted({name for name in names.values() if name not in found})
     # Older checkpoints carry RoPE's frequencies, which follow from the configuration.
     unknown = sorted(n for n in found if n not in wanted and not n.endswith(".rotary_emb.inv_freq"))

@@ -12,7 +12,10 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import glob
+import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from llmrun.artifact import (
+    FORMAT_NAME,
     MANIFEST_NAME,
     FileEntry,
     ResourceError,
@@ -32,18 +36,25 @@ from llmrun.artifact import (
     open_artifact,
 )
 from llmrun.huge_pages import HUGE_PAGE_BYTES
+from llmrun.manifest import MAX_MANIFEST_BYTES
 
 _RENAME_EXCHANGE = 2  # <linux/fs.h>
 _AT_FDCWD = -100  # <fcntl.h>
+_OLD = "-old"  # ends the name of the artifact that is being replaced where the two cannot be exchanged
 _BLOCK_BYTES = HUGE_PAGE_BYTES
 _MAX_OPEN_BLOCKS = 16
 
 
 class Staging:
-    """A directory under construction; use as a context manager. Without `publish` nothing remains of it."""
+    """A directory under construction; use as a context manager. Without `publish` nothing remains of it.
 
-    def __init__(self, target: Path, *, force: bool) -> None:
+    What may not become an artifact, or be replaced by one, is refused when it is made: before any work.
+    """
+
+    def __init__(self, target: Path, *, force: bool, model_dir: Path | None = None) -> None:
         self.target, self.force = target.absolute(), force
+        if model_dir is not None:
+            self._check_apart_from(model_dir)
         self._check_target()
         self.partial = self.target.parent / f".{self.target.name}.partial-{os.getpid()}"
         self._lock = -1
@@ -53,10 +64,12 @@ class Staging:
         with translate_os_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
+            self._check_target()  # an old artifact may be back
             try:
-                self.partial.mkdir()
-                self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                while self._lock < 0:
+                    self.partial.mkdir()
+                    with contextlib.suppress(FileNotFoundError):  # another run took it for one that was left
+                        self._lock = _lock_directory(self.partial)
                 self._background, self._is_over = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), False
             except FileExistsError:  # somebody else's: of a process of our number in another container
                 raise
@@ -75,6 +88,19 @@ class Staging:
             os.close(self._lock)
         shutil.rmtree(self.partial, ignore_errors=True)
 
+    def _check_apart_from(self, model_dir: Path) -> None:
+        """Refuse to replace the model, or to write into its directory, by whatever name."""
+        target, model = (Path(os.path.realpath(path)) for path in (self.target, model_dir))
+        if _is_same(target, model):
+            found = "is the model's own directory"
+        elif any(_is_same(folder, target) for folder in model.parents):
+            found = f"contains the model {model_dir}"
+        elif any(_is_same(folder, model) for folder in target.parents):
+            found = f"lies inside the model's directory {model_dir}"
+        else:
+            return
+        raise UsageError(f"{self.target}: {found}, which stays as it is; choose another -o, apart from it.")
+
     def _check_target(self) -> None:
         if self.target.parent == self.target or self.target == Path.cwd():
             raise UsageError(f"{self.target}: cannot be replaced by an artifact; choose another -o.")
@@ -82,20 +108,32 @@ class Staging:
             raise UsageError(f"{self.target}: a symbolic link; -o must be the directory itself.")
         if not self.target.exists():
             return
+        if _is_mount_point(self.target):
+            raise UsageError(
+                f"{self.target}: is a mount point, which no new directory can replace; choose one inside it:"
+                f" -o {self.target / 'artifact'}."
+            )
         if not self.force:
             raise UsageError(f"{self.target}: exists; --force replaces it by the new artifact.", code="E205")
         # --force must not be able to wipe somebody's home directory.
-        if not self.target.is_dir() or (any(self.target.iterdir()) and not (self.target / MANIFEST_NAME).is_file()):
+        if not self.target.is_dir() or (any(self.target.iterdir()) and not _read_manifest(self.target)):
             raise UsageError(f"{self.target}: not an artifact; --force replaces artifacts and empty directories only.")
+        if (name := _find_unlisted(self.target)) is not None:
+            raise UsageError(
+                f"{self.target}: holds {name}, which is not of the artifact, and --force would remove it; move it elsewhere"
+                " or choose another -o."
+            )
 
     def _remove_abandoned(self) -> None:
-        """Remove partial directories whose process is gone: their lock is free."""
-        for path in self.target.parent.glob(f".{self.target.name}.partial-*"):
+        """Remove partial directories whose process is gone: their lock is free. The only copy of an artifact goes back."""
+        for path in self.target.parent.glob(f".{glob.escape(self.target.name)}.partial-*"):
             with contextlib.suppress(OSError):
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                descriptor = _lock_directory(path, fcntl.LOCK_NB)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
+                    if path.name.endswith(_OLD):
+                        _put_back_or_remove(path, self.target)
+                    else:
+                        shutil.rmtree(path, ignore_errors=True)
                 finally:
                     os.close(descriptor)
 
@@ -166,12 +204,82 @@ class Staging:
             return  # the old artifact is now the partial directory, which __exit__ removes
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        old = self.partial.with_name(
-            self.partial.name + "-old"
-        )  # a file system that cannot exchange: absent for an instant
-        os.rename(self.target, old)
-        os.rename(self.partial, self.target)
-        shutil.rmtree(old, ignore_errors=True)
+        # A file system that cannot exchange: absent for an instant, in which no other run must take the old one as left.
+        old = self.partial.with_name(self.partial.name + _OLD)
+        descriptor = _lock_directory(self.target)
+        try:
+            os.rename(self.target, old)
+            os.rename(self.partial, self.target)
+        finally:
+            _put_back_or_remove(old, self.target)
+            os.close(descriptor)
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Tell whether two paths lead to one directory."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Tell whether something is mounted there; a directory of the same disk shows in the list of mounts only."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
+    except OSError:
+        mounts = []
+    escaped = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(os.path.realpath(path)))
+    return os.path.ismount(path) or any(line.split(b" ")[4:5] == [escaped] for line in mounts)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of an artifact of any version, even if it is damaged; empty for what is no artifact."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return {}
+    with open(folder / MANIFEST_NAME, "rb") as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT_NAME else {}
+
+
+def _find_unlisted(folder: Path) -> str | None:
+    """Return the name of something in an artifact that its manifest does not list; None: there is nothing."""
+    files = _read_manifest(folder).get("files")
+    listed = [Path(name) for name in (MANIFEST_NAME, *(files if isinstance(files, dict) else ()))]
+    known = {*listed, *(parent for path in listed for parent in path.parents)}
+    found = (path.relative_to(folder) for path in folder.rglob("*"))
+    return next((str(path) for path in found if path not in known), None)
+
+
+def _lock_directory(path: Path, flags: int = 0) -> int:
+    """Lock the directory that is at `path`, once it is free, and return its descriptor, which holds the lock.
+
+    Raises:
+        FileNotFoundError: it is not there any more: who held the lock, or was faster, has removed or renamed it.
+        BlockingIOError: it is not free (flags: LOCK_NB).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _put_back_or_remove(old: Path, target: Path) -> None:
+    """End a replacement, whole or not: the old artifact goes back if nothing has taken its place, else it is removed."""
+    try:
+        os.rename(old, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class _Blocks:

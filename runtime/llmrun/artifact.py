@@ -33,6 +33,7 @@ from llmrun.errors import (
 )
 from llmrun.manifest import (
     CHUNK_BYTES,
+    FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -58,6 +59,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 __all__ = [
     "CHUNK_BYTES",
+    "FORMAT_NAME",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "OPS_DOMAIN",

@@ -2,8 +2,8 @@
 
 In: messages, `{"role": ..., "content": ...}`. Out: the rendered prompt, or its ids. The template language and
 its names are those of transformers' `apply_chat_template`: Jinja with `trim_blocks`, `lstrip_blocks`, loop
-controls, `raise_exception`, `strftime_now` and a `tojson` that does not escape HTML. Templates come from
-artifacts only, never from a request.
+controls, `generation` blocks, `raise_exception`, `strftime_now` and a `tojson` that does not escape HTML.
+Templates come from artifacts only, never from a request.
 
 A template is a program that came with the model. It cannot reach the host: Jinja's immutable sandbox, a list
 of allowed filters, no attributes with an underscore. What it may use up is bounded as far as one process can
@@ -33,6 +33,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from llmrun.errors import UsageError
+from llmrun.template_tags import template_extensions
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -387,9 +388,7 @@ def _environment() -> Any:
             raise SecurityError("a format with a width above 999")
 
     # Folding constants would run a template's operations while it is compiled.
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
-    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=template_extensions(), optimized=False)
     environment.filters = {name: environment.filters[name] for name in _FILTERS}
     environment.filters.update(join=join, replace=replace, indent=indent, tojson=tojson)
     for name in ("lipsum", "cycler", "joiner"):

@@ -216,7 +216,8 @@ class _SignalForwarder:
 
     def __enter__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._forward)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._previous[number] = signal.signal(number, self._forward)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

@@ -18,6 +18,7 @@ from typing import Any
 
 from llmrun.errors import IncompatibleError, IntegrityError
 
+FORMAT_NAME = "llmpack"
 FORMAT_VERSION = (1, 0)
 OPS_DOMAIN = "ai.llmpack"
 OPS_VERSION = 4
@@ -191,7 +192,7 @@ def parse_manifest(data: bytes, path: Path) -> tuple[Manifest, str]:
         raw = parse_json(data)
     except ValueError as error:
         raise IntegrityError(f"{path}: not the JSON of a manifest: {error}. Copy it again.", code="E308") from None
-    if not isinstance(raw, dict) or raw.get("format") != "llmpack":
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT_NAME:
         raise IntegrityError(f"{path}: not the manifest of an llmpack artifact. Copy it again.", code="E308")
     version = raw.get("format_version")
     if _is_version(version) and version[0] != FORMAT_VERSION[0]:

@@ -68,8 +68,9 @@ class Tokenizer:
     """Text to ids and back. May be used from several threads.
 
     Attributes:
-        bos_token_id, bos_token: the token that begins a sequence, if there is one.
-        eos_token_ids, eos_token: the tokens that end one.
+        bos_token_id, bos_token: the token that begins a sequence, if there is one; without a text it is an
+            ordinary token, no special one.
+        eos_token_ids, eos_token: the tokens that end one; the same holds for the text.
         vocab_size: ids are 0 to vocab_size - 1; a model may have more, which stand for nothing.
         chat_template: Jinja source of the template, if the artifact has one.
         special_tokens: texts of the special tokens, and their ids.
@@ -99,7 +100,8 @@ class Tokenizer:
 
         Args:
             text: any text that is valid Unicode; the empty text has no ids (but may get a BOS).
-            add_bos: put the BOS id first, unless the ids begin with it; None does what the checkpoint says.
+            add_bos: put the BOS id first, unless the ids begin with it and it is special; None does what the
+            checkpoint says.
             parse_special: let the text of special tokens stand for their ids, as a rendered chat template
             needs.
         Raises:
@@ -112,7 +114,7 @@ class Tokenizer:
             if self.bos_token_id is None:
                 if add_bos:
                     raise UsageError("tokenizer: there is no BOS token to add")
-            elif ids[:1] != [self.bos_token_id]:
+            elif ids[:1] != [self.bos_token_id] or self.bos_token_id not in self._special_ids:
                 ids = [self.bos_token_id, *ids]
         return ids
 

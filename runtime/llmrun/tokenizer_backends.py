@@ -123,15 +123,22 @@ class TokenizersBackend(Backend):
         except ImportError as error:
             raise IncompatibleError(f"{where}: needs the Python package tokenizers: {error}") from error
         self._lock = threading.Lock()
+        document = json.loads(data)
+        added = document.get("added_tokens", [])
+        kept = [token for token in added if token["id"] < spec.vocab_size]
+        if len(kept) < len(added):  # the model has no such ids: their texts are like any other
+            data = json.dumps(document | {"added_tokens": kept}).encode()
         self._data = data
         self._library = tokenizers
         self._tokenizer: Any = self._load()
         highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if highest >= spec.vocab_size:
             raise IntegrityError(f"{where}: has id {highest}: the manifest says {spec.vocab_size} ids")
-        document = json.loads(data)
-        unknown = document["model"].get("unk_token")
+        model = document["model"]
+        unknown = model.get("unk_token")
         self.unknown_id: int | None = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        if unknown is None and model.get("type") == "Unigram":
+            self.unknown_id = model.get("unk_id")
         self._is_byte_level, self._byte_fallback, self.strips_leading_space = _read_decoder(document, where)
 
     def _load(self) -> Any:

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from llmrun import Engine
 from llmrun.job_options import ISAS
-from models import DEMO, make_checkpoint
+from models import DEMO, make_checkpoint, store_a_head
 from mpi.harness import RunningJob, mpirun_command
 
 F32 = 2e-4
@@ -31,6 +31,7 @@ VARIANTS = {
     "mha": {"num_key_value_heads": 8},
     "mqa": {"num_key_value_heads": 1},
     "explicit-head-dim": {"head_dim": 64},
+    "widest-heads": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
     "attention-bias": {"attention_bias": True},
     "mlp-bias": {"mlp_bias": True},
     "all-biases": {"attention_bias": True, "mlp_bias": True},
@@ -79,6 +80,12 @@ def test_both_spellings_of_rope_agree_with_transformers(spelling, tmp_path, pack
         config.pop("rope_parameters")
         config.update(rope_theta=500000.0, rope_scaling=LLAMA3)
     (folder / "config.json").write_text(json.dumps(config))
+    with Engine(packed(folder, 1, "f32")) as engine:
+        np.testing.assert_allclose(engine.logits(IDS[0]), transformers_logits(folder, IDS[:1])[0], rtol=0, atol=F32)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_used_as_in_transformers(tmp_path, packed):
+    folder = store_a_head(make_checkpoint(tmp_path / "m", tie_word_embeddings=True))
     with Engine(packed(folder, 1, "f32")) as engine:
         np.testing.assert_allclose(engine.logits(IDS[0]), transformers_logits(folder, IDS[:1])[0], rtol=0, atol=F32)
 

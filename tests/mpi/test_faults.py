@@ -180,6 +180,18 @@ def test_a_signal_ends_it_quickly_and_quietly(
     assert left_behind(shared_before) == set()
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_hangup_that_is_ignored_from_the_start_stays_ignored(shards: int, packed_tiny: Packed, golden: str) -> None:
+    """As `nohup llmrun` has it."""
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *llmrun_command(packed_tiny(shards, "f32"), *ARGUMENTS)]
+    job = RunningJob(command, environment=SLOW)
+    job.wait_for_output()
+    job.process.send_signal(signal.SIGHUP)
+    outcome = job.finish()
+    assert (outcome.code, outcome.stderr, outcome.leftovers) == (0, "", [])
+    assert outcome.stdout == golden[1:]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_users_mpirun_leaves_nothing(number: signal.Signals, packed_tiny: Packed) -> None:
     shared_before = shared_files()

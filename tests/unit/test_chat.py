@@ -55,6 +55,18 @@ CHATML = """{% for message in messages %}
 <|im_start|>assistant
 {% endif %}"""
 
+# As trl writes it, so that transformers can tell the model's own tokens; the spaces are part of what is tested.
+GENERATION = """{% for message in messages %}
+{%- set end = '\\n' %}
+{% if message.role == 'assistant' %}
+  {% generation %}
+{% set end = ' unseen outside' %}{{ loop.index0 }} {{- message.content + eos_token }}
+  {% endgeneration %}
+{% else %}
+{{ message.role }}: {%- generation -%} {{ message.content }} {% endgeneration -%}
+{% endif %}
+{{ end }}{% endfor %}"""
+
 CONVERSATION = [
     {"role": "system", "content": "You are the house."},
     {"role": "user", "content": "  Where is the sea? "},
@@ -65,7 +77,7 @@ SHORT = [{"role": "user", "content": "Hello"}]
 IM_TOKENS = ["<|begin|>", "<|im_end|>", "<|im_start|>"]
 
 
-@pytest.fixture(scope="module", params=["llama-2", "llama-3", "chatml", "chatml-sentencepiece"])
+@pytest.fixture(scope="module", params=["llama-2", "llama-3", "generation", "chatml", "chatml-sentencepiece"])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     kind, file = "tokenizers", "tokenizer.json"
@@ -74,6 +86,8 @@ def model(request, tmp_path_factory):
         train_sentencepiece(folder)
     elif request.param == "llama-3":
         template, spec = LLAMA_3, byte_level_spec(train_byte_level(folder))
+    elif request.param == "generation":
+        template, spec = GENERATION, byte_level_spec(train_byte_level(folder))
     elif request.param == "chatml":
         template, spec = CHATML, byte_level_spec(train_byte_level(folder, IM_TOKENS), IM_TOKENS)
     else:
@@ -255,6 +269,8 @@ HOSTILE = {
     "exponential recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "lazy filters": "{% for i in range(99999) %}{{ '' if range(99999) | map('string') | list }}{% endfor %}",
     "syntax": "{% if %}",
+    "generation without end": "{% generation %}",
+    "generation with arguments": "{% generation x %}{% endgeneration %}",
     "unknown filter": "{{ 1 | nosuchfilter }}",
     "unknown name": "{{ nothing.at.all }}",
     "division by zero": "{{ 1 // 0 }}",

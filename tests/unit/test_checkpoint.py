@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import llmpack.checkpoint
 from llmpack.checkpoint import open_checkpoint
 from llmpack.pack import Options, pack
-from llmrun.artifact import IncompatibleError, IntegrityError, LlmpackError, UsageError
+from llmrun.artifact import IncompatibleError, IntegrityError, LlmpackError, UsageError, open_artifact
 from models import make_checkpoint
 
 
@@ -47,6 +48,38 @@ def test_many_files_with_an_index_give_the_same_artifact_weights(tmp_path, tiny_
     for rank in (0, 1):
         name = f"rank-{rank}/weights.bin"
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("shards", ["stale", "gone"])
+def test_model_safetensors_wins_over_an_index_as_in_transformers(tmp_path, tiny_checkpoint, shards):
+    """What saving a model in one file leaves in a folder where it was in many."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path / "m"
+    LlamaForCausalLM.from_pretrained(make_checkpoint(tmp_path / "old", seed=1)).save_pretrained(
+        folder, max_shard_size="1MB"
+    )
+    (folder / "model.safetensors").write_bytes((tiny_checkpoint / "model.safetensors").read_bytes())
+    for path in folder.glob("model-*.safetensors") if shards == "gone" else ():
+        path.unlink()
+    with open_checkpoint(folder) as checkpoint:
+        ours = checkpoint.read("lm_head.weight", slice(0, 259), slice(0, 256))
+        sources = [entry.path for entry in checkpoint.hash_sources([])]
+    assert np.array_equal(ours, LlamaForCausalLM.from_pretrained(folder).lm_head.weight.detach().numpy())
+    assert sources == ["config.json", "model.safetensors"]
+    assert pack(folder, None, Options())["notes"] == [
+        "model.safetensors.index.json is ignored, as by transformers: model.safetensors is there"
+    ]
+
+
+def test_an_index_that_is_used_is_a_source(tmp_path, tiny_checkpoint):
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "m", max_shard_size="1MB")
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        sources = {entry.path for entry in checkpoint.hash_sources([])}
+    assert sources == {path.name for path in (tmp_path / "m").iterdir()} - {"generation_config.json"}
+    assert pack(tmp_path / "m", None, Options())["notes"] == []
 
 
 def test_truncated_file_names_the_first_tensor_it_does_not_hold(model_dir):
@@ -185,6 +218,7 @@ def test_more_layers_than_tensors_are_refused_before_a_table_of_them_is_made(mod
 
 
 def test_index_that_names_a_missing_file(model_dir):
+    (model_dir / "model.safetensors").unlink()
     for name in ("gone.safetensors", "x" * 300, "a\0b", None):
         (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(IntegrityError, match=f"{name}: named by"):
@@ -193,8 +227,9 @@ def test_index_that_names_a_missing_file(model_dir):
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd"])
 def test_index_cannot_leave_the_directory(model_dir, name):
+    (model_dir / "model.safetensors").unlink()
     (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(LlmpackError):
+    with pytest.raises(LlmpackError, match="named by"):
         open_checkpoint(model_dir)
 
 
@@ -211,3 +246,30 @@ def test_tied_pair_may_be_stored_under_either_name(tmp_path, keep):
     reference = make_checkpoint(tmp_path / "r", tie_word_embeddings=True)
     pack(reference, tmp_path / "b", Options(scheme="f32"))
     assert (tmp_path / "a/rank-0/weights.bin").read_bytes() == (tmp_path / "b/rank-0/weights.bin").read_bytes()
+    assert open_artifact(tmp_path / "a").manifest.model == open_artifact(tmp_path / "b").manifest.model
+
+
+@pytest.mark.parametrize("where", [(0, 0), (-1, -1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_stored_beside_the_embedding_is_tied_only_if_it_equals_it(tmp_path, monkeypatch, where, dtype):
+    monkeypatch.setattr(llmpack.checkpoint, "_ELEMENTS_AT_ONCE", 8 * 256)
+    folder = make_checkpoint(tmp_path / "m", tie_word_embeddings=True, dtype=dtype)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[where] += 1
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    summary = pack(folder, tmp_path / "a", Options(scheme="q8"))
+    assert not open_artifact(tmp_path / "a").manifest.model.tie_word_embeddings
+    held = summary["ranks"][0]["weight_bytes_by_role"]
+    assert held["head"] == held["embedding"] > 0
+    (note,) = summary["notes"]
+    assert "lm_head.weight" in note
+
+
+def test_a_tied_head_of_another_shape_is_named(tmp_path):
+    folder = make_checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"][:100].clone()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(IntegrityError, match=r"lm_head\.weight: shape \[100, 256\]"):
+        pack(folder, None, Options())

@@ -1,6 +1,8 @@
 """config.json: both spellings of RoPE, defaults, and refusals that name key and value. The oracle is transformers."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +62,14 @@ def test_frequencies_equal_transformers(tmp_path, changes):
     np.testing.assert_allclose(ours, theirs, rtol=2e-6)
 
 
+def test_the_widest_heads_are_those_that_the_operator_takes(tmp_path):
+    source = (Path(__file__).parents[2] / "custom_ops/cpu/isa.h").read_text()
+    widest = int(re.findall(r"kMaxHeadDim = (\d+);", source)[0])
+    assert read(tmp_path, head_dim=widest).head_dim == widest
+    with pytest.raises(IncompatibleError, match=f"head_dim {widest + 2}"):
+        read(tmp_path, head_dim=widest + 2)
+
+
 def test_both_spellings_are_one(tmp_path):
     old = read(tmp_path, rope_theta=500000.0, rope_scaling=LLAMA3)
     assert old == read(tmp_path, rope_parameters={"rope_theta": 500000.0, **LLAMA3})
@@ -82,6 +92,8 @@ def test_both_spellings_are_one(tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"head_dim": 7}, "head_dim 7"),
+        ({"head_dim": 258}, "head_dim 258; .* 256"),
+        ({"hidden_size": 2048}, "head_dim 512; .* 256"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": {**LLAMA3}},

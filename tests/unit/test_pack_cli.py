@@ -76,16 +76,27 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
     assert one["weight_bytes_per_token"] == one["weight_bytes"]
 
 
-@pytest.mark.parametrize("name", ["tiny", "tied", "biased"])
+@pytest.mark.parametrize("name", ["tiny", "tied", "tied-in-name-only", "biased"])
 def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
     from transformers import LlamaForCausalLM
 
-    from models import make_checkpoint
+    from models import make_checkpoint, store_a_head
 
     options = {"tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}}
     folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
+    if name == "tied-in-name-only":
+        folder = store_a_head(make_checkpoint(tmp_path / "m", tie_word_embeddings=True))
     truth = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(folder).parameters())
     assert pack(folder, None, Options())["parameters"] == truth
+
+
+def test_what_was_not_done_as_the_files_say_is_told(tmp_path):
+    from models import make_checkpoint, store_a_head
+
+    folder = store_a_head(make_checkpoint(tmp_path / "m", tie_word_embeddings=True))
+    result = run(folder, "--dry-run")
+    assert "note: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight" in result.stdout
+    assert json.loads(run(folder, "--dry-run", "--json").stdout)["notes"][0] in result.stdout
 
 
 def test_json_is_all_there_is_on_stdout_and_nothing_on_stderr(tmp_path):
@@ -240,11 +251,14 @@ def test_without_the_packager_extra_it_says_what_to_install(tmp_path):
 
 
 def sparse_checkpoint(folder):
-    """A checkpoint of Llama-2-7B's widths, one layer, whose weights are a hole in a file: 0.9 GB to read, none on disk."""
+    """A checkpoint of Llama-2-7B's widths, one layer, whose weights are a hole in a file: 0.9 GB to read, none on disk.
+
+    Its head and embedding are tied, and both are stored.
+    """
     folder.mkdir()
     config = {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1,
-        "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 64,
+        "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 64, "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     from llmpack.config import read_config

@@ -115,6 +115,24 @@ def train_byte_level(folder, special=BYTE_LEVEL_SPECIAL):
     return tokenizer
 
 
+def train_unigram(folder):
+    """Train a tokenizer.json with a Unigram model, whose unknown token has an id and no name; return transformers'."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=list(special.values()), unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    theirs.save_pretrained(folder)
+    assert "unk_token" not in json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    return theirs
+
+
 def byte_level_spec(tokenizer, special=BYTE_LEVEL_SPECIAL, **more):
     ids = {text: tokenizer.token_to_id(text) for text in special}
     return {
@@ -230,6 +248,31 @@ def test_user_defined_pieces_that_are_special_are_text_too(tmp_path):
     assert special["<|im_end|>"] in ours.encode(text, parse_special=True)
 
 
+def test_an_unknown_character_of_a_unigram_model_has_the_ids_of_transformers(tmp_path):
+    theirs = train_unigram(tmp_path)
+    ours = load_tokenizer(make_artifact(tmp_path, "tokenizers", "tokenizer.json", vocab_size=300, add_bos_token=False))
+    for text in ["the 🦙 sea", "🦙", "漢字 a"]:
+        assert 0 in theirs.encode(text)
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text, parse_special=True) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert {1, 2}.isdisjoint(ours.encode("<s> 🦙 </s>"))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_from_vocab_size_on_are_text(bl, tmp_path, special):
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer.from_file(str(bl.folder / "tokenizer.json"))
+    library.add_tokens([tokenizers.AddedToken("<beyond>", special=special)])
+    assert library.token_to_id("<beyond>") == bl.ours.vocab_size
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(make_artifact(tmp_path, "tokenizers", "tokenizer.json", **byte_level_spec(bl.library)))
+    for text in ["a<beyond>b", "the sea"]:
+        for parse_special in (False, True):
+            assert ours.encode(text, parse_special=parse_special) == bl.ours.encode(text, parse_special=parse_special)
+        assert ours.encode_segments(["x", 1, text]) == bl.ours.encode_segments(["x", 1, text])
+
+
 def test_bos_comes_once(either):
     ours = either.ours
     bos = ours.bos_token_id
@@ -238,6 +281,14 @@ def test_bos_comes_once(either):
     assert ours.encode(f"{ours.bos_token}a", parse_special=True).count(bos) == 1
     assert bos not in ours.encode("a", add_bos=False)
     assert ours.encode("") == [bos]
+
+
+def test_a_bos_that_is_an_ordinary_character_comes_before_that_character_too(bl):
+    quote = bl.library.token_to_id('"')
+    spec = byte_level_spec(bl.library, bos_token=None, bos_token_id=quote)
+    ours = load_tokenizer(make_artifact(bl.folder, "tokenizers", "tokenizer.json", **spec))
+    assert ours.encode('"a"') == [quote, *bl.library.encode('"a"', add_special_tokens=False).ids]
+    assert ours.decode(ours.encode("a")) == '"a'
 
 
 def test_without_a_bos_none_is_added(sp):

@@ -6,8 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_tokenizer import BYTE_LEVEL_SPECIAL, make_artifact, train_byte_level, train_sentencepiece
+from test_tokenizer import (
+    BYTE_LEVEL_SPECIAL,
+    CORPUS,
+    make_artifact,
+    train_byte_level,
+    train_sentencepiece,
+    train_unigram,
+)
 
+from llmpack.pack import Options, pack
 from llmpack.tokenizer_files import GOLDEN_TEXTS, read_generation, read_tokenizer
 from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError, LlmpackError, TokenizerSpec
 from llmrun.tokenizer import load_tokenizer
@@ -139,8 +147,53 @@ def test_added_tokens_of_sentencepiece_get_ids_after_its_pieces(sp):
     assert ours.encode("a<|im_end|>", add_bos=False, parse_special=True)[-1] == 420
     assert 420 not in ours.encode("a<|im_end|>")
     assert ours.decode([420, 421]) == ""
-    with pytest.raises(IncompatibleError, match=r"ids up to 421.*vocab_size is 421"):
-        read_tokenizer(sp, 421)
+    with pytest.raises(IncompatibleError, match=r"'<\|im_end\|>'.*none within the model's vocabulary of 420"):
+        read_tokenizer(sp, 420)
+
+
+@pytest.mark.parametrize("kind", ["sp", "sp json", "bl"])
+def test_added_tokens_beyond_the_model_are_text(kind, request):
+    transformers = pytest.importorskip("transformers")
+    folder = request.getfixturevalue(kind[:2])
+    if kind == "sp json":
+        transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.model").unlink()
+    before = read_tokenizer(folder, 500)
+    size = before.vocab_size
+    if kind == "sp":
+        _edit(folder, "added_tokens.json", **{"<pad>": size})
+    else:
+        library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+        library.add_special_tokens(["<pad>"])
+        library.add_tokens(["<extra>"])  # the library would find it in plain text
+        library.save(str(folder / "tokenizer.json"))
+    assert read_tokenizer(folder, 500).vocab_size > size  # where the model has such ids, they stay
+
+    files = read_tokenizer(folder, size)
+    assert (files.vocab_size, files.special_tokens) == (size, before.special_tokens)
+    assert files.golden == before.golden
+    left_out = "'<pad>'" if kind == "sp" else "'<pad>', '<extra>'"
+    assert files.notes == (f"{left_out}: added beyond vocab_size {size}, therefore left out",)
+    assert before.notes == ()
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), _load(files)
+    assert ours.encode("Hello house") == theirs.encode("Hello house")
+    for text in ["a<pad>b", "<extra> x"]:
+        for parse_special in (False, True):
+            ids = ours.encode(text, add_bos=False, parse_special=parse_special)
+            assert max(ids) < size
+            assert ours.decode(ids) == text
+        assert ours.decode(ours.encode_segments([ours.bos_token_id, text])) == text
+
+
+def test_a_user_defined_piece_that_is_not_special_stays_text(tmp_path):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    newline = train_sentencepiece(tmp_path, user_defined_symbols=["\n"]).piece_to_id("\n")
+    _edit(tmp_path, "tokenizer_config.json", added_tokens_decoder={newline: {"content": "\n", "special": False}})
+    files = read_tokenizer(tmp_path, 420)
+    assert files.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    ours, text = _load(files), "the sea\nthe shore"
+    assert ours.encode(text) == theirs.from_pretrained(tmp_path).encode(text)
+    assert ours.decode(ours.encode(text)) == text
 
 
 def test_eos_comes_from_the_first_file_that_names_it(sp):
@@ -157,12 +210,123 @@ def test_eos_comes_from_the_first_file_that_names_it(sp):
     assert eos() == (7,)
 
 
+def test_the_artifact_ends_answers_at_the_tokenizer_s_eos_where_no_config_names_one(tiny_text_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(tiny_text_checkpoint, tmp_path / "model"))
+    _edit(folder, "config.json", eos_token_id=None)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+    def ends():
+        pack(folder, tmp_path / "artifact", Options(scheme="f32", force=True))
+        return json.loads((tmp_path / "artifact/manifest.json").read_text("utf-8"))["eos_token_ids"]
+
+    assert ends() == [theirs.eos_token_id]
+    _edit(folder, "config.json", eos_token_id=[7, 9])
+    assert ends() == [7, 9]
+
+
+def test_what_was_left_out_is_told(tiny_text_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(tiny_text_checkpoint, tmp_path / "model"))
+    size = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+    _edit(folder, "added_tokens.json", **{f"<{i}>": size + i for i in range(5)})
+    (note,) = pack(folder, None, Options(scheme="f32"))["notes"]
+    assert note == f"'<0>', '<1>', '<2>', 2 more tokens: added beyond vocab_size {size}, therefore left out"
+
+
 def test_bos_of_the_tokenizer_comes_before_that_of_the_configs(bl):
     _edit(bl, "config.json", bos_token_id=1)
     assert read_tokenizer(bl, 500).bos_token == "<|begin_of_text|>"
     _edit(bl, "tokenizer_config.json", bos_token=None)
+    _edit(bl, "tokenizer.json", post_processor=None)
     files = read_tokenizer(bl, 500)
     assert (files.bos_token, files.bos_token_id, files.add_bos_token) == (None, None, False)
+
+
+def _from_scratch(folder, special=(), begins_with=None, **config):
+    """Train a byte-level tokenizer.json that names no BOS and no EOS, as models trained from scratch have."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(list(special))
+    if begins_with is not None:
+        begin = (begins_with, tokenizer.token_to_id(begins_with))
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{begins_with} $A", special_tokens=[begin]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _edit(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    _edit(folder, "config.json", **{"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2} | config)
+    return tokenizer
+
+
+def test_ids_that_only_the_configs_name_leave_characters_characters(tmp_path):
+    library = _from_scratch(tmp_path)  # 1 and 2 are the defaults of LlamaConfig, named or not
+    assert [library.id_to_token(i) for i in (1, 2)] == ['"', "#"]
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    files = read_tokenizer(tmp_path, 300)
+    assert files.special_tokens == {}
+    assert (files.bos_token, files.bos_token_id, files.eos_token, files.eos_token_ids) == (None, 1, None, (2,))
+    assert len(files.golden) == len(GOLDEN_TEXTS)
+    ours, text = _load(files), 'say "hello" # note'
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.encode(text, parse_special=True) == theirs.encode(text)
+    assert ours.decode(theirs.encode(text)) == text
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+@pytest.mark.parametrize(
+    ("special", "begins_with", "bos"),
+    [
+        ([], None, '"'),
+        ([], None, "a"),
+        ([], '"', '"'),
+        ([], '"', "a"),
+        (["<s>"], None, "<s>"),
+        (["<s>"], "<s>", "<s>"),
+        (["<s>"], "<s>", "a"),
+    ],
+)
+def test_a_bos_that_only_the_configs_name_is_added_where_transformers_adds_it(
+    tmp_path, special, begins_with, bos, add_bos_token
+):
+    library = _from_scratch(tmp_path, special, begins_with)
+    _edit(tmp_path, "config.json", bos_token_id=library.token_to_id(bos))
+    _edit(tmp_path, "tokenizer_config.json", add_bos_token=add_bos_token)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    files = read_tokenizer(tmp_path, 301)
+    assert files.bos_token == ("<s>" if special else None)
+    for text in ["a", '"a"']:
+        assert _load(files).encode(text) == theirs.encode(text)
+
+
+def test_a_character_that_is_marked_as_special_is_refused(tmp_path):
+    _from_scratch(tmp_path, ['"'])
+    with pytest.raises(
+        IncompatibleError, match=r"tokenizer\.json: special token '\"' \(id 1\): found .* tokenizer_config.json\."
+    ):
+        read_tokenizer(tmp_path, 300)
+    _from_scratch(tmp_path, ["~"])  # in no golden text
+    with pytest.raises(IncompatibleError, match="special token '~'"):
+        read_tokenizer(tmp_path, 300)
+    library = _from_scratch(tmp_path, ["he"])  # of several characters it can be kept out of text
+    files = read_tokenizer(tmp_path, 300)
+    assert files.special_tokens == {"he": library.token_to_id("he")}
+    assert 0 < len(files.golden) < len(GOLDEN_TEXTS)
+    assert _load(files).decode(_load(files).encode("he sees the sea")) == "he sees the sea"
+
+
+def test_a_character_that_a_unigram_model_does_not_know_has_its_unknown_id(tmp_path):
+    theirs = train_unigram(tmp_path)
+    files = read_tokenizer(tmp_path, 300)
+    assert len(files.golden) == len(GOLDEN_TEXTS) - 1  # the last one spells special tokens out
+    ours = _load(files)
+    for vector in files.golden:
+        assert ours.encode(vector["text"], add_bos=False) == vector["ids"]
+    assert ours.encode("the 🦙") == theirs.encode("the 🦙")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +341,7 @@ def test_bos_of_the_tokenizer_comes_before_that_of_the_configs(bl):
             GenerationDefaults(0.6, 40, 0.9, 0.1, 1.1),
         ),
         ({"do_sample": True, "temperature": None, "top_k": None}, GenerationDefaults(temperature=1.0)),
+        ({"top_k": 50.0}, GenerationDefaults(top_k=50)),
     ],
 )
 def test_sampling_defaults(tmp_path, config, expected):
@@ -191,6 +356,8 @@ def test_sampling_defaults(tmp_path, config, expected):
         ("temperature", "0.6"),
         ("top_k", 1.5),
         ("top_k", True),
+        ("top_k", float("inf")),
+        ("top_k", float("nan")),
         ("top_p", 0),
         ("min_p", 1),
         ("repetition_penalty", 0),
@@ -203,7 +370,7 @@ def test_sampling_defaults(tmp_path, config, expected):
 )
 def test_bad_generation_settings_are_refused_by_file_and_key(tmp_path, key, value):
     _edit(tmp_path, "generation_config.json", do_sample=True, **{key: value})
-    with pytest.raises(IncompatibleError, match=rf"generation_config.json: {key}: found"):
+    with pytest.raises(IncompatibleError, match=rf"generation_config.json: {key}: found .*, expected"):
         read_generation(tmp_path, 100)
 
 
@@ -231,6 +398,10 @@ def test_chat_template_from_each_place(sp):
     files = read_tokenizer(sp, 420)
     assert files.chat_template.startswith("{{ 'é' }}")
     assert "chat_template.jinja" in files.sources
+    (sp / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% endfor %}"
+    )
+    assert "{% generation %}" in read_tokenizer(sp, 420).chat_template
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ x", "{% nosuchtag %}", "{{ " + "(" * 5000 + "}}"])
@@ -248,7 +419,7 @@ def test_a_template_of_another_type_is_refused(sp):
 
 @pytest.mark.parametrize("kind", ["sp", "bl"])
 def test_ids_beyond_the_model_are_refused(kind, request):
-    with pytest.raises(IncompatibleError, match=r"tokenizer\.(model|json): found ids up to .*vocab_size is 300"):
+    with pytest.raises(IncompatibleError, match=r"tokenizer\.(model|json): found ids up to .*vocab_size is 300.*Use"):
         read_tokenizer(request.getfixturevalue(kind), 300)
 
 
@@ -334,6 +505,7 @@ def test_malformed_tokenizer_configs_are_refused(sp, changes):
         {"model": None},
         {"model": {"type": "Nope"}},
         {"added_tokens": 5},
+        {"added_tokens": [{"id": "5", "content": "<x>", "special": True}]},
         {"decoder": 5},
         {"decoder": {"type": "Sequence", "decoders": 5}},
     ],

@@ -1,9 +1,11 @@
 """The output appears whole or not at all; the same input gives the same bytes."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -87,6 +89,95 @@ def test_force_does_not_wipe_what_is_not_an_artifact(tmp_path, tiny_checkpoint):
     assert (tmp_path / "a" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    ['{"name": "my app", "icons": []}', '["llmpack"]', '"llmpack"', '{"format": "llmpack"', "[" * 100_000, "\xff"],
+)
+def test_force_does_not_wipe_a_folder_with_another_programs_manifest(tmp_path, tiny_checkpoint, manifest):
+    (tmp_path / "a" / "src").mkdir(parents=True)
+    (tmp_path / "a" / "manifest.json").write_bytes(manifest.encode("latin-1"))
+    (tmp_path / "a" / "src" / "app.js").write_text("years of work")
+    with pytest.raises(UsageError, match="not an artifact"):
+        pack(tiny_checkpoint, tmp_path / "a", Options(force=True))
+    assert (tmp_path / "a" / "src" / "app.js").exists()
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "thesis/chapter-1.txt", "rank-0/thesis.txt", ".git/HEAD"])
+def test_force_does_not_wipe_what_somebody_put_into_an_artifact(tmp_path, tiny_checkpoint, name):
+    out = tmp_path / "a"
+    pack(tiny_checkpoint, out, Options())
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("years of work")
+    named = name if name.startswith("rank-0") else name.partition("/")[0]
+    with pytest.raises(UsageError, match=rf"holds {named}, which is not of the artifact"):
+        pack(tiny_checkpoint, out, Options(force=True))
+    assert (out / name).exists()
+
+
+def test_force_replaces_an_artifact_of_another_format_that_is_damaged(tmp_path, tiny_checkpoint):
+    out = tmp_path / "a"
+    pack(tiny_checkpoint, out, Options())
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "format_version": [0, 9], "shards": "one"}))
+    (out / "rank-0" / "weights.bin").unlink()
+    pack(tiny_checkpoint, out, Options(force=True))
+    open_artifact(out)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("models/llama", "is the model's own directory"),
+        ("link/llama", "is the model's own directory"),
+        ("models", "contains the model"),
+        ("models/llama/out/a", "lies inside the model"),
+        ("link/llama/out/../a", "lies inside the model"),
+    ],
+)
+def test_a_target_that_would_replace_or_change_the_model_is_refused(tmp_path, tiny_checkpoint, target, words, force):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "models" / "llama")
+    (tmp_path / "link").symlink_to("models")
+    for place in (folder, folder.parent):  # as if an artifact were there
+        (place / "manifest.json").write_text('{"format": "llmpack", "files": {}}')
+    (folder / "config.json").write_text("not read")
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match=rf"{words}.*choose another -o"):
+        pack(folder, tmp_path / target, Options(force=force))
+    assert tree(tmp_path) == before
+
+
+def in_a_namespace(script, *arguments):
+    """Run a shell script that may mount what it likes, seen by nobody else."""
+    command = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], check=False).returncode != 0:
+        pytest.skip("needs unshare (Debian package util-linux) and the permission to use it")
+    return subprocess.run([*command, "sh", "-ec", script, "sh", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("mount", ["mount -t tmpfs none", 'mount --bind "$1"'])
+def test_a_mount_point_is_refused_before_any_work(tmp_path, tiny_checkpoint, mount):
+    """A container's volume: what is mounted cannot be renamed. A bind mount of the same disk does not differ by device."""
+    target = tmp_path / "my volume"
+    target.mkdir()
+    script = f'{mount} "$1"; target=$1; shift; "$@" || code=$?; ls -A "$target" ..; exit $code'
+    result = in_a_namespace(f"cd {tmp_path}; {script}", target, *PACK, tiny_checkpoint, "-o", target, "--force")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"pack: error[E201]: {target}: is a mount point")
+    assert result.stderr.count("\n") == 1
+    assert f"-o {target}/artifact" in result.stderr
+    assert ".partial-" not in result.stdout
+
+
+def test_a_model_that_is_mounted_at_the_target_too_is_known_by_its_inode(tmp_path, tiny_checkpoint):
+    folder, target = shutil.copytree(tiny_checkpoint, tmp_path / "m"), tmp_path / "seen"
+    target.mkdir()
+    result = in_a_namespace('mount --bind "$1" "$2"; shift 2; "$@"', folder, target, *PACK, folder, "-o", target / "a")
+    assert result.returncode == 2, result.stderr
+    assert "lies inside the model" in result.stderr
+    assert not (folder / "a").exists()
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "root", "cwd"])
 def test_strange_targets_are_refused(tmp_path, tiny_checkpoint, monkeypatch, kind):
     target = tmp_path / "a"
@@ -165,6 +256,22 @@ def test_interrupted_at_any_time_leaves_old_or_nothing(tmp_path, tiny_checkpoint
         assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path, tiny_checkpoint, name):
+    """As `nohup pack` has it."""
+    code = (
+        "import signal, sys; from llmpack import cli, write; real = write.Staging.publish\n"
+        "def publish(*arguments):\n"
+        f"    signal.raise_signal(signal.SIG{name}); real(*arguments)\n"
+        "write.Staging.publish = publish; sys.exit(cli.main())"
+    )
+    pack_it = [sys.executable, "-c", code, str(tiny_checkpoint), "-o", str(tmp_path / "a"), "--json"]
+    command = ["sh", "-c", f"trap '' {name}; exec \"$@\"", "sh", *pack_it]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    open_artifact(tmp_path / "a")
+
+
 def test_interrupted_as_soon_as_the_directory_is_there_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -173,6 +280,92 @@ def test_interrupted_as_soon_as_the_directory_is_there_leaves_nothing(tmp_path, 
     with pytest.raises(KeyboardInterrupt), write.Staging(tmp_path / "a", force=False):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [(os, "open"), (fcntl, "flock")], ids=["open", "flock"])
+def test_another_run_that_cleans_up_before_the_lock_is_taken_does_no_harm(tmp_path, monkeypatch, call):
+    other = write.Staging(tmp_path / "a", force=False)
+    real, calls = getattr(*call), []
+
+    def clean_up_first(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 1:
+            other._remove_abandoned()
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(*call, clean_up_first)
+    with write.Staging(tmp_path / "a", force=False) as staging:
+        assert calls
+        staging.add("file", b"x")
+        other._remove_abandoned()
+        assert (staging.partial / "file").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_a_pattern_is_cleaned_up_too(tmp_path):
+    (tmp_path / ".a[1].partial-5").mkdir()
+    with write.Staging(tmp_path / "a[1]", force=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """A file system that cannot exchange two names: the kernel refuses what it does not know in the same way."""
+    monkeypatch.setattr(write, "_RENAME_EXCHANGE", 1 << 10)
+
+
+@pytest.mark.parametrize("ends_by", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt(), None])
+@pytest.mark.parametrize("after", [False, True])
+def test_without_exchange_the_old_artifact_stays_until_the_new_is_there(
+    tmp_path, tiny_checkpoint, monkeypatch, no_exchange, ends_by, after
+):
+    """What ends it comes between the two renames, or right after them; another run cleans up at that moment."""
+    out = tmp_path / "a"
+    pack(tiny_checkpoint, out, Options(scheme="q8"))
+    real, other = os.rename, write.Staging(out, force=True)
+
+    def rename(source, target):
+        is_last = target == out and "partial" in source.name and not source.name.endswith("-old")
+        if is_last and after:
+            real(source, target)
+        if is_last:
+            other._remove_abandoned()
+            if ends_by is not None:
+                raise ends_by
+        if not (is_last and after):
+            real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises((ResourceError, KeyboardInterrupt)) if ends_by else contextlib.nullcontext():
+        pack(tiny_checkpoint, out, Options(scheme="q4", force=True))
+    artifact = open_artifact(out)
+    artifact.verify(artifact.manifest.files)
+    assert artifact.manifest.quantization["scheme"] == ("q4" if after or ends_by is None else "q8")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_killed_between_two_renames_the_next_run_puts_the_old_artifact_back(tmp_path, tiny_checkpoint):
+    out = tmp_path / "a"
+    pack(tiny_checkpoint, out, Options(scheme="q8"))
+    before = tree(out)
+    code = (
+        "import os, sys; from llmpack import cli, write; write._RENAME_EXCHANGE = 1 << 10; real = os.rename\n"
+        "def rename(source, target):\n"
+        f"    if str(target) == {str(out)!r}: os.kill(os.getpid(), 9)\n"
+        "    real(source, target)\n"
+        "os.rename = rename; cli.main()"
+    )
+    command = [sys.executable, "-c", code, str(tiny_checkpoint), "-o", str(out), "--force"]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    worked = []
+    with pytest.raises(UsageError, match="--force"):  # it is there again, so it is not replaced unasked
+        pack(tiny_checkpoint, out, Options(), lambda *step: worked.append(step))
+    assert worked == []
+    assert tree(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_the_partial_directory_of_a_namesake_stays(tmp_path):

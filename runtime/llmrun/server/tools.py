@@ -42,8 +42,10 @@ class ToolForm:
 def _names_in(template: str) -> frozenset[str]:
     from jinja2 import Environment, TemplateError, meta
 
+    from llmrun.template_tags import template_extensions
+
     try:
-        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # parsed, never rendered
+        environment = Environment(extensions=template_extensions())  # parsed, never rendered
         return frozenset(meta.find_undeclared_variables(environment.parse(template)))
     except (TemplateError, RecursionError):
         return frozenset()
