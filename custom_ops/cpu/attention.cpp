@@ -346,7 +346,8 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
         const float* head = args.qkv + (token_of(row) * (H + 2 * KV) + head_of(row)) * D;
         rotate(head, args.cos_sin + token_of(row) * D, D, args.scale, rows.q + row * rows.padded);
         for (int64_t j = 0; j < rows.padded; j += 16) store(rows.out + row * rows.padded + j, zero());
-        rows.highest[row] = -__builtin_inff();
+        // Finite: where all scores so far are minus infinity, their weights are e^-inf = 0, and no e^NaN.
+        rows.highest[row] = -__FLT_MAX__;
         store(rows.totals + row * 16, zero());
     }
 

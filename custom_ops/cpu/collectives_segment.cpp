@@ -264,7 +264,7 @@ std::unique_ptr<Transport> make_shared_memory_transport(MpiTransport& mpi, std::
     std::vector<Offer> offers;
     std::unique_ptr<Processes> processes;
     auto memory = obtain(
-        mpi, layout.bytes(), [&](void* at, int rank) { return &layout.marks(at, rank)->token; },
+        mpi, layout.bytes(), [&](void* at, int rank) { return &layout.of(at, rank).marks[0].token; },
         [&](void* at) {
             processes = std::make_unique<HostProcesses>(offers);
             std::memset(layout.slots(at, mpi.rank), 0, 2 * layout.slot_bytes);

@@ -46,7 +46,13 @@ SharedMemoryTransport::SharedMemoryTransport(int rank, const SharedLayout& layou
       ended_since_(static_cast<size_t>(layout.size)),
       blocks_(static_cast<size_t>(layout.size)) {}
 
-SharedMemoryTransport::~SharedMemoryTransport() { publish({Call::kLeave, 0, 0, 0}); }
+SharedMemoryTransport::~SharedMemoryTransport() {
+    has_left(rank).store(1, std::memory_order_seq_cst);
+    // Whoever goes to sleep just now may miss it, and looks again after tuning_.look.
+    for (Mark& own : layout_.of(memory_.get(), rank).marks) {
+        if (own.sleepers.load(std::memory_order_seq_cst) != 0) wake_all(own.step);
+    }
+}
 
 void SharedMemoryTransport::all_reduce(const float* x, float* y, size_t n) {
     in_step([&] {
@@ -156,27 +162,31 @@ void SharedMemoryTransport::publish(const Call& call) {
 
 void SharedMemoryTransport::await(int peer, const Call& call) {
     Mark& its = mark(peer);
-    if (!wait_awake(tuning_.patience, [&] { return is_published(its); })) sleep_until_published(its, call);
-    if (its.call == call) return;
-    if (its.call.kind == Call::kLeave) {
+    if (!wait_awake(tuning_.patience, [&] { return is_published(its); }) &&
+        !sleep_until_published(peer, call)) {
         throw CollectiveError(processes_->description(peer) + " has left the communicator, and rank " +
                               std::to_string(rank) + " waits for it in " + words(call));
     }
+    if (its.call == call) return;
     throw CollectiveError("the ranks disagree: rank " + std::to_string(rank) + " is in " + words(call) +
                           ", rank " + std::to_string(peer) + " in " + words(its.call));
 }
 
-void SharedMemoryTransport::sleep_until_published(Mark& mark, const Call& call) {
+// False: the peer has left without a mark of this step.
+bool SharedMemoryTransport::sleep_until_published(int peer, const Call& call) {
     struct Sleeper {
         explicit Sleeper(Mark& mark) : mark(mark) { mark.sleepers.fetch_add(1, std::memory_order_seq_cst); }
         ~Sleeper() { mark.sleepers.fetch_sub(1, std::memory_order_relaxed); }
         Mark& mark;
-    } sleeper(mark);
+    } sleeper(mark(peer));
+    std::atomic<uint32_t>& step = mark(peer).step;
     for (;;) {
-        const uint32_t seen = mark.step.load(std::memory_order_seq_cst);
-        if (seen == step_) return;
-        sleep_while_equal(mark.step, seen, tuning_.look);
-        if (is_published(mark)) return;
+        const uint32_t seen = step.load(std::memory_order_seq_cst);
+        if (seen == step_) return true;
+        // Then the mark again: the peer may have published it meanwhile, and left.
+        if (has_left(peer).load(std::memory_order_seq_cst) != 0) return is_published(mark(peer));
+        sleep_while_equal(step, seen, tuning_.look);
+        if (is_published(mark(peer))) return true;
         expect_running_peers(call);
     }
 }
@@ -189,8 +199,8 @@ void SharedMemoryTransport::expect_running_peers(const Call& call) {
         if (peer == rank || !processes_->has_ended(peer)) continue;
         auto& since = ended_since_[static_cast<size_t>(peer)];
         if (since == Clock::time_point()) since = now;
-        // Looked at last: a rank may have ended after its last step.
-        if (now - since < tuning_.grace || is_published(mark(peer))) continue;
+        // Looked at last: a rank may have ended after its last step, or after it has left, which await says.
+        if (now - since < tuning_.grace || is_published(mark(peer)) || has_left(peer).load() != 0) continue;
         throw CollectiveError(processes_->description(peer) + " has ended, and rank " + std::to_string(rank) +
                               " waits for it in " + words(call));
     }

@@ -12,6 +12,10 @@
 // which each publishes after it has read step k. So one wait a step is enough, and a mark holds either this
 // step's number or that of two steps ago.
 //
+// A rank that leaves says so in a word of its own and lets its marks be: after an error it has not seen
+// everybody's mark of its last step k, and some may still need the one of step k - 1. Whoever waits for a
+// mark looks at that word only where the mark is not there.
+//
 // A rank waits as waiting.h says. While it sleeps it looks whether the ranks that it waits for still run.
 #ifndef LLMPACK_CPU_COLLECTIVES_SHARED_H_
 #define LLMPACK_CPU_COLLECTIVES_SHARED_H_
@@ -37,7 +41,7 @@ class Processes {
 
 // What a rank does in a step; equal on all ranks, or they disagree.
 struct Call {
-    enum Kind : uint64_t { kNone, kAllReduce, kAllGather, kLeave };
+    enum Kind : uint64_t { kNone, kAllReduce, kAllGather };
     uint64_t kind, rows, columns, out_features;  // AllReduce: rows elements
 
     bool operator==(const Call& other) const {
@@ -56,15 +60,24 @@ struct alignas(kMarkBytes) Mark {
 };
 static_assert(sizeof(Mark) == kMarkBytes);
 
-// The memory of `size` ranks, all zero at first: [size] of two marks, [size] of two slots.
+struct alignas(kMarkBytes) Farewell {
+    std::atomic<uint32_t> has_left;  // 1: the rank publishes no more marks
+};
+
+struct RankMarks {
+    Mark marks[2];
+    Farewell farewell;
+};
+
+// The memory of `size` ranks, all zero at first: [size] of their marks, [size] of two slots.
 struct SharedLayout {
     int size;
     size_t slot_bytes;
 
-    size_t bytes() const { return static_cast<size_t>(size) * 2 * (kMarkBytes + slot_bytes); }
-    Mark* marks(void* memory, int rank) const { return static_cast<Mark*>(memory) + rank * 2; }
+    size_t bytes() const { return static_cast<size_t>(size) * (sizeof(RankMarks) + 2 * slot_bytes); }
+    RankMarks& of(void* memory, int rank) const { return static_cast<RankMarks*>(memory)[rank]; }
     char* slots(void* memory, int rank) const {
-        return static_cast<char*>(memory) + static_cast<size_t>(size) * 2 * kMarkBytes +
+        return static_cast<char*>(memory) + static_cast<size_t>(size) * sizeof(RankMarks) +
                static_cast<size_t>(rank) * 2 * slot_bytes;
     }
 };
@@ -96,13 +109,16 @@ class SharedMemoryTransport : public Transport {
     void meet(const Call& call);
     void publish(const Call& call);
     void await(int peer, const Call& call);
-    void sleep_until_published(Mark& mark, const Call& call);
+    bool sleep_until_published(int peer, const Call& call);
     void expect_running_peers(const Call& call);
     template <class Body>
     void in_step(Body body);
 
     bool is_published(const Mark& mark) const { return mark.step.load(std::memory_order_acquire) == step_; }
-    Mark& mark(int peer) const { return layout_.marks(memory_.get(), peer)[step_ % 2]; }
+    Mark& mark(int peer) const { return layout_.of(memory_.get(), peer).marks[step_ % 2]; }
+    std::atomic<uint32_t>& has_left(int peer) const {
+        return layout_.of(memory_.get(), peer).farewell.has_left;
+    }
     float* slot(int peer) const {
         return reinterpret_cast<float*>(layout_.slots(memory_.get(), peer) +
                                         (piece_ % 2) * layout_.slot_bytes);

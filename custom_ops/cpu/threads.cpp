@@ -80,7 +80,7 @@ void ThreadTeam::stop() {
 void ThreadTeam::run(Function function, void* data, int64_t count, int64_t grain) {
     const int64_t grains = (count + grain - 1) / grain;
     if (grains <= 1 || number_ == 1 || is_busy_.test_and_set(std::memory_order_acquire)) {
-        if (count > 0) function(data, 0, count);
+        if (count > 0) function(data, 0, 0, count);
         return;
     }
     function_ = function;
@@ -113,7 +113,7 @@ void ThreadTeam::work(size_t self) {
         while (begin < member.end) {
             const int64_t end = begin + (member.end - begin + 1) / 2;
             if (!member.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-            function_(data_, begin * grain_, std::min(count_, end * grain_));
+            function_(data_, static_cast<int>(self), begin * grain_, std::min(count_, end * grain_));
             begin = member.next.load(std::memory_order_relaxed);
         }
     }

@@ -26,7 +26,9 @@ namespace llmpack {
 
 class ThreadTeam {
   public:
-    using Function = void (*)(void* data, int64_t begin, int64_t end);
+    // place: which of the threads calls, below number(). noexcept, as nobody could catch what another thread
+    // throws, and the others would go on with memory of a caller that has left: the process ends at once.
+    using Function = void (*)(void* data, int place, int64_t begin, int64_t end) noexcept;
 
     // number: with the calling thread, at least 1. cores: [number], one each, the first being the caller's,
     // who is not pinned here; null: no thread has a core of its own, so none spins.
@@ -38,9 +40,9 @@ class ThreadTeam {
 
     int number() const { return number_; }
 
-    // Calls function(data, begin, end), which must not throw, on disjoint ranges that cover [0, count), and
-    // waits for all. Each begins at a multiple of `grain` and, but for the last, ends at one. While another
-    // thread is in here, the calling one does it all by itself.
+    // Calls function(data, place, begin, end) on disjoint ranges that cover [0, count), and waits for all.
+    // Each begins at a multiple of `grain` and, but for the last, ends at one. While another thread is in
+    // here, the calling one does it all by itself.
     void run(Function function, void* data, int64_t count, int64_t grain);
 
   private:

@@ -18,14 +18,14 @@ struct PagedAttentionOp {
     static constexpr Port kOutputs[] = {{"out", kFloat}};
 
     explicit PagedAttentionOp(const NodeInfo& node)
-        : num_heads(node.int_attribute("num_heads")),
-          num_kv_heads(node.int_attribute("num_kv_heads")),
+        : num_heads(node.size_attribute("num_heads")),
+          num_kv_heads(node.size_attribute("num_kv_heads")),
           scale(node.float_attribute("scale")) {
-        if (num_kv_heads <= 0 || num_heads <= 0 || num_heads % num_kv_heads != 0) {
+        if (num_heads % num_kv_heads != 0) {
             throw OpError("num_heads is " + std::to_string(num_heads) + " and num_kv_heads " +
-                          std::to_string(num_kv_heads) +
-                          ", expected a positive multiple and a positive number");
+                          std::to_string(num_kv_heads) + ", expected a multiple");
         }
+        for (size_t cache : {2, 3}) node.expect_no_constant(cache);
     }
 
     void compute(Context& context) const {
@@ -39,7 +39,7 @@ struct PagedAttentionOp {
         if (values.type != keys.type) {
             throw OpError("inputs key_cache and value_cache are of different types, expected one type");
         }
-        cos_sin.expect_shape({-1, -1}, "[tokens, head_dim]");
+        cos_sin.expect_shape({kAnySize, kAnySize}, "[tokens, head_dim]");
         const int64_t T = cos_sin.shape[0], D = cos_sin.shape[1];
         if (D <= 0 || D % 2 != 0 || D > kMaxHeadDim) {
             throw OpError("input cos_sin has " + std::to_string(D) +
@@ -48,19 +48,21 @@ struct PagedAttentionOp {
         }
         qkv.expect_shape({T, (num_heads + 2 * num_kv_heads) * D},
                          "[tokens, (num_heads + 2 * num_kv_heads) * head_dim]");
-        keys.expect_shape({-1, num_kv_heads, D, -1}, "[num_blocks, num_kv_heads, head_dim, block_size]");
+        keys.expect_shape({kAnySize, num_kv_heads, D, kAnySize},
+                          "[num_blocks, num_kv_heads, head_dim, block_size]");
         const int64_t num_blocks = keys.shape[0], block_size = keys.shape[3];
-        if (block_size <= 0 || block_size % kPositionGroup != 0) {
+        if (block_size <= 0 || block_size % kPositionGroup != 0 || block_size > kMaxSize) {
             throw OpError("input key_cache has blocks of " + std::to_string(block_size) +
-                          " positions, expected a multiple of " + std::to_string(kPositionGroup));
+                          " positions, expected a multiple of " + std::to_string(kPositionGroup) + " up to " +
+                          std::to_string(kMaxSize));
         }
         values.expect_shape({num_blocks, num_kv_heads, block_size, D},
                             "[num_blocks, num_kv_heads, block_size, head_dim]");
         slot_mapping.expect_shape({T}, "[tokens]");
-        seq_lens.expect_shape({-1}, "[sequences]");
+        seq_lens.expect_shape({kAnySize}, "[sequences]");
         const int64_t B = seq_lens.shape[0];
         query_start.expect_shape({B + 1}, "[sequences + 1]");
-        block_table.expect_shape({B, -1}, "[sequences, max_blocks]");
+        block_table.expect_shape({B, kAnySize}, "[sequences, max_blocks]");
         const int64_t max_blocks = block_table.shape[1];
 
         struct Sequences;

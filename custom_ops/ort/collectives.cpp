@@ -17,7 +17,7 @@ struct AllReduceOp {
 
     void compute(Context& context) const {
         const Tensor x = context.input(0);
-        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        x.expect_shape({kAnySize, kAnySize}, "[tokens, hidden_size]");
         float* y = context.output(0, {x.shape[0], x.shape[1]});
         call_collective([&] { all_reduce(x.as<float>(), y, x.shape[0] * x.shape[1]); });
     }
@@ -33,7 +33,7 @@ struct AllReduceAddRMSNormOp {
 
     void compute(Context& context) const {
         const Tensor x = context.input(0);
-        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        x.expect_shape({kAnySize, kAnySize}, "[tokens, hidden_size]");
         const int64_t T = x.shape[0], H = x.shape[1];
         norm.run(context, T, H, [&](float* y) {
             call_collective([&] { all_reduce(x.as<float>(), y, T * H); });
@@ -49,16 +49,11 @@ struct AllGatherOp {
     static constexpr Port kInputs[] = {{"x", kFloat}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
-    explicit AllGatherOp(const NodeInfo& node) : out_features(node.int_attribute("out_features")) {
-        if (out_features <= 0) {
-            throw OpError("attribute out_features is " + std::to_string(out_features) +
-                          ", expected a positive number");
-        }
-    }
+    explicit AllGatherOp(const NodeInfo& node) : out_features(node.size_attribute("out_features")) {}
 
     void compute(Context& context) const {
         const Tensor x = context.input(0);
-        x.expect_shape({-1, -1}, "[rows, columns of this rank]");
+        x.expect_shape({kAnySize, kAnySize}, "[rows, columns of this rank]");
         float* y = context.output(0, {x.shape[0], out_features});
         call_collective([&] { all_gather(x.as<float>(), y, x.shape[0], x.shape[1], out_features); });
     }

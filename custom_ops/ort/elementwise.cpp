@@ -17,7 +17,7 @@ struct RMSNormOp {
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = stored_weight.of(context);
-        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        x.expect_shape({kAnySize, kAnySize}, "[tokens, hidden_size]");
         const int64_t T = x.shape[0], H = x.shape[1];
         weight.expect_shape({H}, "[hidden_size]");
         float* y = context.output(0, {T, H});
@@ -41,7 +41,7 @@ struct AddRMSNormOp {
 
     void compute(Context& context) const {
         const Tensor x = context.input(0);
-        x.expect_shape({-1, -1}, "[tokens, hidden_size]");
+        x.expect_shape({kAnySize, kAnySize}, "[tokens, hidden_size]");
         norm.run(context, x.shape[0], x.shape[1], [&](float*) { return x.as<float>(); });
     }
 
@@ -57,7 +57,7 @@ struct SwiGLUOp {
 
     void compute(Context& context) const {
         const Tensor gate_up = context.input(0);
-        gate_up.expect_shape({-1, -1}, "[tokens, 2 * intermediate_size]");
+        gate_up.expect_shape({kAnySize, kAnySize}, "[tokens, 2 * intermediate_size]");
         const int64_t T = gate_up.shape[0], columns = gate_up.shape[1];
         if (columns % 2 != 0) {
             throw OpError("input gate_up has " + std::to_string(columns) +

@@ -21,7 +21,7 @@ class GpuAddRMSNorm {
 
     explicit GpuAddRMSNorm(const NodeInfo& node)
         : epsilon(node.float_attribute("epsilon")),
-          width(node.int_attribute("in_features")),
+          width(node.size_attribute("in_features")),
           norm_(Launcher::current().operation("add_rms_norm", {{"in_features", width}},
                                               {{"x", kPointer},
                                                {"residual", kPointer},
@@ -31,7 +31,7 @@ class GpuAddRMSNorm {
 
     Operands operands(Context& context) const {
         const Tensor x = context.input(0), residual = context.input(1), weight = context.input(2);
-        x.expect_shape({-1, width}, "[tokens, hidden_size]");
+        x.expect_shape({kAnySize, width}, "[tokens, hidden_size]");
         const int64_t T = x.shape[0];
         residual.expect_shape({T, width}, "[tokens, hidden_size]");
         weight.expect_shape({width}, "[hidden_size]");

@@ -15,12 +15,13 @@ struct GpuPagedAttention {
     static constexpr Port kOutputs[] = {{"out", kFloat16}};
 
     explicit GpuPagedAttention(const NodeInfo& node)
-        : num_heads(node.int_attribute("num_heads")),
-          num_kv_heads(node.int_attribute("num_kv_heads")),
-          head_dim(node.int_attribute("head_dim")),
-          block_size(node.int_attribute("block_size")),
+        : num_heads(node.size_attribute("num_heads")),
+          num_kv_heads(node.size_attribute("num_kv_heads")),
+          head_dim(node.size_attribute("head_dim")),
+          block_size(node.size_attribute("block_size")),
           scale(node.float_attribute("scale")),
           multiprocessors(Launcher::current().device.multiprocessors) {
+        for (size_t cache : {2, 3}) node.expect_no_constant(cache);
         Launcher& launcher = Launcher::current();
         write = launcher.operation(
             "cache_write", {{"num_heads", num_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}},
@@ -70,19 +71,19 @@ struct GpuPagedAttention {
                      values = context.input(3), slot_mapping = context.input(4),
                      query_start = context.input(5), seq_lens = context.input(6),
                      block_table = context.input(7);
-        cos_sin.expect_shape({-1, head_dim}, "[tokens, head_dim]");
+        cos_sin.expect_shape({kAnySize, head_dim}, "[tokens, head_dim]");
         const int64_t T = cos_sin.shape[0];
         qkv.expect_shape({T, (num_heads + 2 * num_kv_heads) * head_dim},
                          "[tokens, (num_heads + 2 * num_kv_heads) * head_dim]");
-        keys.expect_shape({-1, block_size, num_kv_heads, head_dim},
+        keys.expect_shape({kAnySize, block_size, num_kv_heads, head_dim},
                           "[num_blocks, block_size, num_kv_heads, head_dim]");
         values.expect_shape({keys.shape[0], block_size, num_kv_heads, head_dim},
                             "[num_blocks, block_size, num_kv_heads, head_dim]");
         slot_mapping.expect_shape({T}, "[tokens]");
-        seq_lens.expect_shape({-1}, "[sequences]");
+        seq_lens.expect_shape({kAnySize}, "[sequences]");
         const int64_t B = seq_lens.shape[0];
         query_start.expect_shape({B + 1}, "[sequences + 1]");
-        block_table.expect_shape({B, -1}, "[sequences, max_blocks]");
+        block_table.expect_shape({B, kAnySize}, "[sequences, max_blocks]");
         const int64_t M = block_table.shape[1];
         void* out = context.output_memory(0, {T, num_heads * head_dim});
         const gpu::Stream stream = context.gpu_stream();

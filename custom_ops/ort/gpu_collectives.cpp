@@ -42,7 +42,7 @@ struct GpuAllReduce {
     static constexpr Port kOutputs[] = {{"y", kFloat16}};
     static constexpr InPlace kInPlace[] = {{0, 0}};
 
-    explicit GpuAllReduce(const NodeInfo& node) : width(node.int_attribute("in_features")) {
+    explicit GpuAllReduce(const NodeInfo& node) : width(node.size_attribute("in_features")) {
         one_shot.find("all_reduce", {{"in_features", width}, {"ranks", collectives().size}},
                       {{"x", kPointer},
                        {"y", kPointer},
@@ -55,7 +55,7 @@ struct GpuAllReduce {
 
     void compute(Context& context) const {
         const Tensor x = context.input(0);
-        x.expect_shape({-1, width}, "[tokens, hidden_size]");
+        x.expect_shape({kAnySize, width}, "[tokens, hidden_size]");
         const int64_t T = x.shape[0];
         void* y = context.output_memory(0, {T, width});
         gpu::Collectives& ranks = collectives();

@@ -13,14 +13,14 @@ struct GpuRMSNorm {
 
     explicit GpuRMSNorm(const NodeInfo& node)
         : epsilon(node.float_attribute("epsilon")),
-          width(node.int_attribute("in_features")),
+          width(node.size_attribute("in_features")),
           norm(Launcher::current().operation(
               "rms_norm", {{"in_features", width}},
               {{"x", kPointer}, {"weight", kPointer}, {"y", kPointer}, {"epsilon", kNumber}})) {}
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = context.input(1);
-        x.expect_shape({-1, width}, "[tokens, hidden_size]");
+        x.expect_shape({kAnySize, width}, "[tokens, hidden_size]");
         weight.expect_shape({width}, "[hidden_size]");
         const int64_t T = x.shape[0];
         void* y = context.output_memory(0, {T, width});
@@ -48,13 +48,13 @@ struct GpuSwiGLU {
     static constexpr Port kOutputs[] = {{"y", kFloat16}};
 
     explicit GpuSwiGLU(const NodeInfo& node)
-        : width(node.int_attribute("in_features")),
+        : width(node.size_attribute("in_features")),
           swiglu(Launcher::current().operation("swiglu", {{"in_features", width}},
                                                {{"gate_up", kPointer}, {"y", kPointer}})) {}
 
     void compute(Context& context) const {
         const Tensor gate_up = context.input(0);
-        gate_up.expect_shape({-1, 2 * width}, "[tokens, 2 * intermediate_size]");
+        gate_up.expect_shape({kAnySize, 2 * width}, "[tokens, 2 * intermediate_size]");
         const int64_t T = gate_up.shape[0];
         void* y = context.output_memory(0, {T, width});
         swiglu.launch({T}, {gate_up.data, y}, context.gpu_stream());

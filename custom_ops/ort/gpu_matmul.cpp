@@ -14,14 +14,14 @@ struct EmbeddingF16 {
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit EmbeddingF16(const NodeInfo& node)
-        : width(node.int_attribute("in_features")),
+        : width(node.size_attribute("in_features")),
           embed(Launcher::current().operation("embed_f16", {{"in_features", width}},
                                               {{"ids", kPointer}, {"weight", kPointer}, {"y", kPointer}})) {}
 
     void compute(Context& context) const {
         const Tensor ids = context.input(0), weight = context.input(1);
-        ids.expect_shape({-1}, "[tokens]");
-        weight.expect_shape({-1, width}, "[vocab_size, hidden_size]");
+        ids.expect_shape({kAnySize}, "[tokens]");
+        weight.expect_shape({kAnySize, width}, "[vocab_size, hidden_size]");
         const int64_t T = ids.shape[0];
         float* y = context.output(0, {T, width});
         embed.launch({T}, {ids.data, weight.data, y}, context.gpu_stream());
@@ -38,7 +38,7 @@ struct EmbeddingQ {
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit EmbeddingQ(const NodeInfo& node)
-        : width(node.int_attribute("in_features")),
+        : width(node.size_attribute("in_features")),
           embed(Launcher::current().operation(
               storage == Storage::kQ8 ? "embed_q8" : "embed_q6",
               {{"in_features", width}, {"group_size", node.int_attribute("group_size")}},
@@ -46,7 +46,7 @@ struct EmbeddingQ {
 
     void compute(Context& context) const {
         const Tensor ids = context.input(0), weight = context.input(1), scales = context.input(2);
-        ids.expect_shape({-1}, "[tokens]");
+        ids.expect_shape({kAnySize}, "[tokens]");
         const int64_t T = ids.shape[0];
         float* y = context.output(0, {T, width});
         embed.launch({T}, {ids.data, weight.data, scales.data, y}, context.gpu_stream());
@@ -65,8 +65,8 @@ struct GpuMatMulF16 {
     static constexpr Port kOutputs[] = {{"y", type}};
 
     explicit GpuMatMulF16(const NodeInfo& node)
-        : in_features(node.int_attribute("in_features")),
-          out_features(node.int_attribute("out_features")),
+        : in_features(node.size_attribute("in_features")),
+          out_features(node.size_attribute("out_features")),
           matmul(Launcher::current().operation(
               "matmul_f16",
               {{"in_features", in_features},
@@ -76,7 +76,7 @@ struct GpuMatMulF16 {
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = context.input(1);
-        x.expect_shape({-1, in_features}, "[tokens, in_features]");
+        x.expect_shape({kAnySize, in_features}, "[tokens, in_features]");
         const int64_t T = x.shape[0];
         void* y = context.output_memory(0, {T, out_features});
         matmul.launch({T}, {x.data, weight.data, y, narrow(T)}, context.gpu_stream());
@@ -98,8 +98,8 @@ struct GpuMatMulQ {
     static constexpr Port kOutputs[] = {{"y", type}};
 
     explicit GpuMatMulQ(const NodeInfo& node)
-        : in_features(node.int_attribute("in_features")),
-          out_features(node.int_attribute("out_features")),
+        : in_features(node.size_attribute("in_features")),
+          out_features(node.size_attribute("out_features")),
           matmul(Launcher::current().operation(storage == Storage::kQ8   ? "matmul_q8"
                                                : storage == Storage::kQ6 ? "matmul_q6"
                                                                          : "matmul_q4",
@@ -115,7 +115,7 @@ struct GpuMatMulQ {
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = context.input(1), scales = context.input(2);
-        x.expect_shape({-1, in_features}, "[tokens, in_features]");
+        x.expect_shape({kAnySize, in_features}, "[tokens, in_features]");
         const int64_t T = x.shape[0];
         void* y = context.output_memory(0, {T, out_features});
         matmul.launch({T}, {x.data, weight.data, scales.data, y, narrow(T)}, context.gpu_stream());

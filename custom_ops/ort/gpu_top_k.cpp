@@ -13,8 +13,8 @@ struct GpuTopK {
     static constexpr Port kOutputs[] = {{"top", kInt64}};
 
     explicit GpuTopK(const NodeInfo& node)
-        : columns(node.int_attribute("in_features")),
-          k(node.int_attribute("k")),
+        : columns(node.size_attribute("in_features")),
+          k(node.size_attribute("k")),
           first_id(node.int_attribute("first_id")),
           known(std::clamp<int64_t>(node.int_attribute("vocab_size") - first_id, 0, columns)) {
         Launcher& launcher = Launcher::current();
@@ -34,7 +34,7 @@ struct GpuTopK {
 
     void compute(Context& context) const {
         const Tensor logits = context.input(0);
-        logits.expect_shape({-1, columns}, "[rows, columns of this rank]");
+        logits.expect_shape({kAnySize, columns}, "[rows, columns of this rank]");
         const int64_t R = logits.shape[0];
         const Launcher& launcher = Launcher::current();
         if (R > launcher.settings.max_rows) {

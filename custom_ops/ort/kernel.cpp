@@ -86,7 +86,7 @@ std::string shape_string(const int64_t* sizes, size_t rank) {
     std::string text = "[";
     for (size_t i = 0; i < rank; i++) {
         if (i > 0) text += ", ";
-        text += sizes[i] < 0 ? "any" : std::to_string(sizes[i]);
+        text += sizes[i] == kAnySize ? "any" : std::to_string(sizes[i]);
     }
     return text + "]";
 }
@@ -104,6 +104,19 @@ float NodeInfo::float_attribute(const char* name) const {
     require(api_, KernelInfoGetAttribute_float(api_, info_, name, &value),
             [&] { return std::string("attribute ") + name + " is missing or no float, expected a float"; });
     return value;
+}
+
+int64_t NodeInfo::size_attribute(const char* name) const {
+    const int64_t value = int_attribute(name);
+    if (value >= 1 && value <= kMaxSize) return value;
+    throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) + ", expected " +
+                  (value < 1 ? "a positive number" : "at most " + std::to_string(kMaxSize)));
+}
+
+void NodeInfo::expect_no_constant(size_t index) const {
+    if (!constant_input(index)) return;
+    throw OpError(std::string("input ") + inputs_[index].name +
+                  " is an initializer, expected an input of the graph: the operator writes into it");
 }
 
 std::optional<Tensor> NodeInfo::constant_input(size_t index) const {
@@ -136,7 +149,7 @@ void Tensor::expect_shape(std::initializer_list<int64_t> expected, const char* m
     bool equal = expected.size() == shape.rank;
     size_t i = 0;
     for (int64_t size : expected) {
-        equal = equal && (size < 0 || size == shape[i]);
+        equal = equal && (size == kAnySize || size == shape[i]);
         i++;
     }
     if (equal) return;
@@ -193,7 +206,8 @@ void use_threads(std::shared_ptr<ThreadTeam> threads) { used_threads = std::move
 
 std::shared_ptr<ThreadTeam> threads_in_use() { return used_threads; }
 
-void Context::parallel_for_each(void (*function)(void*, size_t), size_t total, void* user_data) const {
+void Context::parallel_for_each(void (*function)(void*, size_t) noexcept, size_t total,
+                                void* user_data) const {
     require(api_, KernelContext_ParallelFor(api_, context_, function, total, size_t{0}, user_data),
             [] { return "the thread pool refused a parallel loop, expected it to run"; });
 }

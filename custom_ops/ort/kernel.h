@@ -18,7 +18,9 @@
 #include <algorithm>
 #include <initializer_list>
 #include <iterator>
+#include <limits>
 #include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -60,6 +62,11 @@ class Shape {
     int64_t operator[](size_t axis) const { return sizes[axis]; }
 };
 
+// An axis of any size. Nothing computed of sizes equals it: they are not negative, and those that attributes
+// give are at most kMaxSize, so that no product of them wraps around.
+constexpr int64_t kAnySize = std::numeric_limits<int64_t>::min();
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
+
 // "[2, 64]"
 std::string shape_string(const int64_t* sizes, size_t rank);
 
@@ -73,7 +80,7 @@ struct Tensor {
     T* as() const {
         return static_cast<T*>(data);
     }
-    // Throws "input weight has shape [..], expected [..]". A negative number accepts any size.
+    // Throws "input weight has shape [..], expected [..]". kAnySize accepts any size.
     void expect_shape(std::initializer_list<int64_t> expected, const char* meaning) const;
 };
 
@@ -84,6 +91,11 @@ class NodeInfo {
     // Attributes are required: the packager writes every one.
     int64_t int_attribute(const char* name) const;
     float float_attribute(const char* name) const;
+    // Throws OpError unless it is from 1 to kMaxSize.
+    int64_t size_attribute(const char* name) const;
+    // Throws OpError if input `index`, into which the operator writes, is an initializer: that is read-only,
+    // or other nodes and later runs take it for a constant.
+    void expect_no_constant(size_t index) const;
     // Input `index` if it is an initializer: the memory that each call will get.
     std::optional<Tensor> constant_input(size_t index) const;
     std::string name() const;
@@ -112,21 +124,32 @@ class Context {
     // The stream that a GPU's provider computes on (cudaStream_t or hipStream_t).
     void* gpu_stream() const;
 
-    // Calls body(begin, end), which must not throw, on disjoint ranges that cover [0, count), on the
-    // session's threads, and waits. `grain` items are worth one call.
+    // Calls body(begin, end) on disjoint ranges that cover [0, count), on the session's threads, and waits.
+    // `grain` items are worth one call. If body throws, the process ends at once: what may fail comes before
+    // the loop, memory too.
     template <class Body>
     void parallel_for(int64_t count, int64_t grain, const Body& body) const {
         static_assert(std::is_invocable_v<const Body&, int64_t, int64_t>, "body(begin, end)");
+        parallel_for_in_places(count, grain, [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
+    }
+
+    // The same with body(place, begin, end): two calls at the same time have different places, below
+    // places(count, grain).
+    template <class Body>
+    void parallel_for_in_places(int64_t count, int64_t grain, const Body& body) const {
+        static_assert(std::is_invocable_v<const Body&, int64_t, int64_t, int64_t>, "body(place, begin, end)");
         if (count <= 0) return;
         Loop<Body> loop{body, count, 1};
         if (threads_ != nullptr) {
             threads_->run(&Loop<Body>::range, &loop, count, std::max<int64_t>(grain, 1));
             return;
         }
-        // More ranges than threads, so that a thread that starts late takes fewer of them.
-        constexpr int64_t kMostRanges = 64;
-        loop.ranges = std::clamp<int64_t>(grain > 1 ? count / grain : count, 1, kMostRanges);
+        loop.ranges = ranges(count, grain);
         parallel_for_each(&Loop<Body>::one_of_ranges, static_cast<size_t>(loop.ranges), &loop);
+    }
+
+    int64_t places(int64_t count, int64_t grain) const {
+        return threads_ != nullptr ? threads_->number() : ranges(count, grain);
     }
 
   private:
@@ -134,16 +157,22 @@ class Context {
     struct Loop {
         const Body& body;
         int64_t count, ranges;
-        static void range(void* self, int64_t begin, int64_t end) {
-            static_cast<const Loop*>(self)->body(begin, end);
+        static void range(void* self, int place, int64_t begin, int64_t end) noexcept {
+            static_cast<const Loop*>(self)->body(place, begin, end);
         }
-        static void one_of_ranges(void* self, size_t index) {
+        static void one_of_ranges(void* self, size_t index) noexcept {
             const Loop& loop = *static_cast<const Loop*>(self);
             const int64_t i = static_cast<int64_t>(index);
-            loop.body(loop.count * i / loop.ranges, loop.count * (i + 1) / loop.ranges);
+            loop.body(i, loop.count * i / loop.ranges, loop.count * (i + 1) / loop.ranges);
         }
     };
-    void parallel_for_each(void (*function)(void*, size_t), size_t total, void* user_data) const;
+    // For ONNX Runtime's threads: more ranges than there are threads, so that one that starts late takes
+    // fewer of them.
+    static int64_t ranges(int64_t count, int64_t grain) {
+        constexpr int64_t kMostRanges = 64;
+        return std::clamp<int64_t>(grain > 1 ? count / grain : count, 1, kMostRanges);
+    }
+    void parallel_for_each(void (*function)(void*, size_t) noexcept, size_t total, void* user_data) const;
 
     const OrtApi& api_;
     OrtKernelContext* context_;
@@ -176,6 +205,7 @@ std::shared_ptr<ThreadTeam> threads_in_use();
 void set_release(const char* version);
 
 // Memory that a thread keeps between calls and that only grows. `Tag` tells the buffers of a thread apart.
+// Throws OpError if there is none: not for bodies of loops.
 template <class T, class Tag>
 T* workspace(size_t count) {
     thread_local std::unique_ptr<T[]> buffer;
@@ -183,7 +213,12 @@ T* workspace(size_t count) {
     if (capacity < count) {
         buffer.reset();
         capacity = 0;
-        buffer.reset(new T[count]);
+        buffer.reset(new (std::nothrow) T[count]);
+        if (buffer == nullptr) {
+            throw OpError(std::to_string(count * sizeof(T)) +
+                              " bytes to work in cannot be had, expected memory for them",
+                          kFail);
+        }
         capacity = count;
     }
     return buffer.get();

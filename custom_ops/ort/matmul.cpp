@@ -12,14 +12,6 @@
 namespace llmpack::ort {
 namespace {
 
-int64_t positive_attribute(const NodeInfo& node, const char* name) {
-    const int64_t value = node.int_attribute(name);
-    if (value <= 0)
-        throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) +
-                      ", expected a positive number");
-    return value;
-}
-
 // Tiles that are worth a call of their own: about 32 KB of weights, or, with many tokens, as much work.
 // Never one alone: the kernels take tiles in pairs.
 int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
@@ -29,7 +21,7 @@ int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
 
 // A gated product's output tile comes of two tiles of the weight.
 int64_t out_features_attribute(const NodeInfo& node, bool gated) {
-    const int64_t N = positive_attribute(node, "out_features");
+    const int64_t N = node.size_attribute("out_features");
     if (gated && N % (2 * kTileRows) != 0) {
         throw OpError("attribute out_features is " + std::to_string(N) +
                       ", expected a multiple of 32: gate and up in whole tiles");
@@ -50,7 +42,7 @@ class FloatMatrix {
 
     FloatMatMul check(const Context& context) const {
         const Tensor x = context.input(0), weight = stored_weight_.of(context);
-        x.expect_shape({-1, -1}, "[tokens, in_features]");
+        x.expect_shape({kAnySize, kAnySize}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
         const int64_t tiles = (N + kTileRows - 1) / kTileRows;
         weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
@@ -74,6 +66,14 @@ class FloatMatrix {
   private:
     StoredInput stored_weight_;
 };
+
+// Floats of a thread's workspace, from the beginning of a pair of cache lines on.
+template <class Tag>
+float* line_workspace(int64_t count) {
+    constexpr size_t kBytes = 128;
+    const float* raw = workspace<float, Tag>(static_cast<size_t>(count) + kBytes / sizeof(float));
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(raw) + kBytes - 1) / kBytes * kBytes);
+}
 
 int64_t group_size_attribute(const NodeInfo& node) {
     const int64_t group_size = node.int_attribute("group_size");
@@ -123,7 +123,7 @@ class QuantizedMatrix {
     QuantizedOperands check(const Context& context) const {
         const Tensor x = context.input(0), weight = stored_weight_.of(context),
                      scales = stored_scales_.of(context);
-        x.expect_shape({-1, -1}, "[tokens, in_features]");
+        x.expect_shape({kAnySize, kAnySize}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1];
         if (K % group_size_ != 0) {
             throw OpError("input x has " + std::to_string(K) +
@@ -155,9 +155,15 @@ class QuantizedMatrix {
         const int64_t bytes = K * kTileRows * kBits / 8;
         if constexpr (gated) {
             struct Scratch;
-            context.parallel_for(tiles / 2, tile_grain(2 * bytes, M), [&](int64_t begin, int64_t end) {
+            const int64_t grain = tile_grain(2 * bytes, M);
+            // For each place, before the loop, in which nothing may fail. In whole pairs of cache lines: no
+            // place has a part of another's, and no vector is in two.
+            const int64_t apart = M * 2 * kTileRows;
+            float* const scratch =
+                M > 2 ? line_workspace<Scratch>(context.places(tiles / 2, grain) * apart) : nullptr;
+            context.parallel_for_in_places(tiles / 2, grain, [&](int64_t place, int64_t begin, int64_t end) {
                 QuantizedMatMul own = args;
-                if (M > 2) own.scratch = workspace<float, Scratch>(static_cast<size_t>(M * 2 * kTileRows));
+                if (M > 2) own.scratch = scratch + place * apart;
                 k.matmul_quantized(type, own, begin, end);
             });
         } else {
@@ -291,13 +297,12 @@ struct EmbeddingOp {
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit EmbeddingOp(const NodeInfo& node)
-        : num_embeddings(positive_attribute(node, "num_embeddings")),
-          group_size(group_size_attribute(node)) {}
+        : num_embeddings(node.size_attribute("num_embeddings")), group_size(group_size_attribute(node)) {}
 
     void compute(Context& context) const {
         const Tensor ids = context.input(0), weight = context.input(1), scales = context.input(2);
-        ids.expect_shape({-1}, "[tokens]");
-        scales.expect_shape({-1, -1, kTileRows}, "[ceil(num_embeddings / 16), groups, 16]");
+        ids.expect_shape({kAnySize}, "[tokens]");
+        scales.expect_shape({kAnySize, kAnySize, kTileRows}, "[ceil(num_embeddings / 16), groups, 16]");
         const int64_t T = ids.shape[0], K = scales.shape[1] * group_size;
         check_quantized(type, weight, scales, num_embeddings, K, group_size);
         const QuantizedEmbedding args{

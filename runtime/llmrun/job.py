@@ -94,8 +94,8 @@ class Job:
                 status = {
                     "exit_code": known.exit_code,
                     "code": known.code,
-                    "message": str(known)[:600],
-                }  # fits a status, escaped
+                    "message": communication.fit_message(str(known)),
+                }
             statuses = self.comm.agree(status)
         for rank, other in enumerate(statuses):
             if other:
@@ -128,7 +128,7 @@ class Job:
 
     def run(self, plan: StepPlan) -> Rows:
         """Run a step on all ranks; rank 0 only. Returns what it says of the plan's rows."""
-        self.is_broken = True
+        self.is_broken = self.size > 1  # alone, nobody is inside a collective
         started = time.perf_counter()
         if self.size > 1:
             self.comm.send(plan.message)
@@ -221,8 +221,8 @@ class Job:
 
     def _shake_hands(self, facts: dict[str, Any]) -> None:
         """Compare the ranks' facts; a difference is an error on every rank, and names the rank that is alone with it."""
-        everyone = self.comm.agree({**facts, "cores": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()})
-        self._affinities = [status.pop("cores") for status in everyone]
+        everyone = self.comm.agree({**facts, "cores": communication.own_cores(), "quota": cpu_quota()})
+        self._affinities = [communication.read_cores(status.pop("cores")) for status in everyone]
         self._quotas = [status.pop("quota") for status in everyone]
         for name in facts:
             values = [str(status[name]) for status in everyone]

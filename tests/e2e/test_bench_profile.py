@@ -48,3 +48,15 @@ def test_doctor_measures_the_collectives_under_mpirun(packed_tiny: Packed) -> No
     checks = {check["check"]: check["found"] for check in json.loads(outcome.stdout)["checks"]}
     assert checks["collectives"].startswith("shared-memory, 2 ranks")
     assert "all-reduce of 8 KB in " in checks["collectives"]
+
+
+def test_ranks_start_on_a_host_of_very_many_cores(packed_tiny: Packed, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os; os.sched_getaffinity, os.sched_setaffinity = lambda pid: set(range(8192)), lambda pid, cores: None"
+    )
+    path, environment = packed_tiny(2, "q4"), {"PYTHONPATH": str(tmp_path)}
+    outcome = run_ranks(2, "doctor", "--json", environment=environment)
+    checks = {check["check"]: check["found"] for check in json.loads(outcome.stdout)["checks"]}
+    assert checks["collectives"].startswith("shared-memory, 2 ranks, own cores")
+    outcome = run_ranks(2, path, "--threads", 1, "-p", "The king", "-n", 4, environment=environment)
+    assert (outcome.code, outcome.errors) == (0, [])

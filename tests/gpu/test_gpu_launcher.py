@@ -134,6 +134,15 @@ def test_a_wrong_shape_is_named(run, kernels):
     assert "SwiGLU 'act': input gate_up has shape [1, 512], expected [any, 1024]" in run(kernels, body)
 
 
+@pytest.mark.parametrize(("index", "name"), [(2, "key_cache"), (3, "value_cache")])
+def test_a_cache_that_is_an_initializer_is_refused(run, kernels, index, name):
+    spec = next(spec for spec in shapes.specs_of(shapes.config_of("dry")) if spec.op == "attention")
+    sizes = {key: spec.constants[key] for key in ("num_heads", "num_kv_heads", "head_dim", "block_size")}
+    body = f'checks.ort.node("PagedAttention", name="a", scale=1.0, constant_input={index}, **{sizes})'
+    expected = f"PagedAttention 'a': input {name} is an initializer, expected an input of the graph"
+    assert expected in run(kernels, body)
+
+
 def test_damaged_kernel_files_are_refused(standins, operators, kernels, tmp_path):
     """Cut anywhere, and with any byte of the tables changed: a sentence or a file that reads, never a crash."""
     whole = kernels.read_bytes()

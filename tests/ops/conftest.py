@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +47,20 @@ def library(library_path: Path) -> ctypes.CDLL:
     from llmrun.mpi_functions import load_library
 
     return load_library(library_path)
+
+
+@pytest.fixture(scope="session")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of probe.cpp."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the probe with")
+    path = tmp_path_factory.mktemp("probe") / "libprobe.so"
+    own = [ROOT / "custom_ops" / name for name in ("ort/kernel.cpp", "cpu/threads.cpp", "cpu/waiting.cpp")]
+    sources = [ROOT / "tests/ops/probe.cpp", *own]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", f"-I{ROOT / 'custom_ops'}"]
+    subprocess.run([compiler, *flags, *sources, "-o", path], check=True, timeout=120)
+    return path
 
 
 EMULATED = "aarch64:"

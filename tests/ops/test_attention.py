@@ -242,6 +242,40 @@ def test_large_scores_do_not_overflow(isa: str, dtype: type) -> None:
     assert np.median(np.abs(out - exact)) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("first_seen", [1, 63, 64, 65, 130, 199])
+def test_scores_of_minus_infinity_weigh_nothing(isa: str, first_seen: int, dtype: type) -> None:
+    """Also where they fill the first stretches of positions; a row with no other score is NaN, as by the formula."""
+    world = World(4, 2, 32, 16, [Sequence(200, list(range(13)))], dtype)
+    world.cos_sin[:] = np.concatenate([np.ones(16), np.zeros(16)])  # no rotation: queries keep their signs
+    world.qkv[0][:, : 4 * 32] = np.abs(world.qkv[0][:, : 4 * 32])
+    world.run(world.step([(0, 0, 199)]))
+    for p in range(first_seen):
+        world.key_cache[p // 16, :, 5, p % 16] = -np.inf
+    inputs = world.step([(0, 0, 200)])
+    inputs["slot_mapping"][:199] = -1  # the cache as it is
+    with np.errstate(invalid="ignore"):
+        exact, *_ = exactly(world, inputs)
+    out = world.run(inputs)
+    assert np.isnan(exact[:first_seen]).all()
+    assert np.isfinite(exact[first_seen:]).all()
+    np.testing.assert_allclose(out, exact, rtol=0, atol=TOLERANCES["attention"])
+
+
+@pytest.mark.parametrize("feature", [np.inf, np.nan])
+@pytest.mark.parametrize("position", [0, 63, 64, 100])
+def test_a_score_of_infinity_or_nan_shows(isa: str, position: int, feature: float) -> None:
+    """Beside scores of minus infinity, too: what a broken model computes must not look like an answer."""
+    world = World(2, 2, 16, 16, [Sequence(120, list(range(8)))])
+    world.cos_sin[:] = np.concatenate([np.ones(8), np.zeros(8)])
+    world.qkv[0][:, : 2 * 16] = np.abs(world.qkv[0][:, : 2 * 16])
+    world.run(world.step([(0, 0, 119)]))
+    for p in range(64):
+        world.key_cache[p // 16, :, 5, p % 16] = -np.inf
+    world.key_cache[position // 16, :, 5, position % 16] = feature
+    assert np.isnan(world.run(world.step([(0, 119, 120)]))).all()
+
+
 def test_values_beyond_float16_become_infinite(isa: str) -> None:
     world = World(1, 1, 8, 16, [Sequence(1, [0])], np.float16)
     world.qkv[0][0, 16:] = [65504, 65519, 65520, -1e30, 6e-8, 2.9e-8, 3.1e-8, 1.00048828125]

@@ -92,6 +92,21 @@ MATMUL_CASES = {
 }
 
 
+def embedding(op: str, weight: tuple[int, ...], num_embeddings: int) -> Node:
+    inputs = {"ids": ZEROS(1, np.int32), "weight": ZEROS(weight, U8), "scales": ZEROS((1, 1, 16), F16)}
+    return Node(op, inputs, attributes={"num_embeddings": num_embeddings, "group_size": 32})
+
+
+MATMUL_CASES |= {
+    f"{op} of {number}": (
+        embedding(op, weight, number),
+        f"attribute num_embeddings is {number}, expected at most 2147483647",
+    )
+    for op, weight in (("EmbeddingQ8", (1, 8, 16, 4)), ("EmbeddingQ6", (1, 2, 3, 16, 4)))
+    for number in (2**31, 2**63 - 16, 2**63 - 1)  # rounded up to whole tiles the last wraps around
+}
+
+
 @pytest.mark.parametrize("case", MATMUL_CASES)
 def test_matmul(case: str) -> None:
     assert_fails(*MATMUL_CASES[case])
@@ -183,10 +198,17 @@ TWO_SEQUENCES = {"seq_lens": np.array([41, 40], np.int32), "block_table": ZEROS(
 # name: (inputs to replace, attributes to replace, sentence). The step: 40 tokens of sequence 0, blocks [2, 0, 1] of 16 slots.
 ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
     "heads that do not divide": (
-        {}, {"num_heads": 5}, "num_heads is 5 and num_kv_heads 2, expected a positive multiple and a positive number",
+        {}, {"num_heads": 5}, "num_heads is 5 and num_kv_heads 2, expected a multiple",
     ),
     "no heads": (
-        {}, {"num_heads": 0}, "num_heads is 0 and num_kv_heads 2, expected a positive multiple and a positive number",
+        {}, {"num_heads": 0}, "attribute num_heads is 0, expected a positive number",
+    ),
+    "heads that wrap around": (  # with the KV heads (2^62 + 6) * 8, which is 48 more than 2^65
+        {"qkv": ZEROS((40, 48), F32)}, {"num_heads": 2**62 + 2},
+        "attribute num_heads is 4611686018427387906, expected at most 2147483647",
+    ),
+    "KV heads that wrap around": (
+        {}, {"num_kv_heads": 2**31}, "attribute num_kv_heads is 2147483648, expected at most 2147483647",
     ),
     "odd head_dim": (
         {"cos_sin": ZEROS((40, 7), F32)}, {},
@@ -206,11 +228,15 @@ ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = 
     ),
     "block_size": (
         {"key_cache": ZEROS((3, 2, 8, 24), F32)}, {},
-        "input key_cache has blocks of 24 positions, expected a multiple of 16",
+        "input key_cache has blocks of 24 positions, expected a multiple of 16 up to 2147483647",
     ),
     "block_size of zero": (
         {"key_cache": ZEROS((3, 2, 8, 0), F32)}, {},
-        "input key_cache has blocks of 0 positions, expected a multiple of 16",
+        "input key_cache has blocks of 0 positions, expected a multiple of 16 up to 2147483647",
+    ),
+    "block_size beyond any slot": (
+        {"key_cache": ZEROS((0, 2, 8, 2**32), F32), "value_cache": ZEROS((0, 2, 2**32, 8), F32)}, {},
+        "input key_cache has blocks of 4294967296 positions, expected a multiple of 16 up to 2147483647",
     ),
     "value_cache": (
         {"value_cache": ZEROS((2, 2, 16, 8), F32)}, {},
@@ -278,6 +304,13 @@ def test_attention(case: str) -> None:
     node = Node("PagedAttention", world.step([(0, 0, 40)]) | inputs, ("out",), (), world.attributes() | attributes)
     assert_fails(node, expected)
     assert (world.key_cache == 7.0).all(), "the caches changed before the error was found"
+
+
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+def test_a_cache_that_is_an_initializer_is_refused(name: str) -> None:
+    world = World(4, 2, 8, 16, [Sequence(40, [2, 0, 1])])
+    node = Node("PagedAttention", world.step([(0, 0, 40)]), ("out",), (name,), world.attributes())
+    assert_fails(node, f"input {name} is an initializer, expected an input of the graph: the operator writes into it")
 
 
 def test_an_error_leaves_the_session_usable() -> None:

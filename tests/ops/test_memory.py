@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,21 +15,7 @@ from onnx import TensorProto, helper
 
 from llmrun.mpi_functions import Communicator
 
-ROOT = Path(__file__).parents[2]
 DOMAIN = "ai.llmpack"
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the probe with")
-    path = tmp_path_factory.mktemp("probe") / "libprobe.so"
-    own = [ROOT / "custom_ops" / name for name in ("ort/kernel.cpp", "cpu/threads.cpp", "cpu/waiting.cpp")]
-    sources = [ROOT / "tests/ops/probe.cpp", *own]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", f"-I{ROOT / 'custom_ops'}"]
-    subprocess.run([compiler, *flags, *sources, "-o", path], check=True, timeout=120)
-    return path
 
 
 def float_info(name: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:

@@ -143,6 +143,13 @@ def test_ranks_that_cannot_see_each_other_use_mpi(library_path: Path, tmp_path: 
     assert results[1:] == results[:1]
 
 
+def test_ranks_that_leave_keep_nobody_waiting(tmp_path: Path) -> None:
+    """Whoever is a step behind still finds their marks, and whoever sleeps is woken; what each says is checked, too."""
+    cpu = OPS / "cpu"
+    sources = [HERE / "collectives_leave.cpp", cpu / "waiting.cpp", *cpu.glob("collectives*.cpp")]
+    assert "all were told" in run_sanitized(tmp_path / "leave", "thread", sources)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_the_protocol_under_a_sanitizer(tmp_path: Path, sanitizer: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,83 @@ def test_a_thread_that_the_system_refuses_is_an_error(library_path: Path) -> Non
     assert message.startswith("llmpack_ops_use_threads: thread ")
     assert " of 1000 cannot be started (Resource temporarily unavailable), expected the system to allow" in message
     assert left == "[]"
+
+
+# A gated product of many tokens works in memory besides its inputs and y. Where all but that fits the limit, whichever
+# thread asks for it, the product is an error; it is right as soon as there is memory.
+SHORT = """
+import resource, sys
+from pathlib import Path
+import helpers, numpy, onnxruntime
+helpers.LIBRARY_PATH = Path(sys.argv[1])
+threads, tokens = int(sys.argv[2]), 200_000
+projection, x = helpers.random_projection("q4", 128, 32), helpers.random_x(tokens, 32)
+node = helpers.Node("MatMulQ4SwiGLU", {"x": x, **projection.initializers}, ("y",), ("weight", "scales"), projection.attributes)
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.enable_cpu_mem_arena = 2 if threads == 0 else 1, False
+options.log_severity_level = 4
+options.register_custom_ops_library(sys.argv[1])
+with helpers.operators_on(threads):
+    session = onnxruntime.InferenceSession(node.model(any_shape=True), options, providers=["CPUExecutionProvider"])
+session.run(None, {"x": x[:2]})
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+y, quantized, scratch = tokens * 64 * 4, tokens * (32 + 4 + 4), tokens * 32 * 4
+limit = pages * resource.getpagesize() + y + quantized + scratch // 2
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+try:
+    session.run(None, {"x": x})
+except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+(y,) = session.run(None, {"x": x})
+for first in 0, tokens // 2, tokens - 2:  # two tokens need none of that memory
+    assert numpy.array_equal(y[first : first + 2], session.run(None, {"x": x[first : first + 2]})[0])
+"""
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer's shadow memory does not fit the limit")
+@pytest.mark.parametrize("threads", [0, 1, 2, 3])
+def test_too_little_memory_for_a_loop_is_an_error(library_path: Path, threads: int) -> None:
+    command = [sys.executable, "-c", SHORT, library_path, str(threads)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert re.search(
+        r"MatMulQ4SwiGLU 'the_node': \d+ bytes to work in cannot be had, expected memory for them\.", run.stdout
+    )
+
+
+THROWS = """
+import ctypes, sys
+import numpy, onnxruntime
+from onnx import helper
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(sys.argv[2])
+options.register_custom_ops_library(sys.argv[1])
+ctypes.CDLL(sys.argv[1]).probe_use_threads(int(sys.argv[3]))
+graph = helper.make_graph(
+    [helper.make_node("Throws", ["x"], ["y"], domain="test.probe")],
+    "throws",
+    [helper.make_tensor_value_info("x", 1, (1,))],
+    [helper.make_tensor_value_info("y", 1, (1,))],
+)
+opsets = [helper.make_opsetid("", 21), helper.make_opsetid("test.probe", 1)]
+model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+print("made", flush=True)
+try:
+    session.run(None, {"x": numpy.zeros(1, numpy.float32)})
+except Exception as error:
+    print("caught", error)
+"""
+
+
+@pytest.mark.parametrize(("of_onnx_runtime", "threads"), [(1, 0), (2, 0), (1, 1), (1, 2)])
+def test_a_loop_that_throws_ends_the_process_at_once(probe: Path, of_onnx_runtime: int, threads: int) -> None:
+    """Else the other threads would go on in the loop of a caller that has left it."""
+    command = [sys.executable, "-c", THROWS, probe, str(of_onnx_runtime), str(threads)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stdout) == (-signal.SIGABRT, "made\n"), run.stderr
+    assert "thrown in a loop" in run.stderr
 
 
 @pytest.mark.slow

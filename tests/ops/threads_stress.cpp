@@ -22,9 +22,11 @@ struct Loop {
     unsigned slow, sleepy;   // one item in so many takes long, or sleeps
     std::vector<int> times;  // that each item ran; no atomics: an item is one thread's
     std::vector<double> result;
+    std::vector<int> visits;  // of each place; no atomics either: a place is one thread's at a time
 
-    static void run(void* self, int64_t begin, int64_t end) {
+    static void run(void* self, int place, int64_t begin, int64_t end) noexcept {
         Loop& loop = *static_cast<Loop*>(self);
+        loop.visits.at(static_cast<size_t>(place))++;
         const int64_t count = static_cast<int64_t>(loop.times.size());
         expect(begin % loop.grain == 0 && (end % loop.grain == 0 || end == count), "a grain was cut",
                loop.number);
@@ -51,7 +53,8 @@ void loops(ThreadTeam& team, int number, unsigned seed) {
                   random() % 4 == 0 ? 3u : 0u,
                   random() % 32 == 0 ? 5u : 0u,
                   std::vector<int>(count),
-                  std::vector<double>(count)};
+                  std::vector<double>(count),
+                  std::vector<int>(static_cast<size_t>(team.number()))};
         team.run(&Loop::run, &loop, static_cast<int64_t>(count), loop.grain);
         for (size_t i = 0; i < count; i++) {
             expect(loop.times[i] == 1, "an item did not run once", k);

@@ -1,18 +1,21 @@
-"""One rank without MPI, and which cores a rank gets; several ranks are tested in tests/mpi."""
+"""One rank without MPI, what a status holds, and which cores a rank gets; several ranks are tested in tests/mpi."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from llmrun import comm
 from llmrun.cores import CoreShare, cpu_quota, share_cores
-from llmrun.errors import InternalError
+from llmrun.errors import InternalError, ResourceError
+from llmrun.job import Job
 from llmrun.launcher import launcher_family
 
 pytestmark = pytest.mark.skipif(launcher_family() is not None, reason="pytest itself runs under mpirun")
@@ -32,6 +35,39 @@ def test_one_rank_agrees_with_itself() -> None:
     with pytest.raises(InternalError):
         rank.receive()
     assert [peer.pid for peer in rank.peers] == [os.getpid()]
+
+
+class Echo:
+    """MPI's communicator of two ranks, of which the other one always says the same."""
+
+    def Iallgather(self, sent: np.ndarray, received: np.ndarray) -> SimpleNamespace:
+        received[:] = sent
+        return SimpleNamespace(Test=lambda: True)
+
+
+def job_of_two() -> Job:
+    job, ranks = object.__new__(Job), object.__new__(comm.MpiRanks)
+    ranks.rank, ranks.size, ranks._comm = 0, 2, Echo()  # type: ignore[assignment]
+    job.rank, job.size, job.comm = 0, 2, ranks
+    job.watchdog = SimpleNamespace(phase=lambda *_: contextlib.nullcontext())  # type: ignore[assignment]
+    return job
+
+
+@pytest.mark.parametrize("cores", [range(8192), range(1, 8192, 2), [8191], [0]], ids=["all", "odd", "last", "first"])
+def test_the_affinity_of_the_largest_host_fits_a_status(monkeypatch: pytest.MonkeyPatch, cores: list[int]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+    job = job_of_two()
+    job._shake_hands({"manifest": "0" * 64, "options": "x" * 1000})
+    assert job._affinities == [list(cores)] * 2
+
+
+@pytest.mark.parametrize("character", ["a", "\n", "\u00e9", "\uffff", "\U0001f600", "\udc80"], ids=ascii)
+def test_however_long_an_error_is_all_ranks_hear_of_it(character: str) -> None:
+    def fail() -> None:
+        raise ResourceError("refused: " + character * 10_000)
+
+    with pytest.raises(ResourceError, match=f"refused: {character}{{200}}"):
+        job_of_two().stage("failing", fail)
 
 
 def test_waiting_does_not_use_the_core(monkeypatch: pytest.MonkeyPatch) -> None:

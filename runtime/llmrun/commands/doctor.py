@@ -136,9 +136,9 @@ def _collectives() -> str:
     ops = mpi_functions.load_library(library.find_library())
     with watchdog.joining(watchdog.deadline_from_environment()):
         ranks = comm.connect()
-    everyone = ranks.agree({"cores": sorted(os.sched_getaffinity(0))})
+    everyone = ranks.agree({"cores": comm.own_cores()})
     local = comm.local_ranks(ranks.peers, ranks.rank)
-    share = cores.share_cores([everyone[rank]["cores"] for rank in local], local.index(ranks.rank), 1)
+    share = cores.share_cores([comm.read_cores(everyone[rank]["cores"]) for rank in local], local.index(ranks.rank), 1)
     allowed = os.sched_getaffinity(0)
     if share.cores:
         os.sched_setaffinity(0, share.cores)
