@@ -1,10 +1,13 @@
-"""Requests in, events out: the engine without its conveniences. Rank 0 only, one thread only.
+"""Requests in, events out: the engine without its conveniences. Rank 0 only; threads take turns, step by step.
 
-A step is: plan, run on all ranks, sample, record. Knows nothing of generators, of threads or of other ranks.
+A step is: plan, run on all ranks, sample, record. Knows nothing of generators or of other ranks.
 """
 
 from __future__ import annotations
 
+import math
+import numbers
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,6 +36,21 @@ if TYPE_CHECKING:
 
 MAX_DRAFTS = 16
 _MAX_ROW_BYTES = 64 << 20  # logits of prompt tokens that one step may ask for
+
+
+def check_speculate(speculate: int) -> int:
+    """Return the number of tokens to guess ahead.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not _is_whole(speculate, 0, MAX_DRAFTS):
+        raise UsageError(f"speculate {speculate!r}: expected 0 (off) to {MAX_DRAFTS} tokens.")
+    return speculate
+
+
+def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 class Core:
@@ -68,6 +86,11 @@ class Core:
         self._pool = BlockPool(num_blocks or job.num_blocks, self.manifest.kv_cache.block_size, identity)
         self._scheduler = self._new_scheduler(DEFAULT_TOKEN_BUDGET)
         self._requests: dict[int, Request] = {}
+        # Threads take turns. A request may also be cancelled in the midst of a step, by the thread itself: a generator
+        # that is collected then.
+        self._turn = threading.RLock()
+        self._is_inside = False
+        self._left: list[Request] = []
         self._num_prompt_tokens = self._num_generated = self._num_drafts = self._num_accepted = self._num_steps = 0
         self._last_step_s = 0.0
 
@@ -121,11 +144,9 @@ class Core:
         if logit_bias:
             check_ids(list(logit_bias), vocab_size)
         for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-            if value is not None and (isinstance(value, bool) or not 0 <= value <= vocab_size):
+            if value is not None and not _is_whole(value, 0, vocab_size):
                 raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {vocab_size}.")
-        speculate = self._speculate if speculate is None else speculate
-        if not 0 <= speculate <= MAX_DRAFTS:
-            raise UsageError(f"speculate {speculate}: expected 0 (off) to {MAX_DRAFTS} tokens.")
+        speculate = self._speculate if speculate is None else check_speculate(speculate)
         if stop and self.tokenizer is None:
             raise UsageError("stop texts need a tokenizer, and the artifact has none.", code="E205")
         self._scheduler.check(len(prompt_ids), max_tokens)
@@ -157,19 +178,49 @@ class Core:
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request."""
+        with self._turn:
+            self._enqueue(request)
+
+    def step(self) -> list[Event]:
+        """Run one step of whatever is queued, if anything is; return what it added.
+
+        The error of a request that failed is in its last event, NumericError where a logit is NaN or infinite: nothing is
+        sampled from it. Events also wait at the requests that somebody reads one by one.
+
+        Raises:
+            LlmpackError: the step failed, and with it every request.
+        """
+        with self._turn:
+            self._is_inside = True
+            try:
+                events = self._step() if self._scheduler.has_work else []
+            finally:
+                self._leave()
+            for event in events:
+                if event.request.events is not None:
+                    event.request.events.append(event)
+        return events
+
+    def cancel(self, request: Request) -> None:
+        """End a request, whatever its state, and free its cache blocks; one that has ended stays as it is."""
+        with self._turn:
+            if self._is_inside:
+                self._left.append(request)
+            else:
+                self._cancel(request)
+
+    def _enqueue(self, request: Request) -> None:
         self._scheduler.submit(request.sequence)
         self._requests[request.sequence.id] = request
         self._num_prompt_tokens += request.sequence.num_prompt
 
-    def step(self, *, raises: bool = True) -> list[Event]:
-        """Run one step of whatever is queued; return what it added.
+    def _leave(self) -> None:
+        """Cancel what was to be cancelled meanwhile."""
+        self._is_inside = False
+        while self._left:
+            self._cancel(self._left.pop())
 
-        Args:
-            raises: raise the error of a request that failed; otherwise it is only in the request's last event.
-        Raises:
-            NumericError: a logit of a request is NaN or infinite; nothing is sampled from it.
-            LlmpackError: the step failed, and with it every request.
-        """
+    def _step(self) -> list[Event]:
         started = time.perf_counter()
         is_guessing = any(request.lookup is not None for request in self._requests.values())
         plan, pieces = self._scheduler.plan(self._propose if is_guessing else None)
@@ -194,18 +245,26 @@ class Core:
                 events.append(self._end(request, "error", error=known))
         self._num_steps += 1
         self._last_step_s = time.perf_counter() - started
-        if raises and (errors := [event.error for event in events if event.error is not None]):
-            raise errors[0]
         return events
 
-    def cancel(self, request: Request) -> None:
-        """End a request, whatever its state, and free its cache blocks; one that has ended stays as it is."""
-        if self._requests.pop(request.sequence.id, None) is not None:
+    def _cancel(self, request: Request) -> None:
+        if self._requests.get(request.sequence.id) is request:
+            del self._requests[request.sequence.id]
             self._scheduler.finish(request.sequence, is_sound=not isinstance(request.error, NumericError))
             request.finish_reason = request.finish_reason or "cancelled"
 
     def logits(self, sequences: Sequence[Sequence[int]], chunk: int | None) -> list[NDArray[np.float32]]:
         """Return the logits after each id of several sequences, run together; see `Engine.logits`."""
+        if chunk is not None and not _is_whole(chunk, 1):
+            raise UsageError(f"chunk {chunk!r}: expected a whole number of tokens from 1, or None.")
+        with self._turn:
+            self._is_inside = True
+            try:
+                return self._logits(sequences, chunk)
+            finally:
+                self._leave()
+
+    def _logits(self, sequences: Sequence[Sequence[int]], chunk: int | None) -> list[NDArray[np.float32]]:
         previous = self._scheduler
         if previous.has_work:
             raise UsageError("logits: other requests are still running.")
@@ -217,12 +276,13 @@ class Core:
                 self._scheduler.check(len(checked), 0, least_tokens=0)
                 request = Request(RunningSequence(-1, list(checked), len(checked), 0, num_rows_taken=0), checked)
                 requests.append(request)
-                self.enqueue(request)
+                self._enqueue(request)
             while any(request.finish_reason is None for request in requests):
-                self.step()
+                if errors := [event.error for event in self._step() if event.error is not None]:
+                    raise errors[0]
         finally:
             for request in requests:
-                self.cancel(request)
+                self._cancel(request)
             self._scheduler = previous
         return [np.concatenate(request.rows) for request in requests]
 
@@ -290,8 +350,10 @@ class Core:
         sampled, scored = self._sample(request, piece, rows)
         self._scheduler.advance(piece, sampled)
         events: list[Event] = []
-        for token_id, logprobs in zip(sampled, scored, strict=True):
-            events.append(self._take_token(request, token_id, logprobs))
+        # The constraint has taken all of them, and stops `_sample` where it is done.
+        is_done = request.constraint is not None and request.constraint.is_done
+        for i, (token_id, logprobs) in enumerate(zip(sampled, scored, strict=True), 1):
+            events.append(self._take_token(request, token_id, logprobs, is_done=is_done and i == len(sampled)))
             if request.finish_reason is not None:
                 break
         return events
@@ -337,8 +399,8 @@ class Core:
             self._num_accepted += len(sampled) - 1
         return sampled, scored
 
-    def _take_token(self, request: Request, token_id: int, scored: TokenLogprobs | None) -> Event:
-        """Add a sampled token to a request; decide whether the request ends."""
+    def _take_token(self, request: Request, token_id: int, scored: TokenLogprobs | None, *, is_done: bool) -> Event:
+        """Add a sampled token to a request, after which its constraint may be done; decide whether the request ends."""
         request.last_token_s = time.perf_counter()
         request.first_token_s = request.first_token_s or request.last_token_s
         self._num_generated += 1
@@ -352,7 +414,7 @@ class Core:
         if request.stream is not None and self.tokenizer is not None and token_id < self.tokenizer.vocab_size:
             text = request.stream.push(token_id)
         has_stopped = request.stream is not None and request.stream.stopped
-        if has_stopped or (request.constraint is not None and request.constraint.is_done):
+        if has_stopped or is_done:
             return self._end(request, "stop", token_id, text, scored)
         if len(request.ids) >= request.sequence.max_tokens:
             return self._end(request, "length", token_id, text, scored)
@@ -371,8 +433,8 @@ class Core:
         text += request.stream.finish() if request.stream is not None else ""
         request.text += text
         request.error = error
-        self.cancel(request)
-        request.finish_reason = reason
+        request.finish_reason = reason  # another thread may wait for it, so it comes last
+        self._cancel(request)
         return Event(request, token_id, text, logprobs, reason, error)
 
     def _take_prompt_rows(self, request: Request, piece: Piece, rows: NDArray[np.float32]) -> None:

@@ -11,13 +11,14 @@ import atexit
 import collections
 import os
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from llmrun import failstop
-from llmrun.core import Core
+from llmrun.core import Core, check_speculate
 from llmrun.errors import LlmpackError, UsageError
 from llmrun.job import Job
 from llmrun.job_options import JobOptions
@@ -34,8 +35,16 @@ if TYPE_CHECKING:
     from llmrun.manifest import Manifest
 
 
+# What ends in order when Python does: other ranks wait for it. An engine alone may be collected before.
+_open_jobs: set[Engine] = set()
+_open_alone: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
 class Engine:
     """A loaded model. Use it as a context manager: leaving it ends the other ranks.
+
+    An engine of one rank may be used by several threads: their requests run together, and the threads take turns with the
+    steps (`EngineLoop` and `AsyncEngine` have a thread for them).
 
     Under mpirun, `generate` and the like must be called by every rank in the same order, one at a time. Rank 0's
     closing a generator early ends it on every rank; another rank that stops early keeps running rank 0's steps until
@@ -79,7 +88,8 @@ class Engine:
             LlmpackError: the same on every rank.
         """
         started = time.perf_counter()
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
+        check_speculate(speculate)
         options = JobOptions(provider, threads, max_seq_len, max_num_seqs, verify, isa, kv_cache_mb, share_gpu)
         self._job = job = Job(path, options)
         try:
@@ -103,7 +113,13 @@ class Engine:
             job, self.tokenizer, max_seq_len=self.max_seq_len, max_num_seqs=max_num_seqs, speculate=speculate
         )
         self.load_ms = (time.perf_counter() - started) * 1e3
-        atexit.register(self.close)
+        if self.size > 1:
+            _open_jobs.add(self)
+        else:
+            _open_alone.add(self)
+            weakref.finalize(self, job.watchdog.close).atexit = False
+        atexit.unregister(_close_all)  # once, and before MPI's own, which was registered by now
+        atexit.register(_close_all)
 
     def __enter__(self) -> Engine:
         """Return the engine."""
@@ -170,7 +186,7 @@ class Engine:
             try:
                 requests += (self.submit(prompt, **options) for prompt in prompts)
                 while any(request.finish_reason is None for request in requests):
-                    self._step()
+                    self._core.step()
                     if errors := [request.error for request in requests if request.error is not None]:
                         raise errors[0]
             finally:
@@ -224,7 +240,7 @@ class Engine:
         Raises:
             NumericError: a logit is NaN or infinite; nothing is sampled from such a step.
         """
-        events = self._step()
+        events = self._core.step()
         if errors := [event.error for event in events if event.error is not None and event.request.events is None]:
             raise errors[0]
         return events
@@ -266,8 +282,13 @@ class Engine:
                 return int(body[0])
 
     def close(self, exit_code: int = 0) -> None:
-        """End the job in order: rank 0 tells the others, which follow until then. The second call does nothing."""
-        if self._closed or self._mirror.is_over:
+        """End the job in order: rank 0 tells the others, which follow until then. The second call does nothing.
+
+        Nor does one in a child process that was forked: the job is its parent's.
+        """
+        _open_jobs.discard(self)
+        _open_alone.discard(self)
+        if self._closed or self._mirror.is_over or self._pid != os.getpid():
             return
         if self.rank == 0:
             self._closed = True
@@ -299,20 +320,23 @@ class Engine:
         """Step until a request ends, yielding its events; those of other requests wait for whoever runs them."""
         events = request.events = collections.deque()
         try:
-            while events or request.finish_reason is None:
-                while not events:
-                    self._step()
+            while True:
+                if not events:  # what another thread's step has ended has its events when that step is over
+                    has_ended = request.finish_reason is not None
+                    self._core.step()
+                    if has_ended and not events:
+                        return
+                    continue
                 event = events.popleft()
                 if event.error is not None:
                     raise event.error
                 yield event
+                if event.finish_reason is not None:
+                    return
         finally:
             self.cancel(request)
 
-    def _step(self) -> list[Event]:
-        """Run a step and return its events; those of requests that are read one by one wait there, too."""
-        events = self._core.step(raises=False)
-        for event in events:
-            if event.request.events is not None:
-                event.request.events.append(event)
-        return events
+
+def _close_all() -> None:
+    for engine in [*_open_jobs, *_open_alone]:
+        engine.close()

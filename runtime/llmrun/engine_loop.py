@@ -137,7 +137,7 @@ class EngineLoop:
         try:
             while self._wait():
                 self._admit()
-                events = self._core.step(raises=False) if self._core.has_work else []
+                events = self._core.step()
                 self._stats = self._core.stats()  # who has got the last event sees what it did
                 for event in events:
                     self._deliver(event)

@@ -31,6 +31,7 @@ from llmrun.errors import NumericError, UsageError
 __all__ = ["Sampler", "SamplingParams", "TokenHistory"]
 
 _SEED_LIMIT = 2**63
+_LARGEST_BIAS = 3e38  # float32
 # First guess of how many tokens top-p keeps: sorting this many of a 128k vocabulary costs nothing beside
 # finding them.
 _TOP_P_FIRST_GUESS = 128
@@ -147,6 +148,7 @@ class Sampler:
             if not allowed.any():
                 raise UsageError("sampling: the constraint allows no token")
             logits = np.where(allowed, logits, np.float32(-np.inf))
+        given = logits
         if len(self._bias_ids):
             _check_ids(self._bias_ids, logits, "logit_bias")
             logits = logits.copy()
@@ -160,6 +162,11 @@ class Sampler:
         likeliest = int(logits.argmax())
         highest = float(logits[likeliest])
         if not math.isfinite(highest):
+            if math.isfinite(float(given.max())):
+                raise UsageError(
+                    f"sampling: after logit_bias and penalties the largest logit is {highest}: expected a finite one."
+                    " Use smaller ones, and leave a token that may come."
+                )
             raise NumericError(f"sampling: the largest logit is {highest}: the model computed NaN or infinity")
         if self.params.temperature == 0:
             return likeliest
@@ -256,9 +263,10 @@ def _check_bias(logit_bias: Mapping[int, float]) -> tuple[NDArray[np.int64], NDA
     for token_id, bias in logit_bias.items():
         if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or token_id < 0:
             raise UsageError(f"sampling: logit_bias has the id {token_id!r}: expected a whole number from 0")
-        _check(f"logit_bias of {token_id}", bias, "a number", lambda x: x < math.inf)
+        _check(f"logit_bias of {token_id}", bias, "a number up to 3e38, or -inf", lambda x: x <= _LARGEST_BIAS)
     ids = np.array(sorted(logit_bias), np.int64)
-    return ids, np.array([logit_bias[int(i)] for i in ids], np.float32)
+    with np.errstate(over="ignore"):  # to -inf
+        return ids, np.array([logit_bias[int(i)] for i in ids], np.float32)
 
 
 def _top_k(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import subprocess
+import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +187,128 @@ def test_an_error_of_a_half_read_generator_is_raised_there(engine: Engine) -> No
         list(generator)
 
 
+def test_bad_numbers_are_refused_before_any_work(engine: Engine, packed_tiny: Packed) -> None:
+    with pytest.raises(UsageError, match="chunk -3"):
+        engine.logits([1, 2], chunk=-3)
+    with pytest.raises(UsageError, match="speculate 99"):
+        Engine(packed_tiny(1, "f32"), speculate=99)
+
+
+def test_numbers_that_leave_nothing_are_the_callers_fault(engine: Engine) -> None:
+    every_id = range(engine.manifest.model.vocab_size)
+    options: list[dict[str, Any]] = [{"logit_bias": dict.fromkeys(every_id, -math.inf)}, {"repeat_penalty": 1e-39}]
+    for given in options:
+        with pytest.raises(UsageError, match="after logit_bias and penalties"):
+            engine.complete([1, 2, *every_id[:100]], temperature=0, **given)
+
+
+def test_threads_take_turns(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    expected = {prompt: engine.complete(prompt, **options).ids for prompt in PROMPTS}
+
+    def ask(i: int) -> tuple[str, list[int]]:
+        prompt = PROMPTS[i % len(PROMPTS)]
+        if i % 3 == 0:
+            return prompt, [*engine.generate_ids(prompt, **options)]
+        return prompt, engine.complete(prompt, **options).ids
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(ask, range(40)))
+    assert all(ids == expected[prompt] for prompt, ids in found)
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_a_generator_that_is_collected_in_a_step_harms_no_other(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
+    generators: list[Any] = []
+
+    class Collecting:  # a constraint runs amid a step
+        is_done = False
+
+        def mask(self, _tokens: Any) -> Any:
+            if len(generators) == 2:
+                del generators[1]
+            return np.full((engine.manifest.model.vocab_size + 31) // 32, -1, np.int32)
+
+        def accept(self, token_id: int) -> None:
+            pass
+
+    generators.append(engine.generate_ids(PROMPTS[0], constraint=Collecting(), **options))
+    ids = [next(generators[0])]
+    other = engine.generate_ids(PROMPTS[2], **options)
+    next(other)
+    generators.append(other)
+    del other
+    ids += generators[0]
+    assert len(generators) == 1
+    assert ids == engine.complete(PROMPTS[0], **options).ids
+    assert engine.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("speculate", [0, 8])
+def test_a_constraint_that_ends_amid_right_guesses_keeps_them(engine: Engine, speculate: int) -> None:
+    class Fixed:
+        """The same three tokens, again and again: look-up guesses them."""
+
+        def __init__(self, most: int) -> None:
+            self.accepted, self.most = 0, most
+
+        @property
+        def is_done(self) -> bool:
+            return self.accepted == self.most
+
+        def mask(self, tokens: Any) -> Any:
+            bits = np.zeros(engine.manifest.model.vocab_size, np.uint8)
+            bits[5 + len(tokens) % 3] = 1
+            return np.packbits(np.pad(bits, (0, -len(bits) % 32)), bitorder="little").view(np.int32)
+
+        def accept(self, token_id: int) -> None:
+            self.accepted += 1
+
+    before = engine.stats().accepted_tokens
+    for most in range(20, 30):
+        done = engine.complete([3, 4], constraint=Fixed(most), speculate=speculate, max_tokens=60)
+        assert (done.ids, done.finish_reason) == ([5 + i % 3 for i in range(most)], "stop")
+    assert (engine.stats().accepted_tokens > before) is (speculate > 0)
+
+
+def test_an_interrupt_that_the_caller_handles_breaks_nothing(packed_tiny: Packed) -> None:
+    program = """
+import sys, signal, threading, time, os
+from llmrun import Engine
+with Engine(sys.argv[1]) as engine:
+    expected = engine.complete([1, 2], max_tokens=20, ignore_eos=True, temperature=0).ids
+    for _ in range(5):
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        try:
+            while True:
+                engine.complete([1, 2, 3], max_tokens=100, ignore_eos=True)
+        except KeyboardInterrupt:
+            pass
+        assert engine.stats().kv_blocks_used == 0
+        if len(sys.argv) > 2:
+            assert engine.complete([1, 2], max_tokens=20, ignore_eos=True, temperature=0).ids == expected
+print("went on")
+"""
+    for goes_on in ([], ["and goes on"]):
+        command = [sys.executable, "-c", program, str(packed_tiny(1, "f32")), *goes_on]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+
+
+def test_an_engine_that_nothing_refers_to_is_collected(packed_tiny: Packed) -> None:
+    engine = Engine(packed_tiny(1, "f32"))
+    engine.complete([1, 2], max_tokens=3)
+    engine_was, session_was = weakref.ref(engine), weakref.ref(engine.job.session)
+    del engine
+    gc.collect()
+    until = time.monotonic() + 10  # the watchdog's thread ends at its next look
+    while session_was() is not None and time.monotonic() < until:
+        time.sleep(0.05)
+        gc.collect()
+    assert (engine_was(), session_was()) == (None, None)
+
+
 def test_one_cancelled_request_leaves_the_others_alone(engine: Engine) -> None:
     options: dict[str, Any] = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True}
     leaving, staying = engine.submit(PROMPTS[0], **options), engine.submit(PROMPTS[2], **options)
@@ -284,6 +412,8 @@ def test_biased_ids_come_always_or_never(engine: Engine) -> None:
         ({"prompt_logprobs": 10**9}, "prompt_logprobs"),
         ({"logit_bias": {10**9: 1.0}}, "vocabulary"),
         ({"logit_bias": {5: math.nan}}, "logit_bias of 5"),
+        ({"logit_bias": {5: 1e39}}, "logit_bias of 5"),
+        ({"logprobs": 2.0}, "logprobs 2.0"),
         ({"speculate": 99}, "speculate 99"),
         ({"top_q": 1}, "no parameter 'top_q'"),
         ({"frequency_penalty": 3.0}, "frequency_penalty"),
