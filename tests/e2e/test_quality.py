@@ -5,6 +5,7 @@ The float32 figure's oracle is transformers, with the same windows.
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def test_float32_equals_transformers(perplexity, packed_demo):
 def test_quantization_costs_no_more_than_promised(quant, perplexity):
     ratio = perplexity(quant)["perplexity"] / perplexity("f32")["perplexity"]
     assert 1 / LIMITS[quant] < ratio <= LIMITS[quant]
+
+
+@pytest.mark.parametrize("quant", ["f32", *LIMITS])
+def test_the_readmes_figures_are_these(quant, perplexity):
+    readme = (DEMO.parents[2] / "README.md").read_text()
+    (row,) = re.findall(rf"^\| {quant}\b.*$", readme, re.MULTILINE)
+    shown = float(row.split("|")[3])
+    assert abs(perplexity(quant)["perplexity"] - shown) < 0.002  # instruction sets differ by 0.0001
 
 
 def test_q4_really_is_quantized(perplexity, packed_demo):
