@@ -51,27 +51,3 @@ def test_tasks_on_two_ranks_get_the_bits_of_each_alone(packed_tiny: Packed, tmp_
     assert facts["preempted"]
     assert facts["shared"]
     assert facts["idle_s"] < 0.05
-
-
-FORKING = """
-import os, sys
-from llmrun import Engine
-
-with Engine(sys.argv[1]) as engine:
-    first = engine.complete([1, 2], max_tokens=5, temperature=0).ids
-    child = os.fork()
-    if child == 0:
-        engine.close()  # as a Python does at its end; MPI itself must not end in a child
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert engine.complete([1, 2], max_tokens=5, temperature=0).ids == first
-    os.write(1, b"same\\n")
-"""
-
-
-def test_a_child_of_a_rank_leaves_the_job_alone(packed_tiny: Packed, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(FORKING)
-    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "q4"))]
-    outcome = RunningJob(command).finish(60)
-    assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
-    assert outcome.stdout == "same\n" * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import subprocess
 import sys
 import time
@@ -307,6 +308,14 @@ def test_an_engine_that_nothing_refers_to_is_collected(packed_tiny: Packed) -> N
         time.sleep(0.05)
         gc.collect()
     assert (engine_was(), session_was()) == (None, None)
+
+
+def test_a_forked_child_leaves_the_job_to_its_parent(engine: Engine) -> None:
+    child = os.fork()
+    if child == 0:
+        engine.close()  # as Python does at its end
+        os._exit(int(engine._closed))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_one_cancelled_request_leaves_the_others_alone(engine: Engine) -> None:
