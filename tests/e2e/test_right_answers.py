@@ -71,6 +71,18 @@ def test_every_variant_agrees_with_transformers(variant, packed):
             np.testing.assert_allclose(ours, truth, rtol=0, atol=F32)
 
 
+@pytest.mark.parametrize("quant", ["q4", "q8"])
+def test_the_packagers_example_allows_for_a_deep_models_roundings_and_no_more(quant, tmp_path, packed):
+    folder = make_checkpoint(tmp_path / "m", num_hidden_layers=12)
+    with Engine(packed(folder, 1, quant)) as engine:
+        difference, tolerance = engine.selfcheck()
+        ids, expected, _ = engine.job.artifact.read_selfcheck()
+        assert 0 < difference <= tolerance
+        assert tolerance < 8 * difference
+        other = engine.logits([*ids[:-2], ids[-1], ids[-1]])[-1]
+        assert np.abs(other - np.asarray(expected)).max() > 2 * tolerance
+
+
 @pytest.mark.parametrize("spelling", ["old", "new"])
 def test_both_spellings_of_rope_agree_with_transformers(spelling, tmp_path, packed):
     folder = make_checkpoint(tmp_path / "m", rope_parameters={"rope_theta": 500000.0, **LLAMA3})
