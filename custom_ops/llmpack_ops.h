@@ -26,7 +26,8 @@ LLMPACK_EXPORT int llmpack_ops_version(void);
 // VNNI), "avx512-vbmi" (with VNNI and VBMI) or "neon" (with dot products). The best one is chosen at load.
 LLMPACK_EXPORT const char* llmpack_ops_isa(void);
 
-// Choose the instruction set, for tests and comparisons. -1: unknown name, or this machine lacks it.
+// Choose the instruction set of sessions that are made from now on, and of packing. -1: unknown name, or this
+// machine lacks it.
 LLMPACK_EXPORT int llmpack_ops_set_isa(const char* name);
 
 // How products of few tokens ask for weights that come from memory, and attention for keys and values:

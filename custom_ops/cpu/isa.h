@@ -134,7 +134,7 @@ struct Kernels {
     void (*attention_read)(const PagedAttention& args, int64_t begin, int64_t end);
 };
 
-// The table in use.
+// The table in use: for nodes that are made now, and for packing.
 const Kernels& kernels();
 
 // Switch to the named table. False: no such name, or this machine cannot run it.

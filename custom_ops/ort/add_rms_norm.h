@@ -24,7 +24,7 @@ class AddRMSNorm {
         float* y = context.output(0, {T, H});
         float* sum = context.output(1, {T, H});
         const float* values = values_of(y);
-        const Kernels& k = kernels();
+        const Kernels& k = context.kernels;
         context.parallel_for(T, row_grain(H), [&](int64_t begin, int64_t end) {
             k.rms_norm(values, residual.as<float>(), weight.as<float>(), epsilon_, H, y, sum, begin, end);
         });

@@ -101,7 +101,7 @@ struct PagedAttentionOp {
                                   max_blocks,
                                   scale,
                                   weight_fetch()};
-        const Kernels& k = kernels();
+        const Kernels& k = context.kernels;
         // All keys and values are in the cache before any token reads them.
         context.parallel_for(T, 16, [&](int64_t begin, int64_t end) { k.attention_write(args, begin, end); });
         // Items are worth a call of their own at 64K multiply-adds, some 4 us. KV heads of one tile go

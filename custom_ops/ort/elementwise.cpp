@@ -21,7 +21,7 @@ struct RMSNormOp {
         const int64_t T = x.shape[0], H = x.shape[1];
         weight.expect_shape({H}, "[hidden_size]");
         float* y = context.output(0, {T, H});
-        const Kernels& k = kernels();
+        const Kernels& k = context.kernels;
         context.parallel_for(T, row_grain(H), [&](int64_t begin, int64_t end) {
             k.rms_norm(x.as<float>(), nullptr, weight.as<float>(), epsilon, H, y, nullptr, begin, end);
         });
@@ -65,7 +65,7 @@ struct SwiGLUOp {
         }
         const int64_t F = columns / 2;
         float* y = context.output(0, {T, F});
-        const Kernels& k = kernels();
+        const Kernels& k = context.kernels;
         context.parallel_for(T, row_grain(F), [&](int64_t begin, int64_t end) {
             k.swiglu(gate_up.as<float>(), F, y, begin, end);
         });

@@ -27,6 +27,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "ort/abi.h"
 #include "ort/profile.h"
@@ -108,11 +109,18 @@ class NodeInfo {
 
 class Context {
   public:
-    // threads: null for those of ONNX Runtime.
-    Context(const OrtApi& api, OrtKernelContext* context, const Port* inputs, ThreadTeam* threads,
-            ProfileScope& profile)
-        : profile(profile), api_(api), context_(context), inputs_(inputs), threads_(threads) {}
+    // kernels: of the instruction set that was chosen when the node was made. threads: null for those of ONNX
+    // Runtime.
+    Context(const OrtApi& api, OrtKernelContext* context, const Port* inputs, const Kernels& kernels,
+            ThreadTeam* threads, ProfileScope& profile)
+        : kernels(kernels),
+          profile(profile),
+          api_(api),
+          context_(context),
+          inputs_(inputs),
+          threads_(threads) {}
 
+    const Kernels& kernels;
     ProfileScope& profile;
 
     // Input `index` as it lies in memory: for an initializer, the mapped file.
@@ -261,6 +269,7 @@ struct CustomOp : OrtCustomOp {
         const OrtApi& api;
         std::string node;
         OpTime& time;
+        const Kernels& kernels;
         const std::shared_ptr<ThreadTeam> threads;
         Op op;
     };
@@ -300,8 +309,12 @@ struct CustomOp : OrtCustomOp {
         std::string name;
         try {
             name = node.name();
-            *kernel = new Kernel{*api, name, OpTime::named(profile_name(ProfileNameOf<Op>::value, name)),
-                                 threads_in_use(), Op(node)};
+            *kernel = new Kernel{*api,
+                                 name,
+                                 OpTime::named(profile_name(ProfileNameOf<Op>::value, name)),
+                                 kernels(),
+                                 threads_in_use(),
+                                 Op(node)};
             return nullptr;
         } catch (const std::exception& error) {
             return to_status(*api, Op::kName, name, error);
@@ -312,7 +325,7 @@ struct CustomOp : OrtCustomOp {
         const Kernel& k = *static_cast<const Kernel*>(kernel);
         ProfileScope scope(k.time);
         try {
-            Context context(k.api, ort_context, std::data(Op::kInputs), k.threads.get(), scope);
+            Context context(k.api, ort_context, std::data(Op::kInputs), k.kernels, k.threads.get(), scope);
             k.op.compute(context);
             return nullptr;
         } catch (const std::exception& error) {

@@ -56,7 +56,7 @@ class FloatMatrix {
         args.gated = gated;
         const int64_t tiles = (args.N + kTileRows - 1) / kTileRows;
         const int64_t bytes = args.K * kTileRows * (type == WeightType::kF32 ? 4 : 2);
-        const Kernels& k = kernels();
+        const Kernels& k = context.kernels;
         context.parallel_for(gated ? tiles / 2 : tiles, tile_grain(gated ? 2 * bytes : bytes, args.M),
                              [&](int64_t begin, int64_t end) { k.matmul_float(type, args, begin, end); });
     }
@@ -147,7 +147,7 @@ class QuantizedMatrix {
                                                M,
                                                K,
                                                group_size_};
-        const Kernels& k = kernels();
+        const Kernels& k = context.kernels;
         const int64_t blocks = (M + k.quantized_token_block - 1) / k.quantized_token_block;
         context.parallel_for(blocks, 4,
                              [&](int64_t begin, int64_t end) { k.quantize(in.x, activations, begin, end); });
@@ -314,7 +314,7 @@ struct EmbeddingOp {
                               ", expected 0 to " + std::to_string(num_embeddings - 1));
             }
         }
-        const Kernels& k = kernels();
+        const Kernels& k = context.kernels;
         context.parallel_for(T, 16, [&](int64_t begin, int64_t end) { k.embedding(type, args, begin, end); });
     }
 

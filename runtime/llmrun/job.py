@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+_best_isa: bytes | None = None  # what the operator library chose when it was loaded
+
 
 class Job:
     """One rank's share of a running model."""
@@ -190,8 +192,7 @@ class Job:
                 f"{place} has operator version {version}, this llmrun expects {OPS_VERSION}. Install llmpack again.",
                 code="E416",
             )
-        if self.options.isa is not None and self._ops.llmpack_ops_set_isa(self.options.isa.encode()) != 0:
-            raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
+        self._choose_isa()
         ort = session.import_onnxruntime()
         try:
             str(path).encode()
@@ -388,7 +389,17 @@ class Job:
     @property
     def isa(self) -> str:
         """Instruction set of the CPU kernels."""
-        return self.ops.llmpack_ops_isa().decode()
+        return self._isa.decode()
+
+    def _choose_isa(self) -> None:
+        """Have sessions that are made from now on, this job's, compute with the instruction set that its options say."""
+        global _best_isa
+        assert self._ops is not None
+        if _best_isa is None:
+            _best_isa = self._ops.llmpack_ops_isa()
+        self._isa: bytes = _best_isa if self.options.isa is None else self.options.isa.encode()
+        if self._ops.llmpack_ops_set_isa(self._isa) != 0:
+            raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
 
     def _error_of(self, rank: int, status: dict[str, Any]) -> LlmpackError:
         """Rebuild another rank's error; a file's path shows whose it is, unless the ranks are on several hosts."""

@@ -5,6 +5,16 @@
 
 #include "ort/kernel.h"
 
+namespace llmpack {
+
+// The probe's operators have no kernels.
+const Kernels& kernels() {
+    static const Kernels none{};
+    return none;
+}
+
+}  // namespace llmpack
+
 namespace llmpack::ort {
 namespace {
 

@@ -310,6 +310,18 @@ def test_an_engine_that_nothing_refers_to_is_collected(packed_tiny: Packed) -> N
     assert (engine_was(), session_was()) == (None, None)
 
 
+def test_each_engine_has_the_instruction_set_it_was_asked_for(packed_tiny: Packed) -> None:
+    path = packed_tiny(1, "q4")
+    with Engine(path) as best, Engine(path, isa="portable") as portable, Engine(path) as again:
+        assert (best.job.isa, portable.job.isa) == (again.job.isa, "portable")
+        logits = [e.logits([1, 2, 3, 4])[-1] for e in (best, portable, again)]
+        with Engine(path, isa="portable") as other:
+            assert np.array_equal(other.logits([1, 2, 3, 4])[-1], logits[1])
+            assert np.array_equal(best.logits([1, 2, 3, 4])[-1], logits[0])
+        assert np.array_equal(logits[0], logits[2])
+        assert best.job.isa == "portable" or not np.array_equal(logits[0], logits[1])
+
+
 def test_a_forked_child_leaves_the_job_to_its_parent(engine: Engine) -> None:
     child = os.fork()
     if child == 0:
