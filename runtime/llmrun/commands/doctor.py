@@ -120,8 +120,8 @@ def _gpus() -> str:
 
 
 def _mpi() -> str:
-    if launcher.library_family() is None and not _has_mpi4py():
-        return "none: models of one rank only"
+    if (fault := _mpi_fault()) is not None:
+        return f"none: models of one rank only ({fault})"
     path, family = launcher.find_mpirun()
     launcher.check_launcher()
     return f"{family}, {path}"
@@ -168,17 +168,23 @@ def _all_reduce_s(ops: ctypes.CDLL, size: int) -> float:
     return statistics.median(times)
 
 
-def _has_mpi4py() -> bool:
-    import importlib.util
+def _mpi_fault() -> IncompatibleError | None:
+    """Return why MPI cannot be loaded, if it cannot."""
+    from llmrun import comm
 
-    return importlib.util.find_spec("mpi4py") is not None
+    try:
+        comm.load_mpi()
+    except IncompatibleError as error:
+        return error
+    return None
 
 
 def _artifact(path: str) -> str:
     from llmrun.artifact import open_artifact
 
     manifest = open_artifact(path).manifest
-    if manifest.shards > 1 and not _has_mpi4py():
-        launcher.find_mpirun()  # raises, with the remedy
+    if manifest.shards > 1 and (fault := _mpi_fault()) is not None:
+        raise fault
+    ranks = f"{manifest.shards} rank{'s' * (manifest.shards > 1)}"
     scheme = manifest.quantization["scheme"]
-    return f"{path}: {manifest.shards} ranks, {scheme}, {manifest.max_seq_len} positions (digests: `llmrun verify`)"
+    return f"{path}: {ranks}, {scheme}, {manifest.max_seq_len} positions (digests: `llmrun verify`)"

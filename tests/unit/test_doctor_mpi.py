@@ -1,0 +1,25 @@
+"""`llmrun doctor` where there is no MPI library: models of one rank run there, others do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpi.harness import run_alone
+
+Packed = Callable[..., Path]
+NO_LIBRARY = {"MPI4PY_LIBMPI": "/nonexistent/libmpi.so"}
+
+
+@pytest.mark.parametrize(("shards", "code"), [(1, 0), (2, 4)])
+def test_a_box_without_mpi_is_fit_for_one_rank(shards: int, code: int, packed_tiny: Packed) -> None:
+    outcome = run_alone("doctor", packed_tiny(shards, "q8"), "--json", environment=NO_LIBRARY)
+    assert outcome.code == code
+    checks = {entry["check"]: entry for entry in json.loads(outcome.stdout)["checks"]}
+    assert checks["mpi"]["ok"]
+    assert checks["mpi"]["found"].startswith("none: models of one rank only (MPI cannot be loaded")
+    assert checks["artifact"]["ok"] is (shards == 1)
+    assert ("1 rank," if shards == 1 else "E411: MPI cannot be loaded") in checks["artifact"]["found"]
