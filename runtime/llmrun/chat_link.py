@@ -8,7 +8,6 @@ Being a message and no signal, a stop never meets the wrong answer, and Ctrl-C i
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -40,38 +39,38 @@ class ChatJob:
     """The terminal's side: starts the ranks, and talks with rank 0."""
 
     def __init__(self, num_ranks: int, arguments: Sequence[str]) -> None:
-        """Start `llmrun ARGUMENTS`; use as a context manager, which ends the job."""
-        self._folder = tempfile.TemporaryDirectory(prefix="llmrun-")
-        try:
-            self._child = launch.start_ranks(num_ranks, arguments, self._folder.name, {launcher.CHAT_VARIABLE: "1"})
-        except BaseException:
-            self._folder.cleanup()
-            raise
-        self._events = os.open(self._path("stdout"), os.O_RDONLY | os.O_NONBLOCK)
-        self._poller = select.poll()
-        self._poller.register(self._events, select.POLLIN)
+        """Prepare `llmrun ARGUMENTS`; use as a context manager, which starts and ends the job."""
+        self._num_ranks, self._arguments = num_ranks, arguments
         self._rest = b""
         self._sink: int | None = None
-        self._errors = launch.OutputPump(self._path("stderr"), 2)
-        self._errors.start()
 
     def __enter__(self) -> ChatJob:
-        """Return the job."""
+        """Start the ranks."""
+        self._folder = tempfile.TemporaryDirectory(prefix="llmrun-")
+        child = None
+        try:
+            self._child = child = launch.start_ranks(
+                self._num_ranks, self._arguments, self._folder.name, {launcher.CHAT_VARIABLE: "1"}
+            )
+            self._events = os.open(self._path("stdout"), os.O_RDONLY | os.O_NONBLOCK)
+            self._poller = select.poll()
+            self._poller.register(self._events, select.POLLIN)
+            self._errors = launch.OutputPump(self._path("stderr"), 2)
+            self._errors.start()
+        except BaseException:  # a signal's, too
+            if child is not None:
+                _end(child, in_order=False)
+            self._folder.cleanup()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the ranks: in order if nothing is wrong."""
-        if kind is not None or self._sink is None:
-            with contextlib.suppress(OSError):
-                self._child.terminate()
+        in_order = kind is None and self._sink is not None
         if self._sink is not None:
             os.close(self._sink)
-        try:
-            self._child.wait(_LEAVING_S)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        self._errors.finish()
+        _end(self._child, in_order=in_order)
+        self._errors.finish(lambda: kind is not None)
         os.close(self._events)
         self._folder.cleanup()
 
@@ -145,6 +144,20 @@ class ChatJob:
         self._errors.finish()  # what the ranks said comes before what we say
         note, log = Path(self._path("exit-code")), Path(self._path("mpirun.log"))
         raise RanksEndedError(launch.job_exit_code(code, note, log))
+
+
+def _end(child: subprocess.Popen[bytes], *, in_order: bool) -> None:
+    """Wait for a job, or end it. MPICH's mpirun loses a SIGTERM in the second millisecond of its life (measured): so two."""
+    for seconds in (_LEAVING_S / 5, _LEAVING_S):
+        if not in_order:
+            child.terminate()
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+    child.kill()
+    child.wait()
 
 
 class Inbox:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from llmrun import console
 from llmrun.artifact import open_artifact
 from llmrun.chat_link import ChatJob, RanksEndedError
-from llmrun.errors import UsageError
+from llmrun.errors import ResourceError, UsageError
 from llmrun.line_editor import QUOTES, KeptKeys, LineEditor, default_history
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ HELP = f"""\
 /quit            leave; so do Ctrl-D, and Ctrl-C twice
 {QUOTES} begins a message of several lines and ends it, and a \\ at the end of a line goes on in the next one.
 Ctrl-C stops an answer. The arrow keys edit and recall; Tab completes commands."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if manifest.tokenizer is None or manifest.tokenizer.chat_template is None:
         missing = "tokenizer" if manifest.tokenizer is None else "chat template"
         raise UsageError(f"{arguments.artifact}: has no {missing}. Use `llmrun generate`.", code="E205")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave_by_signal)
     with KeptKeys() as keys, ChatJob(manifest.shards, arguments.typed) as job:
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _leave_by_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    for another in _ENDING:  # would leave the end half done
+        signal.signal(another, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
@@ -220,7 +223,7 @@ class _Terminal:
         self._say("\n".join(lines))
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
         if not name:
             self._say("/save needs the name of a file.")
             return
@@ -233,8 +236,8 @@ class _Terminal:
                 file.write(text)
         except FileExistsError:
             self._say(f"{path} exists already: choose another name.")
-        except OSError as error:
-            self._say(f"{path}: {error.strerror}.")
+        except (OSError, ValueError) as error:  # a character 0 in the name
+            self._say(f"{path}: {getattr(error, 'strerror', error)}.")
         else:
             self._say(f"{len(self._messages)} messages are in {path}.")
 
@@ -244,8 +247,13 @@ class _Terminal:
 
     def _write(self, text: str) -> None:
         data = memoryview((_harmless(text) if self._is_answer_shown else text).encode("utf-8", "replace"))
-        while data:
-            data = data[os.write(self._answer_stream, data) :]
+        try:
+            while data:
+                data = data[os.write(self._answer_stream, data) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ResourceError(f"standard output: {error.strerror}.", code="E503") from None
 
     def _on_interrupt(self, *_: object) -> None:
         if self._is_prompting:

@@ -68,13 +68,17 @@ def complete_arguments(arguments: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Errors are one line on standard error."""
     if arguments is None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command handles it: no traceback while it imports
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # `llmrun ... &` of a script
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command handles it: no traceback while it imports
         # numpy's BLAS starts a thread for each core when it is imported; nothing here multiplies matrices with it.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     typed = list(sys.argv[1:] if arguments is None else arguments)
     is_spokesman = console.environment_rank() == 0
     try:
-        _connect_streams(is_spokesman=is_spokesman)
+        folder = _launched_from()
+        _connect_streams(folder, is_spokesman=is_spokesman)
+        if folder is not None:
+            typed = launcher.read_arguments(folder)
         complete = complete_arguments(typed)
         chosen = build_parser(complete[:1] if complete[0] in COMMANDS else COMMANDS).parse_args(complete)
         chosen.typed = typed
@@ -93,21 +97,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return known.exit_code
 
 
-def _connect_streams(*, is_spokesman: bool) -> None:
+def _launched_from() -> str | None:
+    """Return the folder of the llmrun that launched this rank, if one did."""
+    is_launched = console.is_under_mpirun() or launcher.CHAT_VARIABLE in os.environ
+    return os.environ.get(launcher.LAUNCH_VARIABLE) if is_launched else None
+
+
+def _connect_streams(folder: str | None, *, is_spokesman: bool) -> None:
     """Connect a rank to the llmrun that launched it, if one did; ranks above 0 get neither input nor output."""
     for descriptor in (0, 1, 2):  # a closed one would be given to the next file opened; reading only, so writing fails
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDONLY)
-    folder = os.environ.get(launcher.LAUNCH_VARIABLE)
-    is_launched = folder is not None and (console.is_under_mpirun() or launcher.CHAT_VARIABLE in os.environ)
-    if folder is not None and is_launched:
+    if folder is not None:
         os.dup2(os.open(os.path.join(folder, "stderr"), os.O_WRONLY), 2)
         open(os.path.join(folder, "started"), "w").close()
     if not is_spokesman:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
-    elif folder is not None and is_launched:
+    elif folder is not None:
         os.dup2(os.open(os.path.join(folder, "stdout"), os.O_WRONLY), 1)

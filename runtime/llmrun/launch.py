@@ -1,9 +1,11 @@
 """`llmrun ARTIFACT` typed without mpirun: starts `mpirun -n SHARDS llmrun ARTIFACT` of the same environment, and waits.
 
-Its ranks talk to us directly (`llmrun.launcher` says why), through the files of a folder: `stdin`, `stdout` and `stderr`
-(pipes), `started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only), `draining` (rank 0's pid, and the
-seconds that it may take to end in order) and `exit-code` (the job's own). What mpirun itself has to say is shown only if
-no rank explained the end.
+Its ranks talk to us directly (`llmrun.launcher` says why), through the files of a folder: `arguments` (what was typed:
+mpirun would take a ":" among them for the end of the program's, and others could read keys on the command line),
+`descriptors` (a link to ours), `stdin`, `stdout` and `stderr` (pipes), `stdin-error` (errno, if stdin cannot be read),
+`started`, `answering` (rank 0's pid while Ctrl-C is to stop an answer only), `draining` (rank 0's pid, and the seconds
+that it may take to end in order) and `exit-code` (the job's own). What mpirun itself has to say is shown only if no rank
+explained the end.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from llmrun import console
+from llmrun import console, stdin
 from llmrun.errors import ResourceError
-from llmrun.launcher import LAUNCH_VARIABLE, die_with_parent, find_mpirun, mpirun_options
+from llmrun.launcher import LAUNCH_VARIABLE, die_with_parent, find_mpirun, mpirun_options, write_arguments
 
 KILL_AFTER_S = 5.0
 ENDS_WITHIN_S = 10.0  # mpirun, once a rank has said how the job ends
@@ -49,10 +51,12 @@ def start_ranks(
         folder: empty; gets the pipes and notes through which the ranks talk to us.
         environment: variables to add.
     """
-    command = [sys.executable, "-m", "llmrun", *arguments]
+    command = [sys.executable, "-P", "-m", "llmrun"]  # -P: no modules of the folder that we happen to be in
     if num_ranks > 1:
         mpirun, family = find_mpirun()
         command = [mpirun, *mpirun_options(family, num_ranks), *command]
+    write_arguments(folder, arguments)
+    os.symlink(f"/proc/{os.getpid()}/fd", os.path.join(folder, "descriptors"))
     for name in ("stdin", "stdout", "stderr"):
         os.mkfifo(os.path.join(folder, name), 0o600)
     streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
@@ -98,13 +102,13 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
         pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         for pump in pumps:
             pump.start()
-        threading.Thread(target=_pump_stdin, args=(os.path.join(folder, "stdin"),), daemon=True).start()
+        threading.Thread(target=_pump_stdin, args=(folder,), daemon=True).start()
         signals = _SignalForwarder(child, Path(folder))
         with signals:
             code = child.wait()
             _wait_for_server(folder)
             for pump in pumps:
-                pump.finish()
+                pump.finish(lambda: signals.received is not None)
         if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
             return 128 + signals.received
         code = job_exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
@@ -160,10 +164,13 @@ class OutputPump:
         """Begin to copy."""
         self._thread.start()
 
-    def finish(self) -> None:
-        """Copy the rest; the writer is gone."""
+    def finish(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Copy the rest; the writer is gone. Once `is_hurried`, whoever reads has FAREWELL_S to take it."""
         self._is_over.set()
-        self._thread.join()
+        left_s = FAREWELL_S
+        while self._thread.is_alive() and left_s > 0:
+            self._thread.join(0.1)
+            left_s -= 0.1 * is_hurried()
 
     def _pump(self) -> None:
         poller = select.poll()
@@ -195,14 +202,20 @@ def _isatty(descriptor: int) -> bool:
         return False
 
 
-def _pump_stdin(pipe: str) -> None:
-    """Copy standard input into the pipe once rank 0 has opened it, and close it at the end."""
+def _pump_stdin(folder: str) -> None:
+    """Copy standard input into the pipe once rank 0 has opened it, and close it at the end; note why if it is no end."""
+    pipe = os.path.join(folder, "stdin")
+    with contextlib.suppress(OSError), open(pipe, "wb", buffering=0) as sink:  # waits for a reader, who may leave
+        while data := _read_stdin(folder):
+            sink.write(data)
+
+
+def _read_stdin(folder: str) -> bytes:
     try:
-        with open(pipe, "wb", buffering=0) as sink:  # waits for a reader
-            while data := os.read(0, 65536):
-                sink.write(data)
-    except OSError:
-        pass  # the reader has gone, or there is no standard input
+        return stdin.read_descriptor(0)
+    except OSError as error:
+        Path(folder, "stdin-error").write_text(str(error.errno))
+        return b""
 
 
 class _SignalForwarder:

@@ -11,10 +11,11 @@ to it directly, through the files of a folder; those that ranks write are writte
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmrun.errors import IncompatibleError
@@ -138,6 +139,18 @@ def wrong_size_message(path: Path, shards: int, size: int) -> str:
     """Return the sentence for `mpirun -n SIZE` of an artifact of `shards` ranks, with the right command."""
     right = f"`mpirun -n {shards} llmrun {path}`, or `llmrun {path}` alone" if shards > 1 else f"`llmrun {path}` alone"
     return f"{path}: packed for {shards} rank{'s' * (shards > 1)}, started with {size}. Use {right}."
+
+
+def write_arguments(folder: str, arguments: Sequence[str]) -> None:
+    """Leave a command line for the ranks; it may hold a key, and bytes that are not UTF-8 (as surrogates)."""
+    descriptor = os.open(os.path.join(folder, "arguments"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w", encoding="ascii") as file:
+        json.dump(list(arguments), file)
+
+
+def read_arguments(folder: str) -> list[str]:
+    """Return the command line that the launching llmrun has left for its ranks."""
+    return json.loads(Path(folder, "arguments").read_text("ascii"))
 
 
 def note_exit_code(code: int, environment: Mapping[str, str] = os.environ) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import locale
 import os
+import signal
 import sys
 import tempfile
 import termios
@@ -26,6 +28,7 @@ except ImportError:  # a Python built without it: lines still arrive, as the ter
 PROMPT, CONTINUATION = "> ", ". "
 QUOTES = '"""'
 MAX_HISTORY = 1000
+_KEPT = ~(termios.ICANON | termios.ECHO)
 
 
 def default_history() -> Path | None:
@@ -44,30 +47,44 @@ class KeptKeys:
 
     A terminal that edits lines itself would show them amid an answer, and spoil Ctrl-D: it makes it the end of a line,
     which, when editing begins, turns into a character 0 that ends nothing (Linux, n_tty.c). Does nothing where there is
-    no readline to edit them, and while llmrun runs in the background, where it would be stopped for it.
+    no readline to edit them, and while llmrun runs in the background, where it would be stopped for it. A shell to which
+    Ctrl-Z led sets the terminal for itself, so what goes on after it sets it again.
     """
 
     def __enter__(self) -> KeptKeys:
         """Begin; the end restores the terminal."""
         self._found: list[Any] | None = None
+        self._is_reading = False
         if readline is not None:
             with contextlib.suppress(termios.error, OSError):
                 self._found = termios.tcgetattr(0)
-        self._set(~(termios.ICANON | termios.ECHO))
+        self._resume = signal.signal(signal.SIGCONT, self._on_resume)
+        try:
+            self._set(_KEPT)
+        except BaseException:  # a signal's
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         """Restore the terminal."""
+        signal.signal(signal.SIGCONT, self._resume)
         self._set(~0)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[None]:
         """Let readline read, which echoes only where the terminal does."""
+        self._is_reading = True
         self._set(~termios.ICANON)
         try:
             yield
         finally:
-            self._set(~(termios.ICANON | termios.ECHO))
+            self._is_reading = False
+            self._set(_KEPT)
+
+    def _on_resume(self, *_: object) -> None:
+        if not self._is_reading:
+            self._set(_KEPT)
 
     def _set(self, mask: int) -> None:
         if self._found is None:
@@ -90,6 +107,7 @@ class LineEditor:
         self._keys = keys
         if readline is None:
             return
+        _edit_utf8()
         readline.set_auto_history(False)  # a message of several lines is one entry
         readline.set_completer_delims(" ")
         readline.set_completer(self._complete)
@@ -99,7 +117,7 @@ class LineEditor:
                 "set enable-bracketed-paste on"
             )  # pasted lines are one message; Python turns it off
         for message in _load(history):
-            readline.add_history(message)
+            _recall(message)
 
     def read(self) -> str:
         r"""Return the next message, as typed.
@@ -138,7 +156,7 @@ class LineEditor:
         length = readline.get_current_history_length()
         if length and readline.get_history_item(length) == text:
             return
-        readline.add_history(text)
+        _recall(text)
         if self._history is not None:
             _append(self._history, text)
 
@@ -154,6 +172,22 @@ class LineEditor:
         else:
             found = []
         return found[state] if state < len(found) else None
+
+
+def _edit_utf8() -> None:
+    """Have readline edit UTF-8, as this module reads it, whatever the locale."""
+    if locale.nl_langinfo(locale.CODESET).upper() in ("UTF-8", "UTF8"):
+        return
+    with contextlib.suppress(locale.Error):  # a system without it: what is not ASCII is edited byte by byte
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        os.environ["LC_ALL"] = "C.UTF-8"  # from which Python takes it anew for each line that is edited
+
+
+def _recall(message: str) -> None:
+    """Let a message be recalled, if readline can hold it: no character 0, none that the locale lacks."""
+    assert readline is not None
+    with contextlib.suppress(ValueError):
+        readline.add_history(message)
 
 
 def _load(path: Path | None) -> list[str]:

@@ -1,7 +1,8 @@
-"""Standard input as rank 0 sees it: from the launching llmrun's pipe, from mpirun, or directly; and text that must be UTF-8."""
+"""Input as rank 0 sees it: standard input from the launching llmrun's pipe, from mpirun, or directly; files; UTF-8."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import stat
@@ -12,20 +13,73 @@ from llmrun import launcher
 from llmrun.errors import UsageError
 
 _POLL_S = 0.1
+_MAX_LINKS = 40  # as many as Linux follows
 
 
 def read_chunks() -> Iterator[bytes]:
-    """Yield standard input as it arrives, until its end; on rank 0 only (another rank's read may never return)."""
+    """Yield standard input as it arrives, until its end; on rank 0 only (another rank's read may never return).
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     folder = os.environ.get(launcher.LAUNCH_VARIABLE)
     if folder:
         with open(os.path.join(folder, "stdin"), "rb", buffering=0) as pipe:
             while data := pipe.read(65536):
                 yield data
+        with contextlib.suppress(FileNotFoundError):
+            raise _unreadable(int(Path(folder, "stdin-error").read_text()))
     elif launcher.launcher_family() == launcher.OPEN_MPI:
         yield from _read_from_open_mpi()
     else:
-        while data := os.read(0, 65536):
-            yield data
+        try:
+            while data := read_descriptor(0):
+                yield data
+        except OSError as error:
+            raise _unreadable(error.errno or 0) from None
+
+
+def read_descriptor(descriptor: int) -> bytes:
+    """Return what has arrived, or wait for it, even if reading does not block; empty: the end."""
+    while True:
+        try:
+            return os.read(descriptor, 65536)
+        except BlockingIOError:
+            poller = select.poll()
+            poller.register(descriptor, select.POLLIN)
+            poller.poll()
+
+
+def _unreadable(number: int) -> UsageError:
+    return UsageError(f"standard input: {os.strerror(number)}.", code="E209")
+
+
+def read_file(path: str) -> bytes:
+    """Return a file's bytes, or those of a descriptor of what the user typed (`/dev/stdin`, bash's `<(...)`).
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return Path(_as_seen_by_the_user(path)).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.", code="E209") from None
+
+
+def _as_seen_by_the_user(path: str) -> str:
+    """Return `path`, or if it leads to a descriptor of this process, that of the llmrun that launched it, if one did."""
+    folder = os.environ.get(launcher.LAUNCH_VARIABLE)
+    own = os.path.realpath("/proc/self/fd")
+    step = path
+    for _ in range(_MAX_LINKS if folder else 0):
+        parent = os.path.realpath(os.path.dirname(step))
+        step = os.path.join(parent, os.path.basename(step))
+        if parent == own:
+            return os.path.join(str(folder), "descriptors", os.path.basename(step))
+        if not os.path.islink(step):
+            break
+        step = os.path.join(parent, os.readlink(step))
+    return path
 
 
 def read_lines() -> Iterator[bytes]:

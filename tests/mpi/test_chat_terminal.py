@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from harness import _MARK, LEFTOVER_S
 from terminal import Terminal
+
+from llmrun import chat_terminal
 
 Packed = Callable[..., Path]
 UP, LEFT, HOME, CTRL_A, CTRL_C, CTRL_D, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[H", "\x01", "\x03", "\x04", "\x7f"
@@ -104,6 +107,8 @@ def test_typing_editing_and_every_command(chat: Chat, tmp_path: Path) -> None:
     chat.wait("exists already")
     chat.type("/save " + str(tmp_path / "no" / "talk.txt") + "\r")
     chat.wait("No such file")
+    chat.type("/save ~nobody-of-that-name/talk.txt\r")
+    chat.wait("~nobody-of-that-name/talk.txt: No such file")
     chat.type("/stats\r")
     chat.wait("conversation  1 answer, ")
     chat.type("/reset\r/stats\r")
@@ -154,6 +159,22 @@ def test_history_is_recalled_kept_and_private(tmp_path: Path, packed_demo: Packe
         chat.wait("\n> x")
         chat.wait(lambda: chat.answers() == 1)
     assert len(file.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX"])
+def test_a_plain_locale_does_not_matter(locale: str, tmp_path: Path, packed_demo: Packed) -> None:
+    file = tmp_path / "state" / "llmrun" / "history"
+    file.parent.mkdir(parents=True)
+    file.write_text('"\\ud800"\n"\\u0000"\n"nämlich"\n')  # the first two readline cannot hold
+    with Chat(tmp_path, packed_demo(1, "q4"), "-n", "2", environment={"LC_ALL": locale}) as chat:
+        chat.wait("/help shows")
+        chat.type(UP)
+        chat.wait("> nämlich")
+        chat.ask("\r")
+        chat.ask("Königé" + BACKSPACE + "\r")
+        assert "> König" in chat.screen
+        assert "UTF-8" not in chat.text
+    assert [json.loads(line) for line in file.read_text().splitlines()][3:] == ["König"]
 
 
 def test_messages_of_several_lines(chat: Chat, tmp_path: Path) -> None:
@@ -219,6 +240,62 @@ def test_what_is_typed_during_an_answer_waits_for_the_prompt(tmp_path: Path, art
         assert chat.finish() == 0
         assert "\n> /stats\nconversation  1 answer, " in chat.text
         assert chat.echoes()
+
+
+def resume_as_from_a_shell(chat: Chat) -> None:
+    """Stop the chat, set the terminal as a shell does for itself, and let it go on."""
+    os.kill(chat.pid, signal.SIGSTOP)
+    os.waitpid(chat.pid, os.WUNTRACED)
+    attributes = termios.tcgetattr(chat._fd)
+    attributes[3] |= termios.ICANON | termios.ECHO
+    termios.tcsetattr(chat._fd, termios.TCSANOW, attributes)
+    os.kill(chat.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("when", ["load", "answer"])
+def test_keys_are_kept_after_it_was_stopped_too(when: str, tmp_path: Path, packed_demo: Packed) -> None:
+    environment = SLOW_ANSWER if when == "answer" else {"LLMRUN_FAULT": "0:load:slow"}
+    with Chat(tmp_path, packed_demo(1, "q4"), "-n", "4", "--ignore-eos", environment=environment) as chat:
+        if when == "answer":
+            chat.begin_answer()
+        chat.wait(lambda: not chat.echoes())
+        resume_as_from_a_shell(chat)
+        chat.wait(lambda: not chat.echoes(), 2)
+        chat.type("/stats" + CTRL_D + "\r" + CTRL_D)  # the first ends nothing: the line is not empty
+        assert chat.finish() == 0
+        assert "> /stats\nconversation  " in chat.text
+        assert chat.echoes()
+
+
+AT_THE_MOMENT = """
+import os, signal, sys, termios
+from llmrun import chat_link, chat_terminal, cli, launch
+where = sys.argv.pop(1)
+def interrupted(function):
+    def call(*arguments, **options):
+        result = function(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        return result
+    return call
+if where == "keys": termios.tcsetattr = interrupted(termios.tcsetattr)
+if where == "before ranks": launch.find_mpirun = interrupted(launch.find_mpirun)
+if where == "ranks": launch.start_ranks = interrupted(launch.start_ranks)
+if where == "pump": launch.OutputPump.start = interrupted(launch.OutputPump.start)
+if where == "talk": chat_terminal._Terminal.talk = interrupted(lambda terminal: terminal._job.receive(60))
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("where", ["keys", "before ranks", "ranks", "pump", "talk"])
+def test_ctrl_c_at_the_very_beginning_leaves_nothing(where: str, tmp_path: Path, packed_demo: Packed) -> None:
+    command = [sys.executable, "-c", AT_THE_MOMENT, where, "chat", str(packed_demo(2, "q4")), "--no-history"]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    with Terminal(command, environment={"TMPDIR": str(temporary)}) as terminal:
+        assert terminal.finish(15) == 130
+        assert terminal.text == ""
+        assert terminal.echoes()
+    assert list(temporary.glob("llmrun-*")) == []  # mpirun, told by the kernel, may still be removing its own
 
 
 def test_ctrl_c_while_it_loads_leaves(tmp_path: Path, artifact: Path) -> None:
@@ -302,6 +379,34 @@ def test_answers_go_to_a_file_and_the_rest_to_the_terminal(tmp_path: Path, packe
     assert answers.strip()
     assert "hello" not in answers
     assert ">" not in answers
+
+
+def test_answers_that_find_no_room_end_it_with_a_reason(tmp_path: Path, packed_demo: Packed) -> None:
+    line = [sys.executable, "-m", "llmrun", "chat", str(packed_demo(1, "q4")), "-n", "4"]
+    with Terminal(
+        ["sh", "-c", '"$@" > /dev/full', "sh", *line], environment={"XDG_STATE_HOME": str(tmp_path)}
+    ) as terminal:
+        terminal.wait("/help shows")
+        terminal.type("hello\r")
+        assert terminal.finish() == 5
+        assert "error[E503]: standard output: No space left on device." in terminal.text
+
+
+def test_a_name_that_no_file_can_have_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    terminal = object.__new__(chat_terminal._Terminal)
+    terminal._messages, terminal._style = [], ("", "")
+    terminal._save("a\0b")
+    assert capfd.readouterr().err == "a\u2400b: embedded null byte.\n"
+
+
+@pytest.mark.parametrize(("option", "complaint"), [("-n", "expected 1 or more"), ("--top-p", "top_p")])
+def test_bad_sampling_is_refused_before_anything_is_loaded(
+    option: str, complaint: str, tmp_path: Path, packed_demo: Packed
+) -> None:
+    with Chat(tmp_path, packed_demo(1, "q4"), option, "0") as chat:
+        assert chat.finish() == 2
+        assert complaint in chat.text
+        assert "/help" not in chat.text
 
 
 def test_an_artifact_that_cannot_chat_is_refused(tmp_path: Path, packed: Packed, tiny_checkpoint: Path) -> None:

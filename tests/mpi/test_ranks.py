@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -52,6 +55,96 @@ def test_standard_input_is_left_alone_when_nobody_reads_it(packed_tiny: Packed) 
     command = llmrun_command(packed_tiny(2, "f32"), "-p", "a", "-n", 1)
     outcome = RunningJob(["sh", "-c", '"$@" >&2; cat', "sh", *command], stdin="for the next command").finish()
     assert outcome.stdout == "for the next command"
+
+
+def test_arguments_reach_the_ranks_whatever_they_hold(packed_tiny: Packed, golden: str, tmp_path: Path) -> None:
+    """To mpirun a lone colon is the end of a program's arguments; a file's name may be any bytes."""
+    prompt = tmp_path / "prompt\udcff"
+    prompt.write_text("The king")
+    outcome = run_alone(packed_tiny(2, "f32"), "-f", prompt, "--stop", "never in it", "--stop", ":", *GREEDY)
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert json.loads(outcome.stdout)["text"] == golden.partition(":")[0]
+
+
+def test_modules_of_the_working_folder_are_not_the_ranks(packed_tiny: Packed, golden: str, tmp_path: Path) -> None:
+    here, added = tmp_path / "here", tmp_path / "added"
+    here.mkdir()
+    added.mkdir()
+    for name in ("random", "numpy", "llmrun"):
+        (here / f"{name}.py").write_text("raise SystemExit(9)")
+    (added / "sitecustomize.py").write_text("import os; open(os.environ['SEEN'], 'a').write('seen ')")  # the user's own
+    path = packed_tiny(2, "f32")
+    command = [sys.executable, "-P", "-m", "llmrun", str(path), "-p", "The king", *map(str, GREEDY)]
+    environment = {"PYTHONPATH": str(added), "SEEN": str(tmp_path / "seen")}
+    job = RunningJob(["sh", "-c", f'cd {here}; exec "$@"', "sh", *command], environment=environment)
+    outcome = job.finish()
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert json.loads(outcome.stdout)["text"] == golden
+    assert (tmp_path / "seen").read_text() == "seen " * 3
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("file", ["/dev/stdin", "/dev/fd/0", "link", "<(cat)", "/proc/self/fd/0"])
+def test_a_prompt_of_a_descriptor_is_that_of_what_was_typed(
+    file: str, shards: int, packed_tiny: Packed, golden: str, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("/dev/stdin")
+    command = llmrun_command(packed_tiny(shards, "f32"), *GREEDY)
+    script = f'cd {tmp_path}; exec 3<&0; exec "$@" -f {file.replace("cat", "cat <&3")}'
+    outcome = RunningJob(["bash", "-c", script, "bash", *command], stdin="The king\n").finish()
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert json.loads(outcome.stdout)["text"] == golden
+
+
+def test_a_text_and_keys_of_descriptors_are_those_of_what_was_typed(packed_tiny: Packed) -> None:
+    path = packed_tiny(2, "f32")
+    outcome = run_alone("perplexity", path, "/dev/stdin", "--json", stdin="To be, or not to be")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert json.loads(outcome.stdout)["tokens"] > 1
+    command = llmrun_command("serve", path, "--port", 0, "--api-key-file")
+    outcome = RunningJob(["bash", "-c", '"$@" <(printf "  ")', "bash", *command]).finish()
+    assert (outcome.code, len(outcome.errors)) == (2, 1)
+    assert "holds no key" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_standard_input_that_does_not_block_is_waited_for(shards: int, packed_tiny: Packed, golden: str) -> None:
+    """Another program that shares the pipe may have made it so."""
+    program = "import os, sys; os.set_blocking(0, False); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", program, *llmrun_command(packed_tiny(shards, "f32"), *GREEDY)]
+    job = RunningJob(command, stdin="The king\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.process.wait(4)
+    outcome = job.finish()
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert json.loads(outcome.stdout)["text"] == golden
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_standard_input_that_cannot_be_read_is_not_its_end(shards: int, packed_tiny: Packed) -> None:
+    command = llmrun_command(packed_tiny(shards, "f32"), *GREEDY)
+    outcome = RunningJob(["sh", "-c", 'exec "$@" 0> /dev/null', "sh", *command]).finish()
+    assert (outcome.code, len(outcome.errors)) == (2, 1)
+    assert "error[E209]: standard input: Bad file descriptor." in outcome.errors[0]
+
+
+def test_a_signal_ends_a_job_whose_output_nobody_takes(packed_tiny: Packed, tmp_path: Path) -> None:
+    job = RunningJob(llmrun_command(packed_tiny(2, "f32"), "-p", "a"), environment={"TMPDIR": str(tmp_path)})
+    assert job.process.stdout is not None
+    filler = os.open(f"/proc/self/fd/{job.process.stdout.fileno()}", os.O_WRONLY | os.O_NONBLOCK)
+    while select.select([], [filler], [], 0)[1]:
+        os.write(filler, b" " * 4096)
+    os.close(filler)
+    job.rank_pid(0)
+    gone_by = time.monotonic() + 30
+    while len(job.processes()) > 1 and time.monotonic() < gone_by:  # until only what was typed is left, with the text
+        time.sleep(0.05)
+    assert len(job.processes()) == 1
+    job.process.terminate()
+    assert job.process.wait(15) == 143
+    outcome = job.finish()
+    assert outcome.stderr == ""
+    assert list(tmp_path.glob("llmrun-*")) == []
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +155,33 @@ def test_a_reader_that_leaves_ends_it_quietly(packed_tiny: Packed) -> None:
     process.stderr.close()
 
 
+def test_an_interrupt_that_is_ignored_from_the_start_stays_ignored(packed_tiny: Packed) -> None:
+    """As a shell without job control has it for `llmrun ... &`."""
+    command = [sys.executable, "-m", "llmrun", str(packed_tiny(1, "f32")), "-n", "4", "--json"]
+    shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not _signals(process.pid, "SigCgt") >> signal.SIGTERM - 1 & 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(b"The king", timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert json.loads(out)["ids"]
+
+
+def _signals(pid: int, kind: str) -> int:
+    """Return the bits of the signals that a process catches or ignores."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1], 16) for line in lines if line.startswith(kind))
+
+
+def test_a_window_of_no_tokens_is_refused(packed_tiny: Packed, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("To be, or not to be")
+    refused(
+        llmrun("perplexity", packed_tiny(1, "f32"), tmp_path / "text", "--window", 0), 2, "--window 0: expected 2 to"
+    )
+
+
 def test_perplexity_is_that_of_its_logits(packed_tiny: Packed, tmp_path: Path) -> None:
     ids = [1, 20, 30, 40, 50, 60, 70]
     (tmp_path / "ids.json").write_text(json.dumps(ids))
@@ -210,6 +239,18 @@ def test_bench_speaks_llama_benchs_language(packed_tiny: Packed) -> None:
         assert result["avg_ts"] == pytest.approx(sum(result["samples_ts"]) / 2)
         assert result["weight_bytes_per_token"] > 0
     assert results[1]["roofline_fraction"] > 0
+
+
+def test_bench_measures_what_fits_where_nothing_is_asked_for(packed_tiny: Packed) -> None:
+    path = packed_tiny(1, "f32")  # a context of 128
+    results = json.loads(llmrun("bench", path, "-r", 1, "--json").stdout)
+    assert [(r["n_prompt"], r["n_gen"]) for r in results] == [(127, 0), (0, 127)]
+    results = json.loads(llmrun("bench", path, "-p", 3, "-d", 100, "-b", 2, "-r", 1, "--json").stdout)
+    assert results[0]["n_prompt"] == 3
+    assert 0 < results[1]["n_gen"] < 28
+    refused(llmrun("bench", path, "-p", 128), 2, "129 tokens do not fit the context of 128")
+    refused(llmrun("bench", path, "-n", 128), 2, "129 tokens do not fit the context of 128")
+    refused(llmrun("bench", path, "-d", 128), 2, "do not fit the context of 128")
 
 
 def test_chat_answers_line_by_line(packed_tiny: Packed) -> None:

@@ -107,6 +107,19 @@ def test_an_mpirun_that_does_not_see_the_end_is_killed(
     assert launch.job_exit_code(child.returncode, folder / "exit-code", folder / "mpirun.log") == 6
 
 
+def test_arguments_are_on_no_command_line_and_nobody_elses_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "find_mpirun", lambda: ("true", MPICH))
+    arguments = ["serve", ":", "--api-key", "secret", "a\udcff\n"]
+    child = launch.start_ranks(2, arguments, str(tmp_path))
+    child.wait(20)
+    assert isinstance(child.args, list)
+    assert not set(arguments) & set(child.args)
+    assert (tmp_path / "arguments").stat().st_mode & 0o777 == 0o600
+    assert launcher.read_arguments(str(tmp_path)) == arguments
+
+
 def test_this_environments_mpirun_belongs_to_its_library() -> None:
     path, family = launcher.find_mpirun()
     assert Path(path).exists()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmrun.engine import Engine
     from llmrun.failstop import Signals
 
+DEFAULT_PROMPT, DEFAULT_GEN = 512, 128
 _BANDWIDTH_BYTES = 256 << 20  # per rank: far beyond any cache
 _BANDWIDTH_REPEATS = 7
 
@@ -30,8 +31,9 @@ _BANDWIDTH_REPEATS = 7
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     common.add_artifact(parser)
-    parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="prompt tokens (512)")
-    parser.add_argument("-n", "--n-gen", type=int, default=128, metavar="N", help="generated tokens (128)")
+    prompt, gen = f"{DEFAULT_PROMPT}, or what fits", f"{DEFAULT_GEN}, or what fits"
+    parser.add_argument("-p", "--n-prompt", type=int, metavar="N", help=f"prompt tokens ({prompt})")
+    parser.add_argument("-n", "--n-gen", type=int, metavar="N", help=f"generated tokens ({gen})")
     parser.add_argument(
         "-d", "--depth", type=int, default=0, metavar="N", help="tokens in the cache when generating (0)"
     )
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a line, or a JSON object, for each of the two tests."""
-    if min(arguments.repetitions, arguments.batch) < 1 or min(arguments.n_prompt, arguments.n_gen, arguments.depth) < 0:
+    lengths = (arguments.n_prompt or 0, arguments.n_gen or 0, arguments.depth)
+    if min(arguments.repetitions, arguments.batch) < 1 or min(lengths) < 0:
         raise UsageError("-r and -b: expected 1 or more, -p, -n and -d: 0 or more.")
     command = _Bench(arguments)
     return common.run_on_ranks(
@@ -91,18 +94,22 @@ class _Bench:
         self._arguments = arguments
         self._bytes_per_s = 0.0
         self._num_prompts = 0
-        tests = [
-            Load(arguments.n_prompt, 0, 0, arguments.batch),
-            Load(0, arguments.n_gen, arguments.depth, arguments.batch),
-        ]
-        self._tests = [test for test in tests if test.num_tokens]
+        self._tests: list[Load] = []
 
     def prepare(self, engine: Engine) -> None:
-        """Refuse what cannot be measured: lengths that the context does not hold, the profile of a GPU."""
+        """Choose lengths that were not given; refuse what cannot be measured: those beyond the context, a GPU's profile."""
         if self._arguments.profile and engine.job.placement.provider != "cpu":
             raise UsageError(
                 "--profile: it times the CPU's operators; on a GPU they run after they return. Use --provider cpu."
             )
+        arguments, room = self._arguments, engine.max_seq_len
+        n_prompt, n_gen = arguments.n_prompt, arguments.n_gen
+        if n_prompt is None:
+            n_prompt = min(DEFAULT_PROMPT, room - 1)
+        if n_gen is None:
+            n_gen = min(DEFAULT_GEN, max(1, room - Load(0, 0, arguments.depth, arguments.batch).longest))
+        tests = [Load(n_prompt, 0, 0, arguments.batch), Load(0, n_gen, arguments.depth, arguments.batch)]
+        self._tests = [test for test in tests if test.num_tokens]
         longest = max((test.longest for test in self._tests), default=0)
         if longest > engine.max_seq_len:
             raise UsageError(

@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer turn after turn."""
     if arguments.system is not None:
         arguments.system = stdin.decode_utf8(os.fsencode(arguments.system), "--system")
+    if arguments.max_tokens is not None or any(value is not None for value in common.sampling_of(arguments).values()):
+        common.check_sampling(arguments)  # imports numpy, 0.1 s of a terminal's start
     command = _Chat(arguments)
     if launcher.CHAT_VARIABLE in os.environ:
         return common.run_on_ranks(arguments, common.RankWork(command.serve_terminal, command.prepare))
@@ -50,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
         from llmrun import chat_terminal
 
         return chat_terminal.run(arguments)
-    common.check_sampling(arguments)
     return common.run_on_ranks(arguments, common.RankWork(command.talk, command.prepare))
 
 

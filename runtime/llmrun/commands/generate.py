@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrun import console, stdin
@@ -87,8 +86,5 @@ class _Generate:
             data, where = b"".join(stdin.read_chunks()), "standard input"
         else:
             where = self._arguments.file
-            try:
-                data = Path(where).read_bytes()
-            except OSError as error:
-                raise UsageError(f"{where}: {error.strerror}.", code="E209") from None
+            data = stdin.read_file(where)
         return stdin.decode_utf8(data, where).removesuffix("\n"), where

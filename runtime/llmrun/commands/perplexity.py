@@ -7,7 +7,6 @@ taken as they are.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrun import stdin
@@ -45,13 +44,10 @@ class _Perplexity:
     def prepare(self, engine: Engine) -> None:
         """Read the text and cut it into windows, on rank 0 before the weights are read."""
         arguments = self._arguments
-        window = arguments.window or min(DEFAULT_WINDOW, engine.max_seq_len)
+        window = min(DEFAULT_WINDOW, engine.max_seq_len) if arguments.window is None else arguments.window
         if not 2 <= window <= engine.max_seq_len:
             raise UsageError(f"--window {window}: expected 2 to {engine.max_seq_len}, the context.")
-        try:
-            text = stdin.decode_utf8(Path(arguments.file).read_bytes(), arguments.file)
-        except OSError as error:
-            raise UsageError(f"{arguments.file}: {error.strerror}.", code="E209") from None
+        text = stdin.decode_utf8(stdin.read_file(arguments.file), arguments.file)
         first: list[int] = []
         if arguments.ids:
             ids = common.parse_ids(text, arguments.file)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrun import console
+from llmrun import console, stdin
 from llmrun.commands import common
 from llmrun.errors import IncompatibleError, UsageError
 from llmrun.server import limits as limits_of_server
@@ -66,12 +66,6 @@ class _Serve:
         self._limits = limits_of_server.from_arguments(arguments)
         if not 0 <= arguments.port < 1 << 16:
             raise UsageError(f"--port {arguments.port}: expected 0 to 65535.")
-        self._keys = _read_keys(arguments)
-        is_loopback = arguments.host in _LOOPBACK
-        if not (is_loopback or self._keys or arguments.allow_unauthenticated):
-            raise UsageError(
-                f"--host {arguments.host} is open to others: give --api-key-file, or --allow-unauthenticated."
-            )
         self._service: Service | None = None
         self._http: HttpThread | None = None
 
@@ -84,11 +78,16 @@ class _Serve:
         from llmrun.server.service import Service
 
         arguments = self._arguments
+        keys = _read_keys(arguments)  # on rank 0 alone: a pipe can be read but once
+        is_loopback = arguments.host in _LOOPBACK
+        if not (is_loopback or keys or arguments.allow_unauthenticated):
+            raise UsageError(
+                f"--host {arguments.host} is open to others: give --api-key-file, or --allow-unauthenticated."
+            )
         names = arguments.served_model_name or [Path(os.path.abspath(arguments.artifact)).name]
         allowed = frozenset(name.lower() for name in arguments.allowed_host)
-        is_loopback = arguments.host in _LOOPBACK
         hosts = LOOPBACK | allowed if is_loopback or allowed else None
-        access = Access(self._keys, hosts, tuple(arguments.cors_origin))
+        access = Access(keys, hosts, tuple(arguments.cors_origin))
         self._service = Service(self._limits, names, arguments.metrics_prefix, arguments.max_num_seqs)
         sock = listen(arguments.host, arguments.port)
         self._http = HttpThread(make_app(self._service, access), self._service, sock)
@@ -119,12 +118,7 @@ def _read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Return the keys of the command line, the environment and the file."""
     keys = [key for key in (arguments.api_key, os.environ.get(KEY_VARIABLE)) if key is not None]
     if arguments.api_key_file is not None:
-        try:
-            lines = Path(arguments.api_key_file).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"{arguments.api_key_file}: {getattr(error, 'strerror', 'not UTF-8')}.", code="E209"
-            ) from None
+        lines = stdin.decode_utf8(stdin.read_file(arguments.api_key_file), arguments.api_key_file).splitlines()
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise UsageError(f"{arguments.api_key_file}: holds no key.", code="E209")
