@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_spokesman:
             console.show_traceback(error)
             console.say(console.error_line(error))
+        elif launcher.launcher_family() == launcher.OPEN_MPI:
+            from llmrun.watchdog import TURN_S
+
+            time.sleep(TURN_S)  # it ends all ranks with the first that fails: the one that speaks goes before
         launcher.note_exit_code(known.exit_code)
         return known.exit_code
 

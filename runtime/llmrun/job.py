@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,14 +179,15 @@ class Job:
 
         whole = open_artifact(path, ranks=[])
         if whole.manifest.shards != self.size:
-            message = launcher.wrong_size_message(path, whole.manifest.shards, self.size)
+            script = None if "llmrun.cli" in sys.modules else sys.argv[0] or "SCRIPT"
+            message = launcher.wrong_size_message(path, whole.manifest.shards, self.size, script)
             raise IncompatibleError(message, code="E412")
         artifact = whole.with_ranks([self.rank])
         place = library.find_library()
         try:
             self._ops = mpi_functions.load_library(place)
         except OSError as error:
-            raise IncompatibleError(f"{place}: cannot be loaded: {error}.", code="E416") from None
+            raise library.cannot_load(place, error) from None
         version = self._ops.llmpack_ops_version()
         if version != OPS_VERSION:
             raise IncompatibleError(

@@ -24,7 +24,14 @@ from pathlib import Path
 
 from llmrun import console, stdin
 from llmrun.errors import ResourceError
-from llmrun.launcher import LAUNCH_VARIABLE, die_with_parent, find_mpirun, mpirun_options, write_arguments
+from llmrun.launcher import (
+    LAUNCH_VARIABLE,
+    die_with_parent,
+    find_mpirun,
+    mpirun_environment,
+    mpirun_options,
+    write_arguments,
+)
 
 KILL_AFTER_S = 5.0
 ENDS_WITHIN_S = 10.0  # mpirun, once a rank has said how the job ends
@@ -60,7 +67,12 @@ def start_ranks(
     for name in ("stdin", "stdout", "stderr"):
         os.mkfifo(os.path.join(folder, name), 0o600)
     streams = [name for fd, name in enumerate(("stdin", "stdout", "stderr")) if _isatty(fd)]
-    variables = {**os.environ, **(environment or {}), "LLMRUN_TTY": ",".join(streams), LAUNCH_VARIABLE: folder}
+    variables = {
+        **mpirun_environment(),
+        **(environment or {}),
+        "LLMRUN_TTY": ",".join(streams),
+        LAUNCH_VARIABLE: folder,
+    }
     with open(os.path.join(folder, "mpirun.log"), "wb") as log:
         # Its own session: a terminal's Ctrl-C must reach this parent only, which decides what it means.
         child = subprocess.Popen(

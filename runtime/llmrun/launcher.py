@@ -89,17 +89,25 @@ def check_launcher() -> None:
         )
 
 
-def family_of_mpirun(path: str) -> str | None:
-    """Ask an mpirun which library it belongs to; None: it did not say."""
+def mpirun_environment() -> dict[str, str]:
+    """Return the environment for an mpirun: Open MPI's does nothing without a home directory, which need not exist."""
+    return {"HOME": "/", **os.environ}
+
+
+def _family_of_mpirun(path: str) -> tuple[str | None, str]:
+    """Ask an mpirun which library it belongs to; None: it did not say. With what it complains about, if it does."""
     import subprocess
 
     try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=20, check=False, env=mpirun_environment()
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f" ({error})"
+    complaint = next((f" ({line.strip()})" for line in done.stderr.splitlines() if line.strip(" -*")), "")
     if "Open MPI" in done.stdout or "PRRTE" in done.stdout:
-        return OPEN_MPI
-    return MPICH if "HYDRA" in done.stdout.upper() or "MPICH" in done.stdout.upper() else None
+        return OPEN_MPI, complaint
+    return MPICH if "HYDRA" in done.stdout.upper() or "MPICH" in done.stdout.upper() else None, complaint
 
 
 def find_mpirun() -> tuple[str, str]:
@@ -118,10 +126,12 @@ def find_mpirun() -> tuple[str, str]:
     path = str(own) if own.exists() else shutil.which("mpirun")
     if path is None:
         raise IncompatibleError(f"no mpirun in {own.parent} or PATH. {remedy}", code="E411")
-    library, family = library_family(), family_of_mpirun(path)
+    library = library_family()
+    family, complaint = _family_of_mpirun(path)
     if family is None or (library is not None and library != family):
         raise IncompatibleError(
-            f"{path} belongs to {family or 'an unknown MPI'}, but the MPI library is {library or 'another'}. {remedy}",
+            f"{path} belongs to {family or 'an unknown MPI'}{'' if family else complaint}, but the MPI library is"
+            f" {library or 'another'}. {remedy}",
             code="E411",
         )
     return path, family
@@ -135,8 +145,14 @@ def mpirun_options(family: str, num_ranks: int) -> list[str]:
     return ["--allow-run-as-root", *options] if os.geteuid() == 0 else options
 
 
-def wrong_size_message(path: Path, shards: int, size: int) -> str:
-    """Return the sentence for `mpirun -n SIZE` of an artifact of `shards` ranks, with the right command."""
+def wrong_size_message(path: Path, shards: int, size: int, script: str | None = None) -> str:
+    """Return the sentence for `mpirun -n SIZE` of an artifact of `shards` ranks, with the right command.
+
+    `script`: the user's own, if it was not llmrun that was started.
+    """
+    if script is not None:
+        right = f"`mpirun -n {shards} python {script}`" if shards > 1 else f"`python {script}`"
+        return f"{path}: packed for {shards} rank{'s' * (shards > 1)}, started with {size}. Use {right}."
     right = f"`mpirun -n {shards} llmrun {path}`, or `llmrun {path}` alone" if shards > 1 else f"`llmrun {path}` alone"
     return f"{path}: packed for {shards} rank{'s' * (shards > 1)}, started with {size}. Use {right}."
 

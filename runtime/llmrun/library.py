@@ -33,3 +33,10 @@ def find_library() -> Path:
         f"{LIBRARY_NAME} not found in {tried}. Install llmpack from its wheel, or build it with `pip install .`.",
         code="E416",
     )
+
+
+def cannot_load(place: Path, error: OSError) -> IncompatibleError:
+    """Return the error for a library that is there and cannot be loaded."""
+    is_old_system = "GLIBC" in str(error)
+    advice = " Build llmpack's wheel on this system, or on an older one (`pip wheel .`)." * is_old_system
+    return IncompatibleError(f"{place}: cannot be loaded: {error}.{advice}", code="E416")

@@ -306,3 +306,12 @@ else:
 def test_messages_of_any_size_arrive_also_after_a_signal(tmp_path: Path) -> None:
     outcome = run_script(MESSAGES, tmp_path)
     assert (outcome.code, outcome.errors, outcome.stdout) == (0, [], "all 11\n")
+
+
+def test_an_error_before_the_ranks_meet_has_its_line() -> None:
+    """Open MPI's mpirun ends all with the first that fails, and half of the time that was not the one that speaks."""
+    for _ in range(6):
+        outcome = RunningJob([*mpirun_command(2), *llmrun_command("--no-such-option")]).finish(60)
+        assert outcome.code != 0
+        assert [line for line in outcome.stderr.splitlines() if "error[E201]" in line] == outcome.errors
+        assert len(outcome.errors) == 1

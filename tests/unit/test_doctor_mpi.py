@@ -1,4 +1,4 @@
-"""`llmrun doctor` where there is no MPI library: models of one rank run there, others do not."""
+"""`llmrun doctor` where there is no MPI library, and an operator library that does not load."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llmrun import library
 from mpi.harness import run_alone
 
 Packed = Callable[..., Path]
@@ -23,3 +24,9 @@ def test_a_box_without_mpi_is_fit_for_one_rank(shards: int, code: int, packed_ti
     assert checks["mpi"]["found"].startswith("none: models of one rank only (MPI cannot be loaded")
     assert checks["artifact"]["ok"] is (shards == 1)
     assert ("1 rank," if shards == 1 else "E411: MPI cannot be loaded") in checks["artifact"]["found"]
+
+
+def test_a_library_for_a_newer_system_says_where_to_build_it() -> None:
+    old = OSError("/lib/libc.so.6: version `GLIBC_2.36' not found (required by libllmpack_ops.so)")
+    assert "on an older one" in str(library.cannot_load(Path("x.so"), old))
+    assert "older" not in str(library.cannot_load(Path("x.so"), OSError("file too short")))

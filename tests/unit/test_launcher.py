@@ -68,6 +68,8 @@ def test_open_mpi_lets_root_start_more_ranks_than_cores(monkeypatch: pytest.Monk
 def test_a_wrong_size_is_answered_with_the_right_command() -> None:
     assert "`mpirun -n 4 llmrun a/b`" in launcher.wrong_size_message(Path("a/b"), 4, 2)
     assert "mpirun" not in launcher.wrong_size_message(Path("a/b"), 1, 2)
+    assert "`mpirun -n 4 python tell.py`" in launcher.wrong_size_message(Path("a/b"), 4, 1, "tell.py")
+    assert "`python tell.py`" in launcher.wrong_size_message(Path("a/b"), 1, 2, "tell.py")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,36 @@ def test_arguments_are_on_no_command_line_and_nobody_elses_to_read(
     assert not set(arguments) & set(child.args)
     assert (tmp_path / "arguments").stat().st_mode & 0o777 == 0o600
     assert launcher.read_arguments(str(tmp_path)) == arguments
+
+
+@pytest.mark.parametrize("home", [None, "/somewhere"])
+def test_an_mpirun_that_needs_a_home_gets_one(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(
+        '#!/bin/sh\n[ -n "$HOME" ] || { echo "Error: no home" >&2; exit 1; }\necho "mpirun (Open MPI) 5.0.8"\n'
+    )
+    mpirun.chmod(0o755)
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(launcher.sys, "prefix", str(tmp_path))
+    (tmp_path / "bin").symlink_to(tmp_path)
+    monkeypatch.setattr(launcher, "library_family", lambda: OPEN_MPI)
+    assert launcher.find_mpirun() == (str(tmp_path / "bin" / "mpirun"), OPEN_MPI)
+    assert launcher.mpirun_environment()["HOME"] == (home or "/")
+
+
+def test_what_an_mpirun_complains_about_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text("#!/bin/sh\necho ---- >&2\necho '  no such luck' >&2\nexit 1\n")
+    mpirun.chmod(0o755)
+    monkeypatch.setattr(launcher.sys, "prefix", str(tmp_path))
+    (tmp_path / "bin").symlink_to(tmp_path)
+    with pytest.raises(IncompatibleError, match=r"an unknown MPI \(no such luck\), but"):
+        launcher.find_mpirun()
 
 
 def test_this_environments_mpirun_belongs_to_its_library() -> None:

@@ -109,7 +109,7 @@ def _operators() -> str:
     try:
         ops = mpi_functions.load_library(place)
     except OSError as error:
-        raise IncompatibleError(f"{place}: cannot be loaded: {error}.", code="E416") from None
+        raise library.cannot_load(place, error) from None
     return f"version {ops.llmpack_ops_version()}, {ops.llmpack_ops_isa().decode()}, {place}"
 
 
