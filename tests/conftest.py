@@ -21,8 +21,11 @@ from emulated.emulator import Emulator, build, missing
 from llmpack.pack import Options, pack
 from models import DEMO, make_checkpoint
 
-# Under nohup SIGHUP is ignored, in every process that tests start too, and llmrun rightly leaves it so.
+# Under nohup SIGHUP is ignored, and SIGINT behind a script's "&", in every process that tests start too, and llmrun
+# rightly leaves it so.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `make test` decides about a change, so it draws the same examples every time; `make fuzz` draws new ones.
 settings.register_profile("gate", derandomize=True, deadline=None)
