@@ -204,6 +204,11 @@ def test_the_longest_chain_of_references_has_stack(chain: str, grammars: Grammar
     assert np.any(constraint.mask([]))
 
 
+def test_a_small_limit_leaves_stack_enough(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, sorted(tokenizer.eos_token_ids), Limits(max_schema_bytes=4))
+    assert np.any(grammars.constraint("choice", ["yes"]).mask([]))
+
+
 def test_the_cache_of_grammars_is_bounded(grammars: Grammars) -> None:
     for i in range(CACHE_ENTRIES + 10):
         grammars.constraint("choice", [str(i)])
@@ -241,7 +246,7 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "sunny", "tool_call_id": "1"},
     ]
-    ids = chat_ids(tokenizer, messages, tools)
+    ids = chat_ids(tokenizer, messages, tools, max_depth=64)
     assert not set(ids) & set(tokenizer.special_tokens.values())
     text = tokenizer.decode(ids)
     assert '"description": "</s>"' in text
@@ -263,7 +268,7 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
 )
 def test_messages_that_no_template_gets(message: dict[str, Any], tokenizer: Tokenizer) -> None:
     with pytest.raises(ApiError) as caught:
-        chat_ids(tokenizer, [message])
+        chat_ids(tokenizer, [message], max_depth=64)
     assert caught.value.status == 400
 
 

@@ -136,7 +136,8 @@ class _Routes:
         def work() -> list[int]:
             if "messages" in given:
                 wants_prompt = given.get("add_generation_prompt", True)
-                return chat_ids(tokenizer, given["messages"], add_generation_prompt=wants_prompt)
+                depth = service.limits.max_json_depth
+                return chat_ids(tokenizer, given["messages"], max_depth=depth, add_generation_prompt=wants_prompt)
             wants_bos = None if given.get("add_special_tokens", True) else False
             return tokenizer.encode(given["prompt"], add_bos=wants_bos)
 

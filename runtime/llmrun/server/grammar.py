@@ -32,6 +32,7 @@ _MAX_LEXER_STATES = 10_000  # 1 to 2 kB each
 JSON_OPTIONS: Any = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
 # The library descends a chain of references recursively: 3.3 kB a link were measured, and a link has 6 bytes or more.
 _STACK_BYTES_A_BYTE = 4096
+_LEAST_STACK_BYTES, _MOST_STACK_BYTES = 8 << 20, 4 << 30
 _Result = TypeVar("_Result")
 
 
@@ -233,7 +234,7 @@ def _on_deep_stack(work: Callable[[], _Result], stack_bytes: int) -> _Result:
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name="grammar")
-    previous = threading.stack_size(min(stack_bytes, 1 << 32))
+    previous = threading.stack_size(min(max(stack_bytes, _LEAST_STACK_BYTES), _MOST_STACK_BYTES))
     try:
         thread.start()
     finally:

@@ -10,27 +10,26 @@ from llmrun.server.errors import ApiError, bad
 from llmrun.server.json_body import parse_json
 from llmrun.tokenizer import Tokenizer
 
-MAX_ARGUMENTS_DEPTH = 64
-
 
 def chat_ids(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] = (),
     *,
+    max_depth: int,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Return the prompt's ids.
+    """Return the prompt's ids; the arguments of calls, which are JSON in a text, may be nested `max_depth` deep.
 
     Raises:
         ApiError: 400: a message holds something else than text, or a call's arguments are not JSON.
         UsageError: the template refuses the messages.
     """
-    flat = [_flat(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    flat = [_flat(message, f"messages[{i}]", max_depth) for i, message in enumerate(messages)]
     return encode_chat(tokenizer, flat, add_generation_prompt=add_generation_prompt, tools=tools or None)
 
 
-def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
+def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]:
     """Return a message as templates expect it: content as text, arguments of calls as objects."""
     content = message.get("content")
     if isinstance(content, list):
@@ -52,14 +51,14 @@ def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
         if name in message:
             flat[name] = message[name]
     if calls:
-        flat["tool_calls"] = [_call(call, where) for call in calls]
+        flat["tool_calls"] = [_call(call, where, max_depth) for call in calls]
     return flat
 
 
-def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
+def _call(call: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]:
     function = call["function"]
-    try:  # as deep as a request may be: a template descends into it
-        arguments = parse_json((function["arguments"] or "{}").encode(), max_depth=MAX_ARGUMENTS_DEPTH)
+    try:
+        arguments = parse_json((function["arguments"] or "{}").encode(), max_depth=max_depth)
     except ApiError:
         arguments = None
     if not isinstance(arguments, dict):

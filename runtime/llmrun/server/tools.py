@@ -75,7 +75,6 @@ def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str
         if choice.startswith("=") and function["name"] != choice[1:]:
             continue
         parameters = function.get("parameters") or {}
-        check_schema(parameters, limits, "tools")
         if parameters.get("type", "object") != "object":
             raise bad(
                 f"the parameters of {function['name']!r} are of type {str(parameters['type'])[:60]}: expected object.",
@@ -88,11 +87,10 @@ def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str
             {"type": "object", "properties": properties, "required": ["name", form.key], "additionalProperties": False}
         )
     schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
+    check_schema(schema, limits, "tools")
     if not form.opening:
         return "json", schema
     text = json.dumps({**schema, "x-guidance": JSON_OPTIONS})
-    if len(text) > limits.max_schema_bytes:
-        raise bad(f"the tools have {len(text)} bytes: at most {limits.max_schema_bytes} are allowed.", "tools")
     return "grammar", f"start: {json.dumps(form.opening)} call {json.dumps(form.closing)}\ncall: %json {text}\n"
 
 
