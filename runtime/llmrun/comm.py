@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import re
@@ -35,7 +34,6 @@ MAX_SLEEP_S = 0.020  # an idle rank then needs 0.5 % of a core (measured), and a
 _ONE_HOST = {"UCX_TLS": "self,posix,sysv", "UCX_MEM_EVENTS": "no"}
 _SHARED_FILE = re.compile(r"/dev/shm/(?:mpich_shm_|sm_segment\.)\S+$", re.MULTILINE)  # of MPICH and of Open MPI
 _STATUS_BYTES = 4096
-_MESSAGE_BYTES = 3600  # of a status that carries an error; the rest of it is short
 _TAG, _LONG_TAG = 1, 2
 _SHORT_NUMBERS = 256
 
@@ -149,26 +147,6 @@ def _host_identity() -> str:
     except OSError:
         boot, namespace = "", ""
     return f"{os.uname().nodename}/{boot}/{namespace}"
-
-
-def own_cores() -> str:
-    """Return the cores that the system lets this process use, for a status: a mask in base 16, as long lists do not fit.
-
-    Linux knows 8192 cores at most: half a status.
-    """
-    return f"{sum(1 << core for core in os.sched_getaffinity(0)):x}"
-
-
-def read_cores(mask: str) -> list[int]:
-    """Return the cores, in order, that a rank's `own_cores` says."""
-    bits = int(mask, 16)
-    return [core for core in range(bits.bit_length()) if bits >> core & 1]
-
-
-def fit_message(text: str) -> str:
-    """Cut an error's message to what a status has room for, however many bytes JSON makes of each character."""
-    sizes = itertools.accumulate(len(json.dumps(character)) - 2 for character in text[:_MESSAGE_BYTES])
-    return text[: sum(size <= _MESSAGE_BYTES for size in sizes)]
 
 
 class SingleRank:

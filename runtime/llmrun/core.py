@@ -5,8 +5,6 @@ A step is: plan, run on all ranks, sample, record. Knows nothing of generators o
 
 from __future__ import annotations
 
-import math
-import numbers
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrun.constraint import Constraint, allowed_tokens
+from llmrun.constraint import Constraint
 from llmrun.errors import InternalError, LlmpackError, NumericError, UsageError
 from llmrun.kv_cache import BlockPool
-from llmrun.logprobs import TokenLogprobs, likeliest_logprobs, token_logprobs
+from llmrun.logprobs import TokenLogprobs, token_logprobs
 from llmrun.lookup import PromptLookup
-from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check_prompt
+from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check_prompt, check_speculate, is_whole
+from llmrun.row_sampling import sample_rows
 from llmrun.rows import Rows
 from llmrun.sampler import Sampler, SamplingParams, TokenHistory
 from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, Scheduler
@@ -34,23 +33,7 @@ if TYPE_CHECKING:
     from llmrun.manifest import Manifest
     from llmrun.tokenizer import Tokenizer
 
-MAX_DRAFTS = 16
 _MAX_ROW_BYTES = 64 << 20  # logits of prompt tokens that one step may ask for
-
-
-def check_speculate(speculate: int) -> int:
-    """Return the number of tokens to guess ahead.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not _is_whole(speculate, 0, MAX_DRAFTS):
-        raise UsageError(f"speculate {speculate!r}: expected 0 (off) to {MAX_DRAFTS} tokens.")
-    return speculate
-
-
-def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 class Core:
@@ -144,7 +127,7 @@ class Core:
         if logit_bias:
             check_ids(list(logit_bias), vocab_size)
         for name, value in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-            if value is not None and not _is_whole(value, 0, vocab_size):
+            if value is not None and not is_whole(value, 0, vocab_size):
                 raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {vocab_size}.")
         speculate = self._speculate if speculate is None else check_speculate(speculate)
         if stop and self.tokenizer is None:
@@ -255,7 +238,7 @@ class Core:
 
     def logits(self, sequences: Sequence[Sequence[int]], chunk: int | None) -> list[NDArray[np.float32]]:
         """Return the logits after each id of several sequences, run together; see `Engine.logits`."""
-        if chunk is not None and not _is_whole(chunk, 1):
+        if chunk is not None and not is_whole(chunk, 1):
             raise UsageError(f"chunk {chunk!r}: expected a whole number of tokens from 1, or None.")
         with self._turn:
             self._is_inside = True
@@ -347,57 +330,19 @@ class Core:
             return [self._end(request, "length")]
         if (first := len(rows) - 1 - len(piece.drafts)) > 0:
             rows = rows[first:]
-        sampled, scored = self._sample(request, piece, rows)
+        sampled, scored = sample_rows(request, piece.drafts, rows, is_by_likeliest=self._is_by_likeliest(request))
+        if request.lookup is not None:
+            self._num_drafts += len(piece.drafts)
+            self._num_accepted += len(sampled) - 1
         self._scheduler.advance(piece, sampled)
         events: list[Event] = []
-        # The constraint has taken all of them, and stops `_sample` where it is done.
+        # The constraint has taken all of them, and stops `sample_rows` where it is done.
         is_done = request.constraint is not None and request.constraint.is_done
         for i, (token_id, logprobs) in enumerate(zip(sampled, scored, strict=True), 1):
             events.append(self._take_token(request, token_id, logprobs, is_done=is_done and i == len(sampled)))
             if request.finish_reason is not None:
                 break
         return events
-
-    def _sample(self, request: Request, piece: Piece, rows: Rows) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Sample a token from each row, as long as the rows before it were computed from the very tokens sampled.
-
-        So the tokens are those that would have been sampled one by one, random numbers included.
-        """
-        assert request.sampler is not None
-        sampled: list[int] = []
-        constraint, allowed = request.constraint, None
-        likeliest = rows.likeliest if self._is_by_likeliest(request) else None
-        first_ids = rows.first_ids if likeliest is None and request.num_candidates == 1 else None
-        for i, draft in enumerate([*piece.drafts, None]):
-            if likeliest is not None:
-                token_id = request.sampler.choose(likeliest.logits[i], likeliest.ids[i])
-            elif first_ids is not None:
-                token_id = first_ids[i]
-            else:
-                row = rows.logits[i]
-                if constraint is not None:
-                    allowed = allowed_tokens(constraint.mask(request.ids + sampled), len(row))
-                token_id = request.sampler.sample(row, request.history or (), allowed)
-            sampled.append(token_id)
-            is_over = token_id != draft or token_id in request.end_ids
-            if request.history is not None:
-                request.history.append(token_id)
-            if constraint is not None and token_id not in request.end_ids:
-                constraint.accept(token_id)
-                is_over = is_over or constraint.is_done
-            if is_over:
-                break
-        scored: list[TokenLogprobs | None] = [None] * len(sampled)
-        if request.num_top is not None:
-            if likeliest is not None:
-                scored = [*likeliest_logprobs(likeliest, sampled, request.num_top)]
-            else:
-                scored = [*token_logprobs(rows.logits[: len(sampled)], sampled, request.num_top)]
-        if request.lookup is not None:
-            request.lookup.learn(len(piece.drafts), len(sampled) - 1)
-            self._num_drafts += len(piece.drafts)
-            self._num_accepted += len(sampled) - 1
-        return sampled, scored
 
     def _take_token(self, request: Request, token_id: int, scored: TokenLogprobs | None, *, is_done: bool) -> Event:
         """Add a sampled token to a request, after which its constraint may be done; decide whether the request ends."""
@@ -433,7 +378,7 @@ class Core:
         text += request.stream.finish() if request.stream is not None else ""
         request.text += text
         request.error = error
-        request.finish_reason = reason  # another thread may wait for it, so it comes last
+        request.finish_reason = reason  # after what it tells of: another thread may wait for it
         self._cancel(request)
         return Event(request, token_id, text, logprobs, reason, error)
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from llmrun import failstop
-from llmrun.core import Core, check_speculate
+from llmrun.core import Core
 from llmrun.errors import LlmpackError, UsageError
 from llmrun.job import Job
 from llmrun.job_options import JobOptions
 from llmrun.mirror import Mirror
-from llmrun.requests import Completion, Event, Message, Prompt, Request, RequestOptions, check_prompt
+from llmrun.requests import Completion, Event, Message, Prompt, Request, RequestOptions, check_prompt, check_speculate
 from llmrun.sampler import SamplingParams
 from llmrun.stats import Stats
 from llmrun.step_plan import MessageKind

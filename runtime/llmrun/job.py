@@ -21,10 +21,10 @@ import numpy as np
 
 import llmrun
 from llmrun import comm as communication
-from llmrun import console, device, errors, failstop, faults, launcher, library, watchdog
+from llmrun import console, device, errors, failstop, faults, launcher, library, rank_status, watchdog
 from llmrun.artifact import OPS_VERSION, Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, share_cores
-from llmrun.errors import IncompatibleError, IntegrityError, LlmpackError, PeerError, ResourceError
+from llmrun.errors import IncompatibleError, PeerError, ResourceError
 from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, fit_blocks
 from llmrun.rank_files import RankFiles
@@ -93,17 +93,13 @@ class Job:
                 raise
             except BaseException as error:  # a panic of a Rust library is no Exception
                 console.show_traceback(error)
-                known = console.as_llmpack_error(error, f"rank {self.rank}: " if self.size > 1 else "")
-                status = {
-                    "exit_code": known.exit_code,
-                    "code": known.code,
-                    "message": communication.fit_message(str(known)),
-                }
+                where = f"rank {self.rank}: " if self.size > 1 else ""
+                status = rank_status.status_of(console.as_llmpack_error(error, where))
             statuses = self.comm.agree(status)
         for rank, other in enumerate(statuses):
             if other:
                 launcher.note_exit_code(other["exit_code"])
-                raise self._error_of(rank, other)
+                raise rank_status.error_of(other, rank, self.size)
         return result  # type: ignore[return-value]
 
     def load(self, num_blocks_wanted: int, *, is_exact: bool = False) -> None:
@@ -224,8 +220,8 @@ class Job:
 
     def _shake_hands(self, facts: dict[str, Any]) -> None:
         """Compare the ranks' facts; a difference is an error on every rank, and names the rank that is alone with it."""
-        everyone = self.comm.agree({**facts, "cores": communication.own_cores(), "quota": cpu_quota()})
-        self._affinities = [communication.read_cores(status.pop("cores")) for status in everyone]
+        everyone = self.comm.agree({**facts, "cores": rank_status.own_cores(), "quota": cpu_quota()})
+        self._affinities = [rank_status.read_cores(status.pop("cores")) for status in everyone]
         self._quotas = [status.pop("quota") for status in everyone]
         for name in facts:
             values = [str(status[name]) for status in everyone]
@@ -401,11 +397,3 @@ class Job:
         self._isa = best if self.options.isa is None else self.options.isa.encode()
         if self._ops.llmpack_ops_set_isa(self._isa) != 0:
             raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")
-
-    def _error_of(self, rank: int, status: dict[str, Any]) -> LlmpackError:
-        """Rebuild another rank's error; a file's path shows whose it is, unless the ranks are on several hosts."""
-        classes = {kind.exit_code: kind for kind in LlmpackError.__subclasses__()}
-        message: str = status["message"]
-        is_obvious = f"rank {rank}" in message or f"rank-{rank}" in message or self.size == 1 or rank == 0
-        prefix = "" if is_obvious else f"rank {rank}: "
-        return classes.get(status["exit_code"], IntegrityError)(prefix + message, code=status["code"])

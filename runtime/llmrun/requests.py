@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
+import numbers
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
+MAX_DRAFTS = 16
 Message = Mapping[str, Any]  # of a chat: "role" and "content"
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -209,3 +212,19 @@ def check_prompt(
     if wanted < least_tokens:
         raise UsageError(f"max-tokens {wanted}: expected {least_tokens} or more.")
     return ids, wanted
+
+
+def check_speculate(speculate: int) -> int:
+    """Return the number of tokens to guess ahead.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not is_whole(speculate, 0, MAX_DRAFTS):
+        raise UsageError(f"speculate {speculate!r}: expected 0 (off) to {MAX_DRAFTS} tokens.")
+    return speculate
+
+
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Tell whether a value is a whole number within bounds."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most

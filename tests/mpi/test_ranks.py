@@ -313,5 +313,4 @@ def test_an_error_before_the_ranks_meet_has_its_line() -> None:
     for _ in range(6):
         outcome = RunningJob([*mpirun_command(2), *llmrun_command("--no-such-option")]).finish(60)
         assert outcome.code != 0
-        assert [line for line in outcome.stderr.splitlines() if "error[E201]" in line] == outcome.errors
-        assert len(outcome.errors) == 1
+        assert ["E201" in line for line in outcome.errors] == [True]

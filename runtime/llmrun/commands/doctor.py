@@ -129,16 +129,18 @@ def _mpi() -> str:
 
 def _collectives() -> str:
     """Name the transport of the collectives between this job's ranks, and measure it as llmrun uses it."""
-    from llmrun import comm, cores, mpi_functions, watchdog
+    from llmrun import comm, cores, mpi_functions, rank_status, watchdog
 
     if launcher.launcher_family() is None or launcher.launcher_size() == 1:
         return "one rank: none (`mpirun -n 2 llmrun doctor` measures them)"
     ops = mpi_functions.load_library(library.find_library())
     with watchdog.joining(watchdog.deadline_from_environment()):
         ranks = comm.connect()
-    everyone = ranks.agree({"cores": comm.own_cores()})
+    everyone = ranks.agree({"cores": rank_status.own_cores()})
     local = comm.local_ranks(ranks.peers, ranks.rank)
-    share = cores.share_cores([comm.read_cores(everyone[rank]["cores"]) for rank in local], local.index(ranks.rank), 1)
+    share = cores.share_cores(
+        [rank_status.read_cores(everyone[rank]["cores"]) for rank in local], local.index(ranks.rank), 1
+    )
     allowed = os.sched_getaffinity(0)
     if share.cores:
         os.sched_setaffinity(0, share.cores)
