@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
 import random
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
 from llmrun.server.prompts import chat_ids
 from llmrun.server.schemas import Schemas
+from llmrun.server.service import Service
 from llmrun.server.tasks import Choice
 from llmrun.server.tools import ToolForm, ToolStream, call_grammar, find_calls, tool_form
 from llmrun.tokenizer import Tokenizer, load_tokenizer
@@ -213,6 +216,38 @@ def test_the_cache_of_grammars_is_bounded(grammars: Grammars) -> None:
     for i in range(CACHE_ENTRIES + 10):
         grammars.constraint("choice", [str(i)])
     assert len(grammars._compiled) == CACHE_ENTRIES
+
+
+def test_a_slow_source_is_its_own_request_s_fault(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(grammar_timeout=0.2)
+    service = Service(limits, ["m"], "vllm", 8)
+    service.grammars = Grammars(tokenizer, tokenizer.vocab_size, sorted(tokenizer.eos_token_ids), limits)
+    service.grammars.constraint("choice", ["known"])
+    compile_now, is_over = service.grammars._compile, threading.Event()
+
+    def compile_slowly(grammar: str) -> Any:
+        if "slow" in grammar:
+            is_over.wait(20)
+        return compile_now(grammar)
+
+    monkeypatch.setattr(service.grammars, "_compile", compile_slowly)
+
+    async def outcome(choice: str) -> int:
+        try:
+            await service.compile(("choice", [choice]))
+        except ApiError as error:
+            return error.status
+        return 200
+
+    async def outcomes() -> list[int]:
+        slow = asyncio.ensure_future(outcome("slow"))
+        await asyncio.sleep(0.05)
+        return [await outcome("known"), await outcome("new"), await slow]
+
+    try:
+        assert asyncio.run(outcomes()) == [200, 503, 400]
+    finally:
+        is_over.set()
 
 
 # Tools

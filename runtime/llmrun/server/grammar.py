@@ -47,7 +47,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int], limits: Limits) -> None:
         """`vocab_size`: the model's, of which the tokenizer may know fewer."""
         self._tokenizer, self._vocab_size, self._eos, self._limits = tokenizer, vocab_size, list(eos_token_ids), limits
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is remembered
+        self._compiling = threading.Lock()
         self._library_tokenizer: Any = None
         self._compiled: collections.OrderedDict[str, Any] = collections.OrderedDict()
 
@@ -60,23 +61,42 @@ class Grammars:
         Raises:
             ApiError: 400, with what is wrong with the source.
         """
+        grammar = self._grammar(kind, source)
+        base = self._remembered(grammar)
+        if base is None:
+            with self._compiling:
+                base = self._remembered(grammar)  # by another thread, meanwhile
+                if base is None:
+                    stack_bytes = _STACK_BYTES_A_BYTE * self._limits.max_schema_bytes
+                    base = _on_deep_stack(lambda: self._compile(grammar), stack_bytes)
+                    self._remember(grammar, base)
+        return TokenConstraint(base.deep_copy(), self._vocab_size)
+
+    def is_remembered(self, kind: str, source: Any) -> bool:
+        """Tell whether `constraint` need not compile the source, and not wait for those that are compiled.
+
+        Raises:
+            ApiError: 400, as `constraint`.
+        """
+        return self._remembered(self._grammar(kind, source)) is not None
+
+    def _remembered(self, grammar: str) -> Any:
+        with self._lock:
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+            return self._compiled.get(grammar)
+
+    def _remember(self, grammar: str, base: Any) -> None:
+        with self._lock:
+            self._compiled[grammar] = base
+            if len(self._compiled) > CACHE_ENTRIES:
+                self._compiled.popitem(last=False)
+
+    def _grammar(self, kind: str, source: Any) -> str:
         if not is_available():
             raise bad(
                 "structured output needs llguidance: `pip install 'llmpack[serve]'` on the server.", "response_format"
             )
-        grammar = self._grammar(kind, source)
-        with self._lock:
-            base = self._compiled.get(grammar)
-            if base is None:
-                stack_bytes = _STACK_BYTES_A_BYTE * self._limits.max_schema_bytes
-                base = _on_deep_stack(lambda: self._compile(grammar), stack_bytes)
-                self._compiled[grammar] = base
-                if len(self._compiled) > CACHE_ENTRIES:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            return TokenConstraint(base.deep_copy(), self._vocab_size)
-
-    def _grammar(self, kind: str, source: Any) -> str:
         from llguidance import LLMatcher
 
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -225,15 +224,17 @@ class Service:
         """Compile a grammar, so that `constraint` finds it, on a thread of its own.
 
         Raises:
-            ApiError: 400: it is refused, or takes too long.
+            ApiError: 400: it is refused, or takes too long. 503: others take too long.
         """
-        if source is None:
+        if source is None or await self.in_thread(lambda: self._grammars().is_remembered(*source)):
             return
-        work = functools.partial(self.constraint, source)
+        work = self._compiler.submit(self.constraint, source)
         try:
             async with asyncio.timeout(self.limits.grammar_timeout):
-                await asyncio.get_running_loop().run_in_executor(self._compiler, work)
+                await asyncio.wrap_future(work)
         except TimeoutError:
+            if work.cancelled():  # it was never begun: others' are slow
+                raise ApiError(503, "other schemas are being compiled.", code="compiler_busy", retry_after=1) from None
             seconds = self.limits.grammar_timeout
             raise bad(f"the schema or grammar took longer than {seconds:g} s to compile.", "response_format") from None
 
@@ -243,11 +244,12 @@ class Service:
         Raises:
             ApiError: 400: the source is refused.
         """
-        if source is None:
-            return None
+        return None if source is None else self._grammars().constraint(*source)
+
+    def _grammars(self) -> Grammars:
         if self.grammars is None:
             raise bad("structured output needs a tokenizer, and this artifact has none.", "response_format")
-        return self.grammars.constraint(*source)
+        return self.grammars
 
 
 def _shutting_down() -> ApiError:
