@@ -18,8 +18,9 @@ WEIGHTS = "rank-0/weights.bin"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache folder of our own, and files old enough to be stamped: the clock is an hour ahead."""
+    """A cache folder of our own, and files that may be stamped: on a trusted file system, and an hour old by the clock."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verified, "_file_system", lambda _: "ext4")
     now = time.time_ns
     monkeypatch.setattr(verified.time, "time_ns", lambda: now() + 3600 * 10**9)
     return tmp_path / "cache" / "llmrun"
@@ -150,7 +151,7 @@ def test_a_restart_of_the_machine_forgets(cache, artifact, monkeypatch):
     assert not is_remembered(artifact)
 
 
-@pytest.mark.parametrize("kind", ["nfs4", "fuse.sshfs", "squashfs", "9p", ""])
+@pytest.mark.parametrize("kind", ["nfs4", "fuse.sshfs", "squashfs", "9p", "tmpfs", ""])
 def test_a_file_system_that_may_lie_about_times_is_not_trusted(cache, artifact, monkeypatch, kind):
     monkeypatch.setattr(verified, "_file_system", lambda _: kind)
     assert not remember(artifact)
