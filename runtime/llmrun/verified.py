@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import stat
 import time
@@ -126,15 +127,16 @@ def _prune(folder: int) -> None:
 
 def _file_system(path: Path) -> str:
     """Return the type of the file system that holds `path` (proc_pid_mountinfo(5)); empty if that cannot be told."""
-    place = os.path.realpath(path)
+    # The kernel writes these four as \ooo, and a name's other bytes as they are.
+    place = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(os.path.realpath(path)))
     best, found = -1, ""
     try:
-        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+        lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
     except OSError:
         return ""
-    for line in lines:
-        fields = line.split(" ")
-        point = fields[4].encode("latin-1", "ignore").decode("unicode_escape") if "\\" in fields[4] else fields[4]
-        if (place == point or place.startswith(point.rstrip("/") + "/")) and len(point) >= best:  # the last one covers
-            best, found = len(point), fields[fields.index("-") + 1]
+    for fields in (line.split(b" ") for line in lines if line):
+        point = fields[4]
+        is_above = place == point or place.startswith(point.rstrip(b"/") + b"/")
+        if is_above and len(point) >= best:  # the last one covers
+            best, found = len(point), os.fsdecode(fields[fields.index(b"-") + 1])
     return found

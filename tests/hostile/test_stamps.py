@@ -157,6 +157,16 @@ def test_a_file_system_that_may_lie_about_times_is_not_trusted(cache, artifact, 
     assert not remember(artifact)
 
 
+@pytest.mark.parametrize("name", ["disk", "my disk", "\u0414\u0438\u0441\u043a 1", "a\\b", "a\x0cb\u2028c", b"\xff 1"])
+def test_the_file_system_is_that_of_the_mount_whatever_its_name(monkeypatch, name):
+    point = b"/media/" + os.fsencode(name)
+    escaped = point.replace(b"\\", b"\\134").replace(b" ", b"\\040")  # as the kernel writes it
+    lines = [b"27 1 254:0 / / rw - ext4 /dev/vda rw", b"40 27 0:44 / " + escaped + b" rw - nfs4 server:/x rw", b""]
+    monkeypatch.setattr(verified.Path, "read_bytes", lambda _: b"\n".join(lines))
+    assert verified._file_system(Path(os.fsdecode(point)) / "artifact") == "nfs4"
+    assert verified._file_system(Path(os.fsdecode(point) + "x") / "artifact") == "ext4"
+
+
 def test_without_a_place_for_stamps_files_are_hashed(artifact, tmp_path):
     (tmp_path / "file").write_text("")
     for environment in ({"XDG_CACHE_HOME": str(tmp_path / "file")}, {"XDG_CACHE_HOME": "/proc/nowhere"},
