@@ -157,6 +157,15 @@ def test_a_file_system_that_may_lie_about_times_is_not_trusted(cache, artifact, 
     assert not remember(artifact)
 
 
+@pytest.mark.parametrize("elsewhere", ["rank-0", "rank-0/weights.bin"])
+def test_every_file_lies_on_a_file_system_that_is_trusted(cache, artifact, monkeypatch, elsewhere):
+    """A rank's folder, or a file, may be mounted into the artifact."""
+    monkeypatch.setattr(
+        verified, "_file_system", lambda p: "nfs4" if p.is_relative_to(artifact / elsewhere) else "ext4"
+    )
+    assert not remember(artifact)
+
+
 @pytest.mark.parametrize("name", ["disk", "my disk", "\u0414\u0438\u0441\u043a 1", "a\\b", "a\x0cb\u2028c", b"\xff 1"])
 def test_the_file_system_is_that_of_the_mount_whatever_its_name(monkeypatch, name):
     point = b"/media/" + os.fsencode(name)
