@@ -102,10 +102,15 @@ class Staging:
         raise UsageError(f"{self.target}: {found}, which stays as it is; choose another -o, apart from it.")
 
     def _check_target(self) -> None:
-        if self.target.parent == self.target or self.target == Path.cwd():
+        if self.target.parent == self.target or _is_same(self.target, Path()):
             raise UsageError(f"{self.target}: cannot be replaced by an artifact; choose another -o.")
         if self.target.is_symlink():
             raise UsageError(f"{self.target}: a symbolic link; -o must be the directory itself.")
+        folders = Path(os.path.realpath(self.target)).parents
+        if (above := next((folder for folder in folders if _is_artifact(folder)), None)) is not None:
+            raise UsageError(
+                f"{self.target}: lies inside the artifact {above}, which stays as it is; choose another -o, apart from it."
+            )
         if not self.target.exists():
             return
         if _is_mount_point(self.target):
@@ -244,6 +249,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT_NAME else {}
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Tell whether there is an artifact, as far as that can be read."""
+    with contextlib.suppress(OSError):
+        return bool(_read_manifest(folder))
+    return False
 
 
 def _find_unlisted(folder: Path) -> str | None:

@@ -147,6 +147,18 @@ def test_a_target_that_would_replace_or_change_the_model_is_refused(tmp_path, ti
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("target", ["a/rank-1", "a/rank-0/new/b", "link/b", "link/../link/b"])
+def test_a_target_inside_another_artifact_is_refused(tmp_path, tiny_checkpoint, target):
+    """An artifact with a folder that its manifest does not list is one that llmrun refuses."""
+    pack(tiny_checkpoint, tmp_path / "a", Options())
+    (tmp_path / "link").symlink_to("a")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=rf"lies inside the artifact {tmp_path}/a, .*choose another -o"):
+        pack(tiny_checkpoint, tmp_path / target, Options())
+    assert sorted(tmp_path.rglob("*")) == before
+    open_artifact(tmp_path / "a")
+
+
 def in_a_namespace(script, *arguments):
     """Run a shell script that may mount what it likes, seen by nobody else."""
     command = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -178,7 +190,7 @@ def test_a_model_that_is_mounted_at_the_target_too_is_known_by_its_inode(tmp_pat
     assert not (folder / "a").exists()
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "root", "cwd"])
+@pytest.mark.parametrize("kind", ["file", "link", "root", "cwd", "cwd-by-name"])
 def test_strange_targets_are_refused(tmp_path, tiny_checkpoint, monkeypatch, kind):
     target = tmp_path / "a"
     if kind == "file":
@@ -191,6 +203,7 @@ def test_strange_targets_are_refused(tmp_path, tiny_checkpoint, monkeypatch, kin
     else:
         target.mkdir()
         monkeypatch.chdir(target)
+        target = target if kind == "cwd" else type(target)("../a")
     with pytest.raises(UsageError):
         pack(tiny_checkpoint, target, Options(force=True))
 
