@@ -33,14 +33,17 @@ _OPERATORS = {
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
 }
+_OPSET = 21  # version of the default domain
 # Field numbers of onnx.proto3.
-_MODEL_GRAPH, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 14, 20, 25
+_MODEL_GRAPH, _MODEL_OPSET, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 14, 20, 25
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
 _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
 _ATTRIBUTE_HOLDS_MORE = {5, 6, 10, 11, 22, 23}  # tensors and graphs
 _TENSOR_SHAPE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_LOCATION = 1, 2, 8, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _STORED_TYPES = {1: ("float32", 4), 2: ("uint8", 1), 10: ("float16", 2)}  # TensorProto.DataType: name, bytes
+_FLOAT, _INT64 = 1, 7
 
 Fields = list[tuple[int, Any]]  # (field number, bytes or int), in the order of the file
 
@@ -55,14 +58,14 @@ class StoredTensor(NamedTuple):
     num_bytes: int
 
 
-def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[StoredTensor]:
-    """Check the file of a rank's graph, whose external data must lie in `weights`.
+def check_graph(path: Path, weights: Path, rank: int, shards: int, ops_version: int) -> list[StoredTensor]:
+    """Check the file of a rank's graph, whose external data must lie in `weights`; the numbers are the manifest's.
 
     Returns:
         what lies there.
     Raises:
         IntegrityError: not an ONNX model, or its weights are elsewhere.
-        IncompatibleError: another rank's graph, or an operator that no graph of this format has.
+        IncompatibleError: another rank's graph, an operator that no graph of this format has, or other versions of them.
     """
     try:
         model = _fields(path.read_bytes())
@@ -70,6 +73,7 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[Store
             raise ValueError("it holds functions or training code")
         graph = _fields(_only(model, _MODEL_GRAPH))
         metadata = [_entry(value) for number, value in model if number == _MODEL_METADATA]
+        versions = sorted(_opset(value) for number, value in model if number == _MODEL_OPSET)
         operators = {_operator(value) for number, value in graph if number == _GRAPH_NODE}
         stored = list(_stored_tensors(graph, weights))
     except (ValueError, OSError) as error:
@@ -83,6 +87,11 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int) -> list[Store
             f"{path}: the graph of {whose}, expected rank '{rank}' of '{shards}'. Folders of several ranks or artifacts are"
             " mixed: copy the artifact again.",
             code="E418",
+        )
+    if versions != (expected := [("", _OPSET), (OPS_DOMAIN, ops_version)]):
+        raise IncompatibleError(
+            f"{path}: its operators are those of {versions!r:.300}, expected {expected!r}. Pack the model again.",
+            code="E419",
         )
     if strange := sorted(f"{domain}.{op}" for domain, op in operators if op not in _OPERATORS.get(domain, ())):
         raise IncompatibleError(
@@ -123,7 +132,13 @@ def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
             continue
         tensor = _fields(value)
         entries = [_entry(item) for number, item in tensor if number == _TENSOR_EXTERNAL_DATA]
+        name, shape = _text(_only(tensor, _TENSOR_NAME)), tuple(_numbers(tensor, _TENSOR_SHAPE))
+        data_type = next(_numbers(tensor, _TENSOR_TYPE), 0)
         if not entries and all(number != _TENSOR_LOCATION for number, _ in tensor):
+            is_axis = data_type == _INT64 and len(shape) == 1
+            is_row = data_type == _FLOAT and len(shape) == 2 and shape[0] == 1
+            if not is_axis and not is_row:
+                raise ValueError(f"{name!r:.100}, of shape {list(shape)}, lies in it and not in {weights.name!r}")
             continue
         data = dict(entries)
         if len(data) != len(entries) or set(data) != {"location", "offset", "length"}:
@@ -135,11 +150,20 @@ def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
         offset, length = int(data["offset"]), int(data["length"])
         if offset % WEIGHT_ALIGNMENT or offset + length > size:
             raise ValueError(f"external data at {offset}, {length} bytes long, in a file of {size} bytes")
-        name, shape = _text(_only(tensor, _TENSOR_NAME)), tuple(_numbers(tensor, _TENSOR_SHAPE))
-        dtype, item_bytes = _STORED_TYPES.get(next(_numbers(tensor, _TENSOR_TYPE), 0), ("", 0))
+        dtype, item_bytes = _STORED_TYPES.get(data_type, ("", 0))
         if length != math.prod(shape) * item_bytes or not dtype:
             raise ValueError(f"external data of {length} bytes for {name!r:.100}, of shape {list(shape)} and {dtype!r}")
         yield StoredTensor(name, dtype, shape, offset, length)
+
+
+def _opset(data: bytes) -> tuple[str, int]:
+    """Return (domain, version) of an OperatorSetIdProto."""
+    fields = _fields(data)
+    has_domain = any(number == _OPSET_DOMAIN for number, _ in fields)
+    versions = [value for number, value in fields if number == _OPSET_VERSION]
+    if len(versions) != 1 or not isinstance(versions[0], int):
+        raise ValueError("a domain's version is no number")
+    return _text(_only(fields, _OPSET_DOMAIN)) if has_domain else "", versions[0]
 
 
 def _operator(node: bytes) -> tuple[str, str]:

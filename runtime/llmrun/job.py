@@ -296,7 +296,7 @@ class Job:
         self.verify([name for name in names if name != entry.weights])
         graph = self.artifact.resolve(entry.graphs[self.placement.graph])
         weights = self.artifact.resolve(entry.weights)
-        stored = graph_check.check_graph(graph, weights, self.rank, self.size)
+        stored = graph_check.check_graph(graph, weights, self.rank, self.size, self.manifest.ops["version"])
         share = self._pin()
         # The weights are mapped, not parsed: their digests may be computed while the session is made. All ranks wait for
         # each other at the end of this stage, so that nothing runs before every digest is known to be right.

@@ -16,7 +16,7 @@ from onnx import helper
 import llmrun.graph_check
 from hostile.bad_input import assert_refused, check, copy, list_again, read_members, refusal, write_members
 from llmrun import Engine
-from llmrun.artifact import IncompatibleError, IntegrityError, manifest_bytes, open_artifact
+from llmrun.artifact import OPS_VERSION, IncompatibleError, IntegrityError, manifest_bytes, open_artifact
 from llmrun.graph_check import check_graph
 from models import make_checkpoint
 from mpi.harness import run_alone, run_ranks
@@ -68,7 +68,7 @@ def change_graph(artifact, change, rank=0):
 
 def graph_refusal(artifact, rank=0, shards=2):
     folder = artifact / f"rank-{rank}"
-    return refusal(lambda: check_graph(folder / "cpu.onnx", folder / "weights.bin", rank, shards))
+    return refusal(lambda: check_graph(folder / "cpu.onnx", folder / "weights.bin", rank, shards, OPS_VERSION))
 
 
 # 3.4: whose graph
@@ -214,6 +214,64 @@ def test_3_1_llmrun_refuses_with_one_sentence(single, entries):
     assert_refused(run_alone(single, *ASK), 3, "external data lies in", entries["location"])
 
 
+def set_opset(domain, version):
+    def change(model):
+        for opset in model.opset_import:
+            if opset.domain == domain:
+                opset.version = version
+
+    return change
+
+
+OPSETS = {
+    "older": set_opset("", 20),
+    "newer": set_opset("", 22),
+    "older-of-ours": set_opset("ai.llmpack", 3),
+    "newer-of-ours": set_opset("ai.llmpack", 5),
+    "one-more": lambda model: model.opset_import.append(helper.make_opsetid("com.microsoft", 1)),
+    "one-twice": lambda model: model.opset_import.append(helper.make_opsetid("", 21)),
+    "none": lambda model: model.ClearField("opset_import"),
+}
+
+
+@pytest.mark.parametrize("case", OPSETS)
+def test_3_1_operators_of_other_versions_than_the_manifest_says(artifact, case):
+    change_graph(artifact, OPSETS[case])
+    error = graph_refusal(artifact)
+    assert (type(error), error.code) == (IncompatibleError, "E419")
+
+
+def test_3_1_operators_of_an_older_version_run_where_the_manifest_says_so_too(single):
+    change_graph(single, OPSETS["older-of-ours"])
+    members = read_members(single)
+    write_members(single, {**members, "ops": {**members["ops"], "version": 3}})
+    with Engine(single) as engine:
+        assert len(list(engine.generate_ids([1, 5], max_tokens=2, ignore_eos=True))) == 2
+
+
+@pytest.mark.parametrize("role", ["model.norm.weight", "qkv_proj.weight", "qkv_proj.scales"])
+def test_3_1_weights_in_the_graph_itself(artifact, role):
+    def change(model):
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(role))
+        tensor.CopyFrom(
+            helper.make_tensor(tensor.name, tensor.data_type, tensor.dims, bytes(stored_bytes(tensor)), raw=True)
+        )
+
+    def stored_bytes(tensor):
+        return next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
+
+    change_graph(artifact, change)
+    error = graph_refusal(artifact)
+    assert error.code == "E320"
+    assert role in str(error)
+
+
+@pytest.mark.mpi
+def test_3_1_llmrun_refuses_a_graph_of_other_operators(single):
+    change_graph(single, OPSETS["newer-of-ours"])
+    assert_refused(run_alone(single, *ASK), 4, "rank-0/cpu.onnx", "('ai.llmpack', 5)")
+
+
 # Parts that are no graph, no tokenizer, no self-check, with right digests
 
 
@@ -228,7 +286,7 @@ def test_3_1_a_graph_cut_or_changed_anywhere_gives_one_of_our_errors(artifact):
             changed[place] ^= 1 << chooser.randrange(8)
         path.write_bytes(changed)
         try:
-            check_graph(path, weights, 0, 2)
+            check_graph(path, weights, 0, 2, OPS_VERSION)
         except (IntegrityError, IncompatibleError):
             continue  # a changed name or number may be a graph still: what is in it is ONNX Runtime's to judge
 
@@ -309,7 +367,9 @@ def test_golden_texts_that_are_none(single, text):
 def test_control_without_the_graph_check_strangers_are_let_in(single, monkeypatch):
     change_graph(single, lambda model: helper.set_model_props(model, {"rank": "1", "shards": "2"}))
     assert isinstance(refusal(lambda: Engine(single)), IncompatibleError)
-    monkeypatch.setattr(llmrun.graph_check, "check_graph", lambda graph, weights, *_: check_graph(graph, weights, 1, 2))
+    monkeypatch.setattr(
+        llmrun.graph_check, "check_graph", lambda graph, weights, *_: check_graph(graph, weights, 1, 2, OPS_VERSION)
+    )
     with Engine(single) as engine:
         assert len(list(engine.generate_ids([1, 5], max_tokens=2, ignore_eos=True))) == 2
 
