@@ -39,12 +39,14 @@ class TensorInfo:
 class Checkpoint:
     """An open checkpoint; use as a context manager."""
 
-    def __init__(self, model_dir: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self, model_dir: Path, config: ModelConfig, tensors: dict[str, TensorInfo], stamps: dict[str, tuple[int, ...]]
+    ) -> None:
         self.model_dir = model_dir
         self.config = config
         self.tensors = tensors
         self._files = {name: open_regular(model_dir / name) for name in {t.file for t in tensors.values()}}
-        self._stamps = {name: self._stamp(name) for name in self._files}
+        self._stamps = stamps  # of the directory's files, before any was read
         self.notes: list[str] = []  # what was done otherwise than the files say
         if _SINGLE in self._files and (model_dir / _INDEX).exists():
             self.notes.append(f"{_INDEX} is ignored, as by transformers: {_SINGLE} is there")
@@ -56,10 +58,6 @@ class Checkpoint:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
-
-    def _stamp(self, name: str) -> tuple[int, int]:
-        info = os.fstat(self._files[name])
-        return info.st_size, info.st_mtime_ns
 
     def read(self, name: str, rows: slice, columns: slice) -> np.ndarray:
         """Read a block of a matrix; a vector counts as a matrix of one column.
@@ -125,10 +123,10 @@ class Checkpoint:
         runs = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
         return all(np.array_equal(self.read(first, rows, columns), self.read(second, rows, columns)) for rows in runs)
 
-    def check_unchanged(self) -> None:
-        """Make sure that nobody wrote to the files while they were read."""
-        for name, stamp in self._stamps.items():
-            if self._stamp(name) != stamp:
+    def check_unchanged(self, others: Iterable[str]) -> None:
+        """Make sure that what `hash_sources` hashes has been the same since the checkpoint was opened."""
+        for name in self._sources(others):
+            if _stamp(self.model_dir / name) != self._stamps.get(name):
                 raise IntegrityError(
                     f"{self.model_dir / name}: changed while it was being packed. Start again.", code="E303"
                 )
@@ -140,12 +138,9 @@ class Checkpoint:
 
         `is_cancelled` is asked now and then; once it says yes, the result is incomplete.
         """
-        names = {"config.json", *self._files, *others}
-        if _SINGLE not in self._files and (self.model_dir / _INDEX).exists():
-            names.add(_INDEX)
         entries = []
         piece = bytearray(1 << 20)
-        for name in sorted(names):
+        for name in self._sources(others):
             digest, size = hashlib.sha256(), 0
             with open(open_regular(self.model_dir / name), "rb", buffering=0) as file:
                 while (count := file.readinto(piece)) and not is_cancelled():
@@ -153,6 +148,12 @@ class Checkpoint:
                     size += count
             entries.append(SourceEntry(name, size, digest.hexdigest()))
         return entries
+
+    def _sources(self, others: Iterable[str]) -> list[str]:
+        names = {"config.json", *self._files, *others}
+        if _SINGLE not in self._files and (self.model_dir / _INDEX).exists():
+            names.add(_INDEX)
+        return sorted(names)
 
 
 def open_checkpoint(model_dir: Path) -> Checkpoint:
@@ -166,6 +167,7 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
     if not os.path.isdir(model_dir):
         found = "not a directory" if os.path.exists(model_dir) else "no such directory"
         raise UsageError(f"{model_dir}: {found}; expected a Hugging Face model directory.", code="E202")
+    stamps = {name: _stamp(model_dir / name) for name in os.listdir(model_dir)}
     config = read_config(model_dir)
     tensors: dict[str, TensorInfo] = {}
     for name in _weight_files(model_dir):
@@ -175,7 +177,16 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
                     f"{model_dir}: {tensor} occurs in {tensors[tensor].file} and in {name}.", code="E311"
                 )
             tensors[tensor] = info
-    return Checkpoint(model_dir, config, tensors)
+    return Checkpoint(model_dir, config, tensors, stamps)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced; empty if it is not there."""
+    try:
+        info = path.stat()
+    except OSError:
+        return ()
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _weight_files(model_dir: Path) -> list[str]:

@@ -186,7 +186,7 @@ def pack(
             }
             if has_gpu:
                 members["kernels"] = {name: kernels.file_name(name) for name in code}
-            checkpoint.check_unchanged()
+            checkpoint.check_unchanged(used)
             on_progress("publish", 0, 1)
             staging.publish(members)
     return summary

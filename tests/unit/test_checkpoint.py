@@ -111,7 +111,7 @@ def test_file_shortened_while_packing_names_the_tensor(model_dir):
         with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
             checkpoint.read(name, slice(0, 1), slice(0, 1))
         with pytest.raises(IntegrityError, match="changed while"):
-            checkpoint.check_unchanged()
+            checkpoint.check_unchanged([])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import struct
 import subprocess
@@ -293,18 +294,29 @@ def test_peak_memory_is_below_0_6_gb_for_widths_of_a_7b(tmp_path):
     assert 1024 * int(result.stderr.split()[1]) < 600e6
 
 
-def test_input_that_changes_while_it_is_packed_is_noticed(tmp_path, tiny_checkpoint):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json", "tokenizer.model"])
+@pytest.mark.parametrize("how", ["touched", "written", "replaced"])
+def test_input_that_changes_while_it_is_packed_is_noticed(tmp_path, tiny_text_checkpoint, name, how):
+    """Else `source` would name bytes that are not those that were packed."""
     folder = tmp_path / "m"
     folder.mkdir()
-    for path in tiny_checkpoint.iterdir():
+    for path in tiny_text_checkpoint.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    touched = []
+    file, times, changed = folder / name, (folder / name).stat(), []
 
-    def touch(step, *_):
-        if step == "self-check" and not touched:
+    def change(step, *_):
+        if step == "self-check" and not changed:
             time.sleep(0.01)
-            touched.append((folder / "model.safetensors").touch())
+            changed.append(how)
+            if how == "touched":
+                file.touch()
+            elif how == "written":
+                file.write_bytes(file.read_bytes() + b" ")
+            else:  # by a program that keeps times, as rsync -t does
+                (tmp_path / "new").write_bytes(file.read_bytes())
+                os.utime(tmp_path / "new", ns=(times.st_atime_ns, times.st_mtime_ns))
+                (tmp_path / "new").rename(file)
 
-    with pytest.raises(IntegrityError, match="changed while it was being packed"):
-        pack(folder, tmp_path / "a", Options(), touch)
+    with pytest.raises(IntegrityError, match=rf"{re.escape(name)}: changed while it was being packed"):
+        pack(folder, tmp_path / "a", Options(), change)
     assert not (tmp_path / "a").exists()
