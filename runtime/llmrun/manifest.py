@@ -227,9 +227,9 @@ def _is_version(value: Any) -> typing.TypeGuard[list[int]]:
 
 
 def _check_depth(value: Any, left: int) -> None:
-    if left == 0:
-        raise ValueError("nested too deeply")
     if isinstance(value, dict | list):
+        if left == 0:
+            raise ValueError("nested too deeply")
         for item in value.values() if isinstance(value, dict) else value:
             _check_depth(item, left - 1)
 

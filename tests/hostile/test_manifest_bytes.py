@@ -88,6 +88,16 @@ def test_2_1_nested_deeply(members, depth):
         lie(members, code="E308")
 
 
+@pytest.mark.parametrize("innermost", [[], [1], {}, {"a": "b"}])
+def test_2_1_nested_sixteen_deep_and_no_deeper(members, innermost):
+    for _ in range(14):
+        innermost = [innermost]
+    members["later"] = innermost
+    parse(manifest_bytes(members))
+    members["later"] = [innermost]
+    lie(members, code="E308")
+
+
 # 2.2: canonical bytes
 
 
