@@ -223,7 +223,7 @@ def parse_manifest(data: bytes, path: Path) -> tuple[Manifest, str]:
 
 def _is_version(value: Any) -> typing.TypeGuard[list[int]]:
     """Tell whether this is [major, minor]: what says that a manifest is of another format, and not damaged."""
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 <= n <= _MAX_INT for n in value)
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)
 
 
 def _check_depth(value: Any, left: int) -> None:
@@ -331,10 +331,12 @@ def parse_json(data: bytes) -> Any:
     """Parse JSON in UTF-8 as FORMAT 2.1 demands.
 
     Raises:
-        ValueError: it is not JSON, a key occurs twice, a number is none, or it is nested too deeply.
+        ValueError: it is not JSON, a key occurs twice, a number is none or too large, or it is nested too deeply.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_constant
+        )
         _check_depth(value, _MAX_DEPTH)
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -346,6 +348,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice")
     return result
+
+
+def _integer(digits: str) -> int:
+    number = int(digits)
+    if abs(number) > _MAX_INT:
+        raise ValueError(f"an integer beyond {_MAX_INT}")
+    return number
 
 
 def _no_constant(name: str) -> typing.NoReturn:
@@ -379,7 +388,7 @@ def _build(kind: Any, value: Any, path: Path, where: str) -> Any:
         return value
     if kind in (str, bool, float) and type(value) is kind:
         return value
-    if kind in (int, float) and type(value) is int and abs(value) <= _MAX_INT:
+    if kind in (int, float) and type(value) is int:
         return kind(value)
     shown = where.lstrip(".")[:_MAX_SHOWN]
     raise IntegrityError(f"{path}: member {shown!r} has an unexpected value.", code="E309")
