@@ -373,7 +373,7 @@ def _build(kind: Any, value: Any, path: Path, where: str) -> Any:
         hints = _hints(kind)
         given = [f for f in fields(kind) if f.name in value or f.default_factory is MISSING]
         if missing := [f.name for f in given if f.name not in value]:
-            raise IntegrityError(f"{path}: {where or 'manifest'}: no member {missing[0]!r}.", code="E309")
+            raise IntegrityError(f"{path}: {where.lstrip('.') or 'manifest'}: no member {missing[0]!r}.", code="E309")
         built = {f.name: _build(hints[f.name], value[f.name], path, f"{where}.{f.name}") for f in given}
         return typing.cast(Any, kind)(**built)
     if origin is tuple and isinstance(value, list):
