@@ -101,6 +101,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.broken_pipes = 0
         self.key: str | None = None
+        self.model = "demo-q4-tp2"  # none: it is being loaded
         self.refusals: list[tuple[int, str]] = []  # answers to come: status, message
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -120,7 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Content-Security-Policy": content_security_policy(body)}
             self._send(200, body, "text/html; charset=utf-8", headers)
         elif self.path == "/v1/models" and self._is_allowed():
-            self._send_json(200, {"object": "list", "data": [{"id": "demo-q4-tp2", "object": "model"}]})
+            if self._is_loaded():
+                self._send_json(200, {"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
         elif self.path != "/v1/models":
             self._send_json(404, {"error": {"message": "not here"}})
 
@@ -132,6 +134,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.refusals:
             status, message = self.server.refusals.pop(0)
             self._send_json(status, {"error": {"message": message}}, {"Retry-After": "7"})
+            return
+        if not self._is_loaded():
+            return
+        if body["model"] != self.server.model:
+            message = f"the model {body['model']!r} does not exist: this is {self.server.model}."
+            self._send_json(404, {"error": {"message": message}})
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -182,6 +190,11 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         self._send_json(401, {"error": {"message": "no key"}})
         return False
+
+    def _is_loaded(self) -> bool:
+        if not self.server.model:
+            self._send_json(503, {"error": {"message": "the model is being loaded."}})
+        return bool(self.server.model)
 
     def _send_json(self, status: int, value: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(value).encode(), "application/json", headers or {})
