@@ -170,6 +170,39 @@ def test_markdown_becomes_elements(tab: Any, server: Server) -> None:
     assert tab.evaluate("navigator.clipboard.readText()") == MARKDOWN
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        # emphasis
+        ("***both***", "<p><strong><em>both</em></strong></p>"),
+        ("**bold *it***", "<p><strong>bold <em>it</em></strong></p>"),
+        ("**`**kwargs`** x", "<p><strong><code>**kwargs</code></strong> x</p>"),
+        ("*an `*` in code* x", "<p><em>an <code>*</code> in code</em> x</p>"),
+        ("*a \\* b* c", "<p><em>a * b</em> c</p>"),
+        ("имя_файла_тут, naïve_é_x", "<p>имя_файла_тут, naïve_é_x</p>"),
+        # blocks
+        (
+            "1. one\n   ~~~\n   ---\n   kind: x\n   ~~~\n2. two",
+            '<ol start="1"><li>one<div class="code">[text]<pre><code>---\nkind: x</code></pre></div></li><li>two</li></ol>',
+        ),
+        ("- a\n---\n- b", "<ul><li>a</li></ul><hr><ul><li>b</li></ul>"),
+        ("this | that\n---\nx", "<p>this | that</p><hr><p>x</p>"),
+    ],
+)
+def test_markdown_shows_every_character_but_its_marks(text: str, shown: str, tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    found = tab.evaluate(
+        """(text) => {
+        const element = document.createElement('div');
+        showMarkdown(element, text);
+        for (const head of element.querySelectorAll('.code > div')) head.replaceWith(`[${head.firstChild.textContent}]`);
+        return element.innerHTML;
+    }""",
+        text,
+    )
+    assert found == shown
+
+
 def test_nasty_markdown_does_not_hold_the_page(tab: Any, server: Server) -> None:
     tab.goto(server.url)
     ask(tab, "nasty")
