@@ -180,6 +180,11 @@ def test_markdown_becomes_elements(tab: Any, server: Server) -> None:
         ("*an `*` in code* x", "<p><em>an <code>*</code> in code</em> x</p>"),
         ("*a \\* b* c", "<p><em>a * b</em> c</p>"),
         ("имя_файла_тут, naïve_é_x", "<p>имя_файла_тут, naïve_é_x</p>"),
+        # addresses
+        (
+            "(https://example.org/a_(b)_c, https://example.org/d).",
+            "<p>([https://example.org/a_(b)_c], [https://example.org/d]).</p>",
+        ),
         # blocks
         (
             "1. one\n   ~~~\n   ---\n   kind: x\n   ~~~\n2. two",
@@ -196,11 +201,31 @@ def test_markdown_shows_every_character_but_its_marks(text: str, shown: str, tab
         const element = document.createElement('div');
         showMarkdown(element, text);
         for (const head of element.querySelectorAll('.code > div')) head.replaceWith(`[${head.firstChild.textContent}]`);
+        for (const link of element.querySelectorAll('a')) link.replaceWith(`[${link.href}]`);
         return element.innerHTML;
     }""",
         text,
     )
     assert found == shown
+
+
+@pytest.mark.parametrize("has_clipboard", [True, False])
+def test_copying_twice_leaves_the_button_and_the_keyboard_where_they_were(
+    has_clipboard: bool, tab: Any, server: Server
+) -> None:
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.goto(server.url)
+    if not has_clipboard:  # as over plain HTTP to another host
+        tab.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    ask(tab, "hello")
+    wait_until_done(tab)
+    button = ".assistant .tools button"
+    for _ in range(2):
+        tab.press(button, "Enter")
+        wait(tab, f"document.querySelector('{button}').textContent === 'Copied'")
+    assert tab.evaluate("document.activeElement.textContent") == "Copied"
+    time.sleep(1.6)  # longer than it says so
+    assert tab.inner_text(button) == "Copy"
 
 
 def test_nasty_markdown_does_not_hold_the_page(tab: Any, server: Server) -> None:
