@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmrun import console, stdin
 from llmrun.errors import ResourceError
@@ -85,8 +86,19 @@ def start_ranks(
             preexec_fn=die_with_parent,  # safe: no thread has been started yet
         )
     if num_ranks > 1:
-        threading.Thread(target=_end_late, args=(child, Path(folder, "exit-code")), daemon=True).start()
+        _start_thread(_end_late, child, Path(folder, "exit-code"))
     return child
+
+
+def _start_thread(target: Callable[..., None], *arguments: Any) -> threading.Thread:
+    """Start a thread that leaves signals to the main one, whose waiting at a prompt they must interrupt."""
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return thread
 
 
 def _end_late(child: subprocess.Popen[bytes], note: Path) -> None:
@@ -114,7 +126,7 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
         pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         for pump in pumps:
             pump.start()
-        threading.Thread(target=_pump_stdin, args=(folder,), daemon=True).start()
+        _start_thread(_pump_stdin, folder)
         signals = _SignalForwarder(child, Path(folder))
         with signals:
             code = child.wait()
@@ -170,11 +182,10 @@ class OutputPump:
         self._descriptor = descriptor
         self._reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._pump, daemon=True)
 
     def start(self) -> None:
         """Begin to copy."""
-        self._thread.start()
+        self._thread = _start_thread(self._pump)
 
     def finish(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Copy the rest; the writer is gone. Once `is_hurried`, whoever reads has FAREWELL_S to take it."""

@@ -42,19 +42,27 @@ def default_history() -> Path | None:
     return Path(state, "llmrun", "history")
 
 
+class _ResumedError(Exception):
+    """The terminal was a shell's for a while; `line` is what had been typed."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line)
+        self.line = line
+
+
 class KeptKeys:
     """Has the terminal keep keys as they are typed, unseen, until a message is read; Ctrl-C and Ctrl-Z act at once.
 
     A terminal that edits lines itself would show them amid an answer, and spoil Ctrl-D: it makes it the end of a line,
     which, when editing begins, turns into a character 0 that ends nothing (Linux, n_tty.c). Does nothing where there is
     no readline to edit them, and while llmrun runs in the background, where it would be stopped for it. A shell to which
-    Ctrl-Z led sets the terminal for itself, so what goes on after it sets it again.
+    Ctrl-Z led sets the terminal for itself, so what goes on after it sets it again, and shows a line that was being typed.
     """
 
     def __enter__(self) -> KeptKeys:
         """Begin; the end restores the terminal."""
         self._found: list[Any] | None = None
-        self._is_reading = False
+        self._is_reading = self._is_editing = False
         if readline is not None:
             with contextlib.suppress(termios.error, OSError):
                 self._found = termios.tcgetattr(0)
@@ -82,18 +90,42 @@ class KeptKeys:
             self._is_reading = False
             self._set(_KEPT)
 
+    def edit(self, prompt: str) -> str:
+        """Return a line, within `read`.
+
+        Raises:
+            EOFError, KeyboardInterrupt: as `input`.
+        """
+        line = ""
+        while True:
+            try:
+                self._is_editing = True
+                try:
+                    return _input(prompt, line)
+                finally:
+                    self._is_editing = False
+            except _ResumedError as error:  # readline sets the terminal only when it begins
+                line = error.line
+                self._set(~termios.ICANON)
+
     def _on_resume(self, *_: object) -> None:
         if not self._is_reading:
             self._set(_KEPT)
+        elif self._is_editing and readline is not None and self._has_terminal():
+            raise _ResumedError(readline.get_line_buffer())
+
+    def _has_terminal(self) -> bool:
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            return self._found is not None and os.tcgetpgrp(0) == os.getpgrp()
+        return False
 
     def _set(self, mask: int) -> None:
-        if self._found is None:
+        if self._found is None or not self._has_terminal():
             return
         attributes = self._found.copy()
         attributes[3] &= mask
-        with contextlib.suppress(termios.error, OSError):  # a terminal that is gone
-            if os.tcgetpgrp(0) == os.getpgrp():
-                termios.tcsetattr(0, termios.TCSANOW, attributes)
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSANOW, attributes)
 
 
 class LineEditor:
@@ -130,14 +162,14 @@ class LineEditor:
             KeyboardInterrupt: Ctrl-C; what was typed is gone.
         """
         with self._keys.read():
-            line = input(PROMPT)
+            line = self._keys.edit(PROMPT)
             if line.lstrip().startswith(QUOTES):
                 text = self._read_block(line.lstrip().removeprefix(QUOTES))
             else:
                 lines = [line]
                 while lines[-1].endswith("\\"):
                     lines[-1] = lines[-1][:-1]
-                    lines.append(input(CONTINUATION))
+                    lines.append(self._keys.edit(CONTINUATION))
                 text = "\n".join(lines)
         self._remember(text)
         return text
@@ -145,7 +177,7 @@ class LineEditor:
     def _read_block(self, first: str) -> str:
         lines = [first]
         while not lines[-1].rstrip().endswith(QUOTES):
-            lines.append(input(CONTINUATION))
+            lines.append(self._keys.edit(CONTINUATION))
         lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
         return "\n" + "\n".join(lines).strip("\n")  # a block is text, whatever it begins with
 
@@ -172,6 +204,18 @@ class LineEditor:
         else:
             found = []
         return found[state] if state < len(found) else None
+
+
+def _input(prompt: str, line: str) -> str:
+    """Return a line that begins as `line`."""
+    if readline is None:
+        return input(prompt)
+    editor = readline
+    editor.set_startup_hook(lambda: editor.insert_text(line))
+    try:
+        return input(prompt)
+    finally:
+        editor.set_startup_hook()
 
 
 def _edit_utf8() -> None:

@@ -267,6 +267,24 @@ def test_keys_are_kept_after_it_was_stopped_too(when: str, tmp_path: Path, packe
         assert chat.echoes()
 
 
+@pytest.mark.parametrize(("prompt", "before"), [(">", ""), (".", '"""\r')], ids=["line", "block"])
+def test_a_line_is_shown_and_edited_on_after_it_was_stopped(
+    prompt: str, before: str, tmp_path: Path, packed_demo: Packed
+) -> None:
+    with Chat(tmp_path, packed_demo(1, "q4"), "-n", "4") as chat:
+        chat.wait("/help shows")
+        chat.type(before + "half a lin")
+        chat.wait(lambda: chat.screen[-1] == f"{prompt} half a lin")
+        resume_as_from_a_shell(chat)
+        chat.wait(lambda: not chat.echoes(), 2)
+        chat.type(BACKSPACE + LEFT + "X")
+        chat.wait(lambda: chat.screen[-1] == f"{prompt} half a lXi", 2)
+        chat.ask('\r"""\r' if before else "\r")
+        chat.type(CTRL_D)
+        assert chat.finish() == 0
+        assert chat.echoes()
+
+
 AT_THE_MOMENT = """
 import os, signal, sys, termios
 from llmrun import chat_link, chat_terminal, cli, launch
