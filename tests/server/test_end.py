@@ -129,6 +129,7 @@ def test_a_key_from_a_file_is_asked_for(packed_demo: Packed, tmp_path: Path) -> 
         (("--port", 70000), 2),
         (("--host", "no.such.host.invalid", "--api-key", "a"), 2),
         (("--api-key", ""), 2),
+        (("--api-key", "schlüssel"), 2),  # what clients make of it in a header differs
         (("--api-key-file", "/nonexistent"), 2),
         (("--api-key-file", "/dev/null"), 2),
         (("--max-queue", 0), 2),

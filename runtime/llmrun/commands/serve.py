@@ -123,6 +123,6 @@ def _read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
         if not found:
             raise UsageError(f"{arguments.api_key_file}: holds no key.", code="E209")
         keys += found
-    if any(not key.strip() or not key.isprintable() for key in keys):
-        raise UsageError("an API key is empty or holds a character that cannot be typed.")
+    if any(not key.strip() or not (key.isascii() and key.isprintable()) for key in keys):
+        raise UsageError("an API key is empty or holds a character that a header cannot: expected printable ASCII.")
     return tuple(keys)
