@@ -240,6 +240,18 @@ def test_nasty_markdown_does_not_hold_the_page(tab: Any, server: Server) -> None
     assert took_ms < 1000
 
 
+@pytest.mark.parametrize("text", ["*a* " * 150_000, "- " + "`a` " * 150_000, "a\n\n" * 150_000])
+def test_a_long_answer_of_one_pattern_is_shown(text: str, tab: Any, server: Server) -> None:
+    """Models get stuck in one, and a browser takes some 100 000 arguments of a call."""
+    tab.goto(server.url)
+    shown = """(text) => {
+        const element = document.createElement('div');
+        showMarkdown(element, text);
+        return element.textContent.length;
+    }"""
+    assert tab.evaluate(shown, text) >= 150_000
+
+
 def test_settings_go_into_the_request(tab: Any, server: Server) -> None:
     tab.goto(server.url)
     tab.click("#open-settings")
