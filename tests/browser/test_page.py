@@ -97,6 +97,16 @@ def test_shift_and_enter_make_a_line(tab: Any, server: Server) -> None:
     assert server.requests[0]["messages"][0]["content"] == "a\nb"
 
 
+@pytest.mark.parametrize("event", ["isComposing: true", "keyCode: 229"])
+def test_the_enter_that_ends_a_composition_sends_nothing(event: str, tab: Any, server: Server) -> None:
+    """Chinese and Japanese are typed so; Safari says that the composition is over before it tells of its last key."""
+    tab.goto(server.url)
+    tab.fill("#prompt", "にほん")
+    tab.evaluate(f"""document.querySelector('#prompt').dispatchEvent(
+        new KeyboardEvent('keydown', {{ key: 'Enter', bubbles: true, cancelable: true, {event} }}))""")
+    assert tab.input_value("#prompt") == "にほん"
+
+
 def test_hostile_markdown_does_nothing(tab: Any, server: Server) -> None:
     tab.goto(server.url)
     ask(tab, "hostile")
