@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,28 @@ def test_show_and_verify_and_doctor(packed_tiny: Packed) -> None:
     assert (facts["shards"], facts["quantization"]["scheme"]) == (2, "q8")
     assert json.loads(llmrun("verify", path, "--json").stdout)["ok"] is True
     assert json.loads(llmrun("doctor", path, "--json").stdout)["ok"] is True
+
+
+def test_verify_on_a_host_with_its_own_ranks_only(packed_tiny: Packed, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(packed_tiny(2, "q8"), path)
+    both = json.loads(llmrun("verify", path, "--json").stdout)
+    shutil.rmtree(path / "rank-0")
+    done = json.loads(llmrun("verify", path, "--ranks", "1", "--json").stdout)
+    assert both["files"] - done["files"] == 2
+    assert done["bytes"] == sum(file.stat().st_size for file in path.rglob("*.*") if file.name != "manifest.json")
+    for ranks, code, words in (
+        (None, 3, "rank-0/"),
+        ("0,1", 3, "rank-0/"),
+        ("2", 4, "no rank 2"),
+        ("a", 2, "as in 0,1"),
+    ):
+        refused = llmrun("verify", path, *([] if ranks is None else ["--ranks", ranks]))
+        assert (refused.returncode, words in refused.stderr.decode()) == (code, True), refused.stderr
+    with open(path / "rank-1/weights.bin", "r+b") as file:
+        file.write(b"\xff\xff")
+    assert llmrun("verify", path, "--ranks", "1").returncode == 3
+    assert llmrun("verify", path, "--ranks", "1", "--deep").returncode == 2
 
 
 def test_verify_deep_replays_the_packagers_examples(packed_tiny: Packed) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrun import console
 from llmrun.commands import common
-from llmrun.errors import IntegrityError
+from llmrun.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -22,24 +22,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     common.add_artifact(parser)
     parser.add_argument("--deep", action="store_true", help="also run the model on its own examples")
+    parser.add_argument(
+        "--ranks", type=_ranks, metavar="N,N", help="of a host that holds only these ranks' folders; default: all"
+    )
     common.add_engine_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; print what was verified."""
     if arguments.deep:
+        if arguments.ranks is not None:
+            raise UsageError("--ranks with --deep: the model runs on all its ranks. Start them with mpirun instead.")
         arguments.verify = "full"
         return common.run_on_ranks(arguments, common.RankWork(lambda engine, _: _verify_deep(arguments, engine, _)))
     if console.environment_rank() != 0:
         return 0
     from llmrun.artifact import open_artifact
 
-    artifact = open_artifact(arguments.artifact)
-    files = list(artifact.manifest.files)
+    artifact = open_artifact(arguments.artifact, arguments.ranks)
+    entries = artifact.manifest.files
+    files = [name for name, times in artifact.times_of(entries).items() if times]  # those of other hosts are absent
     artifact.verify(files, console.Progress("verifying", is_quiet=False))
-    total = sum(entry.size for entry in artifact.manifest.files.values())
+    total = sum(entries[name].size for name in files)
     _report(arguments, {"files": len(files), "bytes": total, "manifest_sha256": artifact.digest})
     return 0
+
+
+def _ranks(text: str) -> list[int]:
+    try:
+        return [int(rank) for rank in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers and commas, as in 0,1") from None
 
 
 def _verify_deep(arguments: argparse.Namespace, engine: Engine, _signals: Signals) -> int:
