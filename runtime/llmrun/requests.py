@@ -206,7 +206,7 @@ def check_prompt(
     if wanted > room:
         raise UsageError(
             f"the prompt has {len(ids)} tokens and max-tokens is {wanted}; together they do not fit the context of"
-            f" {max_seq_len}. Use --max-tokens {room} or less.",
+            f" {max_seq_len}. Use {room} or less, or shorten the prompt.",
             code="E204",
         )
     if wanted < least_tokens:

@@ -102,7 +102,7 @@ class Server(ThreadingHTTPServer):
         self.broken_pipes = 0
         self.key: str | None = None
         self.model = "demo-q4-tp2"  # none: it is being loaded
-        self.refusals: list[tuple[int, str]] = []  # answers to come: status, message
+        self.refusals: list[tuple[Any, ...]] = []  # answers to come: status, message, perhaps a code
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -132,8 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.server.requests.append(body)
         if self.server.refusals:
-            status, message = self.server.refusals.pop(0)
-            self._send_json(status, {"error": {"message": message}}, {"Retry-After": "7"})
+            status, message, *code = self.server.refusals.pop(0)
+            error = {"message": message, "code": code[0] if code else None}
+            self._send_json(status, {"error": error}, {"Retry-After": "7"})
             return
         if not self._is_loaded():
             return

@@ -320,6 +320,43 @@ def test_a_refusal_is_told_and_can_be_tried_again(
     assert len(server.requests[-1]["messages"]) == 1
 
 
+def test_an_answer_stays_where_there_is_no_other(tab: Any, server: Server) -> None:
+    tab.allowed.append("429")
+    tab.goto(server.url)
+    ask(tab, "hello")
+    wait_until_done(tab)
+    server.refusals += [(429, "full")] * 2
+    tab.click("text=Again")
+    wait_until_done(tab)
+    tab.click("#trouble button")
+    wait_until_done(tab)
+    assert tab.inner_text(LAST) == "You said: hello"
+    tab.click("#trouble button")
+    wait_until_done(tab)
+    assert tab.is_hidden("#trouble")
+    assert [tab.locator(f".{role}").count() for role in ("user", "assistant")] == [1, 1]
+    assert [message["role"] for message in server.requests[-1]["messages"]] == ["user"]
+
+
+def test_a_question_is_sent_and_edited_as_it_was_typed(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    ask(tab, " \n    def f():\n        pass \n")
+    wait_until_done(tab)
+    assert server.requests[-1]["messages"][-1]["content"] == "    def f():\n        pass"
+    tab.fill("#prompt", "and a draft")
+    tab.click("text=Edit")
+    assert tab.input_value("#prompt") == "    def f():\n        pass\nand a draft"
+
+
+def test_a_full_context_is_explained(tab: Any, server: Server) -> None:
+    tab.allowed.append("400")
+    tab.goto(server.url)
+    server.refusals.append((400, "the prompt is too long.", "context_length_exceeded"))
+    ask(tab, "hello")
+    wait_until_done(tab)
+    assert tab.inner_text("#trouble span") == "the prompt is too long. A new chat has room."
+
+
 def test_a_question_asked_while_the_model_loads_can_be_asked_again(tab: Any, server: Server) -> None:
     tab.allowed.append("503")
     server.model = ""

@@ -49,7 +49,10 @@ def oracle() -> Callable[[list[int], int], tuple[list[float], list[int]]]:
 
 
 def test_the_model_is_listed(client: openai.OpenAI, served: Served) -> None:
-    assert [model.id for model in client.models.list()] == [served.model]
+    (listed,) = client.models.list()
+    assert (listed.id, client.models.retrieve(served.model)) == (served.model, listed)
+    with pytest.raises(openai.NotFoundError, match="'other/one' does not exist"):
+        client.models.retrieve("other/one")
 
 
 def test_prompt_logprobs_are_those_of_transformers(client: openai.OpenAI, served: Served, oracle: Any) -> None:

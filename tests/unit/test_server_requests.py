@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrun.requests import Event
 from llmrun.server.errors import ApiError
 from llmrun.server.guard import Access, ClientGoneError, Guard, read_body
 from llmrun.server.json_body import parse_json
@@ -19,6 +20,7 @@ from llmrun.server.openapi import document
 from llmrun.server.responses import Json
 from llmrun.server.schemas import ChatCall, CompletionCall, Schemas
 from llmrun.server.service import Service
+from llmrun.server.tasks import Answer, Choice
 from llmrun.stats import Stats
 
 LIMITS = Limits()
@@ -405,3 +407,29 @@ def test_health_is_stuck_when_there_is_work_and_no_step(monkeypatch: pytest.Monk
     assert after(1, running=1, steps=3) == "ok"
     assert after(6, waiting=1, steps=3) == "stuck"
     assert after(1, steps=3) == "ok"
+
+
+def test_what_came_before_an_error_is_given_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(Limits(), ["m"], "vllm", 8)
+    monkeypatch.setattr(service, "admit", lambda _: None)
+    monkeypatch.setattr(service, "release", lambda _: None)
+
+    async def forever() -> MutableMapping[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def outcome() -> list[str]:
+        async with Answer(service, forever, 1) as answer:
+            choice = Choice(0, 0)
+            on_event = answer._callback(choice)
+            answer.choices.append(choice)
+            for text in ("last", "words"):
+                on_event(Event(cast("Any", None), None, text))
+            await asyncio.sleep(0)
+            answer.fail(ApiError(503, "a rank is lost"))
+            seen = [event.text for _, event in await answer.events() or []]
+            with pytest.raises(ApiError, match="a rank is lost"):
+                await answer.events()
+            return seen
+
+    assert asyncio.run(outcome()) == ["last", "words"]

@@ -37,6 +37,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
             Route("/version", routes.version),
             Route("/openapi.json", routes.openapi),
             Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
             Route("/v1/completions", Completions(service), methods=["POST"]),
             Route("/v1/chat/completions", Chats(service), methods=["POST"]),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
@@ -89,11 +90,20 @@ class _Routes:
 
     async def models(self, _request: Request) -> Response:
         """List the model, under each of its names."""
+        self._service.check_ready()
+        return Json({"object": "list", "data": [self._model(name) for name in self._service.names]})
+
+    async def model(self, request: Request) -> Response:
+        """Tell of the model under one of its names."""
+        name = request.path_params["name"]
+        self._service.check_ready()
+        self._service.check_model(name)
+        return Json(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
         service = self._service
-        service.check_ready()
         facts = {"object": "model", "created": service.created, "owned_by": "llmrun"}
-        names = [{"id": name, **facts, "max_model_len": service.engine.max_seq_len} for name in service.names]
-        return Json({"object": "list", "data": names})
+        return {"id": name, **facts, "max_model_len": service.engine.max_seq_len}
 
     async def metrics(self, _request: Request) -> Response:
         """Send the numbers."""

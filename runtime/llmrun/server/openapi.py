@@ -57,6 +57,7 @@ def document(schemas: Schemas) -> dict[str, Any]:
         body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
         return {"post": {"summary": summary, "requestBody": body, "responses": {**good, **failures}}}
 
+    name_in_path = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     streams = ("application/json", "text/event-stream")
     return {
         "openapi": "3.1.0",
@@ -65,6 +66,7 @@ def document(schemas: Schemas) -> dict[str, Any]:
             "/v1/chat/completions": post("Answer a chat", "Chat", streams),
             "/v1/completions": post("Continue a text", "Completion", streams),
             "/v1/models": get("The model that is served"),
+            "/v1/models/{name}": {**get("The model under that name"), "parameters": [name_in_path]},
             "/tokenize": post("Text or messages to token ids", "Tokenize"),
             "/detokenize": post("Token ids to text", "Detokenize"),
             "/version": get("The version"),

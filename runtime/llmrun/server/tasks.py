@@ -71,6 +71,7 @@ class Answer:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self._queue: asyncio.Queue[_Arrival | Exception] = asyncio.Queue()
+        self._failure: Exception | None = None  # to be raised next
         self._ended = 0
         self._watch = self._loop.create_task(self._watch_client())
         seconds = self.service.limits.request_timeout
@@ -120,6 +121,8 @@ class Answer:
             ApiError: a sequence failed, or something ended the request from outside.
             ClientGoneError: the client left.
         """
+        if self._failure is not None:
+            raise self._failure
         if self._ended == len(self.choices) and self._queue.empty():
             return []
         try:
@@ -131,9 +134,15 @@ class Answer:
             items.append(self._queue.get_nowait())
         found: list[tuple[Choice, Event]] = []
         for item in items:
-            if isinstance(item, Exception):
-                raise item
-            self._take(item)
+            try:
+                if isinstance(item, Exception):
+                    raise item
+                self._take(item)
+            except Exception as error:
+                if not found:
+                    raise
+                self._failure = error  # after what came before it
+                break
             found.append((item.choice, item.event))
         return found
 
