@@ -7,6 +7,7 @@ numpy nor ONNX Runtime nor MPI.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmrun import __version__, console, launcher
-from llmrun.errors import UsageError
+from llmrun.errors import LlmpackError, UsageError
 
 COMMANDS = ("generate", "chat", "serve", "perplexity", "bench", "verify", "show", "doctor")
 _EPILOG = """\
@@ -99,7 +100,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             time.sleep(TURN_S)  # it ends all ranks with the first that fails: the one that speaks goes before
         launcher.note_exit_code(known.exit_code)
+        if (launcher.launcher_size() or 1) > 1:
+            _take_along_who_waits(known)
         return known.exit_code
+
+
+def _take_along_who_waits(error: LlmpackError) -> None:
+    """If the ranks have not met, end this one so that those of its host, which may be waiting for it, end too."""
+    with contextlib.suppress(ImportError):  # of numpy
+        from llmrun import comm, failstop
+
+        if comm.has_joined():
+            return
+        rank = console.environment_rank()
+        if rank != 0 and comm.is_alone_with_it(is_told_alike=isinstance(error, UsageError)):
+            console.say(console.error_line(type(error)(f"rank {rank}: {error}", code=error.code)))
+        failstop.take_along(comm.siblings)
+        failstop.leave(error.exit_code)
 
 
 def _launched_from() -> str | None:

@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ MAX_SLEEP_S = 0.020  # an idle rank then needs 0.5 % of a core (measured), and a
 _ONE_HOST = {"UCX_TLS": "self,posix,sysv", "UCX_MEM_EVENTS": "no"}
 _SHARED_FILE = re.compile(r"/dev/shm/(?:mpich_shm_|sm_segment\.)\S+$", re.MULTILINE)  # of MPICH and of Open MPI
 _STATUS_BYTES = 4096
+ALONE_S = 1.0  # with an error that rank 0 shares it has left by then
 _TAG, _LONG_TAG = 1, 2
 _SHORT_NUMBERS = 256
 
@@ -116,6 +118,25 @@ def siblings(states: str = "RSDTt") -> list[Peer]:
         if rank is not None and rank != own and above in _ancestors(int(name)):
             found.append(Peer(rank, host, int(name), int(stat[19])))
     return found
+
+
+def has_joined() -> bool:
+    """Whether MPI knows this rank; before, MPICH's launcher takes one that leaves for one that has done its work."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized()
+
+
+def is_alone_with_it(*, is_told_alike: bool) -> bool:
+    """Tell whether rank 0 does not share an error that this rank has before the ranks meet, and so says nothing of it.
+
+    `is_told_alike`: the error comes from the command line, which is the same on all hosts.
+    """
+    until = time.monotonic() + ALONE_S
+    while any(peer.rank == 0 for peer in siblings()):
+        if time.monotonic() > until:
+            return True
+        time.sleep(MAX_SLEEP_S)
+    return not is_told_alike and not launcher.is_on_one_host()
 
 
 def _ancestors(pid: int) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -172,9 +173,16 @@ def joining(deadline_s: float) -> Iterator[None]:
     rank = console.environment_rank()
     dog = Watchdog(rank, (), deadline_s, find_peers=lambda: siblings("T"), on_lost=_end_joining)
     dog.start()
-    with dog.phase("waiting for all ranks to start", LOAD_S):
-        yield
-    dog.close()
+    try:
+        with dog.phase("waiting for all ranks to start", LOAD_S):
+            yield
+    except Exception:
+        if sys.excepthook is sys.__excepthook__:  # a user's script; llmrun itself has hooks, and looks after the others
+            failstop.install_hooks(rank, launcher.launcher_size() or 1, keep_traceback=True)
+            failstop.take_along(siblings)
+        raise
+    finally:
+        dog.close()
 
 
 def process_state(peer: Peer) -> str:

@@ -114,6 +114,31 @@ def test_a_rank_that_leaves_before_mpi_knows_it_leaves_no_rank_behind(
     assert outcome.leftovers == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("start", ["llmrun", "script"])
+def test_a_rank_that_cannot_load_mpi_is_not_waited_for(
+    rank: int, start: str, packed_tiny: Packed, tmp_path: Path
+) -> None:
+    """As on a host whose environment lacks something; the other rank waits inside MPI_Init."""
+    (tmp_path / "script.py").write_text("import sys\nfrom llmrun import Engine\nEngine(sys.argv[1])\n")
+    path = packed_tiny(2, "f32")
+    program = {
+        "llmrun": llmrun_command(path, *ARGUMENTS),
+        "script": [sys.executable, str(tmp_path / "script.py"), str(path)],
+    }[start]
+    command = mpirun_command(2)
+    one = [*command[: command.index("-n")], "-n", "1", *command[command.index("-n") + 2 :]]
+    broken = ["env", "MPI4PY_LIBMPI=/nonexistent/libmpi.so", *program]
+    first, second = (broken, program) if rank == 0 else (program, broken)
+    outcome = RunningJob([*one, *first, ":", "-n", "1", *second]).finish(20)
+    assert outcome.code != 0
+    assert len(outcome.errors) == 1
+    assert "E411" in outcome.errors[0]
+    assert "MPI cannot be loaded" in outcome.errors[0]
+    assert ("rank 1" in outcome.errors[0]) == (rank == 1 and start == "llmrun")
+    assert outcome.leftovers == []
+
+
 @pytest.mark.parametrize("kind", ["kill", "vanish"])
 def test_a_lost_rank_under_the_users_mpirun_leaves_nothing(kind: str, packed_tiny: Packed, golden: str) -> None:
     """The code is the launcher's: MPICH gives 9, and even 0 for a rank that vanishes with 0."""
