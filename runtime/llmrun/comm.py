@@ -7,6 +7,7 @@ collectives inside the graph are the operator library's; they run on a communica
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -391,4 +392,11 @@ def _initialize(mpi: Any) -> bool:
         raise PeerError(f"MPI cannot be initialised: error {code}.")
     for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):  # as mpi4py sets it
         comm.Set_errhandler(mpi.ERRORS_RETURN)
+    atexit.register(_finalize, mpi)
     return True
+
+
+def _finalize(mpi: Any) -> None:
+    """Leave MPI, which waits for the other ranks. mpi4py would do it when no thread, so no watchdog, runs any more."""
+    if not mpi.Is_finalized():
+        ctypes.CDLL(mpi.__file__).MPI_Finalize()

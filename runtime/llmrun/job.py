@@ -60,6 +60,7 @@ class Job:
         self.rank, self.size = self.comm.rank, self.comm.size
         if others := communication.local_peers(self.comm.peers, self.rank):
             failstop.take_along(lambda: others)
+            watchdog.watch_the_end(self.rank, self.comm.peers, deadline_s)
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)
         self.watchdog.start()

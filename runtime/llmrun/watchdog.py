@@ -9,7 +9,9 @@ resumed later is not late.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -97,10 +99,10 @@ class Watchdog:
         self._seen: tuple[int, int] = (0, 0)
         self._is_closed = threading.Event()
 
-    def start(self) -> None:
-        """Begin to watch; off if the deadline is 0."""
+    def start(self, event: threading.Event | None = None) -> None:
+        """Begin to watch, or once `event` is set; off if the deadline is 0."""
         if self._deadline_s > 0:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            threading.Thread(target=self._watch, args=(event,), name="watchdog", daemon=True).start()
 
     def close(self) -> None:
         """Stop watching: the ranks are about to leave in order."""
@@ -155,7 +157,9 @@ class Watchdog:
         elif state == "gone" and seconds > GONE_S + self._turn_s:
             self._on_lost(f"rank {peer.rank} (pid {peer.pid}) is gone; seen by rank {self._rank}")
 
-    def _watch(self) -> None:
+    def _watch(self, event: threading.Event | None) -> None:
+        if event is not None:
+            event.wait()
         poll_s = min(POLL_S, self._deadline_s / 4)
         last = time.monotonic()
         while not self._is_closed.wait(poll_s):
@@ -183,6 +187,19 @@ def joining(deadline_s: float) -> Iterator[None]:
         raise
     finally:
         dog.close()
+
+
+@functools.cache  # once for all jobs of a process
+def watch_the_end(rank: int, peers: tuple[Peer, ...], deadline_s: float) -> None:
+    """Watch for a stopped rank of this host while this one ends, when MPI waits for all; they may be gone by then."""
+    is_ending = threading.Event()
+    Watchdog(
+        rank,
+        peers,
+        deadline_s,
+        peer_state=lambda peer: "stopped" if process_state(peer) == "stopped" else "running",
+    ).start(is_ending)
+    atexit.register(is_ending.set)  # Python starts no thread any more by then
 
 
 def process_state(peer: Peer) -> str:

@@ -139,6 +139,22 @@ def test_a_rank_that_cannot_load_mpi_is_not_waited_for(
     assert outcome.leftovers == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_stopped_while_it_leaves_is_named(rank: int, packed_tiny: Packed, tmp_path: Path) -> None:
+    """The others wait for it when they leave MPI, after their last step."""
+    (tmp_path / "script.py").write_text(
+        "import os, signal, sys\nfrom llmrun import Engine\nwith Engine(sys.argv[1]) as engine:\n    engine.logits([1])\n"
+        f"if engine.rank == {rank}: os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
+    outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(30)
+    assert outcome.code in codes_of_mpirun(6)
+    assert len(outcome.errors) == 1
+    assert f"rank {rank} (pid " in outcome.errors[0]
+    assert "is stopped" in outcome.errors[0]
+    assert outcome.leftovers == []
+
+
 @pytest.mark.parametrize("kind", ["kill", "vanish"])
 def test_a_lost_rank_under_the_users_mpirun_leaves_nothing(kind: str, packed_tiny: Packed, golden: str) -> None:
     """The code is the launcher's: MPICH gives 9, and even 0 for a rank that vanishes with 0."""
