@@ -100,7 +100,7 @@ class Engine:
             self.manifest: Manifest = job.manifest
             self.max_seq_len = job.max_seq_len
             self.tokenizer = None
-            job.stage("preparing", lambda: self._prepare(prepare), deadline_s=None)
+            job.stage("preparing", lambda: self._prepare(prepare), is_timed=False)
             spec = self.manifest.kv_cache
             if kv_cache_mb is None:
                 job.load(max_num_seqs * -(-self.max_seq_len // spec.block_size))

@@ -75,19 +75,20 @@ class Job:
         self.manifest = self.artifact.manifest
         self.max_seq_len = self._max_seq_len()
 
-    def stage(self, name: str, work: Callable[[], Result], *, deadline_s: float | None = watchdog.LOAD_S) -> Result:
+    def stage(self, name: str, work: Callable[[], Result], *, is_timed: bool = True) -> Result:
         """Do `work` on every rank, and agree on the outcome.
 
         Args:
             name: for messages.
             work: this rank's part.
-            deadline_s: None if it may take for ever (a person types).
+            is_timed: false if it may take for ever (a person types).
         Raises:
             LlmpackError: the first failing rank's, on every rank.
         """
         status: dict[str, Any] = {}
         result: Result | None = None
-        with self.watchdog.phase(name, deadline_s if deadline_s is not None else float("inf")):
+        deadline_s = self.watchdog.load_deadline if is_timed else float("inf")
+        with self.watchdog.phase(name, deadline_s):
             try:
                 result = work()
             except KeyboardInterrupt:
@@ -96,6 +97,7 @@ class Job:
                 console.show_traceback(error)
                 where = f"rank {self.rank}: " if self.size > 1 else ""
                 status = rank_status.status_of(console.as_llmpack_error(error, where))
+        with self.watchdog.phase(name, deadline_s, is_done_here=True):
             statuses = self.comm.agree(status)
         for rank, other in enumerate(statuses):
             if other:

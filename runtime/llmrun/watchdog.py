@@ -51,10 +51,10 @@ def deadline_from_environment() -> float:
 class Phase:
     """Something that is watched as long as it lasts: a context. One thread at a time is in one."""
 
-    __slots__ = ("_watchdog", "deadline_s", "name", "waited_s")
+    __slots__ = ("_watchdog", "deadline_s", "is_done_here", "name", "waited_s")
 
-    def __init__(self, watchdog: Watchdog, name: str, deadline_s: float) -> None:
-        self._watchdog, self.name, self.deadline_s = watchdog, name, deadline_s
+    def __init__(self, watchdog: Watchdog, name: str, deadline_s: float, *, is_done_here: bool) -> None:
+        self._watchdog, self.name, self.deadline_s, self.is_done_here = watchdog, name, deadline_s, is_done_here
         self.waited_s = 0.0  # without progress, as the watchdog counts it
 
     def __enter__(self) -> None:
@@ -116,9 +116,17 @@ class Watchdog:
         """Return the seconds that a step may take from one collective to the next."""
         return self._deadline_s * (1 + num_tokens // TOKENS_PER_DEADLINE)
 
-    def phase(self, name: str, deadline_s: float | None = None) -> Phase:
-        """Return a context in which to watch progress; `deadline_s` None: the decode deadline."""
-        return Phase(self, name, deadline_s or self._deadline_s)
+    @property
+    def load_deadline(self) -> float:
+        """Seconds that a step of the start may take."""
+        return max(LOAD_S, self._deadline_s)
+
+    def phase(self, name: str, deadline_s: float | None = None, *, is_done_here: bool = False) -> Phase:
+        """Return a context in which to watch progress.
+
+        `deadline_s` None: the decode deadline. `is_done_here`: this rank has done its part, and waits for the others.
+        """
+        return Phase(self, name, deadline_s or self._deadline_s, is_done_here=is_done_here)
 
     def tick(self, elapsed_s: float) -> None:
         """Look once; `elapsed_s` since the last look."""
@@ -133,13 +141,12 @@ class Watchdog:
     def _judge(self, phase: Phase, state: tuple[int, int]) -> None:
         name, deadline_s, waited_s = phase.name, phase.deadline_s, phase.waited_s
         begun, ended = state
-        if begun > ended:
+        if begun > ended or phase.is_done_here:
             # A rank that is stuck by itself reports first, then the lowest rank that waits for it.
             if waited_s > deadline_s + 1 + 0.5 * self._rank:
                 who = f"rank {1 - self._rank}" if self._size == 2 else "another rank"
-                self._on_lost(
-                    f"{who} has not reached collective {begun} ({name}) for {waited_s:.0f} s; seen by rank {self._rank}"
-                )
+                what = f"done its part of {name}" if phase.is_done_here else f"reached collective {begun} ({name})"
+                self._on_lost(f"{who} has not {what} for {waited_s:.0f} s; seen by rank {self._rank}")
         elif waited_s > deadline_s:
             self._on_lost(f"rank {self._rank} is stuck: no progress in {name} for {waited_s:.0f} s")
 
@@ -178,7 +185,7 @@ def joining(deadline_s: float) -> Iterator[None]:
     dog = Watchdog(rank, (), deadline_s, find_peers=lambda: siblings("T"), on_lost=_end_joining)
     dog.start()
     try:
-        with dog.phase("waiting for all ranks to start", LOAD_S):
+        with dog.phase("waiting for all ranks to start", dog.load_deadline):
             yield
     except Exception:
         if sys.excepthook is sys.__excepthook__:  # a user's script; llmrun itself has hooks, and looks after the others

@@ -89,9 +89,22 @@ def test_a_rank_that_never_joins_is_not_waited_for_for_ever(packed_tiny: Packed,
         "if '1' in (os.environ.get('PMI_RANK'), os.environ.get('OMPI_COMM_WORLD_RANK')): time.sleep(50)\nEngine(sys.argv[1])\n"
     )
     command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
-    outcome = RunningJob(command).finish(45)
+    outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(45)
     assert outcome.code in codes_of_mpirun(6)
     assert "rank 0 is stuck: no progress in waiting for all ranks to start" in outcome.errors[0]
+    assert outcome.leftovers == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_ranks_that_load_the_stuck_one_is_named(rank: int, packed_tiny: Packed, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import sys, time\nfrom llmrun import Engine, job, watchdog\nwatchdog.LOAD_S = 2\nload = job.Job._load\n"
+        f"job.Job._load = lambda self: time.sleep(50) if self.rank == {rank} else load(self)\nEngine(sys.argv[1])\n"
+    )
+    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
+    outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(30)
+    assert len(outcome.errors) == 1
+    assert f"rank {rank} is stuck: no progress in loading" in outcome.errors[0]
     assert outcome.leftovers == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from llmrun.cores import CoreShare, cpu_quota, share_cores
 from llmrun.errors import InternalError, ResourceError
 from llmrun.job import Job
 from llmrun.launcher import launcher_family
+from llmrun.watchdog import Watchdog
 
 pytestmark = pytest.mark.skipif(launcher_family() is not None, reason="pytest itself runs under mpirun")
 
@@ -49,7 +49,7 @@ def job_of_two() -> Job:
     job, ranks = object.__new__(Job), object.__new__(comm.MpiRanks)
     ranks.rank, ranks.size, ranks._comm = 0, 2, Echo()  # type: ignore[assignment]
     job.rank, job.size, job.comm = 0, 2, ranks
-    job.watchdog = SimpleNamespace(phase=lambda *_: contextlib.nullcontext())  # type: ignore[assignment]
+    job.watchdog = Watchdog(0, (), 10.0)
     return job
 
 

@@ -13,7 +13,7 @@ import pytest
 from llmrun.comm import Peer, process_started
 from llmrun.errors import UsageError
 from llmrun.launcher import LAUNCH_VARIABLE
-from llmrun.watchdog import GONE_S, Watchdog, deadline_from_environment, process_state
+from llmrun.watchdog import GONE_S, LOAD_S, Watchdog, deadline_from_environment, process_state
 
 PEERS = (Peer(0, "here", 10, 1), Peer(1, "here", 11, 1), Peer(2, "there", 12, 1))
 
@@ -45,6 +45,21 @@ def test_a_phase_without_progress_is_stuck() -> None:
         assert not case.lost
         case.wait(3)
     assert "rank 0 is stuck: no progress in decode step" in case.lost[0]
+
+
+def test_who_waits_for_the_others_after_its_own_part_blames_them() -> None:
+    case = Case(PEERS[:2])
+    with case.dog.phase("loading", is_done_here=True):
+        case.wait(10.5)
+        assert not case.lost  # the stuck rank's own turn
+        case.wait(1)
+    assert "rank 1 has not done its part of loading for 12 s; seen by rank 0" in case.lost[0]
+
+
+def test_a_longer_deadline_is_one_for_loading_too() -> None:
+    """As the message of a stuck start says."""
+    assert Watchdog(0, PEERS, 10.0).load_deadline == LOAD_S
+    assert Watchdog(0, PEERS, 2 * LOAD_S).load_deadline == 2 * LOAD_S
 
 
 def test_collectives_are_progress() -> None:
