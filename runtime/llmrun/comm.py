@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmrun import console, launcher
-from llmrun.errors import IncompatibleError, InternalError, PeerError
+from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
 from llmrun.step_plan import Int32Array
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ MAX_SLEEP_S = 0.020  # an idle rank then needs 0.5 % of a core (measured), and a
 # MPICH's transport looks for network cards and hooks the allocator for them: a fifth of MPI_Init, for nothing on one host.
 _ONE_HOST = {"UCX_TLS": "self,posix,sysv", "UCX_MEM_EVENTS": "no"}
 _SHARED_FILE = re.compile(r"/dev/shm/(?:mpich_shm_|sm_segment\.)\S+$", re.MULTILINE)  # of MPICH and of Open MPI
+_SHARED_BYTES = 1 << 20  # of MPICH, a rank, and a little (measured: 2.0 to 2.1 MiB for two, 4 to 5 for four)
 _STATUS_BYTES = 4096
 ALONE_S = 1.0  # with an error that rank 0 shares it has left by then
 _TAG, _LONG_TAG = 1, 2
@@ -320,6 +321,28 @@ def _need_no_network(environment: MutableMapping[str, str]) -> None:
             environment.setdefault(name, value)
 
 
+def _expect_shared_memory(environment: Mapping[str, str], folder: str = "/dev/shm") -> None:
+    """Refuse a host whose /dev/shm cannot hold what MPICH puts there: it would die by a signal when it writes.
+
+    Raises:
+        ResourceError: too small, full, read-only, or not there.
+    """
+    if not launcher.is_on_one_host(environment):
+        return
+    needed = int(environment["PMI_SIZE"]) * _SHARED_BYTES
+    remedy = f"MPICH needs more than {needed >> 20} MiB there for {environment['PMI_SIZE']} ranks (in a container: --shm-size)."
+    try:
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise ResourceError(f"{folder}: {error.strerror}. {remedy}", code="E506") from None
+    if found.f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK):
+        raise ResourceError(f"{folder}: cannot be written to. {remedy}", code="E506")
+    size, free = found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail
+    # 0: no limit. The other ranks may have taken their part already.
+    if size and (size <= needed or free <= _SHARED_BYTES):
+        raise ResourceError(f"{folder}: {free >> 10} of {size >> 10} KiB are free. {remedy}", code="E506")
+
+
 def load_mpi() -> Any:
     """Load the MPI library, and do not initialise it; return mpi4py's module.
 
@@ -352,6 +375,7 @@ def connect() -> Communicator:
         return SingleRank()
     launcher.check_launcher()
     _need_no_network(os.environ)
+    _expect_shared_memory(os.environ)
     MPI = load_mpi()
     is_ours = _initialize(MPI)
     world = MPI.COMM_WORLD

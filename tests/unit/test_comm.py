@@ -37,6 +37,36 @@ def test_one_rank_agrees_with_itself() -> None:
     assert [peer.pid for peer in rank.peers] == [os.getpid()]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "free", "flags", "words"),
+    [
+        (16384, 16384, 0, None),  # a container's 64 MB
+        (16384, 300, 0, None),
+        (0, 0, 0, None),  # a tmpfs without a limit
+        (16384, 256, 0, "1024 of 65536 KiB are free. MPICH needs more than 2 MiB there for 2 ranks"),
+        (512, 512, 0, "2048 of 2048 KiB are free"),
+        (16384, 16384, os.ST_RDONLY, "cannot be written to"),
+    ],
+)
+def test_shared_memory_that_mpich_would_die_in_is_refused(
+    blocks: int, free: int, flags: int, words: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = SimpleNamespace(f_frsize=4096, f_blocks=blocks, f_bavail=free, f_flag=flags)
+    monkeypatch.setattr(os, "statvfs", lambda _: found)
+    one_host = {"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}
+    if words is None:
+        comm._expect_shared_memory(one_host, str(tmp_path))
+    else:
+        with pytest.raises(ResourceError, match=words):
+            comm._expect_shared_memory(one_host, str(tmp_path))
+    comm._expect_shared_memory({"PMI_SIZE": "2", "MPI_LOCALNRANKS": "1"}, str(tmp_path))
+
+
+def test_no_shared_memory_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"No such file or directory. MPICH needs"):
+        comm._expect_shared_memory({"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, str(tmp_path / "none"))
+
+
 class Echo:
     """MPI's communicator of two ranks, of which the other one always says the same."""
 
