@@ -23,7 +23,7 @@ import llmrun
 from llmrun import comm as communication
 from llmrun import console, device, errors, failstop, faults, launcher, library, rank_status, watchdog
 from llmrun.artifact import OPS_VERSION, Artifact, open_artifact
-from llmrun.cores import CoreShare, cpu_quota, share_cores
+from llmrun.cores import CoreShare, cpu_quota, places_of, share_cores
 from llmrun.errors import IncompatibleError, PeerError, ResourceError
 from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, fit_blocks
@@ -354,7 +354,8 @@ class Job:
         ranks = communication.local_ranks(self.comm.peers, self.rank)
         quota = min((q for r in ranks if (q := self._quotas[r]) is not None), default=None)
         affinities = [self._affinities[r] for r in ranks]
-        share = share_cores(affinities, ranks.index(self.rank), self.options.threads, quota)
+        places = places_of(self._affinities[self.rank])
+        share = share_cores(affinities, ranks.index(self.rank), self.options.threads, quota, places)
         if share.cores and self.size > 1:
             os.sched_setaffinity(0, share.cores)
         self.num_threads = share.num_threads

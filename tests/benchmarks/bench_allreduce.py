@@ -26,7 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "runtime"))
 
-from llmrun.cores import share_cores  # noqa: E402
+from llmrun.cores import places_of, share_cores  # noqa: E402
 from llmrun.mpi_functions import communicator_struct, load_library  # noqa: E402
 
 SIZES = [1 << power for power in range(10, 21)]
@@ -59,7 +59,8 @@ def main() -> None:
 
     comm = MPI.COMM_WORLD.Dup()
     rank, size = comm.Get_rank(), comm.Get_size()
-    share = share_cores(comm.allgather(sorted(os.sched_getaffinity(0))), rank, 1)
+    own = sorted(os.sched_getaffinity(0))
+    share = share_cores(comm.allgather(own), rank, 1, places=places_of(own))
     library = load_library(options.library)
     given = communicator_struct(comm)
     with tempfile.TemporaryDirectory() as folder:

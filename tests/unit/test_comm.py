@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmrun import comm
-from llmrun.cores import CoreShare, cpu_quota, share_cores
+from llmrun.cores import CoreShare, Place, cpu_quota, places_of, share_cores
 from llmrun.errors import InternalError, ResourceError
 from llmrun.job import Job
 from llmrun.launcher import launcher_family
@@ -135,6 +135,44 @@ def test_ranks_never_share_a_pinned_core(
     assert got == [CoreShare(*share) for share in shares]
     pinned = [core for share in got for core in share.cores]
     assert len(set(pinned)) == len(pinned)
+
+
+def topology(root: Path, siblings: list[str], packages: list[int]) -> dict[int, Place]:
+    for core, (threads, package) in enumerate(zip(siblings, packages, strict=True)):
+        folder = root / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(threads + "\n")
+        (folder / "physical_package_id").write_text(f"{package}\n")
+    return places_of(range(len(siblings)), root)
+
+
+HALVES = ["0,4", "1,5", "2,6", "3,7"] * 2  # hyperthreads as most machines number them
+PAIRS = ["0-1", "0-1", "2-3", "2-3", "4-5", "4-5", "6-7", "6-7"]  # and as some virtual machines do
+ONE, SOCKETS, SOCKET_PAIRS = [0] * 8, [0, 0, 1, 1] * 2, [0, 1] * 4
+
+
+@pytest.mark.parametrize(
+    ("siblings", "packages", "threads", "shares"),
+    [
+        (HALVES, ONE, 1, [(0,), (2,)]),
+        (HALVES, ONE, 2, [(0, 1), (2, 3)]),
+        (HALVES, ONE, 3, [(0, 1, 4), (2, 3, 6)]),
+        (HALVES, ONE, None, [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        (PAIRS, ONE, 2, [(0, 2), (4, 6)]),
+        (HALVES, SOCKETS, None, [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        ([str(core) for core in range(8)], SOCKET_PAIRS, None, [(0, 2, 4, 6), (1, 3, 5, 7)]),  # every other one
+    ],
+)
+def test_ranks_get_whole_cores_of_one_package_and_use_hyperthreads_last(
+    siblings: list[str], packages: list[int], threads: int | None, shares: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    places = topology(tmp_path, siblings, packages)
+    assert [share_cores([range(8)] * 2, rank, threads, places=places).cores for rank in (0, 1)] == shares
+
+
+def test_a_core_of_which_the_system_says_nothing_is_one_of_its_own(tmp_path: Path) -> None:
+    topology(tmp_path, ["0,2", "nonsense"], [0, 0])
+    assert places_of([0, 1, 2], tmp_path) == {0: Place(0, 0, 0), 1: Place(0, 1, 0), 2: Place(0, 2, 0)}
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,9 @@ def _collectives() -> str:
         ranks = comm.connect()
     everyone = ranks.agree({"cores": rank_status.own_cores()})
     local = comm.local_ranks(ranks.peers, ranks.rank)
-    share = cores.share_cores(
-        [rank_status.read_cores(everyone[rank]["cores"]) for rank in local], local.index(ranks.rank), 1
-    )
+    affinities = [rank_status.read_cores(everyone[rank]["cores"]) for rank in local]
     allowed = os.sched_getaffinity(0)
+    share = cores.share_cores(affinities, local.index(ranks.rank), 1, places=cores.places_of(allowed))
     if share.cores:
         os.sched_setaffinity(0, share.cores)
     if ranks.op_communicator is None:
