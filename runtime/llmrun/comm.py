@@ -150,16 +150,18 @@ def _ancestors(pid: int) -> list[int]:
 
 
 def rank_of_process(pid: int) -> int | None:
-    """Return the rank that a launcher gave a process; None: none did, or it is gone."""
+    """Return the rank that a launcher gave a process, in a job as large as ours; None: none did, or it is gone.
+
+    The shell that `srun --pty` or an mpirun started is rank 0 of a job of one, and so is all that is typed there.
+    """
     try:
         lines = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
     except OSError:
         return None
-    for line in lines:
-        name, _, value = line.partition("=")
-        if name in console.RANK_VARIABLES and value.isdigit():
-            return int(value)
-    return None
+    environment = {name: value for name, _, value in (line.partition("=") for line in lines)}
+    if launcher.launcher_size(environment) != launcher.launcher_size():
+        return None
+    return console.launched_rank(environment)
 
 
 def _host_identity() -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 from llmrun.errors import InternalError, LlmpackError
 
-RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+# The last is all that `srun --mpi=pmix` sets. Open MPI's first, as launcher.py looks: a shell around it may have others.
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
 def is_under_mpirun() -> bool:
@@ -21,10 +23,12 @@ def is_under_mpirun() -> bool:
 
 def environment_rank() -> int:
     """Return the rank that the launcher gave this process, before MPI is initialised; 0 without a launcher."""
-    for name in RANK_VARIABLES:
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+    return launched_rank(os.environ) or 0
+
+
+def launched_rank(environment: Mapping[str, str]) -> int | None:
+    """Return the rank that a launcher gave the process of an environment; None without one."""
+    return next((int(environment[name]) for name in RANK_VARIABLES if environment.get(name, "").isdigit()), None)
 
 
 def is_terminal(stream: str) -> bool:

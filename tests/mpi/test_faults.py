@@ -108,6 +108,17 @@ def test_of_ranks_that_load_the_stuck_one_is_named(rank: int, packed_tiny: Packe
     assert outcome.leftovers == []
 
 
+def test_the_shell_around_mpirun_is_none_of_its_ranks(packed_tiny: Packed, tmp_path: Path) -> None:
+    """`srun --pty sh` makes it rank 0 of one, and whoever ends a job before it has begun kills its ranks."""
+    (tmp_path / "script.py").write_text("import sys\nfrom llmrun import Engine\nEngine(sys.argv[1])\n")
+    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
+    environment = {"PMI_RANK": "0", "PMI_SIZE": "1", "LLMRUN_WATCHDOG_S": str(WATCHDOG_S), "MPI4PY_LIBMPI": "/none"}
+    job = RunningJob(["sh", "-c", '"$@" >&2; sleep 4; echo alive', "sh", *command], environment=environment)
+    outcome = job.finish()
+    assert (outcome.code, outcome.stdout, outcome.leftovers) == (0, "alive\n", [])
+    assert "E411" in outcome.errors[0]
+
+
 @pytest.mark.parametrize("first", ["stopped", "late"])
 def test_a_rank_that_leaves_before_mpi_knows_it_leaves_no_rank_behind(
     first: str, packed_tiny: Packed, tmp_path: Path

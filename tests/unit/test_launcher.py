@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrun import comm, launch, launcher
+from llmrun import comm, console, launch, launcher
 from llmrun.errors import IncompatibleError
 from llmrun.launcher import MPICH, OPEN_MPI
 
@@ -156,3 +156,17 @@ def test_this_environments_mpirun_belongs_to_its_library() -> None:
     path, family = launcher.find_mpirun()
     assert Path(path).exists()
     assert launcher.library_family() in (family, None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, None),
+        ({"PMI_RANK": "3"}, 3),
+        ({"PMIX_RANK": "1"}, 1),  # srun --mpi=pmix
+        ({"PMIX_RANK": "0", "PMI_RANK": "1"}, 1),  # MPICH's mpirun in a shell of srun's
+        ({"PMI_RANK": "0", "OMPI_COMM_WORLD_RANK": "1"}, 1),  # Open MPI's there
+    ],
+)
+def test_a_rank_is_its_own_launchers(environment: dict[str, str], rank: int | None) -> None:
+    assert console.launched_rank(environment) == rank
