@@ -14,7 +14,6 @@ import os
 import queue
 import select
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,7 @@ class ChatJob:
 
     def __enter__(self) -> ChatJob:
         """Start the ranks."""
-        self._folder = tempfile.TemporaryDirectory(prefix="llmrun-")
+        self._folder = launch.private_folder()
         child = None
         try:
             self._child = child = launch.start_ranks(

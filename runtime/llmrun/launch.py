@@ -48,6 +48,21 @@ _FATAL_SIGNALS = {
 }
 
 
+def private_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a context: a folder of this user alone, for what ranks and the llmrun that launched them tell each other.
+
+    Raises:
+        ResourceError: there is no place for it.
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix="llmrun-")
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise ResourceError(
+            f"no temporary folder: {reason}. Set TMPDIR to one that can be written to.", code="E507"
+        ) from None
+
+
 def start_ranks(
     num_ranks: int, arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -121,7 +136,7 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
-    with tempfile.TemporaryDirectory(prefix="llmrun-") as folder:
+    with private_folder() as folder:
         child = start_ranks(num_ranks, arguments, folder)
         pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         for pump in pumps:

@@ -147,6 +147,18 @@ def test_a_signal_ends_a_job_whose_output_nobody_takes(packed_tiny: Packed, tmp_
     assert list(tmp_path.glob("llmrun-*")) == []
 
 
+def test_a_system_without_a_temporary_folder_is_told_what_to_do(packed_tiny: Packed) -> None:
+    """As a container whose file systems are all read-only."""
+    program = (
+        "import sys, tempfile; tempfile._candidate_tempdir_list = lambda: ['/none']\n"
+        "from llmrun.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, str(packed_tiny(2, "f32")), "-p", "a"]
+    outcome = RunningJob(command).finish()
+    assert (outcome.code, outcome.stdout, len(outcome.errors)) == (5, "", 1)
+    assert "Set TMPDIR" in outcome.errors[0]
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_wrong_number_of_ranks_is_refused_with_the_right_command(size: int, packed_tiny: Packed) -> None:
     outcome = run_ranks(size, packed_tiny(2, "f32"), "-p", "a")
