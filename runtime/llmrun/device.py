@@ -200,7 +200,9 @@ def activation_bytes(manifest: Manifest, num_tokens: int) -> int:
     return num_tokens * (per_token + per_row) + (64 << 20)
 
 
-def fit_blocks(placement: Placement, manifest: Manifest, rank: int, wanted: int, least: int, num_tokens: int) -> int:
+def fit_blocks(
+    placement: Placement, manifest: Manifest, rank: int, wanted: int, least: int, num_tokens: int, *, is_exact: bool
+) -> int:
     """Return how many of the wanted cache blocks the GPU's free memory holds beside the weights.
 
     Args:
@@ -210,6 +212,7 @@ def fit_blocks(placement: Placement, manifest: Manifest, rank: int, wanted: int,
         wanted: cache blocks.
         least: blocks of one sequence of full length.
         num_tokens: in a step, at most.
+        is_exact: fewer than wanted will not do.
 
     Raises:
         ResourceError: not even `least`; says what is needed and what is free.
@@ -221,13 +224,15 @@ def fit_blocks(placement: Placement, manifest: Manifest, rank: int, wanted: int,
     fixed = weight_bytes + activation_bytes(manifest, num_tokens)
     free = int(gpu.free_bytes * (1 - _SPARE_SHARE)) // placement.sharers
     num_blocks = min(wanted, (free - fixed) // block_bytes)
-    if num_blocks < least:
-        need, positions = fixed + least * block_bytes, least * spec.block_size
+    needed = wanted if is_exact else least
+    if num_blocks < needed:
+        need, positions = fixed + needed * block_bytes, needed * spec.block_size
         sharing = f", shared by {placement.sharers} ranks" if placement.sharers > 1 else ""
         raise ResourceError(
             f"rank {rank} needs {need / 1e9:.1f} GB ({weight_bytes / 1e9:.1f} weights,"
-            f" {least * block_bytes / 1e9:.1f} KV cache of {positions} positions), GPU {gpu.ordinal} has"
-            f" {gpu.free_bytes / 1e9:.1f} GB free{sharing}: use a shorter --max-seq-len, or pack for more shards.",
+            f" {needed * block_bytes / 1e9:.1f} KV cache of {positions} positions), GPU {gpu.ordinal} has"
+            f" {gpu.free_bytes / 1e9:.1f} GB free{sharing}: use a"
+            f" {'smaller --kv-cache-mb' if is_exact else 'shorter --max-seq-len'}, or pack for more shards.",
             code="E504",
         )
     return num_blocks

@@ -26,7 +26,7 @@ from llmrun.artifact import OPS_VERSION, Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, places_of, share_cores
 from llmrun.errors import IncompatibleError, PeerError, ResourceError
 from llmrun.job_options import JobOptions
-from llmrun.memory import available_bytes, fit_blocks
+from llmrun.memory import available_bytes, expect_one_sequence, fit_blocks
 from llmrun.rank_files import RankFiles
 from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
 from llmrun.step_plan import STEP_KIND, MessageKind, StepPlan
@@ -247,8 +247,13 @@ class Job:
         """Return how many of the wanted cache blocks this host's free memory holds, or refuse what it does not."""
         spec = self.manifest.kv_cache
         if self.placement.gpu is not None:
+            if is_exact:
+                expect_one_sequence(spec, wanted, self.max_seq_len)
             least = -(-self.max_seq_len // spec.block_size)
-            return device.fit_blocks(self.placement, self.manifest, self.rank, wanted, least, self._most_tokens())
+            num_tokens = self._most_tokens()
+            return device.fit_blocks(
+                self.placement, self.manifest, self.rank, wanted, least, num_tokens, is_exact=is_exact
+            )
         sharers = len(communication.local_ranks(self.comm.peers, self.rank))
         free_bytes = max(0, available_bytes() // sharers - self.manifest.ranks[self.rank].weight_bytes)
         return fit_blocks(self.manifest, self.rank, free_bytes, wanted, self.max_seq_len, is_exact=is_exact)

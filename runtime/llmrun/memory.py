@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmrun.errors import ResourceError
 
 if TYPE_CHECKING:
-    from llmrun.manifest import Manifest
+    from llmrun.manifest import KvCacheSpec, Manifest
 
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
 _LARGE_BLOCK_BYTES = 1 << 20
@@ -50,6 +50,22 @@ def available_bytes() -> int:
     return available
 
 
+def expect_one_sequence(spec: KvCacheSpec, num_blocks: int, max_seq_len: int) -> None:
+    """Refuse a cache, of --kv-cache-mb, in which the longest sequence does not fit.
+
+    Raises:
+        ResourceError: says how much it takes.
+    """
+    least = -(-max_seq_len // spec.block_size)
+    if num_blocks < least:
+        needed = least * spec.block_size * spec.bytes_per_token
+        raise ResourceError(
+            f"--kv-cache-mb holds {num_blocks * spec.block_size} positions, and one sequence has up to {max_seq_len}."
+            f" Give {-(-needed >> 20)} MiB or more, or use a shorter --max-seq-len.",
+            code="E502",
+        )
+
+
 def fit_blocks(manifest: Manifest, rank: int, free_bytes: int, wanted: int, max_seq_len: int, *, is_exact: bool) -> int:
     """Return how many of the wanted cache blocks fit a rank's share of the host's memory.
 
@@ -67,12 +83,8 @@ def fit_blocks(manifest: Manifest, rank: int, free_bytes: int, wanted: int, max_
     block_bytes = spec.block_size * spec.bytes_per_token
     fitting = int(0.9 * free_bytes) // block_bytes
     least = -(-max_seq_len // spec.block_size)
-    if is_exact and wanted < least:
-        raise ResourceError(
-            f"--kv-cache-mb holds {wanted * spec.block_size} positions, and one sequence has up to {max_seq_len}."
-            f" Give {-(-least * block_bytes >> 20)} MiB or more, or use a shorter --max-seq-len.",
-            code="E502",
-        )
+    if is_exact:
+        expect_one_sequence(spec, wanted, max_seq_len)
     if fitting < (wanted if is_exact else least):
         needed = (wanted if is_exact else least) * block_bytes >> 20
         what = "--kv-cache-mb asks for" if is_exact else f"the KV cache of {max_seq_len} positions needs"

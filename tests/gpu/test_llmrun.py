@@ -47,22 +47,36 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 
 @pytest.fixture
-def generate(artifact, standins: Path, tmp_path: Path):
-    def generate(shards: int, provider: str, *arguments: object) -> tuple[dict[str, Any], list[dict[str, int]]]:
+def steps(tmp_path: Path) -> Path:
+    """Where the stand-in for ONNX Runtime writes what each step was."""
+    (tmp_path / "steps").write_text("")
+    return tmp_path / "steps"
+
+
+@pytest.fixture
+def run(standins: Path, steps: Path):
+    def run(shards: int, provider: str, *command: object) -> subprocess.CompletedProcess[str]:
         environment = standin.environment(standins, devices=shards)
-        steps = tmp_path / "steps"
-        steps.write_text("")
         if provider != "cpu":
             environment["PYTHONPATH"] = f"{standin.HERE / 'standin_ort'}:{environment['PYTHONPATH']}"
             environment |= {"LLMPACK_MINI_ORT": str(standins / "libmini_ort.so"), "LLMPACK_STEPS": str(steps)}
-        options = ["-p", PROMPT, "-n", NUM_TOKENS, "--ignore-eos", "--json", "--provider", provider, *arguments]
-        command = [sys.executable, "-m", "llmrun", "generate", artifact(shards), *options]
+        whole = [sys.executable, *command]
         if shards > 1:
             path, family = launcher.find_mpirun()
-            command = [path, *launcher.mpirun_options(family, shards), *command]
-        done = subprocess.run(
-            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=120, check=False
+            whole = [path, *launcher.mpirun_options(family, shards), *whole]
+        return subprocess.run(
+            [*map(str, whole)], env=environment, capture_output=True, text=True, timeout=120, check=False
         )
+
+    return run
+
+
+@pytest.fixture
+def generate(artifact, run, steps: Path):
+    def generate(shards: int, provider: str, *arguments: object) -> tuple[dict[str, Any], list[dict[str, int]]]:
+        options = ["-p", PROMPT, "-n", NUM_TOKENS, "--ignore-eos", "--json", "--provider", provider, *arguments]
+        steps.write_text("")
+        done = run(shards, provider, "-m", "llmrun", "generate", artifact(shards), *options)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), [json.loads(line) for line in steps.read_text().splitlines()]
 
@@ -88,3 +102,11 @@ def test_gpus_say_what_the_cpu_says(shards: int, options: tuple, generate) -> No
     columns = -(-VOCABULARY // shards)
     needs_rows = "--repeat-penalty" in options
     assert max(step["taken"] for step in steps) == (NUM_TOKENS - 1) * (RECORD_BYTES + needs_rows * 4 * columns)
+
+
+def test_a_cache_that_holds_no_whole_sequence_is_named_as_such(artifact, run) -> None:
+    done = run(
+        1, "cuda", "-m", "llmrun", "generate", artifact(1), "-p", PROMPT, "--provider", "cuda", "--kv-cache-mb", 1
+    )
+    assert done.returncode == 5
+    assert "--kv-cache-mb holds" in done.stderr
