@@ -251,7 +251,9 @@ class Core:
         previous = self._scheduler
         if previous.has_work:
             raise UsageError("logits: other requests are still running.")
-        self._scheduler = self._new_scheduler(chunk or DEFAULT_TOKEN_BUDGET)
+        budget = chunk or DEFAULT_TOKEN_BUDGET
+        is_on_gpu = self._job.placement.gpu is not None
+        self._scheduler = self._new_scheduler(min(budget, DEFAULT_TOKEN_BUDGET) if is_on_gpu else budget)
         requests: list[Request] = []
         try:
             for ids in sequences:

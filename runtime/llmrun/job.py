@@ -28,7 +28,7 @@ from llmrun.errors import IncompatibleError, PeerError, ResourceError
 from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, expect_one_sequence, fit_blocks
 from llmrun.rank_files import RankFiles
-from llmrun.scheduler import DEFAULT_TOKEN_BUDGET
+from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, most_tokens
 from llmrun.step_plan import STEP_KIND, MessageKind, StepPlan
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class Job:
             if is_exact:
                 expect_one_sequence(spec, wanted, self.max_seq_len)
             least = -(-self.max_seq_len // spec.block_size)
-            num_tokens = self._most_tokens()
+            num_tokens = self.most_tokens
             return device.fit_blocks(
                 self.placement, self.manifest, self.rank, wanted, least, num_tokens, is_exact=is_exact
             )
@@ -285,15 +285,11 @@ class Job:
                 f" {self.placement.kernels} now. Pack with --targets {self.placement.gpu.chip} for a faster start."
             )
         path = os.fsencode(self.artifact.resolve(name))
-        device.open_gpu(self._ops, self.placement, path, self.options.max_num_seqs, self._most_tokens())
+        device.open_gpu(self._ops, self.placement, path, self.options.max_num_seqs, self.most_tokens)
 
     def _join_gpus(self) -> tuple[str, bool]:
         assert self._ops is not None
         return device.join_gpus(self._ops)
-
-    def _most_tokens(self) -> int:
-        """Return the tokens in a step, at most."""
-        return max(DEFAULT_TOKEN_BUDGET, self.options.max_num_seqs)
 
     def _load(self) -> None:
         from llmrun import graph_check
@@ -375,6 +371,11 @@ class Job:
     def _ops_error(self) -> str:
         assert self._ops is not None
         return self._ops.llmpack_ops_last_error().decode("utf-8", "replace")
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens in a step, at most: a GPU's memory is laid out for as many."""
+        return most_tokens(DEFAULT_TOKEN_BUDGET, self.options.max_num_seqs)
 
     @property
     def ops(self) -> ctypes.CDLL:

@@ -26,7 +26,13 @@ DEFAULT_TOKEN_BUDGET = 512
 # Beside decoding sequences, which wait for the whole step: as few as cost no speed (tests/benchmarks/LOG.md).
 DEFAULT_MIXED_BUDGET = 64
 
+
 Propose = Callable[[RunningSequence, int], Sequence[int]]
+
+
+def most_tokens(token_budget: int, max_num_seqs: int) -> int:
+    """Return how many tokens a step has at most: one for each of several sequences, and one to spare for a prompt."""
+    return max(token_budget, max_num_seqs + (max_num_seqs > 1))
 
 
 class Scheduler:
@@ -55,7 +61,7 @@ class Scheduler:
         self._pool = pool
         self.max_seq_len = max_seq_len
         self.max_num_seqs = max_num_seqs
-        self.token_budget = max(token_budget, max_num_seqs + (max_num_seqs > 1))  # one to spare for a prompt
+        self.token_budget = most_tokens(token_budget, max_num_seqs)
         self.mixed_budget = max(mixed_budget, 1)
         self._max_rows = max_rows or self.token_budget
         self._waiting: list[RunningSequence] = []  # both in order of arrival

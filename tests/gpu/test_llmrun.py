@@ -110,3 +110,27 @@ def test_a_cache_that_holds_no_whole_sequence_is_named_as_such(artifact, run) ->
     )
     assert done.returncode == 5
     assert "--kv-cache-mb holds" in done.stderr
+
+
+LARGE_STEPS = """
+import sys
+from llmrun import Engine
+
+with Engine(sys.argv[1], provider="cuda", max_num_seqs=3) as engine:
+    rows = engine.logits_batch([[n, *range(3, 300)] for n in range(3)], chunk=2048)
+    assert [len(each) for each in rows] == [298] * 3
+"""
+MANY_SEQUENCES = """
+import sys
+from llmrun import Engine
+
+with Engine(sys.argv[1], provider="cuda", max_num_seqs=512) as engine:
+    most, planned = engine.job.most_tokens, engine.core._scheduler.token_budget
+    assert planned <= most, (planned, most)
+"""
+
+
+@pytest.mark.parametrize("code", [LARGE_STEPS, MANY_SEQUENCES], ids=["of_a_chunk", "of_sequences"])
+def test_no_step_is_larger_than_the_memory_laid_out_for_it(code: str, artifact, run) -> None:
+    done = run(1, "cuda", "-c", code, artifact(1))
+    assert done.returncode == 0, done.stderr
