@@ -9,6 +9,8 @@ stays right while sequences grow. Not yet run on hardware.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,11 +86,13 @@ class GpuSession:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         try:
             options.register_custom_ops_library(str(library))
-            self._session = self._ort.InferenceSession(
-                str(graph), options, providers=[(PROVIDERS[placement.provider], self._provider_options(placement))]
-            )
+            # Where it cannot use the GPU, it prints that to stdout and tries the CPU: what it raises is about the latter.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._session = self._ort.InferenceSession(
+                    str(graph), options, providers=[(PROVIDERS[placement.provider], self._provider_options(placement))]
+                )
         except Exception as error:  # ORT's exception types have no common base
-            text = " ".join(str(error).split())
+            text = " ".join(str(error.__cause__ or error).split())
             raise IncompatibleError(
                 f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,3 +178,21 @@ def test_a_graph_with_other_columns_is_refused(make, monkeypatch):
 
 def test_rocm_asks_for_its_own_graphs(make):
     assert "enable_hip_graph" in make("rocm")._session.providers[0][1]
+
+
+def test_a_gpu_that_onnxruntime_cannot_use_is_named(monkeypatch, capsys):
+    """By itself ONNX Runtime prints to stdout, makes the session on the CPU, and raises what that says."""
+    import onnxruntime
+
+    from llmrun.library import find_library
+
+    def create(session, providers, *_):
+        session._fallback_providers = ["CPUExecutionProvider"]
+        raise RuntimeError("driver version is insufficient" if "CUDA" in str(providers) else "no kernel on the CPU")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", create)
+    placement = Placement("cuda", Gpu(0, "RTX", "sm_89", "", 1, 0, 0), "sm_89")
+    with pytest.raises(IncompatibleError, match="refuses it: driver version is insufficient"):
+        GpuSession(Path("gpu.onnx"), find_library(), SPEC, placement, num_blocks=8, vocab_size=VOCABULARY,
+                   max_seq_len=64, captures=True)  # fmt: skip
+    assert capsys.readouterr().out == ""
