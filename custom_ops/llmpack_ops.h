@@ -96,8 +96,12 @@ LLMPACK_EXPORT void llmpack_ops_collective_state(uint64_t* begun, uint64_t* ende
 // Vendors: 0 NVIDIA (CUDA's driver), 1 AMD (HIP).
 
 // What the driver says, as JSON: {"library", "version", "devices": [{"ordinal", "name", "chip", "pci_id",
-// "multiprocessors", "free_bytes", "total_bytes"}]}. -1: there is no driver, or `size` bytes are too few.
+// "multiprocessors", "total_bytes"}]}. -1: there is no driver or no GPU, or `size` bytes are too few. Nothing
+// is used of any GPU.
 LLMPACK_EXPORT int llmpack_ops_gpu_probe(int vendor, char* json, int64_t size);
+
+// What is free of a GPU's memory once this process uses it: makes its context.
+LLMPACK_EXPORT int llmpack_ops_gpu_free_bytes(int vendor, int device, int64_t* bytes);
 
 typedef struct {
     int32_t struct_size;  // sizeof(LlmpackGpu)

@@ -136,7 +136,7 @@ std::string Driver::chip_of(int device) const {
 }
 
 DeviceFacts Driver::device_facts(int ordinal) const {
-    DeviceFacts facts{ordinal, "", "", "", 0, 0, 0};
+    DeviceFacts facts{ordinal, "", "", "", 0, 0};
     int device = 0;
     const std::string what = "looking at GPU " + std::to_string(ordinal);
     check(call.device_get(&device, ordinal), what);
@@ -148,9 +148,15 @@ DeviceFacts Driver::device_facts(int ordinal) const {
     const int attribute = vendor == Vendor::kCuda ? kCudaMultiprocessors : kHipMultiprocessors;
     check(call.device_attribute(&facts.multiprocessors, attribute, device), what);
     facts.chip = chip_of(device);
-    make_current(ordinal);
-    check(call.memory_info(&facts.free_bytes, &facts.total_bytes), what);
+    check(call.device_memory(&facts.total_bytes, device), what);
     return facts;
+}
+
+size_t Driver::free_bytes(int ordinal) const {
+    make_current(ordinal);
+    size_t free = 0, total = 0;
+    check(call.memory_info(&free, &total), "looking at the memory of GPU " + std::to_string(ordinal));
+    return free;
 }
 
 void Driver::make_current(int ordinal) const {

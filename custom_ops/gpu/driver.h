@@ -52,6 +52,7 @@ struct IpcHandle {  // CUipcMemHandle and hipIpcMemHandle_t, passed by value
       (int* value, int attribute, int device))                                                              \
     X(device_pci_id, "cuDeviceGetPCIBusId", "hipDeviceGetPCIBusId", (char* id, int size, int device))       \
     X(can_access_peer, "cuDeviceCanAccessPeer", "hipDeviceCanAccessPeer", (int* can, int device, int peer)) \
+    X(device_memory, "cuDeviceTotalMem_v2", "hipDeviceTotalMem", (size_t* bytes, int device))               \
     X(memory_info, "cuMemGetInfo_v2", "hipMemGetInfo", (size_t* free, size_t* total))                       \
     X(allocate, "cuMemAlloc_v2", "hipMalloc", (DevicePointer * memory, size_t bytes))                       \
     X(release, "cuMemFree_v2", "hipFree", (DevicePointer memory))                                           \
@@ -126,7 +127,7 @@ struct DeviceFacts {
     std::string chip;    // "sm_89", "gfx1100"
     std::string pci_id;  // "0000:01:00.0"
     int multiprocessors;
-    size_t free_bytes, total_bytes;
+    size_t total_bytes;
 };
 
 // One vendor's driver. Every call throws GpuError when the driver reports an error.
@@ -137,7 +138,10 @@ class Driver {
     static const Driver& get(Vendor vendor);
 
     int device_count() const;
-    DeviceFacts device_facts(int ordinal) const;  // makes the device current for this thread
+    // Makes no context: that takes hundreds of megabytes of the device, and another program may have it for
+    // itself.
+    DeviceFacts device_facts(int ordinal) const;
+    size_t free_bytes(int ordinal) const;  // makes the device current for this thread
     // Makes the device's primary context, the one that ONNX Runtime uses, current for this thread.
     void make_current(int ordinal) const;
     // Lets kernels on `ordinal` reach the memory of `peer`. False: the driver refuses.

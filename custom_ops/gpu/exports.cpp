@@ -194,11 +194,15 @@ int llmpack_ops_gpu_probe(int vendor, char* json, int64_t size) {
                     ", \"name\": " + quoted(facts.name) + ", \"chip\": " + quoted(facts.chip) +
                     ", \"pci_id\": " + quoted(facts.pci_id) +
                     ", \"multiprocessors\": " + std::to_string(facts.multiprocessors) +
-                    ", \"free_bytes\": " + std::to_string(facts.free_bytes) +
                     ", \"total_bytes\": " + std::to_string(facts.total_bytes) + "}";
         }
         give(text + "]}", json, size);
     });
+}
+
+int llmpack_ops_gpu_free_bytes(int vendor, int device, int64_t* bytes) {
+    return guarded("llmpack_ops_gpu_free_bytes",
+                   [&] { *bytes = static_cast<int64_t>(Driver::get(vendor_of(vendor)).free_bytes(device)); });
 }
 
 int llmpack_ops_gpu_open(const LlmpackGpu* gpu) {

@@ -70,6 +70,7 @@ Launcher::Launcher(const Settings& wanted)
                        std::to_string(device.ordinal) + " (" + device.name + ") is " + device.chip +
                        ": pack with --targets " + device.chip);
     }
+    driver.make_current(device.ordinal);
     driver.check(driver.call.stream_create(&stream_, kNonBlockingStream), "making a stream");
 }
 

@@ -34,18 +34,21 @@ class Gpu:
     chip: str
     pci_id: str
     multiprocessors: int
-    free_bytes: int
     total_bytes: int
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank computes. On the CPU, `gpu` and `kernels` are None; `sharers`: ranks on the same GPU."""
+    """Where a rank computes. On the CPU, `gpu` and `kernels` are None; `sharers`: ranks on the same GPU.
+
+    `free_bytes`: of the GPU's memory, when it was chosen.
+    """
 
     provider: str
     gpu: Gpu | None = None
     kernels: str | None = None
     sharers: int = 1
+    free_bytes: int = 0
 
     @property
     def graph(self) -> str:
@@ -61,6 +64,18 @@ def probe(ops: ctypes.CDLL, provider: str) -> tuple[str, list[Gpu]]:
     """
     found = _ask(ops.llmpack_ops_gpu_probe, ops, _VENDORS[provider])
     return f"{found['library']}, {found['version']}", [Gpu(**gpu) for gpu in found["devices"]]
+
+
+def free_bytes(ops: ctypes.CDLL, provider: str, gpu: Gpu) -> int:
+    """Return what is free of a GPU's memory; this process uses the GPU from now on.
+
+    Raises:
+        IncompatibleError: it cannot.
+    """
+    found = ctypes.c_int64()
+    if ops.llmpack_ops_gpu_free_bytes(_VENDORS[provider], gpu.ordinal, ctypes.byref(found)) != 0:
+        raise IncompatibleError(_last_error(ops), code="E421")
+    return found.value
 
 
 def measure(ops: ctypes.CDLL, provider: str, device: int, peer: int = -1) -> dict[str, Any]:
@@ -177,7 +192,7 @@ def _place_on_gpu(
             code="E422",
         )
     sharers = sum(rank % len(gpus) == local_rank % len(gpus) for rank in range(local_size))
-    return Placement(provider, gpu, target, sharers)
+    return Placement(provider, gpu, target, sharers, free_bytes(ops, provider, gpu))
 
 
 def _holds(manifest: Manifest, provider: str) -> bool:
@@ -222,7 +237,7 @@ def fit_blocks(
     spec, weight_bytes = manifest.kv_cache, manifest.ranks[rank].weight_bytes
     block_bytes = spec.block_size * spec.bytes_per_token
     fixed = weight_bytes + activation_bytes(manifest, num_tokens)
-    free = int(gpu.free_bytes * (1 - _SPARE_SHARE)) // placement.sharers
+    free = int(placement.free_bytes * (1 - _SPARE_SHARE)) // placement.sharers
     num_blocks = min(wanted, (free - fixed) // block_bytes)
     needed = wanted if is_exact else least
     if num_blocks < needed:
@@ -231,7 +246,7 @@ def fit_blocks(
         raise ResourceError(
             f"rank {rank} needs {need / 1e9:.1f} GB ({weight_bytes / 1e9:.1f} weights,"
             f" {needed * block_bytes / 1e9:.1f} KV cache of {positions} positions), GPU {gpu.ordinal} has"
-            f" {gpu.free_bytes / 1e9:.1f} GB free{sharing}: use a"
+            f" {placement.free_bytes / 1e9:.1f} GB free{sharing}: use a"
             f" {'smaller --kv-cache-mb' if is_exact else 'shorter --max-seq-len'}, or pack for more shards.",
             code="E504",
         )

@@ -45,7 +45,7 @@ def describe(available: Sequence[str]) -> str:
 
 
 def _one(ops: ctypes.CDLL, provider: str, version: str, gpus: list[device.Gpu], gpu: device.Gpu) -> str:
-    text = f"GPU {gpu.ordinal} {gpu.name} ({gpu.chip}, {version}), {gpu.free_bytes / 1e9:.1f} GB free"
+    text = f"GPU {gpu.ordinal} {gpu.name} ({gpu.chip}, {version}), {device.free_bytes(ops, provider, gpu) / 1e9:.1f} GB free"
     figures = device.measure(ops, provider, gpu.ordinal)
     to_host, to_device = (figures[f"{way}_bytes_per_s"] / 1e9 for way in ("device_to_host", "host_to_device"))
     text += f", pinned memory {to_device:.1f} GB/s in and {to_host:.1f} out"

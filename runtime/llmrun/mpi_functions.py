@@ -108,6 +108,7 @@ def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
 def _declare_gpu(library: ctypes.CDLL) -> None:
     text, size, number = ctypes.c_char_p, ctypes.c_int64, ctypes.c_int
     library.llmpack_ops_gpu_probe.argtypes = [number, text, size]
+    library.llmpack_ops_gpu_free_bytes.argtypes = [number, number, ctypes.POINTER(size)]
     library.llmpack_ops_gpu_measure.argtypes = [number, number, number, text, size]
     library.llmpack_ops_gpu_open.argtypes = [ctypes.c_void_p]
     library.llmpack_ops_gpu_close.argtypes = []

@@ -29,7 +29,7 @@
 
 typedef uint64_t Pointer;
 typedef uint64_t u64;
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, DEVICE_UNAVAILABLE = 46, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
        INVALID_CONTEXT = 201, NO_BINARY = 209, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700,
        LAUNCH_OUT_OF_RESOURCES = 701, PEER_ALREADY = 704, CAPTURE_UNSUPPORTED = 900 };
 #define TAG (1ull << 62)
@@ -192,6 +192,13 @@ EXPORT int NAME(cuDeviceCanAccessPeer, hipDeviceCanAccessPeer)(int* can, int dev
     *can = atoi(setting("STANDIN_PEER", "0")) != 0;
     return OK;
 }
+EXPORT int NAME(cuDeviceTotalMem_v2, hipDeviceTotalMem)(size_t* bytes, int device) {
+    if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+    *bytes = device_bytes();
+    return OK;
+}
+// A device that another program has for itself.
+static int is_taken(int device) { return device == atoi(setting("STANDIN_TAKEN", "-1")); }
 #ifdef STANDIN_HIP
 EXPORT int hipGetDevicePropertiesR0600(void* properties, int device) {
     if (device < 0 || device >= device_count()) return INVALID_DEVICE;
@@ -202,6 +209,7 @@ EXPORT int hipGetDevicePropertiesR0600(void* properties, int device) {
 }
 EXPORT int hipSetDevice(int device) {
     if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+    if (is_taken(device)) return DEVICE_UNAVAILABLE;
     contexts[device].kind = CONTEXT, contexts[device].is_live = 1, contexts[device].device = device;
     current = &contexts[device];
     return OK;
@@ -218,6 +226,7 @@ EXPORT const char* hipGetErrorString(int error) {
 #else
 EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
     if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+    if (is_taken(device)) return DEVICE_UNAVAILABLE;
     contexts[device].kind = CONTEXT, contexts[device].is_live = 1, contexts[device].device = device;
     *context = &contexts[device];
     return OK;

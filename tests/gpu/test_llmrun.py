@@ -55,8 +55,8 @@ def steps(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(standins: Path, steps: Path):
-    def run(shards: int, provider: str, *command: object) -> subprocess.CompletedProcess[str]:
-        environment = standin.environment(standins, devices=shards)
+    def run(shards: int, provider: str, *command: object, **settings: object) -> subprocess.CompletedProcess[str]:
+        environment = standin.environment(standins, **{"devices": shards, **settings})
         if provider != "cpu":
             environment["PYTHONPATH"] = f"{standin.HERE / 'standin_ort'}:{environment['PYTHONPATH']}"
             environment |= {"LLMPACK_MINI_ORT": str(standins / "libmini_ort.so"), "LLMPACK_STEPS": str(steps)}
@@ -133,4 +133,11 @@ with Engine(sys.argv[1], provider="cuda", max_num_seqs=512) as engine:
 @pytest.mark.parametrize("code", [LARGE_STEPS, MANY_SEQUENCES], ids=["of_a_chunk", "of_sequences"])
 def test_no_step_is_larger_than_the_memory_laid_out_for_it(code: str, artifact, run) -> None:
     done = run(1, "cuda", "-c", code, artifact(1))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_uses_no_gpu_but_its_own(artifact, run) -> None:
+    """A context takes hundreds of megabytes of each, and another program may have one for itself."""
+    options = ["-p", PROMPT, "-n", 1, "--provider", "cuda"]
+    done = run(1, "cuda", "-m", "llmrun", "generate", artifact(1), *options, devices=2, taken=1)
     assert done.returncode == 0, done.stderr

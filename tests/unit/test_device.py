@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -25,13 +26,17 @@ class FakeOps:
         if self.chips is None or bool(self.chips and self.chips[0].startswith("gfx")) != bool(vendor):
             return -1
         gpus = [
-            {"ordinal": i, "name": "RTX", "chip": chip, "pci_id": f"{i}", "multiprocessors": 128, "free_bytes": self.free,
+            {"ordinal": i, "name": "RTX", "chip": chip, "pci_id": f"{i}", "multiprocessors": 128,
              "total_bytes": self.free}
             for i, chip in enumerate(self.chips)
         ]  # fmt: skip
         data = json.dumps({"library": "libcuda.so.1", "version": "CUDA 12.8", "devices": gpus}).encode()
         assert len(data) < size
         text.value = data
+        return 0
+
+    def llmpack_ops_gpu_free_bytes(self, _vendor, _device, found):
+        found._obj.value = self.free
         return 0
 
     def llmpack_ops_last_error(self):
@@ -134,7 +139,7 @@ def test_the_cache_takes_what_is_left():
     placement = place("cuda", manifest(), FakeOps(["sm_89"], free=20_000_000_000))
     blocks = device.fit_blocks(placement, manifest(), 0, wanted=100_000, least=16, num_tokens=512, is_exact=False)
     assert 16 <= blocks < 100_000
-    shared = device.Placement("cuda", placement.gpu, "sm_89", sharers=2)
+    shared = dataclasses.replace(placement, sharers=2)
     with pytest.raises(ResourceError, match="shared by 2 ranks"):
         device.fit_blocks(shared, manifest(), 0, wanted=100, least=16, num_tokens=512, is_exact=False)
 

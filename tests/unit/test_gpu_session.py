@@ -96,7 +96,7 @@ def make(monkeypatch):
     monkeypatch.setattr("llmrun.gpu_session.import_onnxruntime", lambda: ort)
 
     def make(provider="cuda", **options):
-        placement = Placement(provider, Gpu(1, "RTX", "sm_89", "", 1, 0, 0), "sm_89")
+        placement = Placement(provider, Gpu(1, "RTX", "sm_89", "", 1, 0), "sm_89")
         return GpuSession("g", "l", SPEC, placement, num_blocks=8, vocab_size=VOCABULARY, max_seq_len=64,
                           captures=True, **options)  # type: ignore[arg-type]  # fmt: skip
 
@@ -191,7 +191,7 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_named(monkeypatch, capsys):
         raise RuntimeError("driver version is insufficient" if "CUDA" in str(providers) else "no kernel on the CPU")
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", create)
-    placement = Placement("cuda", Gpu(0, "RTX", "sm_89", "", 1, 0, 0), "sm_89")
+    placement = Placement("cuda", Gpu(0, "RTX", "sm_89", "", 1, 0), "sm_89")
     with pytest.raises(IncompatibleError, match="refuses it: driver version is insufficient"):
         GpuSession(Path("gpu.onnx"), find_library(), SPEC, placement, num_blocks=8, vocab_size=VOCABULARY,
                    max_seq_len=64, captures=True)  # fmt: skip
