@@ -20,6 +20,7 @@ constexpr int kOldestHip = 60000000;
 constexpr int kCudaMultiprocessors = 16, kCudaMajor = 75, kCudaMinor = 76, kHipMultiprocessors = 63;
 constexpr int kMaxDynamicSharedSize = 8;        // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kPeerAccessAlreadyEnabled = 704;  // CUDA_ERROR_... and hipErrorPeerAccessAlreadyEnabled
+constexpr int kNoDevice = 100;                  // CUDA_ERROR_NO_DEVICE, hipErrorNoDevice
 constexpr unsigned kSharedMemoryWithoutAsking = 48 * 1024;
 
 template <class Function>
@@ -88,7 +89,12 @@ Driver::Driver(Vendor wanted) : vendor(wanted) {
         find(handle, library, "hipGetErrorString", call.hip_error_text);
     }
 #undef LLMPACK_GPU_FIND
-    check(call.init(0), "initialising " + library);
+    const int code = call.init(0);
+    if (code == kNoDevice) {
+        throw GpuError(std::string("no ") + (is_cuda ? "NVIDIA" : "AMD") + " GPU: " + library +
+                       " is installed and finds none; use --provider cpu");
+    }
+    check(code, "initialising " + library);
     check(call.driver_version(&version), "asking for the driver's version");
     const int oldest = is_cuda ? kOldestCuda : kOldestHip;
     if (version < oldest) {

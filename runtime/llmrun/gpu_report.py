@@ -16,6 +16,7 @@ from llmrun.errors import IncompatibleError, LlmpackError, PeerError
 if TYPE_CHECKING:
     from llmrun.job import Job
 
+_ABSENT = ("no NVIDIA ", "no AMD ")  # how the operator library begins where there is no driver, or no GPU
 _REPEATS = 500
 _ROWS = (1, 8)  # a token, and eight sequences' tokens
 
@@ -35,13 +36,13 @@ def describe(available: Sequence[str]) -> str:
             version, gpus = device.probe(ops, provider)
         except IncompatibleError as error:
             missing.append(str(error))
-            if "no NVIDIA driver" not in missing[-1] and "no AMD driver" not in missing[-1]:
+            if not missing[-1].startswith(_ABSENT):
                 raise
             continue
         found += [_one(ops, provider, version, gpus, gpu) for gpu in gpus]
         if gpus and device.PROVIDERS[provider] not in available:
             found.append(f'onnxruntime has no provider for them: `pip install "llmpack[{provider}]"`')
-    return "; ".join(found) if found else "none: no NVIDIA and no AMD driver; llmrun computes on the CPU"
+    return "; ".join(found) if found else "none: no NVIDIA and no AMD GPU with its driver; llmrun computes on the CPU"
 
 
 def _one(ops: ctypes.CDLL, provider: str, version: str, gpus: list[device.Gpu], gpu: device.Gpu) -> str:

@@ -23,3 +23,10 @@ def test_a_driver_that_is_too_old_is_a_finding(standins):
     assert "BAD  gpus" in done.stdout
     assert "expected CUDA 12.0 or later" in done.stdout
     assert done.returncode == 4
+
+
+def test_a_driver_without_a_gpu_is_no_fault(standins):
+    """Of an image for many boxes, or of the other vendor's beside it."""
+    done = standin.run(standins, CODE, devices=0)
+    assert "ok   gpus         none: no NVIDIA and no AMD GPU" in done.stdout
+    assert done.returncode == 0
