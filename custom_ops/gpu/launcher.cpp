@@ -75,6 +75,11 @@ Launcher::Launcher(const Settings& wanted)
 }
 
 Launcher::~Launcher() {
+    try {
+        driver.make_current(device.ordinal);  // whichever thread closes
+    } catch (const GpuError&) {
+        return;  // the device is lost, and what it held
+    }
     collectives.reset();
     for (DevicePointer memory : allocations_) driver.call.release(memory);
     if (workspace_ != 0) driver.call.release(workspace_);
@@ -217,7 +222,8 @@ DevicePointer Launcher::allocate_zeroed(size_t bytes, bool is_shared) {
     driver.check(is_uncached ? driver.call.allocate_as(&memory, bytes, kUncached)
                              : driver.call.allocate(&memory, bytes),
                  "allocating " + std::to_string(bytes) + " bytes of GPU memory");
-    allocations_.push_back(memory);
+    // What a peer may have open still must not be freed; it goes with the process.
+    if (!is_shared) allocations_.push_back(memory);
     clear(memory, bytes);
     return memory;
 }

@@ -95,7 +95,7 @@ class Launcher {
     void reserve(size_t bytes);
     DevicePointer workspace() const { return workspace_; }
 
-    // Lives as long as the launcher. `is_shared`: peers' kernels read it while ours write.
+    // Lives as long as the launcher; `is_shared`, which peers' kernels read while ours write, as the process.
     DevicePointer allocate_zeroed(size_t bytes, bool is_shared = false);
     void clear(DevicePointer memory, size_t bytes);                 // waits until it is done
     void upload(DevicePointer to, const void* from, size_t bytes);  // waits until it is there

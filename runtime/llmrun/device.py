@@ -16,6 +16,7 @@ from llmrun.errors import IncompatibleError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from llmrun.manifest import Manifest
+    from llmrun.watchdog import Watchdog
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rocm": "ROCMExecutionProvider"}
 _VENDORS = {"cuda": 0, "rocm": 1}
@@ -267,14 +268,24 @@ class _Description(ctypes.Structure):
     )
 
 
-def open_gpu(ops: ctypes.CDLL, placement: Placement, kernels: bytes, max_sequences: int, num_tokens: int) -> None:
-    """Make the GPU and its code those of this process.
+_user: Watchdog | None = None  # of the job for which this process has opened a GPU
+
+
+def open_gpu(
+    ops: ctypes.CDLL, placement: Placement, kernels: bytes, max_sequences: int, num_tokens: int, *, user: Watchdog
+) -> None:
+    """Make the GPU and its code those of this process, until another job opens one after `user` was closed.
 
     Raises:
         IncompatibleError: the driver or the launcher refuses; says what it found.
     """
     assert placement.gpu is not None
     size, vendor = ctypes.sizeof(_Description), _VENDORS[placement.provider]
+    global _user
+    if _user is None or _user.is_closed:
+        # Here all ranks have done with it; when a job ends, one may still read what another shares.
+        ops.llmpack_ops_gpu_close()
+        _user = user
     given = _Description(size, vendor, placement.gpu.ordinal, max_sequences, num_tokens, 0, kernels)
     if ops.llmpack_ops_gpu_open(ctypes.byref(given)) != 0:
         raise IncompatibleError(_last_error(ops), code="E422")

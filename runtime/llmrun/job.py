@@ -250,10 +250,8 @@ class Job:
             if is_exact:
                 expect_one_sequence(spec, wanted, self.max_seq_len)
             least = -(-self.max_seq_len // spec.block_size)
-            num_tokens = self.most_tokens
-            return device.fit_blocks(
-                self.placement, self.manifest, self.rank, wanted, least, num_tokens, is_exact=is_exact
-            )
+            sizes = (wanted, least, self.most_tokens)
+            return device.fit_blocks(self.placement, self.manifest, self.rank, *sizes, is_exact=is_exact)
         sharers = len(communication.local_ranks(self.comm.peers, self.rank))
         free_bytes = max(0, available_bytes() // sharers - self.manifest.ranks[self.rank].weight_bytes)
         return fit_blocks(self.manifest, self.rank, free_bytes, wanted, self.max_seq_len, is_exact=is_exact)
@@ -285,7 +283,8 @@ class Job:
                 f" {self.placement.kernels} now. Pack with --targets {self.placement.gpu.chip} for a faster start."
             )
         path = os.fsencode(self.artifact.resolve(name))
-        device.open_gpu(self._ops, self.placement, path, self.options.max_num_seqs, self.most_tokens)
+        most = (self.options.max_num_seqs, self.most_tokens)
+        device.open_gpu(self._ops, self.placement, path, *most, user=self.watchdog)
 
     def _join_gpus(self) -> tuple[str, bool]:
         assert self._ops is not None

@@ -108,6 +108,11 @@ class Watchdog:
         """Stop watching: the ranks are about to leave in order."""
         self._is_closed.set()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is watched any more."""
+        return self._is_closed.is_set()
+
     def count_collectives(self, state: CollectiveState) -> None:
         """Take `state` (collectives begun, ended) as a sign of progress."""
         self._collectives = state

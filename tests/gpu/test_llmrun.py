@@ -141,3 +141,23 @@ def test_a_rank_uses_no_gpu_but_its_own(artifact, run) -> None:
     options = ["-p", PROMPT, "-n", 1, "--provider", "cuda"]
     done = run(1, "cuda", "-m", "llmrun", "generate", artifact(1), *options, devices=2, taken=1)
     assert done.returncode == 0, done.stderr
+
+
+TWO_ENGINES = """
+import sys
+from llmrun import Engine
+
+for _ in range(2):
+    with Engine(sys.argv[1], provider="cuda") as engine:
+        text = engine.complete("The prince", max_tokens=2, temperature=0).text
+    if engine.rank == 0:
+        print(text)
+"""
+
+
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.mpi)])
+def test_a_closed_engine_leaves_the_gpu_to_the_next(shards: int, artifact, run) -> None:
+    done = run(shards, "cuda", "-c", TWO_ENGINES, artifact(shards))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second
