@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +31,31 @@ def test_the_program_runs_dry(chip, tmp_path):
     assert float(rows["demo model against float64"]) < 1e-2
     assert {"onnxruntime dry: decode, eager", "onnxruntime dry: prefill, eager"} <= set(rows)
     assert results["failed"] == 0
+
+
+def test_code_that_was_prepared_before_a_change_of_the_kernels_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")  # which the program sets, for its own children
+    import hardware
+    import standin
+
+    from llmpack import kernels
+
+    source, builds = tmp_path / "matmul.py", []
+    source.write_text("before")
+
+    def build(specs, targets):
+        builds.append(targets)
+        return {target: standin.kernels_of(specs, target) for target in targets}
+
+    monkeypatch.setattr(kernels, "build", build)
+    monkeypatch.setattr(hardware, "KERNELS", tmp_path)
+    monkeypatch.setattr(hardware, "SOURCES", [source], raising=False)
+    bench = SimpleNamespace(models=("dry",), chip="sm_89", dry=False, row=lambda *_: None)
+    first = hardware.kernels_for(bench)
+    assert (hardware.kernels_for(bench), len(builds)) == (first, 1)
+    source.write_text("after")
+    assert hardware.kernels_for(bench) != first
+    assert len(builds) == 2
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
