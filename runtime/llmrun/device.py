@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmrun.errors import IncompatibleError, ResourceError, UsageError
@@ -42,7 +42,7 @@ class Gpu:
 class Placement:
     """Where a rank computes. On the CPU, `gpu` and `kernels` are None; `sharers`: ranks on the same GPU.
 
-    `free_bytes`: of the GPU's memory, when it was chosen.
+    `free_bytes`: of the GPU's memory, when it was chosen; `why_not_gpu`: what kept "auto" from the GPU that it looked for.
     """
 
     provider: str
@@ -50,6 +50,7 @@ class Placement:
     kernels: str | None = None
     sharers: int = 1
     free_bytes: int = 0
+    why_not_gpu: str = field(default="", compare=False)
 
     @property
     def graph(self) -> str:
@@ -143,19 +144,21 @@ def place(
         IncompatibleError: what was asked for cannot run here.
         UsageError: more ranks than GPUs.
     """
+    reasons: list[str] = []
     if provider == "auto":
         wanted = [name for name in ("cuda", "rocm") if PROVIDERS[name] in available and _holds(manifest, name)]
         for name in wanted:
             try:
                 return _place_on_gpu(name, manifest, ops, local_rank, local_size, share_gpu)
-            except (IncompatibleError, UsageError):
+            except (IncompatibleError, UsageError) as error:
                 if "cpu" not in manifest.targets:
                     raise
+                reasons.append(str(error))
         provider = "cpu"
     if provider == "cpu":
         if "cpu" not in manifest.targets:
             raise IncompatibleError(f"--provider cpu: the artifact is for {_targets(manifest)} only.", code="E415")
-        return Placement("cpu")
+        return Placement("cpu", why_not_gpu=" ".join(reasons))
     if not _holds(manifest, provider):
         raise IncompatibleError(
             f"--provider {provider}: the artifact holds code for {_targets(manifest)} only. Use --provider cpu, or pack with"

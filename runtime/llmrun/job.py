@@ -210,6 +210,8 @@ class Job:
             local_size=len(local),
             share_gpu=self.options.share_gpu,
         )
+        if self.placement.why_not_gpu and self.rank == 0:
+            console.say(f"llmrun: this runs on the CPU, not on a GPU. {self.placement.why_not_gpu}")
         return artifact, {
             "manifest": artifact.digest,
             "world size": self.size,

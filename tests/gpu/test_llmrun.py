@@ -143,6 +143,21 @@ def test_a_rank_uses_no_gpu_but_its_own(artifact, run) -> None:
     assert done.returncode == 0, done.stderr
 
 
+ON_THE_CPU = """
+import sys, onnxruntime
+from llmrun.cli import main
+
+onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+sys.exit(main(["generate", sys.argv[1], "-p", sys.argv[2], "-n", "2"]))
+"""
+
+
+def test_whoever_has_a_gpu_and_computes_on_the_cpu_is_told_why(artifact, run) -> None:
+    done = run(1, "cpu", "-c", ON_THE_CPU, artifact(1), PROMPT, version=11040)
+    assert done.returncode == 0, done.stderr
+    assert "this runs on the CPU, not on a GPU. libcuda.so.1 supports CUDA 11.4, expected" in done.stderr
+
+
 TWO_ENGINES = """
 import sys
 from llmrun import Engine
