@@ -28,7 +28,6 @@ from llmrun.errors import IncompatibleError, PeerError, ResourceError
 from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, expect_one_sequence, fit_blocks
 from llmrun.rank_files import RankFiles
-from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, most_tokens
 from llmrun.step_plan import STEP_KIND, MessageKind, StepPlan
 
 if TYPE_CHECKING:
@@ -252,7 +251,7 @@ class Job:
             if is_exact:
                 expect_one_sequence(spec, wanted, self.max_seq_len)
             least = -(-self.max_seq_len // spec.block_size)
-            sizes = (wanted, least, self.most_tokens)
+            sizes = (wanted, least, self.options.most_tokens)
             return device.fit_blocks(self.placement, self.manifest, self.rank, *sizes, is_exact=is_exact)
         sharers = len(communication.local_ranks(self.comm.peers, self.rank))
         free_bytes = max(0, available_bytes() // sharers - self.manifest.ranks[self.rank].weight_bytes)
@@ -285,7 +284,7 @@ class Job:
                 f" {self.placement.kernels} now. Pack with --targets {self.placement.gpu.chip} for a faster start."
             )
         path = os.fsencode(self.artifact.resolve(name))
-        most = (self.options.max_num_seqs, self.most_tokens)
+        most = (self.options.max_num_seqs, self.options.most_tokens)
         device.open_gpu(self._ops, self.placement, path, *most, user=self.watchdog)
 
     def _join_gpus(self) -> tuple[str, bool]:
@@ -372,11 +371,6 @@ class Job:
     def _ops_error(self) -> str:
         assert self._ops is not None
         return self._ops.llmpack_ops_last_error().decode("utf-8", "replace")
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens in a step, at most: a GPU's memory is laid out for as many."""
-        return most_tokens(DEFAULT_TOKEN_BUDGET, self.options.max_num_seqs)
 
     @property
     def ops(self) -> ctypes.CDLL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmrun.errors import UsageError
+from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, most_tokens
 
 VERIFY_MODES = ("auto", "full", "size", "off")
 # Of the CPU kernels; llmpack_ops.h says what each needs.
@@ -32,3 +33,8 @@ class JobOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} {value}: expected 1 or more.")
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens in a step, at most: a GPU's memory is laid out for as many."""
+        return most_tokens(DEFAULT_TOKEN_BUDGET, self.max_num_seqs)

@@ -125,7 +125,7 @@ import sys
 from llmrun import Engine
 
 with Engine(sys.argv[1], provider="cuda", max_num_seqs=512) as engine:
-    most, planned = engine.job.most_tokens, engine.core._scheduler.token_budget
+    most, planned = engine.job.options.most_tokens, engine.core._scheduler.token_budget
     assert planned <= most, (planned, most)
 """
 
