@@ -208,19 +208,31 @@ def _targets(manifest: Manifest) -> str:
     return ", ".join(dict.fromkeys((*manifest.targets, *manifest.kernels)))
 
 
-def activation_bytes(manifest: Manifest, num_tokens: int) -> int:
-    """Bound the memory of a step beside weights and cache: activations, logits of every row, and the launcher's workspace."""
+def activation_bytes(manifest: Manifest, num_tokens: int, max_num_seqs: int) -> int:
+    """Bound the memory of steps beside weights and cache: activations, logits of every row, and the launcher's workspace.
+
+    A decode step of each number of sequences is a graph of its own, and its logits have memory of their own.
+    """
     model, shards = manifest.model, manifest.shards
     heads = (model.num_attention_heads + 2 * max(model.num_key_value_heads, shards)) // shards * model.head_dim
     per_token = 3 * 4 * model.hidden_size + 2 * 2 * model.hidden_size + 2 * heads
     per_token += 2 * 3 * model.intermediate_size // shards + 4 * model.head_dim
     columns = -(-model.vocab_size // shards)  # of the logits, and for the choice among them (FORMAT 8.4)
     per_row = 4 * columns + 520 + 516 * (columns // 2048 + 1)
-    return num_tokens * (per_token + per_row) + (64 << 20)
+    graphs = max_num_seqs * (max_num_seqs + 1) // 2 * (4 * columns + 520)
+    return num_tokens * (per_token + per_row) + graphs + (64 << 20)
 
 
 def fit_blocks(
-    placement: Placement, manifest: Manifest, rank: int, wanted: int, least: int, num_tokens: int, *, is_exact: bool
+    placement: Placement,
+    manifest: Manifest,
+    rank: int,
+    wanted: int,
+    least: int,
+    num_tokens: int,
+    max_num_seqs: int,
+    *,
+    is_exact: bool,
 ) -> int:
     """Return how many of the wanted cache blocks the GPU's free memory holds beside the weights.
 
@@ -231,6 +243,7 @@ def fit_blocks(
         wanted: cache blocks.
         least: blocks of one sequence of full length.
         num_tokens: in a step, at most.
+        max_num_seqs: sequences in a step, at most.
         is_exact: fewer than wanted will not do.
 
     Raises:
@@ -240,7 +253,7 @@ def fit_blocks(
     assert gpu is not None
     spec, weight_bytes = manifest.kv_cache, manifest.ranks[rank].weight_bytes
     block_bytes = spec.block_size * spec.bytes_per_token
-    fixed = weight_bytes + activation_bytes(manifest, num_tokens)
+    fixed = weight_bytes + activation_bytes(manifest, num_tokens, max_num_seqs)
     free = int(placement.free_bytes * (1 - _SPARE_SHARE)) // placement.sharers
     num_blocks = min(wanted, (free - fixed) // block_bytes)
     needed = wanted if is_exact else least

@@ -44,6 +44,7 @@ class _Shape:
     logits: Any  # [R, this rank's columns]
     top: Any  # [R, num_likeliest + 1]
     options: Any
+    num_rows: int  # R
     sent: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
 
@@ -60,12 +61,14 @@ class GpuSession:
         num_blocks: int,
         vocab_size: int,
         max_seq_len: int,
+        max_rows: int,
         captures: bool,
         size: int = 1,
         gather: Gather = lambda values: [values],
     ) -> None:
         """Load `graph` onto the placement's GPU.
 
+        `max_rows`: rows of logits in a step, at most; those of the steps whose memory is kept are together no more.
         `captures`: decode steps are graphs of the driver's; `size`: number of ranks; `gather` collects their arrays on rank 0
         and returns None on the others.
 
@@ -76,6 +79,7 @@ class GpuSession:
         self._ort = import_onnxruntime()
         self._device = placement.gpu.ordinal
         self._vocab_size, self._gather, self._captures = vocab_size, gather, captures
+        self._max_rows = max_rows
         self._columns = -(-max_seq_len // kv_cache.block_size)
         options = self._ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -162,14 +166,15 @@ class GpuSession:
         key = (is_captured, *(value.shape for value in values.values()))
         if key in self._shapes:
             return self._shapes[key]
-        eager = [known for known in self._shapes if not known[0]]
-        if len(eager) >= _MOST_SHAPES:  # captured ones stay: their addresses are in a graph
-            del self._shapes[eager[0]]
+        num_rows = len(values["logit_rows"])
+        eager = [known for known in self._shapes if not known[0]]  # captured ones stay: their addresses are in a graph
+        kept_rows = sum(self._shapes[known].num_rows for known in eager)
+        while eager and (len(eager) >= _MOST_SHAPES or kept_rows + num_rows > self._max_rows):
+            kept_rows -= self._shapes.pop(eager.pop(0)).num_rows
         binding = self._session.io_binding()
         inputs = {name: self._value(value.shape, np.int32) for name, value in values.items()}
         for name, value in {**self._caches, **inputs}.items():
             binding.bind_ortvalue_input(name, value)
-        num_rows = len(values["logit_rows"])
         logits = self._value((num_rows, self._num_columns), np.float32)
         top = self._value((num_rows, self._top_width), np.int64)
         binding.bind_ortvalue_output("logits", logits)
@@ -179,5 +184,5 @@ class GpuSession:
         if self._captures:
             # One graph for each number of sequences; 0 is ORT's own.
             options.add_run_config_entry("gpu_graph_id", str(len(values["seq_lens"])) if is_captured else EAGER)
-        self._shapes[key] = _Shape(binding, inputs, logits, top, options)
+        self._shapes[key] = _Shape(binding, inputs, logits, top, options, num_rows)
         return self._shapes[key]

@@ -131,20 +131,34 @@ def test_each_local_rank_has_its_own_gpu():
 def test_the_memory_plan_names_need_and_room():
     placement = place("cuda", manifest(), FakeOps(["sm_89"], free=17_200_000_000))
     with pytest.raises(ResourceError, match=r"rank 0 needs 1\d\.\d GB .*GPU 0 has 17\.2 GB free") as caught:
-        device.fit_blocks(placement, manifest(), 0, wanted=512, least=256, num_tokens=512, is_exact=False)
+        device.fit_blocks(
+            placement, manifest(), 0, wanted=512, least=256, num_tokens=512, max_num_seqs=8, is_exact=False
+        )
     assert caught.value.exit_code == 5
 
 
 def test_the_cache_takes_what_is_left():
     placement = place("cuda", manifest(), FakeOps(["sm_89"], free=20_000_000_000))
-    blocks = device.fit_blocks(placement, manifest(), 0, wanted=100_000, least=16, num_tokens=512, is_exact=False)
+    blocks = device.fit_blocks(
+        placement, manifest(), 0, wanted=100_000, least=16, num_tokens=512, max_num_seqs=8, is_exact=False
+    )
     assert 16 <= blocks < 100_000
     shared = dataclasses.replace(placement, sharers=2)
     with pytest.raises(ResourceError, match="shared by 2 ranks"):
-        device.fit_blocks(shared, manifest(), 0, wanted=100, least=16, num_tokens=512, is_exact=False)
+        device.fit_blocks(shared, manifest(), 0, wanted=100, least=16, num_tokens=512, max_num_seqs=8, is_exact=False)
 
 
 def test_a_cache_of_a_given_size_is_not_made_smaller():
     placement = place("cuda", manifest(), FakeOps(["sm_89"], free=20_000_000_000))
     with pytest.raises(ResourceError, match=r"KV cache of 1600000 positions.*use a smaller --kv-cache-mb"):
-        device.fit_blocks(placement, manifest(), 0, wanted=100_000, least=16, num_tokens=512, is_exact=True)
+        device.fit_blocks(
+            placement, manifest(), 0, wanted=100_000, least=16, num_tokens=512, max_num_seqs=8, is_exact=True
+        )
+
+
+def test_many_sequences_take_memory_for_each_number_of_them():
+    placement = place("cuda", manifest(), FakeOps(["sm_89"], free=24_000_000_000))
+    sizes = {"wanted": 100_000, "least": 16, "num_tokens": 512, "is_exact": False}
+    few, many = (device.fit_blocks(placement, manifest(), 0, max_num_seqs=n, **sizes) for n in (8, 256))
+    logits = 256 * 257 // 2 * 16000 * 4  # of this rank's half of the vocabulary
+    assert (few - many) * 16 * manifest().kv_cache.bytes_per_token == pytest.approx(logits, rel=0.02)

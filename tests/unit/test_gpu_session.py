@@ -98,7 +98,7 @@ def make(monkeypatch):
     def make(provider="cuda", **options):
         placement = Placement(provider, Gpu(1, "RTX", "sm_89", "", 1, 0), "sm_89")
         return GpuSession("g", "l", SPEC, placement, num_blocks=8, vocab_size=VOCABULARY, max_seq_len=64,
-                          captures=True, **options)  # type: ignore[arg-type]  # fmt: skip
+                          max_rows=100, captures=True, **options)  # type: ignore[arg-type]  # fmt: skip
 
     return make
 
@@ -150,6 +150,18 @@ def test_whole_rows_come_when_the_plan_asks_for_them(make):
     assert logits.reads == 1, "whole rows were copied to the host without need"
 
 
+def test_logits_of_large_steps_are_not_all_kept(make):
+    """Rows of the whole vocabulary, of prompts whose log-probabilities are wanted, in steps of many sizes."""
+    session = make()
+    for n in range(60, 100):
+        session.run(plan_of([3] * n, list(range(n)), list(range(n)), [0, n], [n], [[0] * 8], list(range(n))))
+        kept = sum(len(shape.logits.array) for shape in session._shapes.values())
+        assert n <= kept <= 100
+    session.run(decode(3, 5, [2]))
+    session.run(plan_of([3] * 99, list(range(99)), list(range(99)), [0, 99], [99], [[0] * 8], list(range(99))))
+    assert len(session._shapes) == 2, "a captured step was forgotten"
+
+
 def test_rank_0_joins_what_the_ranks_have(make, monkeypatch):
     monkeypatch.setattr(Session, "columns", 4)  # of 10 tokens over 3 ranks
     sent = []
@@ -194,5 +206,5 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_named(monkeypatch, capsys):
     placement = Placement("cuda", Gpu(0, "RTX", "sm_89", "", 1, 0), "sm_89")
     with pytest.raises(IncompatibleError, match="refuses it: driver version is insufficient"):
         GpuSession(Path("gpu.onnx"), find_library(), SPEC, placement, num_blocks=8, vocab_size=VOCABULARY,
-                   max_seq_len=64, captures=True)  # fmt: skip
+                   max_seq_len=64, max_rows=100, captures=True)  # fmt: skip
     assert capsys.readouterr().out == ""
