@@ -92,6 +92,8 @@ class GpuSession:
             options.register_custom_ops_library(str(library))
             # Where it cannot use the GPU, it prints that to stdout and tries the CPU: what it raises is about the latter.
             with contextlib.redirect_stdout(io.StringIO()):
+                if placement.provider == "cuda":  # from pip's nvidia-* packages, where it does not look by itself
+                    self._ort.preload_dlls()
                 self._session = self._ort.InferenceSession(
                     str(graph), options, providers=[(PROVIDERS[placement.provider], self._provider_options(placement))]
                 )

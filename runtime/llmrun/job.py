@@ -250,12 +250,8 @@ class Job:
         if self.placement.gpu is not None:
             if is_exact:
                 expect_one_sequence(spec, wanted, self.max_seq_len)
-            sizes = (
-                wanted,
-                -(-self.max_seq_len // spec.block_size),
-                self.options.most_tokens,
-                self.options.max_num_seqs,
-            )
+            least = -(-self.max_seq_len // spec.block_size)
+            sizes = (wanted, least, self.options.most_tokens, self.options.max_num_seqs)
             return device.fit_blocks(self.placement, self.manifest, self.rank, *sizes, is_exact=is_exact)
         sharers = len(communication.local_ranks(self.comm.peers, self.rank))
         free_bytes = max(0, available_bytes() // sharers - self.manifest.ranks[self.rank].weight_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -59,8 +60,11 @@ class Session:
     """Gives a row of 1, 2, 3, ... each run, and a record of two candidates that its id 1 is the likeliest: 5.0 and then 4.0."""
 
     columns = VOCABULARY
+    preloads: ClassVar[list[str]] = []
 
     def __init__(self, _graph, _options, providers):
+        self.preloaded = Session.preloads.copy()
+        Session.preloads.clear()
         self.providers, self.runs = providers, []
 
     def get_inputs(self):
@@ -90,6 +94,7 @@ def make(monkeypatch):
         SessionOptions=Options,
         RunOptions=Options,
         GraphOptimizationLevel=SimpleNamespace(ORT_DISABLE_ALL=0),
+        preload_dlls=lambda: Session.preloads.append("cuda"),
         InferenceSession=Session,
         OrtValue=SimpleNamespace(ortvalue_from_shape_and_type=lambda shape, dtype, *_: Value(shape, dtype)),
     )
@@ -186,6 +191,11 @@ def test_a_graph_with_other_columns_is_refused(make, monkeypatch):
     monkeypatch.setattr(Session, "columns", 7)
     with pytest.raises(IncompatibleError, match="it belongs to another model"):
         make(size=2)
+
+
+@pytest.mark.parametrize(("provider", "expected"), [("cuda", ["cuda"]), ("rocm", [])])
+def test_cuda_libraries_of_pip_packages_are_loaded_before_the_session_looks_for_them(provider, expected, make):
+    assert make(provider)._session.preloaded == expected
 
 
 def test_rocm_asks_for_its_own_graphs(make):

@@ -27,6 +27,10 @@ def get_available_providers() -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
+def preload_dlls() -> None:
+    pass
+
+
 class OrtValue:
     taken_bytes = 0  # by the host, of all values
 
