@@ -17,6 +17,7 @@ import triton.language as tl
 
 from llmpack_kernels.decode import INTERPRETED
 from llmpack_kernels.elementwise import normalise
+from llmpack_kernels.matmul import saturate
 
 FLAG_STRIDE = tl.constexpr(32)  # int32: one flag for every 128 bytes, so that ranks do not share lines
 
@@ -119,5 +120,4 @@ def all_reduce(
     column = tl.arange(0, BLOCK)
     inside = column < H
     total = _sum(x, buffers, flags, epochs, rank, row, start, inside, column, H, RANKS, MAX_ROWS, DRAIN)
-    total = tl.minimum(tl.maximum(total, -65504.0), 65504.0)
-    tl.store(y + start + column, total.to(tl.float16), mask=inside)
+    tl.store(y + start + column, saturate(total, y), mask=inside)

@@ -21,9 +21,10 @@ def features_per_chunk(storage):
 
 @triton.jit
 def saturate(value, pointer):
-    """Round to the element type of `pointer`; float16 ends at its largest number, not at infinity."""
+    """Round to the element type of `pointer`; float16 ends at its largest number, not at infinity. NaN stays NaN."""
     if pointer.dtype.element_ty == tl.float16:
-        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+        every: tl.constexpr = tl.PropagateNan.ALL  # else the chips take the other operand
+        value = tl.minimum(tl.maximum(value, -65504.0, every), 65504.0, every)
     return value.to(pointer.dtype.element_ty)
 
 

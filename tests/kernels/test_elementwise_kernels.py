@@ -122,3 +122,14 @@ def test_what_is_not_finite_shows_in_the_sum_of_its_row_alone(bad: float) -> Non
     for records in ([likeliest(logits)], [likeliest(np.ascontiguousarray(logits[:, i : i + 35]), i) for i in (0, 35)]):
         sums = merge_candidates(records, 70).weight_sums
         np.testing.assert_array_equal(np.isnan(sums), [False, True, False])
+
+
+def test_nan_stays_nan_on_its_way_to_the_logits() -> None:
+    """Saturation must not make a number of it: that is how whoever samples learns that a model is broken."""
+    gate_up = np.zeros((1, 128), np.float16)
+    gate_up[0, 3] = np.nan
+    y = np.zeros((1, 64), np.float16)
+    launch(spec_of("swiglu"), gate_up=gate_up, y=y)
+    np.testing.assert_array_equal(np.isnan(y[0]), np.arange(64) == 3)
+    launch(spec_of("rms_norm"), x=gate_up[:, :64].astype(np.float32), weight=np.ones(64, np.float32), y=y, epsilon=1e-5)
+    assert np.isnan(y).all()
