@@ -4,8 +4,7 @@
 //
 // The two interfaces are alike but for names: a device pointer is a 64-bit number in one and a pointer in the
 // other, every handle is a pointer, every result an int with 0 for success. So one table of signatures serves
-// both. Names, numbers and signatures are those of cuda.h 13.0 and hip_runtime_api.h 6.0 to 7.0;
-// tests/gpu/test_driver_slice.py compares the former with the header where a toolkit is installed.
+// both. Names, numbers and signatures are those of cuda.h 13.0 and hip_runtime_api.h 6.0 to 7.0.
 #ifndef LLMPACK_GPU_DRIVER_H_
 #define LLMPACK_GPU_DRIVER_H_
 
