@@ -20,6 +20,8 @@ from llmpack.kernel_file import Kernel, Parameter
 from llmpack.kernel_plan import BACKEND, KernelSpec
 
 POINTER_DIVISOR = 16  # bytes; weights start at 64, device allocations at 256
+# PTX that a driver of CUDA 12.0, the oldest that the launcher takes, compiles; chips that are newer than it need newer PTX.
+PTX_VERSION, NEWER_PTX_VERSIONS = 80, {"sm_100": 86, "sm_120": 87}
 _SIZES = {"i32": 4, "fp32": 4}
 ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
 
@@ -72,8 +74,14 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         "num_stages": other.get("stages", spec.stages if backend == "cuda" else min(2, spec.stages)),
         "enable_fp_fusion": True,
     }
-    with knobs.amd.scope():
+    if backend == "cuda":
+        options["ptx_version"] = NEWER_PTX_VERSIONS.get(arch, PTX_VERSION)
+    with knobs.amd.scope(), knobs.nvidia.scope():
         knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
+        if arch not in NEWER_PTX_VERSIONS:
+            # From sm_90 on Triton takes an assembler of CUDA 13, whose cubins no driver of CUDA 12 loads. Beyond sm_90 it is
+            # the one that spills nothing.
+            knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
         compiled = triton.compile(source, target=target, options=options)
     metadata: Any = compiled.metadata
     parameters = [
