@@ -30,12 +30,16 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0, 1),
     "use_qk_norm": (False, None),
     "is_encoder_decoder": (False, None),
+    "is_causal": (True, None),
 }
 _MAX_HEAD_DIM = 256  # of PagedAttention: custom_ops/cpu/isa.h
+_OUTSIDE = (
+    "original_max_position_embeddings"  # may stand beside rope_scaling; transformers 5 takes that, 4 the one within
+)
 _ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _OUTSIDE),
 }
 
 
@@ -166,7 +170,12 @@ def _read_rope(reader: _Reader) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": kind}
         rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
         for number in _ROPE_NUMBERS[kind]:
-            rope[number] = inner.positive(number)
+            outside = raw.get(number) if number == _OUTSIDE else None
+            rope[number] = inner.positive(number, outside)
+            if outside not in (None, rope[number]):
+                raise IncompatibleError(
+                    f"{path}: {key}.{number} {given[number]} and {number} {outside!r} contradict each other."
+                )
         spellings.append(rope)
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         raise IncompatibleError(

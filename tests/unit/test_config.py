@@ -26,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LLAMA3_OUTSIDE = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
 
 
 def read(tmp_path, **changes):
@@ -50,8 +51,9 @@ def test_defaults_are_transformers_defaults(tmp_path):
         {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}},
         {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3_OUTSIDE, "original_max_position_embeddings": 32},
     ],
-    ids=["theta", "linear", "llama3", "parameters", "parameters-linear", "parameters-llama3"],
+    ids=["theta", "linear", "llama3", "parameters", "parameters-linear", "parameters-llama3", "llama3-outside"],
 )
 def test_frequencies_equal_transformers(tmp_path, changes):
     from transformers import LlamaConfig
@@ -90,6 +92,7 @@ def test_both_spellings_are_one(tmp_path):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ({"hidden_act": ["silu"]}, "hidden_act is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"is_causal": False}, "is_causal is False"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"head_dim": 258}, "head_dim 258; .* 256"),
@@ -99,6 +102,7 @@ def test_both_spellings_are_one(tmp_path):
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": {**LLAMA3}},
             "contradict",
         ),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}, "64 and .* 32 contradict"),
     ],
 )
 def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
