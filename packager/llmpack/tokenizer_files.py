@@ -7,8 +7,8 @@ Which file. A `tokenizer.json` is used as it is. If there is a sentencepiece `to
 transformers 5 takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds
 the rules of the sentencepiece model: then `tokenizer.model` is the one that gives its ids. Of any other class
 (PreTrainedTokenizerFast: Llama 3) it uses `tokenizer.json`, and so do we, and also when there are added
-tokens that are not special: a `tokenizer.model` cannot hold them. With a `tokenizer.model` alone, all added
-tokens are taken as special.
+tokens that are not special, or swallow the white space beside them: a `tokenizer.model` cannot hold them. With
+a `tokenizer.model` alone, all added tokens are taken as special, and those that swallow are refused.
 
 Which ids. EOS: generation_config.json, else config.json, else the tokenizer's files. BOS: the tokenizer's
 files, by name or by post-processor, else generation_config.json, else config.json, since transformers'
@@ -267,14 +267,21 @@ def _open_library(files: _Files, added: dict[str, tuple[int, bool]], vocab_size:
     has_model, has_json = files.exists("tokenizer.model"), files.exists("tokenizer.json")
     document = files.json("tokenizer.json")
     path = files.model_dir / "tokenizer.model"
+    swallowing = [text for text in _swallowing_tokens(files) if text in added]
     if has_json:
         kind = files.json("tokenizer_config.json").get("tokenizer_class")
-        if not has_model or kind not in _LLAMA_CLASSES or not all(special for _, special in added.values()):
+        can_hold = not swallowing and all(special for _, special in added.values())
+        if not has_model or kind not in _LLAMA_CLASSES or not can_hold:
             return open_tokenizers(
                 files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document, vocab_size
             )
     if not has_model:
         return None
+    if swallowing:
+        raise IncompatibleError(
+            f"{path}: {_some(swallowing)}: found lstrip or rstrip in tokenizer_config.json, expected a tokenizer.json, which "
+            "can say that a token swallows white space. Let transformers write one: AutoTokenizer's save_pretrained."
+        )
     try:
         return open_sentencepiece(path, files.bytes("tokenizer.model"), added, vocab_size)
     except IntegrityError:
@@ -302,6 +309,15 @@ def _added_tokens(files: _Files) -> dict[str, tuple[int, bool]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{files.model_dir}: the list of added tokens is malformed: {error!r}.") from error
     return added
+
+
+def _swallowing_tokens(files: _Files) -> list[str]:
+    """Return the added tokens that swallow the white space before or after them."""
+    entries = [
+        *files.json("tokenizer.json").get("added_tokens", []),
+        *files.json("tokenizer_config.json").get("added_tokens_decoder", {}).values(),
+    ]
+    return list(dict.fromkeys(entry["content"] for entry in entries if entry.get("lstrip") or entry.get("rstrip")))
 
 
 def _some(tokens: list[str]) -> str:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
+_SPACES = re.compile(r"\s+")
+
 
 def load_tokenizer(artifact: Artifact) -> Tokenizer | None:
     """Load the artifact's tokenizer; None if it has none.
@@ -131,12 +133,19 @@ class Tokenizer:
             return self._neutralize(segments)
 
     def split_special(self, text: str) -> list[str | int]:
-        """Split text at its special tokens (the leftmost, then the longest) into segments; empty text is left out."""
+        """Split text at its special tokens (the leftmost, then the longest) into segments; empty text is left out.
+
+        White space that a token swallows is left out too.
+        """
         segments: list[str | int] = []
         end = 0
         for match in self._special_pattern.finditer(text):
-            segments += [text[end : match.start()], self.special_tokens[match[0]]]
+            before, token = text[end : match.start()], match[0]
+            segments += [before.rstrip() if token in self._backend.takes_space_before else before]
+            segments += [self.special_tokens[token]]
             end = match.end()
+            if token in self._backend.takes_space_after and (spaces := _SPACES.match(text, end)):
+                end = spaces.end()
         return [segment for segment in [*segments, text[end:]] if segment != ""]
 
     def mark_special(self, text: str, opening: str, closing: str) -> str:

@@ -35,10 +35,13 @@ class Backend(Protocol):
     Attributes:
         unknown_id: the token for characters that are not in the vocabulary.
         strips_leading_space: whether the encoding puts a space before all text.
+        takes_space_before, takes_space_after: added tokens that swallow the white space beside them.
     """
 
     unknown_id: int | None
     strips_leading_space: bool
+    takes_space_before: frozenset[str] = frozenset()
+    takes_space_after: frozenset[str] = frozenset()
 
     def encode_plain(self, text: str) -> list[int]:
         """Encode text, special tokens in it being text as far as the library can."""
@@ -134,6 +137,8 @@ class TokenizersBackend(Backend):
         highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if highest >= spec.vocab_size:
             raise IntegrityError(f"{where}: has id {highest}: the manifest says {spec.vocab_size} ids")
+        self.takes_space_before = frozenset(token["content"] for token in kept if token.get("lstrip"))
+        self.takes_space_after = frozenset(token["content"] for token in kept if token.get("rstrip"))
         model = document["model"]
         unknown = model.get("unk_token")
         self.unknown_id: int | None = None if unknown is None else self._tokenizer.token_to_id(unknown)

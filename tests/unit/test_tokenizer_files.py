@@ -18,6 +18,7 @@ from test_tokenizer import (
 from llmpack.pack import Options, pack
 from llmpack.tokenizer_files import GOLDEN_TEXTS, read_generation, read_tokenizer
 from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError, LlmpackError, TokenizerSpec
+from llmrun.chat import encode_chat, extend_chat
 from llmrun.tokenizer import load_tokenizer
 
 
@@ -49,7 +50,8 @@ def _load(files):
     """Open the tokenizer as the runtime will."""
     names = {field.name for field in dataclasses.fields(TokenizerSpec)} - {"kind", "file", "chat_template", "golden"}
     spec = {name: getattr(files, name) for name in names}
-    return load_tokenizer(make_artifact(files.source_file.parent, files.kind, files.source_file.name, **spec))
+    folder, template = files.source_file.parent, files.chat_template
+    return load_tokenizer(make_artifact(folder, files.kind, files.source_file.name, chat_template=template, **spec))
 
 
 def test_a_model_without_tokenizer_has_none(tmp_path):
@@ -183,6 +185,36 @@ def test_added_tokens_beyond_the_model_are_text(kind, request):
             assert max(ids) < size
             assert ours.decode(ids) == text
         assert ours.decode(ours.encode_segments([ours.bos_token_id, text])) == text
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_tokens_that_swallow_white_space_do_so_in_every_turn(side, sp):
+    transformers = pytest.importorskip("transformers")
+    template = "{% for m in messages %}<|x|>\n{{ m['content'] }}\n{% endfor %}<|x|>{{ '\n' }}"
+    _edit(sp, "tokenizer_config.json", chat_template=template)
+    _edit(sp, "tokenizer_config.json", added_tokens_decoder={"420": {"content": "<|x|>", "special": True, side: True}})
+    with pytest.raises(
+        IncompatibleError, match=r"tokenizer\.model: '<\|x\|>': found lstrip or rstrip.*save_pretrained"
+    ):
+        read_tokenizer(sp, 421)
+    theirs = transformers.AutoTokenizer.from_pretrained(sp)
+    theirs.save_pretrained(sp)
+    files = read_tokenizer(sp, 421)
+    assert (files.source_file.name, files.notes) == ("tokenizer.json", ())
+    ours = _load(files)
+
+    turns = [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "shells"}]
+    prompt = encode_chat(ours, turns[:1])
+    assert prompt == theirs.apply_chat_template(turns[:1])["input_ids"]
+    answer = ours.encode_segments([prompt[-1], "shells"])[1:]
+    assert (
+        extend_chat(ours, [*turns, turns[0]], prompt, answer)
+        == theirs.apply_chat_template([*turns, turns[0]])["input_ids"]
+    )
+    # The text of a special token in a message is text; what the template wrote around it stays as it was.
+    marked = encode_chat(ours, [{"role": "user", "content": "</s>"}])
+    assert marked == [token for token in marked if token != 2]
+    assert [token for token in marked if token in (13, 420)] == [token for token in prompt if token in (13, 420)]
 
 
 def test_a_user_defined_piece_that_is_not_special_stays_text(tmp_path):
