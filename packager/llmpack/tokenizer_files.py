@@ -198,7 +198,8 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
             if bos_ids and library.text(bos_ids[0]) is not None:
                 bos_id = bos_ids[0]
                 break
-    if bos_token is None or add_bos is None:  # transformers heeds add_bos_token only where a BOS is named
+    # transformers heeds add_bos_token only where a BOS is named, and where no post-processor of a tokenizer.json decides.
+    if bos_token is None or add_bos is None or library.kind == "tokenizers":
         add_bos = library.adds(bos_id)
     if bos_token is None and bos_id is not None:
         bos_token = texts.get(bos_id)

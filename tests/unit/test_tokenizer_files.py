@@ -84,9 +84,6 @@ def test_tokenizers(bl):
     assert files.bos_token_id == files.special_tokens["<|begin_of_text|>"]
     assert files.eos_token_ids == (files.special_tokens["<|eot_id|>"],)
     assert files.add_bos_token  # its post-processor does
-    _edit(bl, "tokenizer_config.json", add_bos_token=False)
-    assert not read_tokenizer(bl, 500).add_bos_token
-    _edit(bl, "tokenizer_config.json", add_bos_token=None)
     _edit(bl, "tokenizer.json", post_processor=None)
     assert not read_tokenizer(bl, 500).add_bos_token
 
@@ -333,6 +330,19 @@ def test_a_bos_that_only_the_configs_name_is_added_where_transformers_adds_it(
     assert files.bos_token == ("<s>" if special else None)
     for text in ["a", '"a"']:
         assert _load(files).encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast"])
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+@pytest.mark.parametrize("begins_with", ["<s>", None])
+def test_a_tokenizer_json_decides_alone_whether_a_bos_comes_first(
+    begins_with, add_bos_token, tokenizer_class, tmp_path
+):
+    _from_scratch(tmp_path, ["<s>"], begins_with)
+    changes = {"bos_token": "<s>", "add_bos_token": add_bos_token, "tokenizer_class": tokenizer_class}
+    _edit(tmp_path, "tokenizer_config.json", **changes)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert _load(read_tokenizer(tmp_path, 301)).encode("a") == theirs.encode("a")
 
 
 def test_a_character_that_is_marked_as_special_is_refused(tmp_path):
