@@ -11,7 +11,7 @@ tokens that are not special, or swallow the white space beside them: a `tokenize
 a `tokenizer.model` alone, all added tokens are taken as special, and those that swallow are refused.
 
 Which ids. EOS: generation_config.json, else config.json, else the tokenizer's files. BOS: the tokenizer's
-files, by name or by post-processor, else generation_config.json, else config.json, since transformers'
+files, by post-processor or by name, else generation_config.json, else config.json, since transformers'
 tokenizer puts its own BOS before a prompt. What only the config files name is an id and no more: special is
 what the tokenizer says is (transformers writes the ids 1 and 2 for every Llama, whatever they stand for).
 
@@ -191,7 +191,9 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
     add_bos = files.json("tokenizer_config.json").get("add_bos_token")
     if add_bos is not None and not isinstance(add_bos, bool):
         raise IncompatibleError(f"{path}: tokenizer_config.json: add_bos_token: found {add_bos!r}, expected a boolean.")
-    bos_id = library.first_id if bos_token is None else special[bos_token]
+    bos_id = library.first_id
+    if bos_id is None and bos_token is not None:
+        bos_id = special[bos_token]
     if bos_id is None and "bos_token" not in files.json("tokenizer_config.json"):
         for name in ("generation_config.json", "config.json"):
             bos_ids = files.ids(name, "bos_token_id")
@@ -203,6 +205,11 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
         add_bos = library.adds(bos_id)
     if bos_token is None and bos_id is not None:
         bos_token = texts.get(bos_id)
+    notes = [f"{_some(beyond)}: added beyond vocab_size {vocab_size}, therefore left out"] if beyond else []
+    if library.last_id is not None:
+        notes.append(
+            f"{library.text(library.last_id)!r}: left out, which {path.name} puts after every text: an answer goes on"
+        )
     return TokenizerFiles(
         kind=library.kind,
         source_file=path,
@@ -216,7 +223,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
         chat_template=_chat_template(files),
         golden=_golden(library, set(special.values()) - {library.unknown_id}),
         sources=files.names(path.name),
-        notes=(f"{_some(beyond)}: added beyond vocab_size {vocab_size}, therefore left out",) if beyond else (),
+        notes=tuple(notes),
     )
 
 

@@ -35,6 +35,7 @@ class Library:
     adds: Callable[[int | None], bool]  # whether a BOS comes first by default
     unknown_id: int | None  # stands for characters that are not in the vocabulary
     first_id: int | None = None  # the token that the file itself puts before every text
+    last_id: int | None = None  # and after it
     own: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token that the file itself names
     special_tokens: dict[str, int] = field(default_factory=dict)
 
@@ -108,8 +109,15 @@ def open_tokenizers(path: Path, data: bytes, document: dict[str, Any], vocab_siz
         if step.get("type") not in _DECODERS:
             raise IncompatibleError(f"{path}: decoder: found {step.get('type')}, expected one of {sorted(_DECODERS)}.")
 
-    first = _call_tokenizers(path, lambda: tokenizer.encode("a"))
-    first_id: int | None = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
+    framed = _call_tokenizers(path, lambda: tokenizer.encode("a"))
+    num_before = next((i for i, is_added in enumerate(framed.special_tokens_mask) if not is_added), len(framed.ids))
+    if num_before > 1:
+        raise IncompatibleError(
+            f"{path}: post_processor: found {num_before} tokens before every text ({framed.ids[:num_before]}), expected one"
+            " at most."
+        )
+    first_id: int | None = framed.ids[0] if num_before else None
+    last_id: int | None = framed.ids[-1] if framed.special_tokens_mask[num_before:][-1:] == [1] else None
     model = document["model"]
     unknown = model.get("unk_token")
     unigram_unknown: int | None = model.get("unk_id") if model.get("type") == "Unigram" else None
@@ -129,6 +137,7 @@ def open_tokenizers(path: Path, data: bytes, document: dict[str, Any], vocab_siz
         adds=lambda bos_id: bos_id is not None and bos_id == first_id,
         unknown_id=unigram_unknown if unknown is None else tokenizer.token_to_id(unknown),
         first_id=first_id,
+        last_id=last_id,
         special_tokens={
             token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         },

@@ -345,6 +345,34 @@ def test_a_tokenizer_json_decides_alone_whether_a_bos_comes_first(
     assert _load(read_tokenizer(tmp_path, 301)).encode("a") == theirs.encode("a")
 
 
+@pytest.mark.parametrize(("frame", "bos"), [("<x> $A", "<s>"), ("<s> $A <x>", "<s>"), ("<x> $A", None)])
+def test_what_a_post_processor_puts_before_a_text_is_put_there(frame, bos, tmp_path):
+    library = _from_scratch(tmp_path, ["<s>", "<x>"])
+    ids = [(text, library.token_to_id(text)) for text in ("<s>", "<x>")]
+    library.post_processor = pytest.importorskip("tokenizers").processors.TemplateProcessing(frame, special_tokens=ids)
+    library.save(str(tmp_path / "tokenizer.json"))
+    _edit(tmp_path, "tokenizer_config.json", bos_token=bos)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    files = read_tokenizer(tmp_path, 302)
+    assert (files.bos_token or "") == (theirs.bos_token or "<x>")  # what a chat template gets
+    ends = frame.endswith("<x>")
+    assert _load(files).encode("a") == theirs.encode("a")[: -1 if ends else None]
+    assert files.notes == (
+        ("'<x>': left out, which tokenizer.json puts after every text: an answer goes on",) if ends else ()
+    )
+
+
+def test_two_tokens_before_every_text_are_refused(tmp_path):
+    library = _from_scratch(tmp_path, ["<s>", "<x>"])
+    ids = [(text, library.token_to_id(text)) for text in ("<s>", "<x>")]
+    library.post_processor = pytest.importorskip("tokenizers").processors.TemplateProcessing(
+        "<s> <x> $A", special_tokens=ids
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(IncompatibleError, match=r"tokenizer\.json: post_processor: found 2 tokens before every text"):
+        read_tokenizer(tmp_path, 302)
+
+
 def test_a_character_that_is_marked_as_special_is_refused(tmp_path):
     _from_scratch(tmp_path, ['"'])
     with pytest.raises(
