@@ -273,16 +273,13 @@ def _eos_ids(files: _Files, vocab_size: int) -> tuple[int, ...]:
 
 def _open_library(files: _Files, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library | None:
     has_model, has_json = files.exists("tokenizer.model"), files.exists("tokenizer.json")
-    document = files.json("tokenizer.json")
     path = files.model_dir / "tokenizer.model"
-    swallowing = [text for text in _swallowing_tokens(files) if text in added]
+    swallowing = [text for text in added if any(text in tokens for tokens in _swallowing_tokens(files))]
     if has_json:
         kind = files.json("tokenizer_config.json").get("tokenizer_class")
         can_hold = not swallowing and all(special for _, special in added.values())
         if not has_model or kind not in _LLAMA_CLASSES or not can_hold:
-            return open_tokenizers(
-                files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document, vocab_size
-            )
+            return _open_json(files, added, vocab_size)
     if not has_model:
         return None
     if swallowing:
@@ -296,9 +293,7 @@ def _open_library(files: _Files, added: dict[str, tuple[int, bool]], vocab_size:
         # Meta's Llama 3 has a tokenizer.model of another format, a list of base64 words, beside
         # tokenizer.json.
         if has_json:
-            return open_tokenizers(
-                files.model_dir / "tokenizer.json", files.bytes("tokenizer.json"), document, vocab_size
-            )
+            return _open_json(files, added, vocab_size)
         raise
 
 
@@ -319,13 +314,34 @@ def _added_tokens(files: _Files) -> dict[str, tuple[int, bool]]:
     return added
 
 
-def _swallowing_tokens(files: _Files) -> list[str]:
-    """Return the added tokens that swallow the white space before or after them."""
-    entries = [
-        *files.json("tokenizer.json").get("added_tokens", []),
-        *files.json("tokenizer_config.json").get("added_tokens_decoder", {}).values(),
+def _open_json(files: _Files, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library:
+    """Open tokenizer.json, if it has the added tokens that the other files have: nothing is added to it."""
+    path, document = files.model_dir / "tokenizer.json", files.json("tokenizer.json")
+    listed = {entry["content"] for entry in document.get("added_tokens", [])}
+    in_config = [
+        entry["content"] for entry in files.json("tokenizer_config.json").get("added_tokens_decoder", {}).values()
     ]
-    return list(dict.fromkeys(entry["content"] for entry in entries if entry.get("lstrip") or entry.get("rstrip")))
+    sides, sides_in_config = _swallowing_tokens(files)
+    other = [text for text in added if text not in listed]
+    other += [text for text in in_config if text in listed and sides.get(text) != sides_in_config.get(text)]
+    if other:
+        raise IncompatibleError(
+            f"{path}: {_some(other)}: found otherwise in tokenizer_config.json or added_tokens.json, expected the same among"
+            " added_tokens. Let transformers write it: AutoTokenizer's save_pretrained."
+        )
+    return open_tokenizers(path, files.bytes("tokenizer.json"), document, vocab_size)
+
+
+def _swallowing_tokens(files: _Files) -> list[dict[str, tuple[bool, bool]]]:
+    """Return the added tokens that swallow white space, {text: (before it, after it)}: of tokenizer.json, of the config."""
+    found = []
+    for entries in (
+        files.json("tokenizer.json").get("added_tokens", []),
+        files.json("tokenizer_config.json").get("added_tokens_decoder", {}).values(),
+    ):
+        sides = {entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip"))) for entry in entries}
+        found.append({text: side for text, side in sides.items() if any(side)})
+    return found
 
 
 def _some(tokens: list[str]) -> str:

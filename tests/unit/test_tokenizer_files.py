@@ -214,6 +214,28 @@ def test_tokens_that_swallow_white_space_do_so_in_every_turn(side, sp):
     assert [token for token in marked if token in (13, 420)] == [token for token in prompt if token in (13, 420)]
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("added_tokens.json", {"<new>": 405}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"405": {"content": "<new>", "special": True}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"401": {"content": "<|eot_id|>", "rstrip": True}}}),
+    ],
+)
+def test_added_tokens_that_tokenizer_json_does_not_know_so_are_refused(name, changes, bl):
+    theirs, text = pytest.importorskip("transformers").AutoTokenizer, "a<new><|eot_id|> b"
+    before = theirs.from_pretrained(bl).encode(text)
+    _edit(bl, name, **changes)
+    assert theirs.from_pretrained(bl).encode(text) != before
+    with pytest.raises(
+        IncompatibleError, match=r"tokenizer\.json: '<(new|\|eot_id\|)>': found otherwise.*save_pretrained"
+    ):
+        read_tokenizer(bl, 500)
+    theirs.from_pretrained(bl).save_pretrained(bl)
+    (bl / "added_tokens.json").unlink(missing_ok=True)
+    assert _load(read_tokenizer(bl, 500)).encode(text, parse_special=True) == theirs.from_pretrained(bl).encode(text)
+
+
 def test_a_user_defined_piece_that_is_not_special_stays_text(tmp_path):
     theirs = pytest.importorskip("transformers").AutoTokenizer
     newline = train_sentencepiece(tmp_path, user_defined_symbols=["\n"]).piece_to_id("\n")
