@@ -131,7 +131,7 @@ def pack(
         )
         tokenizer = read_tokenizer(model_dir, config.vocab_size)
         generation = read_generation(model_dir, config.vocab_size)
-        summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else ())]
+        summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else ()), *generation.notes]
         if staging is None:
             return summary
         with contextlib.ExitStack() as stack:

@@ -65,6 +65,15 @@ GOLDEN_TEXTS = (
     "<s> </s> <unk> [INST] <<SYS>> <|im_start|>user<|im_end|> <|begin_of_text|><|eot_id|> <0x0A>",
 )
 
+# Keys of generation_config.json with which transformers gives other tokens, and the values with which it does not.
+_IGNORED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "stop_strings", "suppress_tokens"), ([],)
+    ),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), (1,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_length", "min_new_tokens", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "top_h"), ()),
+}
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
 
@@ -98,11 +107,12 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class Generation:
-    """Sampling defaults, and the EOS ids that config files name (empty if they name none)."""
+    """Sampling defaults, the EOS ids that config files name (empty if they name none), and notes as in `TokenizerFiles`."""
 
     defaults: GenerationDefaults
     eos_token_ids: tuple[int, ...]
     sources: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def read_generation(model_dir: Path, vocab_size: int) -> Generation:
@@ -137,7 +147,9 @@ def read_generation(model_dir: Path, vocab_size: int) -> Generation:
         repeat_penalty=float(number("repetition_penalty", 1.0, "above 0, at most 10", lambda x: 0 < x <= 10)),
     )
     eos = _eos_ids(files, vocab_size)
-    return Generation(defaults, eos, files.names())
+    ignored = [f"{key} {config[key]!r}"[:80] for key in _IGNORED if config.get(key) not in (None, *_IGNORED[key])]
+    notes = (f"generation_config.json: {', '.join(ignored)}: not supported, therefore left out",) if ignored else ()
+    return Generation(defaults, eos, files.names(), notes)
 
 
 def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:

@@ -466,6 +466,20 @@ def test_bad_generation_settings_are_refused_by_file_and_key(tmp_path, key, valu
         read_generation(tmp_path, 100)
 
 
+def test_generation_settings_that_nothing_honours_are_told(tiny_text_checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = Path(shutil.copytree(tiny_text_checkpoint, tmp_path / "model"))
+    off = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [], "stop_strings": None}
+    transformers.GenerationConfig(**off, max_new_tokens=9).save_pretrained(folder)
+    _edit(folder, "generation_config.json", **off)
+    assert pack(folder, None, Options(scheme="f32"))["notes"] == []
+    transformers.GenerationConfig(no_repeat_ngram_size=3, stop_strings=["User:"]).save_pretrained(folder)
+    (note,) = pack(folder, None, Options(scheme="f32"))["notes"]
+    assert note == (
+        "generation_config.json: stop_strings ['User:'], no_repeat_ngram_size 3: not supported, therefore left out"
+    )
+
+
 def test_an_eos_id_beyond_the_vocabulary_is_refused_without_a_tokenizer_too(tmp_path):
     _edit(tmp_path, "config.json", eos_token_id=[99, 100])
     with pytest.raises(IncompatibleError, match="eos_token_id: found 100, but the model's vocab_size is 100"):
