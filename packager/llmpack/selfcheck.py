@@ -23,7 +23,7 @@ from llmpack.layout import untile_nibbles, untile_rows, untile_six_bits
 from llmpack.native import VECTORS, packed_product
 from llmpack.weights import EMBEDDING, HEAD, Initializer, RankWeight, heads_per_rank
 from llmpack_ops import reference
-from llmrun.artifact import ROW_TILE, InternalError, ModelConfig
+from llmrun.artifact import ROW_TILE, IncompatibleError, InternalError, ModelConfig
 
 NUM_IDS = VECTORS  # of a sequence, or of two side by side: one with activations as they are, one with rounded ones
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -146,6 +146,8 @@ def forward(
 
     Returns:
         logits of every position, [T or 2 T, vocab_size], float64.
+    Raises:
+        IncompatibleError: keys or values are beyond what the cache can hold.
     """
     num_tokens, num_sequences = len(ids), 1 + has_rounded
     num_heads, num_kv_heads = heads_per_rank(config, len(ranks))
@@ -179,10 +181,15 @@ def forward(
         normed = norm(f"{layer}.input_layernorm", x)
         for rank in ranks:
             qkv = project(rank, f"{layer}.self_attn.qkv_proj", normed, has_bias=config.attention_bias)
-            attended, _, _ = reference.paged_attention(
-                qkv, cos_sin, empty, empty, **sequences,
-                num_heads=num_heads, num_kv_heads=num_kv_heads, scale=1 / math.sqrt(config.head_dim),
-            )  # fmt: skip
+            with np.errstate(over="ignore", invalid="ignore"):
+                attended, _, _ = reference.paged_attention(
+                    qkv, cos_sin, empty, empty, **sequences,
+                    num_heads=num_heads, num_kv_heads=num_kv_heads, scale=1 / math.sqrt(config.head_dim),
+                )  # fmt: skip
+            if not np.isfinite(attended).all():
+                raise IncompatibleError(
+                    f"{layer}.self_attn: its keys or values are beyond {kv_dtype}'s range; --kv-dtype f32 can hold more."
+                )
             x = x + product(rank, f"{layer}.self_attn.o_proj", attended)
         if config.attention_bias:
             x = x + ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True)

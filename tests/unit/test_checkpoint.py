@@ -273,3 +273,16 @@ def test_a_tied_head_of_another_shape_is_named(tmp_path):
     save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
     with pytest.raises(IntegrityError, match=r"lm_head\.weight: shape \[100, 256\]"):
         pack(folder, None, Options())
+
+
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+def test_keys_and_values_that_the_cache_cannot_hold_are_refused(projection, model_dir, tmp_path_factory):
+    target = tmp_path_factory.mktemp("packed") / "a"
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors[f"model.layers.1.self_attn.{projection}.weight"] *= 1e6
+    save_file(tensors, model_dir / "model.safetensors")
+    with pytest.raises(
+        IncompatibleError, match=r"layers\.1\.self_attn: its keys or values .* float16's .* --kv-dtype f32"
+    ):
+        pack(model_dir, target, Options(scheme="f32", kv_dtype="f16"))
+    pack(model_dir, target, Options(scheme="f32"))
