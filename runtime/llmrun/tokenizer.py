@@ -70,8 +70,8 @@ class Tokenizer:
     """Text to ids and back. May be used from several threads.
 
     Attributes:
-        bos_token_id, bos_token: the token that begins a sequence, if there is one; without a text it is an
-            ordinary token, no special one.
+        bos_token_id, bos_token: the token that begins a sequence, if there is one, and the text that a chat template gets,
+            mostly its own; without a text it is an ordinary token, no special one.
         eos_token_ids, eos_token: the tokens that end one; the same holds for the text.
         vocab_size: ids are 0 to vocab_size - 1; a model may have more, which stand for nothing.
         chat_template: Jinja source of the template, if the artifact has one.
