@@ -45,7 +45,9 @@ def test_defaults_are_transformers_defaults(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
+        {},
         {"rope_theta": 500000.0},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
         {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
         {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}},
@@ -53,7 +55,17 @@ def test_defaults_are_transformers_defaults(tmp_path):
         {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
         {"rope_theta": 500000.0, "rope_scaling": LLAMA3_OUTSIDE, "original_max_position_embeddings": 32},
     ],
-    ids=["theta", "linear", "llama3", "parameters", "parameters-linear", "parameters-llama3", "llama3-outside"],
+    ids=[
+        "none",
+        "theta",
+        "linear-alone",
+        "linear",
+        "llama3",
+        "parameters",
+        "parameters-linear",
+        "parameters-llama3",
+        "outside",
+    ],
 )
 def test_frequencies_equal_transformers(tmp_path, changes):
     from transformers import LlamaConfig
@@ -77,6 +89,36 @@ def test_both_spellings_are_one(tmp_path):
     assert old == read(tmp_path, rope_parameters={"rope_theta": 500000.0, **LLAMA3})
 
 
+def test_values_that_change_nothing_are_accepted(tmp_path):
+    spelled_out = {
+        "hidden_act": "silu",
+        "partial_rotary_factor": 1.0,
+        "logit_scale": 1.0,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "num_local_experts": 0,
+        "use_qk_norm": False,
+        "is_encoder_decoder": False,
+        "layer_types": ["full_attention"],
+        "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        "rope_scaling": {"rope_type": "default"},
+    }
+    plain = read(tmp_path)
+    assert read(tmp_path, **spelled_out) == plain
+    assert read(tmp_path, num_local_experts=1) == plain
+
+
+def test_head_dim_need_not_be_hidden_size_by_heads(tmp_path):
+    assert read(tmp_path, hidden_size=66, head_dim=16).head_dim == 16
+    with pytest.raises(IncompatibleError, match="hidden_size 66 is not a multiple"):
+        read(tmp_path, hidden_size=66)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_both_spellings_of_the_data_type(tmp_path, key):
+    assert read(tmp_path, **{key: "bfloat16"}).dtype == "bfloat16"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -93,6 +135,7 @@ def test_both_spellings_are_one(tmp_path):
         ({"hidden_act": ["silu"]}, "hidden_act is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"is_causal": False}, "is_causal is False"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"head_dim": 258}, "head_dim 258; .* 256"),
