@@ -183,7 +183,7 @@ class Tokenizer:
 
     def _neutralize(self, segments: Sequence[str | int]) -> list[int]:
         """Encode segments so that their text gives no special id, by cutting ever more of it into single characters."""
-        given = sum(segment in self._special_ids for segment in segments if isinstance(segment, int))
+        given = sum(segment in self._never_from_text for segment in segments if isinstance(segment, int))
         everything = re.compile(r"(?s).")
         for pattern in (None, self._special_pattern, everything):
             parts = list(segments) if pattern is None else list(_cut(segments, pattern))

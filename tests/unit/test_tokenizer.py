@@ -246,6 +246,10 @@ def test_user_defined_pieces_that_are_special_are_text_too(tmp_path):
     assert set(special.values()).isdisjoint(ids)
     assert ours.decode(ids) == text
     assert special["<|im_end|>"] in ours.encode(text, parse_special=True)
+    # A template's own special tokens make no room for one of the text, not even the unknown token.
+    for own in special.values():
+        ids = ours.encode_segments([own, "a<|im_end|>"])
+        assert [token_id for token_id in ids if token_id in special.values()] == [own]
 
 
 def test_an_unknown_character_of_a_unigram_model_has_the_ids_of_transformers(tmp_path):
