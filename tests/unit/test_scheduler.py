@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmrun.errors import ResourceError, UsageError
@@ -112,6 +112,7 @@ def run_all(scheduler: Scheduler, sequences: list[RunningSequence], budget: int,
     st.integers(12, 20),
     st.integers(0, 4),
 )
+@example([(0, 30, 1), (1, 1, 15), (2, 1, 15)], 3, 1, 20, 0)  # all others decode from the first step on
 def test_each_sequence_finds_its_own_tokens(
     shapes: list[tuple[int, int, int]], max_num_seqs: int, budget: int, num_blocks: int, num_drafts: int
 ) -> None:
