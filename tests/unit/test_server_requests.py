@@ -194,6 +194,47 @@ def test_a_completion_out_of_bounds_is_refused(name: str, value: Any) -> None:
     assert caught.value.status == 400
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+NAMED = {"type": "function", "function": {"name": "f"}}
+JSON_OBJECT = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": False, "top_logprobs": 1},
+        {"tools": TOOLS, "tool_choice": "required", "response_format": JSON_OBJECT},
+        {"tools": TOOLS, "tool_choice": NAMED, "guided_regex": "a"},
+        {"stream": False, "stream_options": {"include_usage": True}},
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        SCHEMAS.chat_call({"messages": MESSAGES, **fields})
+    assert caught.value.status == 400
+
+
+def test_what_fields_mean_together() -> None:
+    def call(**fields: Any) -> ChatCall:
+        return SCHEMAS.chat_call({"messages": MESSAGES, **fields})
+
+    chosen = [call(tools=TOOLS, tool_choice=choice).tool_choice for choice in ("none", "auto", "required", NAMED)]
+    assert (chosen, call(tools=TOOLS).tool_choice, call().tool_choice) == (
+        ["none", "auto", "required", "=f"],
+        "auto",
+        "none",
+    )
+    assert call(tools=TOOLS, response_format=JSON_OBJECT).sampled.grammar == ("json", {"type": "object"})
+    forms = [call(structured_outputs={"json_object": wanted}).sampled.grammar for wanted in (True, False)]
+    assert forms == [("json", {"type": "object"}), None]
+    assert [call(**fields).top_logprobs for fields in ({}, {"logprobs": True})] == [None, 0]
+    assert call(logprobs=True, top_logprobs=3).top_logprobs == 3
+    assert call(max_tokens=5, max_completion_tokens=6).sampled.max_tokens == 6
+    assert [SCHEMAS.completion_call({"prompt": "a", "n": 2, "best_of": n}).sampled.n for n in (2, None)] == [2, 2]
+    assert call(stream=True, stream_options={"include_usage": True}).sampled.include_usage
+    assert SCHEMAS.completion_call({"prompt": "a", "max_tokens": 0, "echo": True}).sampled.max_tokens == 0
+
+
 def test_the_forms_of_a_prompt() -> None:
     forms = {"a": ["a"], ("a", "b"): ["a", "b"], (1, 2): [[1, 2]], ((1,), (2, 3)): [[1], [2, 3]], "": [""]}
     for prompt, expected in forms.items():

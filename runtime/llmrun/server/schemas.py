@@ -7,7 +7,7 @@ the header `x-llmrun-ignored`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from llmrun.server.errors import bad
@@ -57,7 +57,6 @@ class ChatCall:
     tool_choice: str
     may_call_several: bool
     sampled: Sampled
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Schemas:
@@ -65,7 +64,6 @@ class Schemas:
 
     def __init__(self, limits: Limits) -> None:
         """Build the tables."""
-        self._limits = limits
         text = Text(limits.max_body_bytes)
         ids = ListOf(Number(0, MAX_TOKENS, whole=True), limits.max_body_bytes)
         common = _common(limits)
