@@ -141,9 +141,8 @@ class TokenizersBackend(Backend):
         self.takes_space_after = frozenset(token["content"] for token in kept if token.get("rstrip"))
         model = document["model"]
         unknown = model.get("unk_token")
-        self.unknown_id: int | None = None if unknown is None else self._tokenizer.token_to_id(unknown)
-        if unknown is None and model.get("type") == "Unigram":
-            self.unknown_id = model.get("unk_id")
+        # Unigram models name it by its id, the others by its text.
+        self.unknown_id: int | None = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
         self._is_byte_level, self._byte_fallback, self.strips_leading_space = _read_decoder(document, where)
 
     def _load(self) -> Any:

@@ -231,7 +231,8 @@ def test_byte_level_special_tokens_in_text_merge_with_what_is_around(bl):
     library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(bl.folder / "tokenizer.json"))
     library.encode_special_tokens = True
     for text in ["the<|eot_id|>.", "a <|start_header_id|>user<|end_header_id|>\n\n", "<|begin_of_text|>"]:
-        assert bl.ours.encode(text, add_bos=False) == library.encode(text, add_special_tokens=False).ids
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert bl.ours.encode(text, add_bos=False) == bl.ours.encode_segments([text]) == expected
 
 
 def test_user_defined_pieces_that_are_special_are_text_too(tmp_path):
@@ -276,6 +277,15 @@ def test_added_tokens_from_vocab_size_on_are_text(bl, tmp_path, special):
         for parse_special in (False, True):
             assert ours.encode(text, parse_special=parse_special) == bl.ours.encode(text, parse_special=parse_special)
         assert ours.encode_segments(["x", 1, text]) == bl.ours.encode_segments(["x", 1, text])
+
+
+def test_without_special_tokens_all_text_is_ordinary(sp):
+    ours = load_tokenizer(
+        make_artifact(sp.folder, "sentencepiece", "tokenizer.model", vocab_size=420, special_tokens={})
+    )
+    text = "the sea </s>"
+    assert ours.encode(text, parse_special=True) == ours.encode(text)
+    assert (ours.split_special(text), ours.mark_special(text, "[", "]")) == ([text], text)
 
 
 def test_bos_comes_once(either):
