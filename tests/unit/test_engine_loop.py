@@ -51,6 +51,7 @@ def test_many_threads_get_what_each_gets_alone(engine: Engine) -> None:
         for thread in threads:
             thread.join()
         stats = loop.stats()
+    assert len(results) == len(prompts)
     for i, events in results.items():
         assert [event.token_id for event in events] == expected[i]
         assert [event.finish_reason for event in events] == [None] * 11 + ["length"]
