@@ -225,6 +225,21 @@ def test_index_that_names_a_missing_file(model_dir):
             open_checkpoint(model_dir)
 
 
+@pytest.mark.parametrize("weight_map", [{}, ["a"], None])
+def test_index_that_names_no_file(model_dir, weight_map):
+    (model_dir / "model.safetensors").unlink()
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(IntegrityError, match="no weight_map"):
+        open_checkpoint(model_dir)
+
+
+def test_a_tensor_in_two_files_is_refused(model_dir):
+    (model_dir / "model.safetensors").rename(model_dir / "a.safetensors")
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, model_dir / "b.safetensors")
+    with pytest.raises(IntegrityError, match=r"lm_head.weight occurs in a.safetensors and in b.safetensors"):
+        open_checkpoint(model_dir)
+
+
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd"])
 def test_index_cannot_leave_the_directory(model_dir, name):
     (model_dir / "model.safetensors").unlink()

@@ -86,6 +86,7 @@ def run_all(scheduler: Scheduler, sequences: list[RunningSequence], budget: int,
         plan, pieces = scheduler.plan(propose if num_drafts else None)
         assert 1 <= plan.num_tokens <= budget
         assert len({piece.sequence.id for piece in pieces}) == len(pieces)
+        assert all(piece.num_tokens for piece in pieces), "a row of logits for nothing"
         assert any(piece.sequence is scheduler._running[0] for piece in pieces), "the oldest always gets on"
         decoding = [s for s in scheduler._running if s.num_pending == 1]
         assert all(any(piece.sequence is s for piece in pieces) for s in decoding), "who decodes never waits"
@@ -291,6 +292,8 @@ def test_rows_of_a_step_are_bounded() -> None:
         sizes.append(plan.num_rows)
         advance(scheduler, pieces, {})
     assert sizes == [5, 5, 2]
+    submit(scheduler, [6] * 12, 1)
+    assert scheduler.plan()[0].num_tokens == 12, "a prompt that asks for no rows goes in one"
 
 
 def test_waiting_and_ended_sequences_can_be_ended() -> None:
