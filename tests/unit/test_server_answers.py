@@ -269,6 +269,9 @@ def test_the_form_of_calls_is_read_off_the_template(tokenizer: Tokenizer, monkey
     assert tool_form(with_template(tokenizer, LLAMA_TEMPLATE, monkeypatch)) == LLAMA
     hermes = "{% for t in tools %}{{ t }}{% endfor %}<tool_call>"
     assert tool_form(with_template(tokenizer, hermes, monkeypatch)) == HERMES
+    with monkeypatch.context() as patch:  # special tokens are in no text, neither the grammar's nor the answer's
+        patch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, "<tool_call>": 5})
+        assert tool_form(tokenizer) == ToolForm("arguments")
     assert tool_form(with_template(tokenizer, "tools {{ broken", monkeypatch)) is None
 
 
