@@ -372,6 +372,12 @@ def test_a_body_must_be_json_and_as_it_is() -> None:
     assert exchange.ask("POST", content_type="application/json; charset=utf-8")[0] == 200
 
 
+def test_two_lengths_of_a_body_are_refused() -> None:
+    json_body = {"content_type": "application/json", "content_length": "2"}
+    assert Exchange(Access()).ask("POST", **json_body)[0] == 200
+    assert Exchange(Access()).ask("POST", **json_body, transfer_encoding="chunked")[0] == 400
+
+
 def test_too_many_headers() -> None:
     assert Exchange(Access()).ask(**{f"x{i}": "1" for i in range(64)})[0] == 431
     assert Exchange(Access()).ask(x="1" * (16 << 10))[0] == 431
