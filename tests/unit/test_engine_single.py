@@ -389,6 +389,26 @@ class EveryOther:
         return len(self.accepted) == 4
 
 
+def test_wrong_guesses_beside_a_constraint_change_nothing(engine: Engine) -> None:
+    class Few:
+        """Few tokens may come, in any order: what came before comes again, and goes on otherwise."""
+
+        is_done = False
+
+        def mask(self, tokens: Sequence[int]) -> np.ndarray:
+            return np.isin(np.arange(engine.manifest.model.vocab_size), [3, 4, 5])
+
+        def accept(self, token_id: int) -> None:
+            pass
+
+    options: dict[str, Any] = {"max_tokens": 40, "temperature": 2.0, "seed": 1, "ignore_eos": True}
+    expected = engine.complete([3, 4, 5], **options, constraint=Few(), speculate=0).ids
+    before = engine.stats()
+    assert engine.complete([3, 4, 5], **options, constraint=Few(), speculate=8).ids == expected
+    after = engine.stats()
+    assert after.draft_tokens - before.draft_tokens > after.accepted_tokens - before.accepted_tokens
+
+
 @pytest.mark.parametrize("kind", [bool, np.uint8, np.int32, np.uint32])
 @pytest.mark.parametrize("speculate", [0, 4])
 def test_a_constraint_decides_what_may_come(engine: Engine, kind: type, speculate: int) -> None:
