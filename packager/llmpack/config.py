@@ -33,9 +33,8 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),
 }
 _MAX_HEAD_DIM = 256  # of PagedAttention: custom_ops/cpu/isa.h
-_OUTSIDE = (
-    "original_max_position_embeddings"  # may stand beside rope_scaling; transformers 5 takes that, 4 the one within
-)
+# May stand beside rope_scaling, and transformers 5 takes that; 4 the one within.
+_OUTSIDE = "original_max_position_embeddings"
 _ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),

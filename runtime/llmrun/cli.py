@@ -7,7 +7,6 @@ numpy nor ONNX Runtime nor MPI.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import os
 import signal
@@ -107,16 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _take_along_who_waits(error: LlmpackError) -> None:
     """If the ranks have not met, end this one so that those of its host, which may be waiting for it, end too."""
-    with contextlib.suppress(ImportError):  # of numpy
-        from llmrun import comm, failstop
+    from llmrun import failstop, peers
 
-        if comm.has_joined():
-            return
-        rank = console.environment_rank()
-        if rank != 0 and comm.is_alone_with_it(is_told_alike=isinstance(error, UsageError)):
-            console.say(console.error_line(type(error)(f"rank {rank}: {error}", code=error.code)))
-        failstop.take_along(comm.siblings)
-        failstop.leave(error.exit_code)
+    if peers.has_joined():
+        return
+    rank = console.environment_rank()
+    if rank != 0 and peers.is_alone_with_it(is_told_alike=isinstance(error, UsageError)):
+        console.say(console.error_line(type(error)(f"rank {rank}: {error}", code=error.code)))
+    failstop.take_along(peers.siblings)
+    failstop.leave(error.exit_code)
 
 
 def _launched_from() -> str | None:

@@ -13,17 +13,17 @@ import ctypes
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmrun import console, launcher
+from llmrun import launcher
 from llmrun.errors import IncompatibleError, InternalError, PeerError, ResourceError
+from llmrun.peers import Peer, own_identity
 from llmrun.step_plan import Int32Array
 
 if TYPE_CHECKING:
@@ -37,19 +37,8 @@ _ONE_HOST = {"UCX_TLS": "self,posix,sysv", "UCX_MEM_EVENTS": "no"}
 _SHARED_FILE = re.compile(r"/dev/shm/(?:mpich_shm_|sm_segment\.)\S+$", re.MULTILINE)  # of MPICH and of Open MPI
 _SHARED_BYTES = 1 << 20  # of MPICH, a rank, and a little (measured: 2.0 to 2.1 MiB for two, 4 to 5 for four)
 _STATUS_BYTES = 4096
-ALONE_S = 1.0  # with an error that rank 0 shares it has left by then
 _TAG, _LONG_TAG = 1, 2
 _SHORT_NUMBERS = 256
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A rank as its host's process table knows it; `started` (clock ticks since boot) tells a reused pid."""
-
-    rank: int
-    host: str
-    pid: int
-    started: int
 
 
 class Communicator(Protocol):
@@ -81,99 +70,6 @@ class Communicator(Protocol):
         ...
 
 
-def local_ranks(peers: tuple[Peer, ...], rank: int) -> list[int]:
-    """Return the ranks on the host of `rank`, in order."""
-    return [peer.rank for peer in peers if peer.host == peers[rank].host]
-
-
-def local_peers(peers: tuple[Peer, ...], rank: int) -> list[Peer]:
-    """Return the other ranks on the host of `rank`, in order; none if nobody is known yet."""
-    return [peers[other] for other in local_ranks(peers, rank) if other != rank] if peers else []
-
-
-def process_started(pid: int) -> int | None:
-    """Return when a process of this host started, in clock ticks since boot; None if it is gone."""
-    stat = read_process_stat(pid)
-    return None if stat is None else int(stat[19])
-
-
-def read_process_stat(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the state on; None if the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def siblings(states: str = "RSDTt") -> list[Peer]:
-    """Return the ranks that this rank's launcher started on this host: what is known of others before MPI is there.
-
-    `states`: of /proc/PID/stat; those that are in one of them.
-    """
-    own, host = console.environment_rank(), _host_identity()
-    above = next((pid for pid in _ancestors(os.getpid()) if rank_of_process(pid) is None), None)
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or (stat := read_process_stat(int(name))) is None or stat[0] not in states:
-            continue
-        rank = rank_of_process(int(name))
-        if rank is not None and rank != own and above in _ancestors(int(name)):
-            found.append(Peer(rank, host, int(name), int(stat[19])))
-    return found
-
-
-def has_joined() -> bool:
-    """Whether MPI knows this rank; before, MPICH's launcher takes one that leaves for one that has done its work."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    return mpi is not None and mpi.Is_initialized()
-
-
-def is_alone_with_it(*, is_told_alike: bool) -> bool:
-    """Tell whether rank 0 does not share an error that this rank has before the ranks meet, and so says nothing of it.
-
-    `is_told_alike`: the error comes from the command line, which is the same on all hosts.
-    """
-    until = time.monotonic() + ALONE_S
-    while any(peer.rank == 0 for peer in siblings()):
-        if time.monotonic() > until:
-            return True
-        time.sleep(MAX_SLEEP_S)
-    return not is_told_alike and not launcher.is_on_one_host()
-
-
-def _ancestors(pid: int) -> list[int]:
-    """Return the parent of a process, its parent, and so on."""
-    found: list[int] = []
-    while (stat := read_process_stat(pid)) is not None and (pid := int(stat[1])) > 0:
-        found.append(pid)
-    return found
-
-
-def rank_of_process(pid: int) -> int | None:
-    """Return the rank that a launcher gave a process, in a job as large as ours; None: none did, or it is gone.
-
-    The shell that `srun --pty` or an mpirun started is rank 0 of a job of one, and so is all that is typed there.
-    """
-    try:
-        lines = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
-    except OSError:
-        return None
-    environment = {name: value for name, _, value in (line.partition("=") for line in lines)}
-    if launcher.launcher_size(environment) != launcher.launcher_size():
-        return None
-    return console.launched_rank(environment)
-
-
-def _host_identity() -> str:
-    """Return a name that two processes share exactly if they can see each other's pids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        boot, namespace = "", ""
-    return f"{os.uname().nodename}/{boot}/{namespace}"
-
-
 class SingleRank:
     """One rank: no MPI at all."""
 
@@ -183,7 +79,7 @@ class SingleRank:
 
     def __init__(self) -> None:
         """Know nobody."""
-        self.peers = (_own_identity(0),)
+        self.peers = (own_identity(0),)
 
     def agree(self, status: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the own status."""
@@ -201,10 +97,6 @@ class SingleRank:
         raise InternalError("a single rank waits for a message")
 
 
-def _own_identity(rank: int) -> Peer:
-    return Peer(rank, _host_identity(), os.getpid(), process_started(os.getpid()) or 0)
-
-
 class MpiRanks:
     """The ranks of an MPI job, on private duplicates of its world communicator."""
 
@@ -217,7 +109,7 @@ class MpiRanks:
         self.op_communicator: MPI.Intracomm | None = world.Dup()
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
-        self.peers = tuple(Peer(**status) for status in self.agree(asdict(_own_identity(self.rank))))
+        self.peers = tuple(Peer(**status) for status in self.agree(asdict(own_identity(self.rank))))
         # Short messages go through requests that are made once: a send and a receive take half the time where weights have
         # just passed through the caches. [0] is the number of numbers that follow, negative: in a message of its own.
         self._short = np.zeros(_SHORT_NUMBERS, np.int32)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from llmrun import console, launcher
 
 if TYPE_CHECKING:
-    from llmrun.comm import Peer
+    from llmrun.peers import Peer
 
 _last_actions: list[Callable[[int], None]] = []
 _leaving = threading.RLock()  # taken once and for all: whoever else would leave waits for the end
@@ -50,7 +50,7 @@ def take_along(find: Callable[[], Sequence[Peer]]) -> None:
     """
 
     def kill(_code: int) -> None:
-        from llmrun.comm import process_started, rank_of_process
+        from llmrun.peers import process_started, rank_of_process
 
         pids = [peer.pid for peer in find() if process_started(peer.pid) == peer.started]
         parent = os.getppid()

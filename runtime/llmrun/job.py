@@ -27,6 +27,7 @@ from llmrun.cores import CoreShare, cpu_quota, places_of, share_cores
 from llmrun.errors import IncompatibleError, PeerError, ResourceError
 from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, expect_one_sequence, fit_blocks
+from llmrun.peers import local_peers, local_ranks
 from llmrun.rank_files import RankFiles
 from llmrun.step_plan import STEP_KIND, MessageKind, StepPlan
 
@@ -57,7 +58,7 @@ class Job:
         with watchdog.joining(deadline_s):
             self.comm = communication.connect()
         self.rank, self.size = self.comm.rank, self.comm.size
-        if others := communication.local_peers(self.comm.peers, self.rank):
+        if others := local_peers(self.comm.peers, self.rank):
             failstop.take_along(lambda: others)
             watchdog.watch_the_end(self.rank, self.comm.peers, deadline_s)
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
@@ -69,7 +70,7 @@ class Job:
         self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
         self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
         self._shake_hands(facts)
-        is_first = communication.local_ranks(self.comm.peers, self.rank)[0] == self.rank
+        is_first = local_ranks(self.comm.peers, self.rank)[0] == self.rank
         self._files = RankFiles(self.artifact, self.rank, is_first_of_host=is_first, mode=options.verify)
         self.manifest = self.artifact.manifest
         self.max_seq_len = self._max_seq_len()
@@ -198,7 +199,7 @@ class Job:
             str(path).encode()
         except UnicodeEncodeError:
             raise errors.UsageError(f"{path}: the path is not UTF-8, and ONNX Runtime opens no other.") from None
-        local = communication.local_ranks(self.comm.peers, self.rank)
+        local = local_ranks(self.comm.peers, self.rank)
         self._library_path = place
         self.placement = device.place(
             self.options.provider,
@@ -253,7 +254,7 @@ class Job:
             least = -(-self.max_seq_len // spec.block_size)
             sizes = (wanted, least, self.options.most_tokens, self.options.max_num_seqs)
             return device.fit_blocks(self.placement, self.manifest, self.rank, *sizes, is_exact=is_exact)
-        sharers = len(communication.local_ranks(self.comm.peers, self.rank))
+        sharers = len(local_ranks(self.comm.peers, self.rank))
         free_bytes = max(0, available_bytes() // sharers - self.manifest.ranks[self.rank].weight_bytes)
         return fit_blocks(self.manifest, self.rank, free_bytes, wanted, self.max_seq_len, is_exact=is_exact)
 
@@ -353,7 +354,7 @@ class Job:
 
     def _pin(self) -> CoreShare:
         """Keep this process to its share of the host's cores."""
-        ranks = communication.local_ranks(self.comm.peers, self.rank)
+        ranks = local_ranks(self.comm.peers, self.rank)
         quota = min((q for r in ranks if (q := self._quotas[r]) is not None), default=None)
         affinities = [self._affinities[r] for r in ranks]
         places = places_of(self._affinities[self.rank])

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from llmrun import console, failstop, launcher
-from llmrun.comm import Peer, local_peers, read_process_stat, siblings
 from llmrun.errors import UsageError
+from llmrun.peers import Peer, local_peers, read_process_stat, siblings
 
 DEFAULT_S = 30.0
 LOAD_S = 600.0

@@ -43,7 +43,7 @@ def test_a_rank_that_was_left_is_silent_once_another_has_said_why(
 LEAVES = """
 import sys
 from llmrun import failstop
-from llmrun.comm import Peer, process_started
+from llmrun.peers import Peer, process_started
 pid, later = map(int, sys.argv[1:])
 failstop.take_along(lambda: [Peer(1, "here", pid, process_started(pid) + later)])
 failstop.leave(6)

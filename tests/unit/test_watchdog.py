@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llmrun.comm import Peer, process_started
 from llmrun.errors import UsageError
 from llmrun.launcher import LAUNCH_VARIABLE
+from llmrun.peers import Peer, process_started
 from llmrun.watchdog import GONE_S, LOAD_S, Watchdog, deadline_from_environment, process_state
 
 PEERS = (Peer(0, "here", 10, 1), Peer(1, "here", 11, 1), Peer(2, "there", 12, 1))

@@ -129,7 +129,7 @@ def _mpi() -> str:
 
 def _collectives() -> str:
     """Name the transport of the collectives between this job's ranks, and measure it as llmrun uses it."""
-    from llmrun import comm, cores, mpi_functions, rank_status, watchdog
+    from llmrun import comm, cores, mpi_functions, peers, rank_status, watchdog
 
     if launcher.launcher_family() is None or launcher.launcher_size() == 1:
         return "one rank: none (`mpirun -n 2 llmrun doctor` measures them)"
@@ -137,7 +137,7 @@ def _collectives() -> str:
     with watchdog.joining(watchdog.deadline_from_environment()):
         ranks = comm.connect()
     everyone = ranks.agree({"cores": rank_status.own_cores()})
-    local = comm.local_ranks(ranks.peers, ranks.rank)
+    local = peers.local_ranks(ranks.peers, ranks.rank)
     affinities = [rank_status.read_cores(everyone[rank]["cores"]) for rank in local]
     allowed = os.sched_getaffinity(0)
     share = cores.share_cores(affinities, local.index(ranks.rank), 1, places=cores.places_of(allowed))

@@ -10,7 +10,7 @@ import sys
 import time
 
 from llmrun import Engine
-from llmrun.comm import read_process_stat
+from llmrun.peers import read_process_stat
 
 SETTLE_S, MEASURE_S = 2.0, 5.0
 
