@@ -241,7 +241,7 @@ def matmul_f16_blocks(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        at = (feature // 16 * K + k[:, None]) * 16 + feature % 16
+        at = ((feature // 16).to(tl.int64) * K + k[:, None]) * 16 + feature % 16
         w = tl.load(weight + at, mask=(feature < TILES * 16) & (k[:, None] < K), other=0.0)
         there = (token < num_rows) & (k[None, :] < K)
         tokens = tl.load(x + token.to(tl.int64) * K + k[None, :], mask=there, other=0.0)

@@ -7,9 +7,9 @@ In: a model directory. Out: `ModelConfig`, in which every default is filled in a
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ class _Reader:
 
     def positive(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise IntegrityError(
                 f"{self.path}: {self.prefix}{key} is {value!r}; expected a positive number.", code="E310"
             )

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmrun.control_groups import control_groups
+
 
 @dataclass(frozen=True)
 class CoreShare:
@@ -88,20 +90,10 @@ def share_cores(
     return CoreShare(wanted, tuple(sorted(whole_first[:wanted])))
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the cores' worth of time that the control groups around this process allow (cpu.max); None: no limit.
-
-    Control groups version 2 only (docs.kernel.org/admin-guide/cgroup-v2.html); a container sees its own group as the root.
-    """
-    try:
-        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return None
-    folder = root.joinpath(*[part for part in path.strip().split("/") if part not in ("", "..")])
+def cpu_quota() -> float | None:
+    """Return the cores' worth of time that the control groups around this process allow (cpu.max); None: no limit."""
     quotas: list[float] = []
-    for group in (folder, *folder.parents):
-        if root != group and root not in group.parents:
-            break
+    for group in control_groups():
         try:
             quota, period = (group / "cpu.max").read_text().split()
             quotas.append(int(quota) / int(period))

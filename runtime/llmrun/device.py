@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rocm": "ROCMExecutionProvider"}
 _VENDORS = {"cuda": 0, "rocm": 1}
+_TEGRA = 87  # runs no code of the desktop's chips (CUDA's programming guide, "Binary Compatibility")
 _PACKAGES = {"cuda": "onnxruntime-gpu", "rocm": "onnxruntime-rocm"}
 _JSON_BYTES = 1 << 16
 _SPARE_SHARE = 0.05  # of a GPU's free memory: allocators round up
@@ -110,7 +111,7 @@ def choose_kernels(chip: str, kernels: Mapping[str, str]) -> str | None:
     if not chip.startswith("sm_"):
         return None
     number = int(chip.removeprefix("sm_"))
-    if number // 10 == 8:
+    if number // 10 == 8 and number != _TEGRA:
         near = [int(name.removeprefix("sm_")) for name in kernels if name.startswith("sm_8")]
         if older := [n for n in near if n < number]:
             return f"sm_{max(older)}"

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmrun.control_groups import control_groups
 from llmrun.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -31,23 +32,22 @@ def give_large_blocks_back() -> None:
 
 
 def available_bytes() -> int:
-    """Return the memory that the system could give now, within the container's limit."""
+    """Return the memory that the system could give now, within the limits of the control groups around this process."""
     available = 1 << 62
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
+    return min([available, *(left for group in control_groups() if (left := _left_of(group)) is not None)])
+
+
+def _left_of(group: Path) -> int | None:
+    """Return what a control group may still take, files' pages that can be dropped included; None: no limit."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            reclaimable = 0
-            for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
-                if line.startswith(("inactive_file ", "active_file ")):
-                    reclaimable += int(line.split()[1])
-            available = min(available, int(limit) - used + reclaimable)
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        pass
-    return available
+        return None  # "max", or no limit can be set here
+    return max(limit - used + sum(int(statistics.get(name, 0)) for name in ("active_file", "inactive_file")), 0)
 
 
 def expect_one_sequence(spec: KvCacheSpec, num_blocks: int, max_seq_len: int) -> None:

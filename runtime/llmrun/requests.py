@@ -6,6 +6,7 @@ import collections
 import functools
 import math
 import numbers
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,9 +159,12 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     """Return token ids as a list.
 
     Raises:
-        UsageError: one is not in the vocabulary; the graph would read beyond its table.
+        UsageError: one is not in the vocabulary; the graph would read beyond its table. Or it is no integer.
     """
-    checked = [int(i) for i in ids]
+    try:
+        checked = [operator.index(i) for i in ids]
+    except TypeError as error:
+        raise UsageError(f"token ids: {error}.", code="E206") from None
     if bad := [i for i in checked if not 0 <= i < vocab_size]:
         raise UsageError(f"token id {bad[0]} is not in the vocabulary of {vocab_size}.", code="E206")
     return checked

@@ -16,6 +16,7 @@ from llmrun.cores import CoreShare, Place, cpu_quota, places_of, share_cores
 from llmrun.errors import InternalError, ResourceError
 from llmrun.job import Job
 from llmrun.launcher import launcher_family
+from llmrun.memory import available_bytes
 from llmrun.watchdog import Watchdog
 
 pytestmark = pytest.mark.skipif(launcher_family() is not None, reason="pytest itself runs under mpirun")
@@ -209,15 +210,43 @@ def test_a_quota_counts_as_cores(
     ],
 )
 def test_the_smallest_quota_of_the_groups_around_us(
-    tmp_path: Path, group: str, limits: dict[str, str], expected: float | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, limits: dict[str, str], expected: float | None
 ) -> None:
-    root, own = tmp_path / "cgroup", tmp_path / "own"
-    own.write_text(group)
-    for name, text in limits.items():
+    make_groups(tmp_path, monkeypatch, group, {name: {"cpu.max": text} for name, text in limits.items()})
+    assert cpu_quota() == expected
+
+
+def make_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict[str, dict[str, str]]) -> None:
+    """Have control groups with these files."""
+    root = tmp_path / "cgroup"
+    (tmp_path / "own").write_text(own)
+    for name, files in groups.items():
         (root / name).mkdir(parents=True, exist_ok=True)
-        (root / name / "cpu.max").write_text(text + "\n")
-    assert cpu_quota(root, own) == expected
+        for file, text in files.items():
+            (root / name / file).write_text(text + "\n")
+    monkeypatch.setattr("llmrun.control_groups.ROOT", root)
+    monkeypatch.setattr("llmrun.control_groups.OWN", tmp_path / "own")
 
 
-def test_no_control_groups_no_quota(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path, tmp_path / "missing") is None
+def test_no_control_groups_no_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrun.control_groups.OWN", tmp_path / "missing")
+    assert cpu_quota() is None
+    assert available_bytes() > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"a/b": "1000"}, 1000 - 300 + 120),
+        ({"a/b": "max", "a": "900"}, 900 - 300 + 120),  # a service's MemoryMax, a batch job's step
+        ({"a/b": "2000", "a": "900", "": "1500"}, 900 - 300 + 120),
+        ({"a/b": "100"}, 0),
+    ],
+)
+def test_the_least_memory_that_the_groups_around_us_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, str], expected: int
+) -> None:
+    used = {"memory.current": "300", "memory.stat": "anon 150\nactive_file 100\ninactive_file 20\nshmem 30"}
+    groups = {name: {"memory.max": limit, **used} for name, limit in limits.items()}
+    make_groups(tmp_path, monkeypatch, "0::/a/b\n", groups)
+    assert available_bytes() == expected

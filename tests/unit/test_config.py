@@ -161,6 +161,7 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"hidden_size": 1e99}, "hidden_size"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
     ],

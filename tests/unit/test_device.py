@@ -65,6 +65,8 @@ def place(provider, held, ops, available=ALL, rank=0, size=1, **options):
         ("sm_86", ("sm_89", "ptx_80"), "ptx_80"),
         ("sm_90", ("sm_89", "ptx_80"), "ptx_80"),
         ("sm_121", ("sm_120", "ptx_80"), "ptx_80"),
+        ("sm_87", ("sm_80", "sm_86", "ptx_80"), "ptx_80"),
+        ("sm_87", ("sm_86", "sm_87", "ptx_80"), "sm_87"),
         ("sm_75", ("sm_80", "ptx_80"), None),
         ("gfx1100", ("gfx1100",), "gfx1100"),
         ("gfx1101", ("gfx1100",), None),

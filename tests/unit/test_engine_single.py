@@ -102,6 +102,12 @@ def test_an_empty_prompt_is_refused(engine: Engine, prompt: str | list[int]) -> 
         list(engine.generate_ids(prompt))
 
 
+@pytest.mark.parametrize("odd", [1.5, "1", None, np.float32(1)])
+def test_ids_that_are_no_integers_are_refused(engine: Engine, odd: Any) -> None:
+    with pytest.raises(UsageError, match="integer"):
+        list(engine.generate_ids([1, odd], max_tokens=1))
+
+
 def test_ids_outside_the_vocabulary_are_refused(engine: Engine) -> None:
     for bad in (-1, engine.manifest.model.vocab_size):
         with pytest.raises(UsageError, match="vocabulary"):
