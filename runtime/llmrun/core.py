@@ -21,9 +21,10 @@ from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check
 from llmrun.row_sampling import sample_rows
 from llmrun.rows import Rows
 from llmrun.sampler import Sampler, SamplingParams, TokenHistory
-from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, Scheduler
+from llmrun.scheduler import Scheduler
 from llmrun.sequence import Piece, RunningSequence
 from llmrun.stats import Stats
+from llmrun.step_budget import DEFAULT_TOKEN_BUDGET
 from llmrun.text_stream import TextStream
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmrun.errors import UsageError
-from llmrun.scheduler import DEFAULT_TOKEN_BUDGET, most_tokens
+from llmrun.step_budget import DEFAULT_TOKEN_BUDGET, most_tokens
 
 VERIFY_MODES = ("auto", "full", "size", "off")
 # Of the CPU kernels; llmpack_ops.h says what each needs.

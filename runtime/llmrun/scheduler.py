@@ -20,19 +20,10 @@ from collections.abc import Callable, Sequence
 from llmrun.errors import ResourceError, UsageError
 from llmrun.kv_cache import BlockPool, Key
 from llmrun.sequence import Piece, RunningSequence, build_plan
+from llmrun.step_budget import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET, most_tokens
 from llmrun.step_plan import StepPlan
 
-DEFAULT_TOKEN_BUDGET = 512
-# Beside decoding sequences, which wait for the whole step: as few as cost no speed (tests/benchmarks/LOG.md).
-DEFAULT_MIXED_BUDGET = 64
-
-
 Propose = Callable[[RunningSequence, int], Sequence[int]]
-
-
-def most_tokens(token_budget: int, max_num_seqs: int) -> int:
-    """Return how many tokens a step has at most: one for each of several sequences, and one to spare for a prompt."""
-    return max(token_budget, max_num_seqs + (max_num_seqs > 1))
 
 
 class Scheduler:

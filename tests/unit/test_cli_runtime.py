@@ -118,7 +118,7 @@ def test_ids_in_ids_out_without_a_tokenizer(packed: Packed, tiny_checkpoint: Pat
         (["-p", ""], b"", 2, "empty"),
         ([], b"", 2, "empty"),
         (["-p", "word " * 400], b"", 2, "context of 128"),
-        (["-p", "a", "-n", "1000"], b"", 2, "--max-tokens 12"),
+        (["-p", "a", "-n", "1000"], b"", 2, "Use 12"),
         (["-p", "a", "-n", "0"], b"", 2, "expected 1 or more"),
         (["-p", "a", "--top-p", "2"], b"", 2, "top_p"),
         (["-p", "a", "--stop", ""], b"", 2, "stop"),

@@ -72,7 +72,7 @@ class Load:
     @property
     def max_tokens(self) -> int:
         """Tokens of a sequence: those measured, and those sampled until the last prompt of the batch is in the cache."""
-        from llmrun.scheduler import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET
+        from llmrun.step_budget import DEFAULT_MIXED_BUDGET, DEFAULT_TOKEN_BUDGET
 
         if self.n_prompt:
             return 1
