@@ -78,9 +78,9 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         options["ptx_version"] = NEWER_PTX_VERSIONS.get(arch, PTX_VERSION)
     with knobs.amd.scope(), knobs.nvidia.scope():
         knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
-        if arch not in NEWER_PTX_VERSIONS:
-            # From sm_90 on Triton takes an assembler of CUDA 13, whose cubins no driver of CUDA 12 loads. Beyond sm_90 it is
-            # the one that spills nothing.
+        if arch != "sm_100":
+            # From sm_90 on Triton takes an assembler of CUDA 13, whose cubins no driver of CUDA 12 loads. For sm_100 it is the
+            # one that spills nothing.
             knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
         compiled = triton.compile(source, target=target, options=options)
     metadata: Any = compiled.metadata

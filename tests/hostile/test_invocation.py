@@ -117,8 +117,8 @@ def test_bad_sizes(artifact, options, code, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-p", ""], "empty"), (["-p", "a " * 500], "context of 128"), (["-p", "x", "-n", "128"], "or less, or shorten the prompt"),
-        (["-p", "x", "-n", str(1 << 62)], "or less, or shorten the prompt"), (["-p", "x", "--stop", ""], "stop"),
+        (["-p", ""], "empty"), (["-p", "a " * 500], "context of 128"), (["-p", "x", "-n", "128"], "or shorten the prompt"),
+        (["-p", "x", "-n", str(1 << 62)], "or shorten the prompt"), (["-p", "x", "--stop", ""], "stop"),
         (["--ids", "-p", "[]"], "empty"), (["--ids", "-p", "[1, 99999]"], "99999"), (["--ids", "-p", "[-1]"], "-1"),
         (["--ids", "-p", "[1.5]"], "list of token ids"), (["--ids", "-p", "[true]"], "list of token ids"),
         (["--ids", "-p", '["a"]'], "list of token ids"), (["--ids", "-p", "{}"], "list of token ids"),

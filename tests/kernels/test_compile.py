@@ -78,10 +78,11 @@ def test_no_spill_and_no_more_shared_memory_than_there_is(files: dict[str, Kerne
 
 @pytest.mark.slow
 def test_the_oldest_driver_that_the_launcher_takes_takes_the_code(files: dict[str, KernelFile]) -> None:
-    """CUDA 12.0: its PTX is 8.0, and ABI 7 in an ELF header's ident is that of its cubins (CUDA 13 writes 8)."""
+    """CUDA 12.0: its PTX is 8.0, and ABI 7 in an ELF header's ident is that of its cubins (CUDA 13 writes 8). sm_120: 12.8."""
     assert all(b".version 8.0\n" in kernel.code for kernel in files[kernels.PTX_TARGET].kernels)
     for target in ("sm_80", "sm_86", "sm_89", "sm_90"):
         assert {kernel.code[8] for kernel in files[target].kernels} == {7}, target
+    assert all(b"compilation tools, release 12." in kernel.code for kernel in files["sm_120"].kernels)
 
 
 @pytest.mark.slow
