@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -37,7 +36,6 @@ HELP = f"""\
 {QUOTES} begins a message of several lines and ends it, and a \\ at the end of a line goes on in the next one.
 Ctrl-C stops an answer. The arrow keys edit and recall; Tab completes commands."""
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -243,10 +241,10 @@ class _Terminal:
 
     def _say(self, text: str, *, is_dim: bool = False) -> None:
         dim, plain = self._style if is_dim and text else ("", "")
-        console.say(dim + _harmless(text) + plain)
+        console.say(dim + console.harmless(text) + plain)
 
     def _write(self, text: str) -> None:
-        data = memoryview((_harmless(text) if self._is_answer_shown else text).encode("utf-8", "replace"))
+        data = memoryview((console.harmless(text) if self._is_answer_shown else text).encode("utf-8", "replace"))
         try:
             while data:
                 data = data[os.write(self._answer_stream, data) :]
@@ -272,11 +270,6 @@ def _tokens_per_s(timings: dict[str, Any], answers: float) -> float | None:
     """Return the speed of decoding: each answer's first token belongs to its prompt."""
     decoded = timings["predicted_n"] - answers
     return decoded * 1e3 / timings["predicted_ms"] if decoded > 0 and timings["predicted_ms"] > 0 else None
-
-
-def _harmless(text: str) -> str:
-    """Replace control characters by their pictures, but for new lines and tabs."""
-    return _CONTROLS.sub(lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\ufffd", text)
 
 
 def _has_colours() -> bool:

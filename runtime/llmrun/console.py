@@ -7,6 +7,7 @@ passes what it saw in LLMRUN_TTY, and without that a rank takes no stream for a 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ from llmrun.errors import InternalError, LlmpackError
 
 # The last is all that `srun --mpi=pmix` sets. Open MPI's first, as launcher.py looks: a shell around it may have others.
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_under_mpirun() -> bool:
@@ -37,6 +39,11 @@ def is_terminal(stream: str) -> bool:
     if seen is not None:
         return stream in seen.split(",")
     return not is_under_mpirun() and os.isatty(("stdin", "stdout", "stderr").index(stream))
+
+
+def harmless(text: str) -> str:
+    """Replace control characters by their pictures, but for new lines and tabs: what a model writes may command a terminal."""
+    return _CONTROLS.sub(lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\ufffd", text)
 
 
 def say(text: str) -> None:

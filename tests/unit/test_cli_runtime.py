@@ -12,11 +12,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from llmrun import stdin
+from llmrun.cli import build_parser
+from llmrun.commands.generate import _Generate
 from llmrun.errors import UsageError
 
 Packed = Callable[..., Path]
@@ -69,6 +73,28 @@ def test_a_greedy_start_loads_no_more_than_it_needs(packed_tiny: Packed) -> None
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(("where", "shown"), [("stdin,stdout", "a\u241b[2Jb\n"), ("stdin", "a\x1b[2Jb\n")])
+def test_a_model_commands_no_terminal(
+    where: str, shown: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = SimpleNamespace(stream=object(), finish_reason=None)
+
+    def step() -> list[SimpleNamespace]:
+        request.finish_reason = "stop"
+        return [SimpleNamespace(text="a\x1b[2Jb", token_id=1)]
+
+    monkeypatch.setenv("LLMRUN_TTY", where)
+    engine: Any = SimpleNamespace(submit=lambda *_, **__: request, step=step)
+    arguments = build_parser(["generate"]).parse_args(["generate", "artifact", "-p", "x"])
+    assert _Generate(arguments).generate(engine, cast("Any", None)) == 0
+    assert capfd.readouterr().out == shown
+
+
+def test_ids_without_a_list_are_no_chat(packed_tiny: Packed) -> None:
+    done = llmrun(packed_tiny(1, "f32"), "--ids", LLMRUN_TTY="stdin,stdout,stderr")
+    assert (done.returncode, b"--ids: give the list" in done.stderr) == (2, True)
 
 
 def test_standard_output_is_the_text_and_nothing_else(packed_tiny: Packed) -> None:

@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt is not None and arguments.file is not None:
         raise UsageError("-p and -f: give one of them.")
     if arguments.prompt is None and arguments.file is None and console.is_terminal("stdin"):
+        if arguments.ids:
+            raise UsageError("--ids: give the list with -p, -f or on standard input; a chat has none.")
         return chat.run(arguments)
     common.check_sampling(arguments)
     if arguments.prompt is not None:
@@ -64,12 +66,13 @@ class _Generate:
             **common.sampling_of(arguments),
         )
         has_text = request.stream is not None
+        shown = console.harmless if console.is_terminal("stdout") else str
         while request.finish_reason is None:
             for event in engine.step():
                 if arguments.json:
                     continue
                 if has_text:
-                    common.write(event.text)
+                    common.write(shown(event.text))
                 elif event.token_id is not None:
                     common.write(f"{event.token_id} ")
         if arguments.json:
