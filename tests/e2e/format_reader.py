@@ -1,0 +1,256 @@
+"""A second reader of artifacts: it knows artifacts/FORMAT.md, whose clauses it names, and no module of ours.
+
+Plain numpy in float64, one sequence in one step, every rank in turn. Only `cpu.onnx`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+CHUNK_BYTES = 67_108_864
+LEVELS = np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56], np.float64)
+# A joined operator is called after its parts, in order (5.10 to 5.12).
+PART = re.compile(
+    r"MatMul(?:F32|F16|Q8|Q6|Q4)|Embedding(?:Q8|Q6)|AddRMSNorm|RMSNorm|SwiGLU|AllReduce|AllGather|PagedAttention"
+)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest once every byte of the artifact is known to be the one that was packed (1.2 to 1.4, 2.2)."""
+    text = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(text)
+    assert canonical(manifest) == text
+    digest = manifest.pop("manifest_sha256")
+    assert hashlib.sha256(canonical(manifest)).hexdigest() == digest
+    assert (manifest["format"], manifest["format_version"][0]) == ("llmpack", 1)
+    found = {path for path in folder.rglob("*") if not path.is_dir()}
+    assert all(stat.S_ISREG(os.lstat(path).st_mode) for path in found)
+    assert {str(path.relative_to(folder)) for path in found} == {"manifest.json", *manifest["files"]}
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        chunks = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
+        assert entry["size"] == len(data), name
+        assert entry["chunks"] == [hashlib.sha256(chunk).hexdigest() for chunk in chunks], name
+    return manifest
+
+
+def canonical(manifest: dict[str, Any]) -> bytes:
+    """Return a manifest's bytes (2.2)."""
+    return (json.dumps(manifest, sort_keys=True, indent=1) + "\n").encode()
+
+
+def untile(kind: str, tiles: Array, scales: Array | None, num_rows: int, group_size: int | None) -> Array:
+    """Return a matrix [N, K] as its tiles hold it (4.3); the rows that fill up the last one must be zero."""
+    count = -(-num_rows // 16)
+    assert tiles.shape[0] == count
+    if kind in ("F32", "F16"):
+        matrix = tiles.astype(np.float64).transpose(0, 2, 1)
+    else:
+        if kind == "Q8":
+            assert tiles.min() >= 1
+            values = tiles.transpose(0, 2, 1, 3).astype(np.float64) - 128
+        elif kind == "Q6":
+            low, high = tiles & 63, tiles >> 6
+            last = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4
+            values = np.concatenate([low, last[:, :, None]], 2).transpose(0, 3, 1, 2, 4).astype(np.float64) - 32
+        else:
+            values = LEVELS[np.stack([tiles & 15, tiles >> 4], 3)].transpose(0, 2, 1, 3, 4)
+        assert scales is not None
+        assert group_size is not None
+        matrix = values.reshape(count, 16, -1)
+        matrix = matrix * np.repeat(scales.astype(np.float64).transpose(0, 2, 1), group_size, 2)
+    matrix = matrix.reshape(16 * count, -1)
+    assert not matrix[num_rows:].any()
+    return matrix[:num_rows]
+
+
+class Rank:
+    """One rank's graph, its initializers by name, and its matrices by the name of their tiles."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], rank: int) -> None:
+        entry = manifest["ranks"][rank]
+        self.model = onnx.load(str(folder / entry["graphs"]["cpu"]), load_external_data=False)
+        self.nodes = self.model.graph.node
+        data = (folder / entry["weights"]).read_bytes()
+        metadata = {prop.key: prop.value for prop in self.model.metadata_props}
+        assert {"rank": str(rank), "shards": str(manifest["shards"])}.items() <= metadata.items()  # 3.4
+        opsets = {(opset.domain, opset.version) for opset in self.model.opset_import}
+        assert opsets == {("", 21), ("ai.llmpack", manifest["ops"]["version"])}  # 3.1
+        assert entry["weight_bytes"] == len(data)
+        self.tensors: dict[str, Array] = {}
+        is_used = np.zeros(len(data), bool)
+        for tensor in self.model.graph.initializer:
+            if not tensor.external_data:
+                self.tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
+                continue
+            where = {item.key: item.value for item in tensor.external_data}
+            start, size = int(where["offset"]), int(where["length"])
+            values = np.frombuffer(data[start : start + size], onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            self.tensors[tensor.name] = values.reshape(tensor.dims)
+            is_used[start : start + size] = True
+            assert start % 64 == 0  # 4.1
+        assert sum(entry["weight_bytes_by_role"].values()) == is_used.sum()
+        assert not np.frombuffer(data, np.uint8)[~is_used].any()
+        self.matrices = {}
+        for node in self.nodes:
+            if (found := re.match("(?:MatMul|Embedding)(F32|F16|Q8|Q6|Q4)", node.op_type)) is not None:
+                scales = self.tensors[node.input[2]] if found[1].startswith("Q") else None
+                sizes = attributes(node)
+                num_rows = sizes.get("out_features", sizes.get("num_embeddings"))
+                tiles = self.tensors[node.input[1]]
+                self.matrices[node.input[1]] = untile(found[1], tiles, scales, num_rows, sizes.get("group_size"))
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Return a node's attributes by name."""
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def compute(ranks: list[Rank], manifest: dict[str, Any], ids: list[int]) -> Array:
+    """Return the logits after each of `ids`: [T, vocab_size] (sections 3 and 5)."""
+    steps = {"input_ids": np.array(ids), "positions": np.arange(len(ids)), "logit_rows": np.arange(len(ids))}
+    values = [{**rank.tensors, **steps} for rank in ranks]
+    for nodes in zip(*(rank.nodes for rank in ranks), strict=True):
+        outputs = _run(ranks, manifest, nodes, values)
+        for node, known, found in zip(nodes, values, outputs, strict=True):
+            known.update(zip(node.output, found, strict=True))
+    assert all(np.array_equal(known["logits"], values[0]["logits"]) for known in values)
+    return values[0]["logits"]
+
+
+def _run(
+    ranks: list[Rank], manifest: dict[str, Any], nodes: tuple[onnx.NodeProto, ...], values: list[dict[str, Array]]
+) -> list[tuple[Array, ...]]:
+    """Return the outputs of one node on each rank."""
+    assert len({(node.op_type, *node.output) for node in nodes}) == 1
+    names = [list(node.input) for node in nodes]
+    if nodes[0].domain == "":
+        operator = DEFAULT_DOMAIN[nodes[0].op_type]
+        return [
+            (operator(attributes(node), *(known[name] for name in node.input)),)
+            for node, known in zip(nodes, values, strict=True)
+        ]
+    parts = PART.findall(nodes[0].op_type)
+    assert "".join(parts) == nodes[0].op_type
+    x: list[Any] = [known[name.pop(0)] for known, name in zip(values, names, strict=True)]
+    sizes = attributes(nodes[0])
+    for part in parts:
+        if part == "AllReduce":
+            x = [sum(x)] * len(x)
+        elif part == "AllGather":
+            x = [np.concatenate(x, 1)[:, : sizes["out_features"]]] * len(x)
+        elif part.startswith(("MatMul", "Embedding")):
+            matrices = [rank.matrices[name.pop(0)] for rank, name in zip(ranks, names, strict=True)]
+            if "Q" in part:
+                for name in names:
+                    name.pop(0)  # the scales, which are in the matrix
+            is_product = part.startswith("MatMul")
+            x = [y @ w.T if is_product else w[y] for y, w in zip(x, matrices, strict=True)]
+        elif part == "SwiGLU":
+            x = [_swiglu(y) for y in x]
+        elif part == "PagedAttention":
+            x = [_attend(y, known[name[0]], sizes, manifest) for y, known, name in zip(x, values, names, strict=True)]
+        else:
+            rest = [
+                [known[name.pop(0)] for _ in range(1 + (part == "AddRMSNorm"))]
+                for known, name in zip(values, names, strict=True)
+            ]
+            x = [_norm(y, *given, epsilon=sizes["epsilon"]) for y, given in zip(x, rest, strict=True)]
+    return [y if isinstance(y, tuple) else (y,) for y in x]
+
+
+def _norm(x: Array, *given: Array, epsilon: float) -> Any:
+    """5.2 of a weight, or 5.3 of a residual and a weight."""
+    *residual, weight = given
+    total = x + sum(residual)
+    y = total / np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + epsilon) * weight
+    return (y, total) if residual else y
+
+
+def _swiglu(gate_up: Array) -> Array:
+    gate, up = np.split(gate_up, 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[str, Any]) -> Array:
+    """5.5 of one whole sequence: each token sees itself and what is before it."""
+    num_heads, num_kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
+    dim = cos_sin.shape[1]
+    half = dim // 2
+    cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
+    heads = qkv.reshape(len(qkv), num_heads + 2 * num_kv_heads, dim)
+    first, second = heads[..., :half], heads[..., half:]
+    rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    stored = [rotated[:, num_heads : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]]
+    keys, values = (
+        np.repeat(x.astype(manifest["kv_cache"]["dtype"]).astype(np.float64), num_heads // num_kv_heads, 1)
+        for x in stored
+    )
+    scores = np.einsum("qhd,khd->hqk", rotated[:, :num_heads], keys) * sizes["scale"]
+    scores += np.where(np.tri(len(qkv)), 0, -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    return np.einsum("hqk,khd->qhd", shares, values).reshape(len(qkv), num_heads * dim)
+
+
+DEFAULT_DOMAIN: dict[str, Callable[..., Array]] = {
+    "Gather": lambda _, table, at: table[at],
+    "Cast": lambda _, x: x.astype(np.float64),
+    "Unsqueeze": lambda _, x, axes: np.expand_dims(x, tuple(axes)),
+    "Mul": lambda _, x, y: x * y,
+    "Add": lambda _, x, y: x + y,
+    "Cos": lambda _, x: np.cos(x),
+    "Sin": lambda _, x: np.sin(x),
+    "Concat": lambda given, *x: np.concatenate(x, given["axis"]),
+}
+
+
+def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
+    """Return the whole model's matrices and norms, under the checkpoint's names (4.2, 4.5, 4.6)."""
+    config, cache, size = manifest["model"], manifest["kv_cache"], len(ranks)
+    num_kv_heads, held, dim = config["num_key_value_heads"], cache["num_kv_heads_per_rank"], config["head_dim"]
+    query_rows, kv_rows = config["num_attention_heads"] // size * dim, held * dim
+
+    def of_all(name: str) -> list[Array]:
+        return [rank.matrices[name] for rank in ranks]
+
+    model: dict[str, Array] = {}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        fused = [np.split(m, [query_rows, query_rows + kv_rows]) for m in of_all(f"{prefix}self_attn.qkv_proj.weight")]
+        model[f"{prefix}self_attn.q_proj.weight"] = np.concatenate([q for q, _, _ in fused])
+        for part, name in enumerate(("k_proj", "v_proj"), 1):
+            heads: dict[int, Array] = {}
+            for rank, matrices in enumerate(fused):
+                first = rank * held if num_kv_heads >= size else rank * num_kv_heads // size
+                for i, head in enumerate(np.split(matrices[part], held)):
+                    assert np.array_equal(heads.setdefault(first + i, head), head)
+            model[f"{prefix}self_attn.{name}.weight"] = np.concatenate([heads[i] for i in range(num_kv_heads)])
+        halves = [np.split(m, 2) for m in of_all(f"{prefix}mlp.gate_up_proj.weight")]
+        model[f"{prefix}mlp.gate_proj.weight"] = np.concatenate([gate for gate, _ in halves])
+        model[f"{prefix}mlp.up_proj.weight"] = np.concatenate([up for _, up in halves])
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            model[prefix + name] = np.concatenate(of_all(prefix + name), 1)
+    for name, tensor in ranks[0].tensors.items():
+        if name.endswith("norm.weight"):
+            assert all(np.array_equal(rank.tensors[name], tensor) for rank in ranks)
+            model[name] = tensor
+    embedding = "model.embed_tokens.weight"
+    model[embedding] = ranks[0].matrices.get(embedding, ranks[0].tensors[embedding])
+    (last,) = {[n for n in rank.nodes if n.op_type.startswith("MatMul")][-1].input[1] for rank in ranks}
+    head = np.concatenate(of_all(last))
+    assert not head[config["vocab_size"] :].any()
+    model["lm_head.weight"] = head[: config["vocab_size"]]
+    return model

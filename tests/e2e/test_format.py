@@ -1,0 +1,64 @@
+"""artifacts/FORMAT.md is enough: a reader that knows nothing else finds the checkpoint and computes what llmrun does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from e2e.format_reader import Rank, compute, read_manifest, stitch
+from llmrun import Engine
+from models import make_checkpoint
+
+Packed = Callable[..., Path]
+MODELS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "odd": {"vocab_size": 259, "num_key_value_heads": 1, "head_dim": 48},
+    "tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+}
+# The largest difference from the checkpoint, of its largest weight.
+ERRORS = {"f32": 0, "f16": 2**-11, "q8": 0.51 / 127, "q4": 0.13}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make_checkpoint(tmp_path_factory.mktemp(name), **MODELS[name])
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("quant", ERRORS)
+def test_a_reader_of_the_specification_finds_the_model(
+    model: str, shards: int, quant: str, checkpoint: Callable[[str], Path], packed: Packed
+) -> None:
+    folder = packed(checkpoint(model), shards, quant, group_size=32 if model == "odd" else 64)
+    manifest = read_manifest(folder)
+    ranks = [Rank(folder, manifest, rank) for rank in range(shards)]
+
+    given = load_file(checkpoint(model) / "model.safetensors")
+    given.setdefault("lm_head.weight", given["model.embed_tokens.weight"])
+    found = stitch(ranks, manifest)
+    assert {name for name in given if not name.endswith(".bias")} == set(found)
+    for name, matrix in found.items():
+        allowed = 0 if matrix.ndim == 1 else ERRORS[quant]
+        assert np.abs(matrix - given[name]).max() <= allowed * np.abs(given[name]).max(), name
+
+    expected = json.loads((folder / "selfcheck.json").read_text())
+    logits = compute(ranks, manifest, expected["ids"])
+    assert np.abs(logits[-1] - expected["logits"]).max() <= 6e-5  # four decimals
+    if shards == 1:
+        with Engine(folder) as engine:
+            difference = np.abs(engine.logits(expected["ids"]) - logits).max()
+        assert difference <= (2e-4 if quant == "f32" else expected["tolerance"])
