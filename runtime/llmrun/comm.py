@@ -246,7 +246,7 @@ def load_mpi() -> Any:
     try:
         import mpi4py
 
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False  # `_initialize` and `_finalize` do it
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())
@@ -310,11 +310,14 @@ def _initialize(mpi: Any) -> bool:
         raise PeerError(f"MPI cannot be initialised: error {code}.")
     for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):  # as mpi4py sets it
         comm.Set_errhandler(mpi.ERRORS_RETURN)
-    atexit.register(_finalize, mpi)
+    atexit.register(_finalize, mpi, os.getpid())
     return True
 
 
-def _finalize(mpi: Any) -> None:
-    """Leave MPI, which waits for the other ranks. mpi4py would do it when no thread, so no watchdog, runs any more."""
-    if not mpi.Is_finalized():
+def _finalize(mpi: Any, pid: int) -> None:
+    """Leave MPI, which waits for the other ranks; not in a child process that was forked: the job is its parent's.
+
+    mpi4py would do it when no thread, so no watchdog, runs any more, and in a child too.
+    """
+    if os.getpid() == pid and not mpi.Is_finalized():
         ctypes.CDLL(mpi.__file__).MPI_Finalize()

@@ -253,6 +253,18 @@ def test_another_ranks_stopping_early_disturbs_nobody(packed_tiny: Packed, tmp_p
     assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
 
 
+def test_a_forked_child_of_a_rank_leaves_mpi_to_its_parent(packed_tiny: Packed, tmp_path: Path) -> None:
+    outcome = run_script(
+        "import os, sys\nfrom llmrun import Engine\nengine = Engine(sys.argv[1])\n"
+        "if (child := os.fork()) == 0: sys.exit(5)\n"
+        "code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+        "engine.logits([1])\nos.write(1, f'{code}\\n'.encode())\n",
+        tmp_path,
+        packed_tiny(2, "f32"),
+    )
+    assert (outcome.code, outcome.stdout, outcome.leftovers) == (0, "5\n5\n", []), outcome.stderr
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("where", ["between", "inside"])
 def test_an_exception_in_a_script_ends_the_job(rank: int, where: str, packed_tiny: Packed, tmp_path: Path) -> None:
