@@ -190,6 +190,7 @@ def test_markdown_becomes_elements(tab: Any, server: Server) -> None:
         ("*an `*` in code* x", "<p><em>an <code>*</code> in code</em> x</p>"),
         ("*a \\* b* c", "<p><em>a * b</em> c</p>"),
         ("имя_файла_тут, naïve_é_x", "<p>имя_файла_тут, naïve_é_x</p>"),
+        ("f*** you: a *** b, ****", "<p>f*** you: a *** b, ****</p>"),
         # addresses
         (
             "(https://example.org/a_(b)_c, https://example.org/d).",
