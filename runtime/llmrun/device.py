@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rocm": "ROCMExecutionProvider"}
 _VENDORS = {"cuda": 0, "rocm": 1}
+# Sequences of a decode step that is captured, at most: their logits take memory by the square, and the time of larger steps is
+# the kernels', not that of launching them.
+MOST_CAPTURED = 32
 _TEGRA = 87  # runs no code of the desktop's chips (CUDA's programming guide, "Binary Compatibility")
 _PACKAGES = {"cuda": "onnxruntime-gpu", "rocm": "onnxruntime-rocm"}
 _JSON_BYTES = 1 << 16
@@ -212,7 +215,7 @@ def _targets(manifest: Manifest) -> str:
 def activation_bytes(manifest: Manifest, num_tokens: int, max_num_seqs: int) -> int:
     """Bound the memory of steps beside weights and cache: activations, logits of every row, and the launcher's workspace.
 
-    A decode step of each number of sequences is a graph of its own, and its logits have memory of their own.
+    A decode step of each number of sequences up to MOST_CAPTURED is a graph of its own, with logits of its own.
     """
     model, shards = manifest.model, manifest.shards
     heads = (model.num_attention_heads + 2 * max(model.num_key_value_heads, shards)) // shards * model.head_dim
@@ -220,7 +223,8 @@ def activation_bytes(manifest: Manifest, num_tokens: int, max_num_seqs: int) -> 
     per_token += 2 * 3 * model.intermediate_size // shards + 4 * model.head_dim
     columns = -(-model.vocab_size // shards)  # of the logits, and for the choice among them (FORMAT 8.4)
     per_row = 4 * columns + 520 + 516 * (columns // 2048 + 1)
-    graphs = max_num_seqs * (max_num_seqs + 1) // 2 * (4 * columns + 520)
+    most = min(max_num_seqs, MOST_CAPTURED)
+    graphs = most * (most + 1) // 2 * (4 * columns + 520)
     return num_tokens * (per_token + per_row) + graphs + (64 << 20)
 
 

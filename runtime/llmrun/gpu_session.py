@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrun.device import PROVIDERS, Placement
+from llmrun.device import MOST_CAPTURED, PROVIDERS, Placement
 from llmrun.errors import IncompatibleError, InternalError
 from llmrun.graph_check import check_session
 from llmrun.rows import Rows, merge_candidates
@@ -118,7 +118,7 @@ class GpuSession:
         Raises:
             InternalError: an operator failed; its sentence is in the message.
         """
-        is_captured = self._captures and plan.is_decode and plan.num_rows == plan.num_seqs
+        is_captured = self._captures and plan.is_decode and plan.num_rows == plan.num_seqs <= MOST_CAPTURED
         values = plan.fields()
         if is_captured:
             known = values["block_table"][:, : self._columns]

@@ -11,6 +11,7 @@ from pathlib import Path
 from llmrun import console, launcher
 
 ALONE_S = 1.0  # with an error that rank 0 shares it has left by then
+TOLD_ALIKE_S = 10.0  # rank 0 may not even have read its command line
 _POLL_S = 0.020
 
 
@@ -76,7 +77,7 @@ def is_alone_with_it(*, is_told_alike: bool) -> bool:
 
     `is_told_alike`: the error comes from the command line, which is the same on all hosts.
     """
-    until = time.monotonic() + ALONE_S
+    until = time.monotonic() + (TOLD_ALIKE_S if is_told_alike else ALONE_S)
     while any(peer.rank == 0 for peer in siblings()):
         if time.monotonic() > until:
             return True

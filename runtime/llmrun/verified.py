@@ -27,7 +27,8 @@ MAX_STAMPS = 64
 # times, as do writes through a mapping until the system has written the page back (30 s by default, then checked each 5 s).
 SETTLED_NS = 60 * 10**9
 # File systems of this machine's kernel that keep ctime themselves. A server, a user's process or a read-only image made
-# with fixed times decides it otherwise; tmpfs does not notice what is written through a mapping (measured, Linux 6.18).
+# with fixed times decides it otherwise; tmpfs does not notice what is written through a mapping (measured, Linux 6.18), and
+# neither does an overlay whose upper layer is one (a live system): that cannot be told from a container's, which is trusted.
 _TRUSTED = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay"}
 _ALL_USERS = 0o077
 

@@ -203,7 +203,10 @@ def joining(deadline_s: float) -> Iterator[None]:
 
 @functools.cache  # once for all jobs of a process
 def watch_the_end(rank: int, peers: tuple[Peer, ...], deadline_s: float) -> None:
-    """Watch for a stopped rank of this host while this one ends, when MPI waits for all; they may be gone by then."""
+    """Watch for a stopped rank of this host while this one ends, when MPI waits for all; they may be gone by then.
+
+    In vain where the user's program has initialised MPI: then mpi4py leaves it, when no thread runs any more.
+    """
     is_ending = threading.Event()
     Watchdog(
         rank,

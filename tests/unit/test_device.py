@@ -161,6 +161,7 @@ def test_a_cache_of_a_given_size_is_not_made_smaller():
 def test_many_sequences_take_memory_for_each_number_of_them():
     placement = place("cuda", manifest(), FakeOps(["sm_89"], free=24_000_000_000))
     sizes = {"wanted": 100_000, "least": 16, "num_tokens": 512, "is_exact": False}
-    few, many = (device.fit_blocks(placement, manifest(), 0, max_num_seqs=n, **sizes) for n in (8, 256))
-    logits = 256 * 257 // 2 * 16000 * 4  # of this rank's half of the vocabulary
+    few, many = (device.fit_blocks(placement, manifest(), 0, max_num_seqs=n, **sizes) for n in (8, 512))
+    captured = device.MOST_CAPTURED
+    logits = (captured * (captured + 1) - 8 * 9) // 2 * 16000 * 4  # of this rank's half of the vocabulary
     assert (few - many) * 16 * manifest().kv_cache.bytes_per_token == pytest.approx(logits, rel=0.02)

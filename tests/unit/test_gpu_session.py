@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from llmrun.device import Gpu, Placement
+from llmrun.device import MOST_CAPTURED, Gpu, Placement
 from llmrun.errors import IncompatibleError
 from llmrun.gpu_session import GpuSession
 from llmrun.manifest import KvCacheSpec
@@ -153,6 +153,17 @@ def test_whole_rows_come_when_the_plan_asks_for_them(make):
     assert rows.logits.tolist() == [[2.0] * VOCABULARY]
     logits = session._session.runs[0][0].outputs["logits"]
     assert logits.reads == 1, "whole rows were copied to the host without need"
+
+
+def test_steps_of_very_many_sequences_are_not_captured(make):
+    session = make()
+    for n in (MOST_CAPTURED, MOST_CAPTURED + 1):
+        session.run(
+            plan_of(
+                [3] * n, [0] * n, list(range(n)), list(range(n + 1)), [1] * n, [[i] for i in range(n)], list(range(n))
+            )
+        )
+    assert [graph for _, graph in session._session.runs] == [str(MOST_CAPTURED), "-1"]
 
 
 def test_logits_of_large_steps_are_not_all_kept(make):
