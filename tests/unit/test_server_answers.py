@@ -427,6 +427,7 @@ ANSWERS: list[tuple[ToolForm, str, str | None, int]] = [
     (LLAMA, CALL[:-1], CALL[:-1], 0),
     (LLAMA, "{ is a brace", "{ is a brace", 0),
     (LLAMA, '{"name": ["weather"]}', '{"name": ["weather"]}', 0),
+    (LLAMA, '{"name": "weather", "parameters": {"city": "Rome"}, "x": "<tool_call>"}', None, 1),
     (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", None, 1),
     (HERMES, f"Let me see. <tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", "Let me see. ", 2),
     (HERMES, f"<tool_call>{CALL}", None, 1),

@@ -131,9 +131,10 @@ def find_calls(
     """
     names = {tool["function"]["name"] for tool in tools}
     stripped = text.strip()
-    calls: list[dict[str, Any]] = []
-    rest, at = "", 0
-    if _OPEN in stripped:
+    rest = ""
+    calls, at = _calls_at(stripped, 0, names)  # first, because an argument may hold what looks like a tag
+    if not calls or at < len(stripped):
+        calls, at = [], 0
         while (start := stripped.find(_OPEN, at)) >= 0:
             rest += stripped[at:start]
             found, at = _calls_at(stripped, start + len(_OPEN), names)
@@ -142,10 +143,6 @@ def find_calls(
             calls += found
             at += len(_CLOSE)
         rest = (rest + stripped[at:]).strip()
-    else:
-        calls, at = _calls_at(stripped, 0, names)
-        if at != len(stripped):
-            return text, []
     if not calls or len(calls) > MAX_CALLS:
         return text, []
     return rest or None, calls
