@@ -148,7 +148,7 @@ def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
         if not all(data[key].isascii() and data[key].isdigit() and len(data[key]) < 20 for key in ("offset", "length")):
             raise ValueError("offset or length of external data is no number")
         offset, length = int(data["offset"]), int(data["length"])
-        if offset % WEIGHT_ALIGNMENT or offset + length > size:
+        if offset % WEIGHT_ALIGNMENT or length == 0 or offset + length > size:
             raise ValueError(f"external data at {offset}, {length} bytes long, in a file of {size} bytes")
         dtype, item_bytes = _STORED_TYPES.get(data_type, ("", 0))
         if length != math.prod(shape) * item_bytes or not dtype:
