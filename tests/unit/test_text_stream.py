@@ -1,7 +1,7 @@
 """Streamed text: always what decoding everything at once would give."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmrun.errors import UsageError
@@ -73,6 +73,7 @@ def test_with_stop_strings_the_pieces_are_the_text_before_the_first(ids, strips,
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
+@example(text="aaaab", stops=["aaab"])  # begins again within itself, twice over
 def test_only_what_may_begin_a_stop_string_is_held_back(text, stops):
     stream = TextStream(BYTES, stops)
     for i, byte in enumerate(text.encode()):
