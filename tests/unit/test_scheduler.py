@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmrun.errors import ResourceError, UsageError
 from llmrun.kv_cache import BlockPool
+from llmrun.lookup import PromptLookup
 from llmrun.scheduler import Scheduler
 from llmrun.sequence import Piece, RunningSequence
 from llmrun.step_plan import FIELDS, StepPlan
@@ -358,3 +359,11 @@ def test_a_cut_message_is_refused() -> None:
     message = scheduler.plan()[0].message
     with pytest.raises(ValueError, match=f"{len(message) - 1} numbers, expected {len(message)}"):
         StepPlan.read(np.array(message[:-1], np.int32))
+
+
+def test_the_number_of_guesses_follows_how_many_were_right() -> None:
+    lookup, tokens = PromptLookup(max_drafts=8), [1, 2, *range(10, 30), 1, 2]
+    assert lookup.propose(tokens, limit=3) == [10, 11, 12]
+    for guessed, right, expected in ((8, 0, 1), (1, 1, 2), (0, 0, 2), (2, 2, 4), (4, 2, 3), (3, 3, 6), (6, 6, 8)):
+        lookup.learn(guessed, right)
+        assert lookup.propose(tokens, limit=99) == list(range(10, 10 + expected))
