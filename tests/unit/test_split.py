@@ -106,6 +106,30 @@ def test_operators_with_a_bias_between_them_stay_apart(packed, biased_checkpoint
     assert [counts[op] for op in ("SwiGLU", "AllReduce", "AddRMSNorm")] == [layers, 2 * layers, 2 * layers]
 
 
+def test_values_have_the_widths_of_one_rank(packed, biased_checkpoint):
+    model = onnx.load(graphs_of(packed(biased_checkpoint, 2, "q4"))[0], load_external_data=False)
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    }
+    found = {node.name: shapes[node.output[0]] for node in model.graph.node}
+    hidden, layer = TINY["hidden_size"], "/model/layers.0"
+    heads, kv_heads = TINY["num_attention_heads"] // 2, TINY["num_key_value_heads"] // 2
+    expected = {
+        "/model/embed_tokens": ["T", hidden],
+        f"{layer}/self_attn/qkv_proj/bias": ["T", (heads + 2 * kv_heads) * 32],
+        f"{layer}/self_attn/attention": ["T", heads * 32],
+        f"{layer}/self_attn/o_proj/all_reduce": ["T", hidden],
+        f"{layer}/mlp/gate_up_proj": ["T", TINY["intermediate_size"]],
+        f"{layer}/mlp/act_fn": ["T", TINY["intermediate_size"] // 2],
+        "/model/logit_rows": ["R", hidden],
+        "/lm_head": ["R", -(-TINY["vocab_size"] // 2)],
+        "/lm_head/all_gather": ["R", TINY["vocab_size"]],
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert shapes["key_cache.0"][1] == shapes["value_cache.0"][1] == kv_heads
+
+
 def load_weights(graph_path):
     """Read initializers through onnx, not through our own plan."""
     model = onnx.load(graph_path)
