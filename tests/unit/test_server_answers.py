@@ -320,7 +320,7 @@ def test_a_constrained_call_is_a_call(
     for seed in range(12):
         text = walk(grammars, tokenizer, kind, source, seed)
         if text is not None:
-            rest, (call,) = find_calls(form, TOOLS, text)
+            rest, (call,) = find_calls(TOOLS, text)
             assert rest is None
             found.add(call["function"]["name"])
             if call["function"]["name"] == "weather":
@@ -373,7 +373,7 @@ def test_references_of_a_tools_schema_mean_the_schema(form: ToolForm, grammars: 
         text = walk(grammars, tokenizer, kind, source, seed)
         if text is None:
             continue
-        _, (call,) = find_calls(form, RECURSIVE, text)
+        _, (call,) = find_calls(RECURSIVE, text)
         name, value = call["function"]["name"], json.loads(call["function"]["arguments"])
         seen.add(name)
         if name == "tree":
@@ -419,30 +419,30 @@ def test_white_space_in_a_call_is_bounded(form: ToolForm, grammars: Grammars, to
 
 
 CALL = '{"name": "weather", "parameters": {"city": "Rome"}}'
-ANSWERS: list[tuple[ToolForm, str, str | None, int]] = [
-    (LLAMA, CALL, None, 1),
-    (LLAMA, f" {CALL}; {CALL}\n", None, 2),
-    (LLAMA, "It is sunny.", "It is sunny.", 0),
-    (LLAMA, '{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', 0),
-    (LLAMA, CALL[:-1], CALL[:-1], 0),
-    (LLAMA, "{ is a brace", "{ is a brace", 0),
-    (LLAMA, '{"name": ["weather"]}', '{"name": ["weather"]}', 0),
-    (LLAMA, '{"name": "weather", "parameters": {"city": "Rome"}, "x": "<tool_call>"}', None, 1),
-    (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", None, 1),
-    (HERMES, f"Let me see. <tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", "Let me see. ", 2),
-    (HERMES, f"<tool_call>{CALL}", None, 1),
-    (HERMES, '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}, "x": "</tool_call>"}</tool_call>', None, 1),
-    (HERMES, f"<tool_call>{CALL} and more</tool_call>", f"<tool_call>{CALL} and more</tool_call>", 0),
-    (HERMES, f"<tool_call>{CALL}</tool_call> more", "more", 1),
-    (HERMES, "a < b <tool", "a < b <tool", 0),
-    (HERMES, "<tool_call>nonsense</tool_call>", "<tool_call>nonsense</tool_call>", 0),
+ANSWERS: list[tuple[str, str | None, int]] = [
+    (CALL, None, 1),
+    (f" {CALL}; {CALL}\n", None, 2),
+    ("It is sunny.", "It is sunny.", 0),
+    ('{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', 0),
+    (CALL[:-1], CALL[:-1], 0),
+    ("{ is a brace", "{ is a brace", 0),
+    ('{"name": ["weather"]}', '{"name": ["weather"]}', 0),
+    ('{"name": "weather", "parameters": {"city": "Rome"}, "x": "<tool_call>"}', None, 1),
+    (f"<tool_call>\n{CALL}\n</tool_call>", None, 1),
+    (f"Let me see. <tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", "Let me see. ", 2),
+    (f"<tool_call>{CALL}", None, 1),
+    ('<tool_call>{"name": "weather", "arguments": {"city": "Rome"}, "x": "</tool_call>"}</tool_call>', None, 1),
+    (f"<tool_call>{CALL} and more</tool_call>", f"<tool_call>{CALL} and more</tool_call>", 0),
+    (f"<tool_call>{CALL}</tool_call> more", "more", 1),
+    ("a < b <tool", "a < b <tool", 0),
+    ("<tool_call>nonsense</tool_call>", "<tool_call>nonsense</tool_call>", 0),
 ]
 
 
 @given(st.sampled_from(ANSWERS), st.lists(st.integers(0, 120), max_size=12))
-def test_calls_are_found_however_the_text_is_cut(case: tuple[ToolForm, str, str | None, int], cuts: list[int]) -> None:
-    form, text, expected, num_calls = case
-    stream = ToolStream(form, TOOLS)
+def test_calls_are_found_however_the_text_is_cut(case: tuple[str, str | None, int], cuts: list[int]) -> None:
+    text, expected, num_calls = case
+    stream = ToolStream(TOOLS)
     places = [0, *sorted(cuts), len(text)]
     said = "".join(stream.push(text[a:b]) for a, b in itertools.pairwise(places))
     rest, calls = stream.finish()
@@ -462,7 +462,7 @@ def test_one_call_where_several_are_not_wanted(field: dict[str, bool], expected:
 
 @given(st.text(alphabet='{}"<tol_ca>/;: \n', max_size=60))
 def test_no_text_is_lost_or_breaks_the_parser(text: str) -> None:
-    stream = ToolStream(HERMES, TOOLS)
+    stream = ToolStream(TOOLS)
     said = "".join(map(stream.push, text))
     rest, calls = stream.finish()
     assert calls == []

@@ -113,7 +113,7 @@ class _Writer:
         entries = [event.logprobs] if event.logprobs is not None and event.token_id is not None else []
         text, calls, reason = event.text, [], event.finish_reason
         if self._form is not None:
-            parser = self._parsers.setdefault(choice.index, toolbox.ToolStream(self._form, self.call.tools))
+            parser = self._parsers.setdefault(choice.index, toolbox.ToolStream(self.call.tools))
             text = parser.push(text)
             if reason is not None:
                 rest, calls = parser.finish()

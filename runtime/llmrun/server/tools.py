@@ -116,18 +116,16 @@ def _moved(schema: Any, root: str) -> Any:
     return moved
 
 
-def may_be_call(form: ToolForm, text: str) -> bool:
+def may_be_call(text: str) -> bool:
     """Tell whether an answer that begins with `text` may still turn out to be a call."""
     start = text.lstrip()
     return not start or start.startswith("{") or _OPEN.startswith(start[: len(_OPEN)])
 
 
-def find_calls(
-    form: ToolForm, tools: Sequence[Mapping[str, Any]], text: str
-) -> tuple[str | None, list[dict[str, Any]]]:
+def find_calls(tools: Sequence[Mapping[str, Any]], text: str) -> tuple[str | None, list[dict[str, Any]]]:
     """Return what an answer says beside its calls, and the calls, as OpenAI has them; no call: all of the text.
 
-    Only calls of tools that the request offered count: anything else is text.
+    Only calls of tools that the request offered count: anything else is text. Both forms do, whichever the template shows.
     """
     names = {tool["function"]["name"] for tool in tools}
     stripped = text.strip()
@@ -185,15 +183,15 @@ def _after_space(text: str, at: int) -> int:
 class ToolStream:
     """The text of one answer as it comes, with calls held back until the end; see `find_calls`."""
 
-    def __init__(self, form: ToolForm, tools: Sequence[Mapping[str, Any]]) -> None:
-        self._form, self._tools = form, tools
+    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._tools = tools
         self._held = ""
         self._is_text = False  # the answer did not begin as a call
 
     def push(self, text: str) -> str:
         """Take more text; return what is certainly not part of a call."""
         self._held += text
-        if not self._is_text and may_be_call(self._form, self._held):
+        if not self._is_text and may_be_call(self._held):
             return ""
         self._is_text = True
         at = self._held.find(_OPEN)
@@ -212,4 +210,4 @@ class ToolStream:
     def finish(self) -> tuple[str | None, list[dict[str, Any]]]:
         """Return the rest of the text and the calls."""
         held, self._held = self._held, ""
-        return find_calls(self._form, self._tools, held)
+        return find_calls(self._tools, held)
