@@ -151,7 +151,7 @@ def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
         if offset % WEIGHT_ALIGNMENT or length == 0 or offset + length > size:
             raise ValueError(f"external data at {offset}, {length} bytes long, in a file of {size} bytes")
         dtype, item_bytes = _STORED_TYPES.get(data_type, ("", 0))
-        if length != math.prod(shape) * item_bytes or not dtype:
+        if length != math.prod(shape) * item_bytes:
             raise ValueError(f"external data of {length} bytes for {name!r:.100}, of shape {list(shape)} and {dtype!r}")
         yield StoredTensor(name, dtype, shape, offset, length)
 

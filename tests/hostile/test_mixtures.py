@@ -121,6 +121,12 @@ def test_graph_of_another_kv_cache(single):
     assert "another model" in str(refusal(lambda: Engine(single)))
 
 
+def test_graph_of_another_vocabulary(single, packed, tmp_path):
+    other = packed(make_checkpoint(tmp_path / "other", vocab_size=3104), 1, "q4")
+    take_folder(single, other, 0, 0)
+    assert "another model" in str(refusal(lambda: Engine(single)))
+
+
 @pytest.mark.mpi
 def test_weights_swapped_without_their_graphs_are_found_by_verify_deep(artifact):
     swap_weights(artifact)
@@ -314,6 +320,11 @@ def test_3_1_weights_of_another_size_than_their_shape(artifact, change):
             length.value = str(int(length.value) - 64)
 
     change_graph(artifact, lie)
+    assert graph_refusal(artifact).code == "E320"
+
+
+def test_3_1_a_sparse_tensor(artifact):
+    change_graph(artifact, lambda model: model.graph.sparse_initializer.add())
     assert graph_refusal(artifact).code == "E320"
 
 
