@@ -10,8 +10,9 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmrun import device, library, mpi_functions
+from llmrun import device
 from llmrun.errors import IncompatibleError, LlmpackError, PeerError
+from llmrun.operators import Operators
 
 if TYPE_CHECKING:
     from llmrun.job import Job
@@ -29,7 +30,7 @@ def describe(available: Sequence[str]) -> str:
     Raises:
         IncompatibleError: there are GPUs, and their driver cannot be used.
     """
-    ops = mpi_functions.load_library(library.find_library())
+    ops = Operators().functions
     found, missing = [], []
     for provider in ("cuda", "rocm"):
         try:
@@ -77,9 +78,9 @@ def time_collectives(job: Job) -> str:
 
 def _time(job: Job, rows: int, width: int) -> float:
     microseconds = ctypes.c_double()
-    ops = mpi_functions.load_library(library.find_library())
-    if ops.llmpack_ops_gpu_time_all_reduce(rows, width, _REPEATS, ctypes.byref(microseconds)) != 0:
-        raise PeerError(f"all-reduce: {ops.llmpack_ops_last_error().decode('utf-8', 'replace')}")
+    ops = job.operators
+    if ops.functions.llmpack_ops_gpu_time_all_reduce(rows, width, _REPEATS, ctypes.byref(microseconds)) != 0:
+        raise PeerError(f"all-reduce: {ops.last_error}")
     return microseconds.value
 
 

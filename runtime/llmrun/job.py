@@ -8,12 +8,10 @@ Decides nothing about tokens.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,12 +19,13 @@ import numpy as np
 
 import llmrun
 from llmrun import comm as communication
-from llmrun import console, device, errors, failstop, faults, launcher, library, rank_status, watchdog
-from llmrun.artifact import OPS_VERSION, Artifact, open_artifact
+from llmrun import console, device, errors, failstop, faults, launcher, rank_status, watchdog
+from llmrun.artifact import Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, places_of, share_cores
-from llmrun.errors import IncompatibleError, PeerError, ResourceError
+from llmrun.errors import IncompatibleError
 from llmrun.job_options import JobOptions
 from llmrun.memory import available_bytes, expect_one_sequence, fit_blocks
+from llmrun.operators import Operators
 from llmrun.peers import local_peers, local_ranks
 from llmrun.rank_files import RankFiles
 from llmrun.step_plan import STEP_KIND, MessageKind, StepPlan
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from llmrun.session import RankSession
 
 Result = TypeVar("Result")
-
-_best_isa: bytes | None = None  # what the operator library chose when it was loaded
 
 
 class Job:
@@ -64,7 +61,7 @@ class Job:
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)
         self.watchdog.start()
-        self._ops: ctypes.CDLL | None = None
+        self._ops: Operators | None = None
         self._session: RankSession | GpuSession | None = None
         self.gpu_transport, self._captures = "", True  # how values travel between GPUs; whether a step may be captured
         self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
@@ -121,12 +118,14 @@ class Job:
         """Join the ranks: their communicator, shared memory, GPUs. Reads no weight."""
         if self.comm.op_communicator is not None:
             # A stage each: the second waits inside MPI, so it begins only where no rank has failed the first.
-            self.stage("communicator", self._set_communicator)
-            self.stage("sharing memory", self._share_memory)
+            communicator = self.comm.op_communicator
+            self.stage("communicator", lambda: self.operators.set_communicator(communicator))
+            self.stage("sharing memory", self.operators.share_memory)
         if self.placement.gpu is not None:
             self.stage("opening the GPU", self._open_gpu)
             if self.size > 1:
-                self.gpu_transport, self._captures = self.stage("joining GPUs", self._join_gpus)
+                join = self.stage("joining GPUs", lambda: device.join_gpus(self.operators.functions))
+                self.gpu_transport, self._captures = join
 
     def run(self, plan: StepPlan) -> Rows:
         """Run a step on all ranks; rank 0 only. Returns what it says of the plan's rows."""
@@ -174,7 +173,7 @@ class Job:
 
     def _open(self, path: Path) -> tuple[Artifact, dict[str, Any]]:
         """Open the artifact as this rank, and collect what all ranks must agree on."""
-        from llmrun import mpi_functions, session
+        from llmrun import session
 
         whole = open_artifact(path, ranks=[])
         if whole.manifest.shards != self.size:
@@ -182,29 +181,18 @@ class Job:
             message = launcher.wrong_size_message(path, whole.manifest.shards, self.size, script)
             raise IncompatibleError(message, code="E412")
         artifact = whole.with_ranks([self.rank])
-        place = library.find_library()
-        try:
-            self._ops = mpi_functions.load_library(place)
-        except OSError as error:
-            raise library.cannot_load(place, error) from None
-        version = self._ops.llmpack_ops_version()
-        if version != OPS_VERSION:
-            raise IncompatibleError(
-                f"{place} has operator version {version}, this llmrun expects {OPS_VERSION}. Install llmpack again.",
-                code="E416",
-            )
-        self._choose_isa()
+        ops = self._ops = Operators()
+        self.isa = ops.choose_isa(self.options.isa)
         ort = session.import_onnxruntime()
         try:
             str(path).encode()
         except UnicodeEncodeError:
             raise errors.UsageError(f"{path}: the path is not UTF-8, and ONNX Runtime opens no other.") from None
         local = local_ranks(self.comm.peers, self.rank)
-        self._library_path = place
         self.placement = device.place(
             self.options.provider,
             artifact.manifest,
-            self._ops,
+            ops.functions,
             ort.get_available_providers(),
             local_rank=local.index(self.rank),
             local_size=len(local),
@@ -217,7 +205,7 @@ class Job:
             "world size": self.size,
             "llmrun": llmrun.__version__,
             "onnxruntime": ort.__version__,
-            "operators": version,
+            "operators": ops.version,
             "provider": self.placement.provider,
             "kv_cache": artifact.manifest.kv_cache.dtype,
             "options": repr(self.options),
@@ -258,23 +246,7 @@ class Job:
         free_bytes = max(0, available_bytes() // sharers - self.manifest.ranks[self.rank].weight_bytes)
         return fit_blocks(self.manifest, self.rank, free_bytes, wanted, self.max_seq_len, is_exact=is_exact)
 
-    def _set_communicator(self) -> None:
-        from llmrun import mpi_functions
-
-        assert self._ops is not None
-        assert self.comm.op_communicator is not None
-        described = mpi_functions.communicator_struct(self.comm.op_communicator)
-        if self._ops.llmpack_ops_set_communicator(ctypes.byref(described)) != 0:
-            raise IncompatibleError(f"operator library: {self._ops_error()}", code="E416")
-
-    def _share_memory(self) -> None:
-        """Let the collectives go through shared memory; by MPI where that cannot be."""
-        assert self._ops is not None
-        if self._ops.llmpack_ops_share_memory() < 0:
-            raise PeerError(f"operator library: {self._ops_error()}")
-
     def _open_gpu(self) -> None:
-        assert self._ops is not None
         assert self.placement.kernels is not None
         name = self.manifest.kernels[self.placement.kernels]
         self.verify([name])
@@ -286,11 +258,7 @@ class Job:
             )
         path = os.fsencode(self.artifact.resolve(name))
         most = (self.options.max_num_seqs, self.options.most_tokens)
-        device.open_gpu(self._ops, self.placement, path, *most, user=self.watchdog)
-
-    def _join_gpus(self) -> tuple[str, bool]:
-        assert self._ops is not None
-        return device.join_gpus(self._ops)
+        device.open_gpu(self.operators.functions, self.placement, path, *most, user=self.watchdog)
 
     def _load(self) -> None:
         from llmrun import graph_check
@@ -307,7 +275,7 @@ class Job:
         # each other at the end of this stage, so that nothing runs before every digest is known to be right.
         with self._files.verifying([entry.weights], share.num_threads):
             self._session = self._make_session(graph, weights, stored, share)
-        self.watchdog.count_collectives(self._collective_state)
+        self.watchdog.count_collectives(self.operators.collective_state)
         self._files.conclude()
 
     def _make_session(
@@ -318,7 +286,7 @@ class Job:
         if self.placement.gpu is not None:
             return gpu_session.GpuSession(
                 graph,
-                self._library_path,
+                self.operators.path,
                 self.manifest.kv_cache,
                 self.placement,
                 num_blocks=self.num_blocks,
@@ -329,28 +297,16 @@ class Job:
                 size=self.size,
                 captures=self._captures,
             )
-        with self._operators_on(share):
+        with self.operators.running_on(share):
             return session.RankSession(
                 graph,
                 weights,
                 stored,
-                self._library_path,
+                self.operators.path,
                 self.manifest.kv_cache,
                 num_blocks=self.num_blocks,
                 vocab_size=self.manifest.model.vocab_size,
             )
-
-    @contextlib.contextmanager
-    def _operators_on(self, share: CoreShare) -> Iterator[None]:
-        """Let the sessions made meanwhile run their operators on the threads and cores of `share`."""
-        assert self._ops is not None
-        cores = (ctypes.c_int32 * len(share.cores))(*share.cores) if share.cores else None
-        if self._ops.llmpack_ops_use_threads(share.num_threads, cores) != 0:
-            raise ResourceError(f"{self._ops_error()} Use fewer --threads.")
-        try:
-            yield
-        finally:
-            self._ops.llmpack_ops_use_threads(0, None)
 
     def _pin(self) -> CoreShare:
         """Keep this process to its share of the host's cores."""
@@ -364,18 +320,8 @@ class Job:
         self.num_threads = share.num_threads
         return share
 
-    def _collective_state(self) -> tuple[int, int]:
-        assert self._ops is not None
-        begun, ended = ctypes.c_uint64(), ctypes.c_uint64()
-        self._ops.llmpack_ops_collective_state(ctypes.byref(begun), ctypes.byref(ended))
-        return begun.value, ended.value
-
-    def _ops_error(self) -> str:
-        assert self._ops is not None
-        return self._ops.llmpack_ops_last_error().decode("utf-8", "replace")
-
     @property
-    def ops(self) -> ctypes.CDLL:
+    def operators(self) -> Operators:
         """The operator library."""
         assert self._ops is not None
         return self._ops
@@ -390,17 +336,3 @@ class Job:
         if self._session is None:
             raise errors.UsageError("the engine is closed. Open another one.")
         return self._session
-
-    @property
-    def isa(self) -> str:
-        """Instruction set of the CPU kernels."""
-        return self._isa.decode()
-
-    def _choose_isa(self) -> None:
-        """Have sessions that are made from now on, this job's, compute with the instruction set that its options say."""
-        global _best_isa
-        assert self._ops is not None
-        best = _best_isa = _best_isa or bytes(self._ops.llmpack_ops_isa())
-        self._isa = best if self.options.isa is None else self.options.isa.encode()
-        if self._ops.llmpack_ops_set_isa(self._isa) != 0:
-            raise errors.UsageError(f"--isa {self.options.isa}: {self._ops_error()}")

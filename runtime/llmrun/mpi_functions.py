@@ -8,7 +8,6 @@ imported (that would initialise MPI), and does not choose or load an MPI library
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,60 +58,3 @@ def communicator_struct(comm: MPI.Intracomm) -> Communicator:
         alltoall=address("MPI_Alltoall"),
         error_string=address("MPI_Error_string"),
     )
-
-
-def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
-    """Load the operator library and declare the functions of `llmpack_ops.h`.
-
-    ONNX Runtime loads the same file by itself (`register_custom_ops_library`); both see one library with one state.
-
-    Raises:
-        OSError: the file is missing, or no library for this machine.
-    """
-    library = ctypes.CDLL(os.fspath(path))
-    library.llmpack_ops_version.argtypes = []
-    library.llmpack_ops_version.restype = ctypes.c_int
-    library.llmpack_ops_isa.argtypes = []
-    library.llmpack_ops_isa.restype = ctypes.c_char_p
-    library.llmpack_ops_set_isa.argtypes = [ctypes.c_char_p]
-    library.llmpack_ops_set_isa.restype = ctypes.c_int
-    library.llmpack_ops_weight_fetch.argtypes = []
-    library.llmpack_ops_weight_fetch.restype = ctypes.c_char_p
-    library.llmpack_ops_set_weight_fetch.argtypes = [ctypes.c_char_p]
-    library.llmpack_ops_set_weight_fetch.restype = ctypes.c_int
-    library.llmpack_ops_use_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int32)]
-    library.llmpack_ops_use_threads.restype = ctypes.c_int
-    library.llmpack_ops_set_communicator.argtypes = [ctypes.POINTER(Communicator)]
-    library.llmpack_ops_set_communicator.restype = ctypes.c_int
-    library.llmpack_ops_share_memory.argtypes = []
-    library.llmpack_ops_share_memory.restype = ctypes.c_int
-    library.llmpack_ops_transport.argtypes = []
-    library.llmpack_ops_transport.restype = ctypes.c_char_p
-    library.llmpack_ops_all_reduce.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    library.llmpack_ops_all_reduce.restype = ctypes.c_int
-    library.llmpack_ops_all_gather.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3]
-    library.llmpack_ops_all_gather.restype = ctypes.c_int
-    counter = ctypes.POINTER(ctypes.c_uint64)
-    library.llmpack_ops_collective_state.argtypes = [counter, counter]
-    library.llmpack_ops_collective_state.restype = None
-    library.llmpack_ops_profile.argtypes = [ctypes.c_int]
-    library.llmpack_ops_profile.restype = ctypes.c_int
-    library.llmpack_ops_profile_read.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p), counter, counter]
-    library.llmpack_ops_profile_read.restype = ctypes.c_int
-    _declare_gpu(library)
-    library.llmpack_ops_last_error.argtypes = []
-    library.llmpack_ops_last_error.restype = ctypes.c_char_p
-    return library
-
-
-def _declare_gpu(library: ctypes.CDLL) -> None:
-    text, size, number = ctypes.c_char_p, ctypes.c_int64, ctypes.c_int
-    library.llmpack_ops_gpu_probe.argtypes = [number, text, size]
-    library.llmpack_ops_gpu_free_bytes.argtypes = [number, number, ctypes.POINTER(size)]
-    library.llmpack_ops_gpu_measure.argtypes = [number, number, number, text, size]
-    library.llmpack_ops_gpu_open.argtypes = [ctypes.c_void_p]
-    library.llmpack_ops_gpu_close.argtypes = []
-    library.llmpack_ops_gpu_share.argtypes = []
-    library.llmpack_ops_gpu_transport.argtypes = [ctypes.POINTER(number)]
-    library.llmpack_ops_gpu_transport.restype = text
-    library.llmpack_ops_gpu_time_all_reduce.argtypes = [size, size, number, ctypes.POINTER(ctypes.c_double)]

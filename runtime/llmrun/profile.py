@@ -34,13 +34,13 @@ class Profile:
     def start(self) -> None:
         """Begin to count."""
         self._before = self._counters()
-        self._job.ops.llmpack_ops_profile(1)
+        self._job.operators.functions.llmpack_ops_profile(1)
 
     def stop(self, steps_s: float) -> list[Row]:
         """Return where `steps_s`, the duration of the steps since `start`, went; the longest rows first."""
-        self._job.ops.llmpack_ops_profile(0)
+        self._job.operators.functions.llmpack_ops_profile(0)
         send_s, run_s, graph_s = (now - then for now, then in zip(self._counters(), self._before, strict=True))
-        operators = read_operators(self._job.ops)
+        operators = read_operators(self._job.operators.functions)
         operators_s = sum(row.seconds for row in operators)
         rest = [
             Row("onnxruntime", "standard operators, and between all", 0, graph_s - operators_s),

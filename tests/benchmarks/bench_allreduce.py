@@ -27,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "runtime"))
 
 from llmrun.cores import places_of, share_cores  # noqa: E402
-from llmrun.mpi_functions import communicator_struct, load_library  # noqa: E402
+from llmrun.mpi_functions import communicator_struct  # noqa: E402
+from llmrun.operators import load_library  # noqa: E402
 
 SIZES = [1 << power for power in range(10, 21)]
 

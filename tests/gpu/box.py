@@ -43,7 +43,7 @@ def last_error(operators: Any) -> str:
 
 
 def load_operators(path: Path) -> Any:
-    from llmrun.mpi_functions import load_library
+    from llmrun.operators import load_library
 
     return load_library(path)
 

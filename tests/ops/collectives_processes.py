@@ -21,7 +21,8 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "runtime")]
 
-from llmrun.mpi_functions import Communicator, load_library  # noqa: E402
+from llmrun.mpi_functions import Communicator  # noqa: E402
+from llmrun.operators import load_library  # noqa: E402
 
 HANDLE = ctypes.c_ssize_t
 EXCHANGE = ctypes.CFUNCTYPE(

@@ -25,7 +25,8 @@ sys.path[:0] = [str(HERE), *[str(HERE.parents[1] / folder) for folder in ("custo
 import helpers  # noqa: E402
 
 from llmpack_ops import reference  # noqa: E402
-from llmrun.mpi_functions import communicator_struct, load_library  # noqa: E402
+from llmrun.mpi_functions import communicator_struct  # noqa: E402
+from llmrun.operators import load_library  # noqa: E402
 
 # Elements around every size at which a transport changes its way: 32 KiB (sums in parts through shared memory, for more
 # than two ranks), 64 KiB (the same by MPI), 128 KiB (a slot), and numbers that no rank count divides; up to 3 MB.

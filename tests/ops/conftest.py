@@ -44,7 +44,7 @@ def library_path() -> Path:
 
 @pytest.fixture(scope="session")
 def library(library_path: Path) -> ctypes.CDLL:
-    from llmrun.mpi_functions import load_library
+    from llmrun.operators import load_library
 
     return load_library(library_path)
 

@@ -21,7 +21,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from llmpack_ops import VERSION
-from llmrun.mpi_functions import load_library
+from llmrun.operators import load_library
 
 if TYPE_CHECKING:  # programs that tests start find this file, not that package
     from emulated.emulator import Emulator

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), *[str(HERE.parents[1] / folder) for folder in ("custo
 import helpers  # noqa: E402
 
 from llmpack_ops import reference  # noqa: E402
-from llmrun.mpi_functions import load_library  # noqa: E402
+from llmrun.operators import load_library  # noqa: E402
 
 
 def compare(name: str, y: np.ndarray, exact: np.ndarray, atol: float | np.ndarray) -> None:

@@ -165,7 +165,7 @@ def test_a_forked_child_computes_and_ends_without_the_other_threads(library_path
 REFUSED = """
 import resource, sys
 from pathlib import Path
-from llmrun.mpi_functions import load_library
+from llmrun.operators import load_library
 library = load_library(sys.argv[1])
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)  # a dozen stacks

@@ -13,7 +13,7 @@ import pytest
 from llmrun import Engine
 from llmrun.cores import CoreShare
 from llmrun.errors import ResourceError, UsageError
-from llmrun.job import Job
+from llmrun.operators import Operators
 from operator_threads import cpu_seconds, operator_threads
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class _Refusing:
 
 
 def test_refused_threads_are_an_error_that_says_what_to_do() -> None:
-    job = Job.__new__(Job)
-    job._ops = cast("ctypes.CDLL", _Refusing())
+    operators = Operators.__new__(Operators)
+    operators.functions = cast("ctypes.CDLL", _Refusing())
     with pytest.raises(ResourceError, match=r"thread 12 of 1000 cannot be started .*\. Use fewer --threads\."):
-        with job._operators_on(CoreShare(1000, ())):
+        with operators.running_on(CoreShare(1000, ())):
             pass

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmrun import __version__, console, gpu_report, launcher, library
+from llmrun import __version__, console, gpu_report, launcher
 from llmrun.commands import common
 from llmrun.errors import IncompatibleError, LlmpackError, PeerError
+from llmrun.operators import Operators
 
 _ALL_REDUCE_BYTES = (8192, 16384)  # a token's hidden states in float32, of small and of 7B models
 _ALL_REDUCE_CALLS = 500
@@ -103,14 +104,8 @@ def _onnxruntime() -> str:
 
 
 def _operators() -> str:
-    from llmrun import mpi_functions
-
-    place = library.find_library()
-    try:
-        ops = mpi_functions.load_library(place)
-    except OSError as error:
-        raise library.cannot_load(place, error) from None
-    return f"version {ops.llmpack_ops_version()}, {ops.llmpack_ops_isa().decode()}, {place}"
+    ops = Operators()
+    return f"version {ops.version}, {ops.isa}, {ops.path}"
 
 
 def _gpus() -> str:
@@ -129,11 +124,11 @@ def _mpi() -> str:
 
 def _collectives() -> str:
     """Name the transport of the collectives between this job's ranks, and measure it as llmrun uses it."""
-    from llmrun import comm, cores, mpi_functions, peers, rank_status, watchdog
+    from llmrun import comm, cores, peers, rank_status, watchdog
 
     if launcher.launcher_family() is None or launcher.launcher_size() == 1:
         return "one rank: none (`mpirun -n 2 llmrun doctor` measures them)"
-    ops = mpi_functions.load_library(library.find_library())
+    ops = Operators()
     with watchdog.joining(watchdog.deadline_from_environment()):
         ranks = comm.connect()
     everyone = ranks.agree({"cores": rank_status.own_cores()})
@@ -145,26 +140,25 @@ def _collectives() -> str:
         os.sched_setaffinity(0, share.cores)
     if ranks.op_communicator is None:
         raise PeerError("the ranks have no communicator.")
-    described = mpi_functions.communicator_struct(ranks.op_communicator)
-    if ops.llmpack_ops_set_communicator(ctypes.byref(described)) != 0 or ops.llmpack_ops_share_memory() < 0:
-        raise PeerError(f"operator library: {ops.llmpack_ops_last_error().decode('utf-8', 'replace')}")
+    ops.set_communicator(ranks.op_communicator)
+    ops.share_memory()
     medians = [_all_reduce_s(ops, size) for size in _ALL_REDUCE_BYTES]
     os.sched_setaffinity(0, allowed)
     times = ", ".join(
         f"{size >> 10} KB in {s * 1e6:.1f} us" for size, s in zip(_ALL_REDUCE_BYTES, medians, strict=True)
     )
     where = "own cores" if share.cores else "shared cores"
-    return f"{ops.llmpack_ops_transport().decode()}, {ranks.size} ranks, {where}; all-reduce of {times} (median)"
+    return f"{ops.transport}, {ranks.size} ranks, {where}; all-reduce of {times} (median)"
 
 
-def _all_reduce_s(ops: ctypes.CDLL, size: int) -> float:
+def _all_reduce_s(ops: Operators, size: int) -> float:
     """Return the median seconds of a call, from Python; every rank calls it."""
     vector = (ctypes.c_float * (size // 4))()
     times = []
     for _ in range(_ALL_REDUCE_CALLS):
         started = time.perf_counter()
-        if ops.llmpack_ops_all_reduce(vector, vector, len(vector)) != 0:
-            raise PeerError(f"all-reduce: {ops.llmpack_ops_last_error().decode('utf-8', 'replace')}")
+        if ops.functions.llmpack_ops_all_reduce(vector, vector, len(vector)) != 0:
+            raise PeerError(f"all-reduce: {ops.last_error}")
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
