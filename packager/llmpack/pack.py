@@ -20,12 +20,13 @@ from llmpack import __version__, kernel_file, kernels, report
 from llmpack.checkpoint import open_checkpoint
 from llmpack.cpu_graph import cpu_graph
 from llmpack.export import export, rope_frequencies
+from llmpack.generation import read_generation
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import plan_kernels
 from llmpack.selfcheck import PackedRank, selfcheck
 from llmpack.split import split
 from llmpack.store import write_weights
-from llmpack.tokenizer_files import TokenizerFiles, read_generation, read_tokenizer
+from llmpack.tokenizer_files import TokenizerFiles, read_tokenizer
 from llmpack.weights import (
     EMBEDDING,
     HEAD,

@@ -1,7 +1,7 @@
-"""Find a checkpoint's tokenizer, chat template and generation settings.
+"""Find a checkpoint's tokenizer and chat template.
 
-In: a Hugging Face model directory. Out: `TokenizerFiles`, all that an artifact says about the tokenizer, and
-`Generation`. The tokenizer's file itself goes into the artifact verbatim; nothing is converted.
+In: a Hugging Face model directory. Out: `TokenizerFiles`, all that an artifact says about the tokenizer. The tokenizer's
+file itself goes into the artifact verbatim; nothing is converted.
 
 Which file. A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too,
 transformers 5 takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds
@@ -24,19 +24,17 @@ Golden vectors are computed with the tokenizer libraries directly, not with llmr
 # ruff: noqa: RUF001 - golden texts hold characters that look like others on purpose
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpack.config import read_file, read_json
+from llmpack.generation import read_eos_ids
+from llmpack.model_files import ModelFiles
 from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
-from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError
+from llmrun.artifact import IncompatibleError, IntegrityError
 from llmrun.template_tags import template_extensions
 
-__all__ = ["GOLDEN_TEXTS", "Generation", "TokenizerFiles", "read_generation", "read_tokenizer"]
+__all__ = ["GOLDEN_TEXTS", "TokenizerFiles", "read_tokenizer"]
 
 GOLDEN_TEXTS = (
     "",
@@ -65,15 +63,6 @@ GOLDEN_TEXTS = (
     "<s> </s> <unk> [INST] <<SYS>> <|im_start|>user<|im_end|> <|begin_of_text|><|eot_id|> <0x0A>",
 )
 
-# Keys of generation_config.json with which transformers gives other tokens, and the values with which it does not.
-_IGNORED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "stop_strings", "suppress_tokens"), ([],)
-    ),
-    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), (1,)),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_length", "min_new_tokens", "no_repeat_ngram_size"), (0,)),
-    **dict.fromkeys(("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "top_h"), ()),
-}
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 
 
@@ -105,53 +94,6 @@ class TokenizerFiles:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Sampling defaults, the EOS ids that config files name (empty if they name none), and notes as in `TokenizerFiles`."""
-
-    defaults: GenerationDefaults
-    eos_token_ids: tuple[int, ...]
-    sources: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def read_generation(model_dir: Path, vocab_size: int) -> Generation:
-    """Read generation_config.json, and EOS ids from config.json if it has none.
-
-    `do_sample` false or absent means temperature 0; a sampling setting that is absent is off.
-
-    Raises:
-        IncompatibleError: a value, or an EOS id, is out of range (names file, key and value).
-        IntegrityError: a file is not a JSON object.
-    """
-    files = _Files(model_dir)
-    config = files.json("generation_config.json")
-
-    def number(key: str, default: float, expected: str, holds: Callable[[float], bool]) -> float:
-        value = config.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-            raise IncompatibleError(
-                f"{model_dir / 'generation_config.json'}: {key}: found {value!r}, expected {expected}. "
-                "Correct it, or leave it out."
-            )
-        return value
-
-    temperature = float(number("temperature", 1.0, "0 to 100", lambda x: 0 <= x <= 100))
-    defaults = GenerationDefaults(
-        temperature=temperature if config.get("do_sample") is True else 0.0,
-        top_k=int(number("top_k", 0, "a whole number from 0", lambda x: 0 <= x < math.inf and x == int(x))),
-        top_p=float(number("top_p", 1.0, "above 0, at most 1", lambda x: 0 < x <= 1)),
-        min_p=float(number("min_p", 0.0, "0 to below 1", lambda x: 0 <= x < 1)),
-        repeat_penalty=float(number("repetition_penalty", 1.0, "above 0, at most 10", lambda x: 0 < x <= 10)),
-    )
-    eos = _eos_ids(files, vocab_size)
-    ignored = [f"{key} {config[key]!r}"[:80] for key in _IGNORED if config.get(key) not in (None, *_IGNORED[key])]
-    notes = (f"generation_config.json: {', '.join(ignored)}: not supported, therefore left out",) if ignored else ()
-    return Generation(defaults, eos, files.names(), notes)
-
-
 def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
     """Read the tokenizer of a checkpoint; None if it has none.
 
@@ -163,7 +105,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
         template that does not parse. IntegrityError: a file is damaged or a Git LFS pointer. UsageError: a
         tokenizer library is not installed.
     """
-    files = _Files(model_dir)
+    files = ModelFiles(model_dir)
     added = _added_tokens(files)
     beyond = [text for text, (token_id, _) in added.items() if token_id >= vocab_size]
     library = _open_library(files, {text: added[text] for text in added if text not in beyond}, vocab_size)
@@ -194,7 +136,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
                 "tokenizer_config.json."
             )
     texts = {token_id: text for text, token_id in special.items()}
-    eos_ids = _eos_ids(files, vocab_size)
+    eos_ids = read_eos_ids(files, vocab_size)
     if not eos_ids and eos_token is not None:
         eos_ids = (special[eos_token],)
     if eos_token is None and eos_ids:
@@ -239,51 +181,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
     )
 
 
-class _Files:
-    """The directory's files, each read once; a missing JSON file is an empty object."""
-
-    def __init__(self, model_dir: Path) -> None:
-        self.model_dir = model_dir
-        self._read: dict[str, Any] = {}
-
-    def exists(self, name: str) -> bool:
-        return os.path.lexists(self.model_dir / name)  # a link to nothing is an error, not the absence of a tokenizer
-
-    def json(self, name: str) -> dict[str, Any]:
-        if not self.exists(name):
-            return {}
-        if name not in self._read:
-            self._read[name] = read_json(self.model_dir / name)
-        return self._read[name]
-
-    def bytes(self, name: str) -> bytes:
-        self._read.setdefault(name, None)
-        return read_file(self.model_dir / name)
-
-    def ids(self, name: str, key: str) -> tuple[int, ...]:
-        """Return the token ids that a JSON file gives under key: none, one or a list."""
-        value = self.json(name).get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise IncompatibleError(f"{self.model_dir / name}: {key}: found {value!r}, expected token ids.")
-        return tuple(dict.fromkeys(ids))
-
-    def names(self, *more: str) -> tuple[str, ...]:
-        return tuple(sorted({*self._read, *more}))
-
-
-def _eos_ids(files: _Files, vocab_size: int) -> tuple[int, ...]:
-    ids = files.ids("generation_config.json", "eos_token_id") or files.ids("config.json", "eos_token_id")
-    for token_id in ids:
-        if token_id >= vocab_size:
-            raise IncompatibleError(
-                f"{files.model_dir}: eos_token_id: found {token_id}, but the model's vocab_size is {vocab_size}."
-            )
-    return ids
-
-
-def _open_library(files: _Files, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library | None:
+def _open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library | None:
     has_model, has_json = files.exists("tokenizer.model"), files.exists("tokenizer.json")
     path = files.model_dir / "tokenizer.model"
     swallowing = [text for text in added if any(text in tokens for tokens in _swallowing_tokens(files))]
@@ -309,7 +207,7 @@ def _open_library(files: _Files, added: dict[str, tuple[int, bool]], vocab_size:
         raise
 
 
-def _added_tokens(files: _Files) -> dict[str, tuple[int, bool]]:
+def _added_tokens(files: ModelFiles) -> dict[str, tuple[int, bool]]:
     """Return {text: (id, is special)} of tokens that were added to the tokenizer's own."""
     added: dict[str, tuple[int, bool]] = {}
     try:
@@ -326,7 +224,7 @@ def _added_tokens(files: _Files) -> dict[str, tuple[int, bool]]:
     return added
 
 
-def _open_json(files: _Files, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library:
+def _open_json(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library:
     """Open tokenizer.json, if it has the added tokens that the other files have: nothing is added to it."""
     path, document = files.model_dir / "tokenizer.json", files.json("tokenizer.json")
     listed = {entry["content"] for entry in document.get("added_tokens", [])}
@@ -344,7 +242,7 @@ def _open_json(files: _Files, added: dict[str, tuple[int, bool]], vocab_size: in
     return open_tokenizers(path, files.bytes("tokenizer.json"), document, vocab_size)
 
 
-def _swallowing_tokens(files: _Files) -> list[dict[str, tuple[bool, bool]]]:
+def _swallowing_tokens(files: ModelFiles) -> list[dict[str, tuple[bool, bool]]]:
     """Return the added tokens that swallow white space, {text: (before it, after it)}: of tokenizer.json, of the config."""
     found = []
     for entries in (
@@ -361,7 +259,7 @@ def _some(tokens: list[str]) -> str:
     return ", ".join([*map(repr, tokens[:3]), *([f"{len(tokens) - 3} more tokens"] if len(tokens) > 3 else [])])
 
 
-def _named_token(files: _Files, library: Library, key: str) -> str | None:
+def _named_token(files: ModelFiles, library: Library, key: str) -> str | None:
     """Return the text of bos_token or eos_token: a string, or an object with its content; null says that there is none."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         config = files.json(name)
@@ -374,7 +272,7 @@ def _named_token(files: _Files, library: Library, key: str) -> str | None:
     return library.own.get(key)
 
 
-def _chat_template(files: _Files) -> str | None:
+def _chat_template(files: ModelFiles) -> str | None:
     name = "chat_template.jinja"
     if files.exists(name):
         try:

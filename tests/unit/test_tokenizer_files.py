@@ -15,8 +15,9 @@ from test_tokenizer import (
     train_unigram,
 )
 
+from llmpack.generation import read_generation
 from llmpack.pack import Options, pack
-from llmpack.tokenizer_files import GOLDEN_TEXTS, read_generation, read_tokenizer
+from llmpack.tokenizer_files import GOLDEN_TEXTS, read_tokenizer
 from llmrun.artifact import GenerationDefaults, IncompatibleError, IntegrityError, LlmpackError, TokenizerSpec
 from llmrun.chat import encode_chat, extend_chat
 from llmrun.tokenizer import load_tokenizer

@@ -1,0 +1,56 @@
+"""The small files of a Hugging Face model directory, beside its weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from llmpack.config import read_file, read_json
+from llmrun.artifact import IncompatibleError
+
+
+class ModelFiles:
+    """The directory's files, each read once; a missing JSON file is an empty object."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self._read: dict[str, Any] = {}
+
+    def exists(self, name: str) -> bool:
+        """Return whether the file is there."""
+        return os.path.lexists(self.model_dir / name)  # a link to nothing is an error, not the absence of a tokenizer
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file's object, which is empty if there is no such file.
+
+        Raises:
+            IntegrityError: the file is not a JSON object.
+        """
+        if not self.exists(name):
+            return {}
+        if name not in self._read:
+            self._read[name] = read_json(self.model_dir / name)
+        return self._read[name]
+
+    def bytes(self, name: str) -> bytes:
+        """Return a file's bytes."""
+        self._read.setdefault(name, None)
+        return read_file(self.model_dir / name)
+
+    def ids(self, name: str, key: str) -> tuple[int, ...]:
+        """Return the token ids that a JSON file gives under key: none, one or a list.
+
+        Raises:
+            IncompatibleError: what is there is no token id.
+        """
+        value = self.json(name).get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+                raise IncompatibleError(f"{self.model_dir / name}: {key}: found {value!r}, expected token ids.")
+        return tuple(dict.fromkeys(ids))
+
+    def names(self, *more: str) -> tuple[str, ...]:
+        """Return the names of the files that were read, and `more`, sorted."""
+        return tuple(sorted({*self._read, *more}))
