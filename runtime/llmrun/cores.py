@@ -91,12 +91,15 @@ def share_cores(
 
 
 def cpu_quota() -> float | None:
-    """Return the cores' worth of time that the control groups around this process allow (cpu.max); None: no limit."""
-    quotas: list[float] = []
-    for group in control_groups():
+    """Return the cores' worth of time that the control groups around this process allow; None: no limit."""
+    return min((quota for group in control_groups("cpu") if (quota := _quota_of(group)) is not None), default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            quota, period = (group / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))
+            quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+            return quota / period if quota >= 0 else None
         except (OSError, ValueError, ZeroDivisionError):
             continue  # "max", or no limit can be set here
-    return min(quotas, default=None)
+    return None

@@ -37,17 +37,23 @@ def available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    return min([available, *(left for group in control_groups() if (left := _left_of(group)) is not None)])
+    return min([available, *(left for group in control_groups("memory") if (left := _left_of(group)) is not None)])
 
 
 def _left_of(group: Path) -> int | None:
     """Return what a control group may still take, files' pages that can be dropped included; None: no limit."""
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None  # "max", or no limit can be set here
-    return max(limit - used + sum(int(statistics.get(name, 0)) for name in ("active_file", "inactive_file")), 0)
+    for limit_name, used_name, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        try:
+            limit, used = (int((group / name).read_text()) for name in (limit_name, used_name))
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue  # "max", or no limit can be set here
+        cached = sum(int(statistics.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
+        return max(limit - used + cached, 0)
+    return None
 
 
 def expect_one_sequence(spec: KvCacheSpec, num_blocks: int, max_seq_len: int) -> None:

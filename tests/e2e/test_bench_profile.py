@@ -42,6 +42,24 @@ def test_a_context_that_is_too_short_is_refused(packed_tiny: Packed) -> None:
     assert "do not fit the context of 128" in outcome.errors[0]
 
 
+def test_the_roofline_is_measured_in_what_memory_there_is(packed_tiny: Packed, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import atexit, sys
+import llmrun.memory
+llmrun.memory.available_bytes = lambda: 64 << 20  # a small container
+peak = lambda: next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+atexit.register(lambda: print(peak(), file=sys.stderr))
+"""
+    )
+    options = ["-p", 8, "-n", 2, "-r", 1, "--json"]
+    outcome = run_alone("bench", packed_tiny(1, "f32"), *options, environment={"PYTHONPATH": str(tmp_path)})
+    assert outcome.code == 0
+    assert json.loads(outcome.stdout)[1]["roofline_fraction"] > 0
+    (peak,) = (line for line in outcome.stderr.splitlines() if line.startswith("VmHWM"))
+    assert int(peak.split()[1]) < 200 << 10  # kB; it has some 80 MB by itself, and took 256 for the array
+
+
 def test_doctor_measures_the_collectives_under_mpirun(packed_tiny: Packed) -> None:
     outcome = run_ranks(2, "doctor", packed_tiny(2, "q4"), "--json")
     assert outcome.code == 0

@@ -206,13 +206,31 @@ def test_a_quota_counts_as_cores(
         ("0::/a\n", {"a": "max 100000"}, None),
         ("0::/a\n", {"a": "nonsense"}, None),
         ("0::/gone\n", {}, None),
-        ("1:cpu:/a\n", {"a": "50000 100000"}, None),  # version 1
     ],
 )
 def test_the_smallest_quota_of_the_groups_around_us(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, limits: dict[str, str], expected: float | None
 ) -> None:
     make_groups(tmp_path, monkeypatch, group, {name: {"cpu.max": text} for name, text in limits.items()})
+    assert cpu_quota() == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("4:cpu,cpuacct:/a/b\n", {"cpu/a/b": "150000"}, 1.5),
+        ("4:cpu,cpuacct:/a/b\n", {"cpu/a/b": "-1", "cpu/a": "50000"}, 0.5),
+        ("4:cpu:/docker/0a1b\n", {"cpu": "200000"}, 2.0),  # a container: its group is mounted as the root
+        ("4:cpu:/\n", {"cpu": "-1"}, None),
+        ("4:cpu:/a\n0::/\n", {"cpu/a": "50000"}, 0.5),  # both versions
+        ("4:cpuset:/a\n3:memory:/a\n", {"cpu/a": "50000", "cpuset/a": "50000", "a": "50000"}, None),
+    ],
+)
+def test_the_smallest_quota_of_version_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, limits: dict[str, str], expected: float | None
+) -> None:
+    groups = {name: {"cpu.cfs_quota_us": text, "cpu.cfs_period_us": "100000"} for name, text in limits.items()}
+    make_groups(tmp_path, monkeypatch, own, groups)
     assert cpu_quota() == expected
 
 
@@ -249,4 +267,22 @@ def test_the_least_memory_that_the_groups_around_us_leave(
     used = {"memory.current": "300", "memory.stat": "anon 150\nactive_file 100\ninactive_file 20\nshmem 30"}
     groups = {name: {"memory.max": limit, **used} for name, limit in limits.items()}
     make_groups(tmp_path, monkeypatch, "0::/a/b\n", groups)
+    assert available_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"memory/a/b": "1000"}, 1000 - 300 + 120),
+        ({"memory/a/b": "9223372036854771712", "memory/a": "900"}, 900 - 300 + 120),
+        ({"memory": "900", "a/b": "100", "cpu/a/b": "100"}, 900 - 300 + 120),  # a container's, as its root
+    ],
+)
+def test_the_least_memory_that_groups_of_version_1_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, str], expected: int
+) -> None:
+    statistics = "active_file 1\ninactive_file 2\ntotal_active_file 100\ntotal_inactive_file 20"
+    used = {"memory.usage_in_bytes": "300", "memory.stat": statistics}
+    groups = {name: {"memory.limit_in_bytes": limit, **used} for name, limit in limits.items()}
+    make_groups(tmp_path, monkeypatch, "9:name=systemd:/a/b\n4:memory:/a/b\n1:cpu:/a/b\n", groups)
     assert available_bytes() == expected

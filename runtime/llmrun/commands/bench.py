@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrun.commands import common
 from llmrun.errors import ResourceError, UsageError
+from llmrun.memory import available_bytes
 from llmrun.profile import Profile
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from llmrun.failstop import Signals
 
 DEFAULT_PROMPT, DEFAULT_GEN = 512, 128
-_BANDWIDTH_BYTES = 256 << 20  # per rank: far beyond any cache
+_BANDWIDTH_BYTES = 256 << 20  # per rank, at most: far beyond any cache
 _BANDWIDTH_REPEATS = 7
 
 
@@ -121,7 +122,9 @@ class _Bench:
         import numpy as np
 
         num_threads = engine.job.num_threads
-        parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 4, np.float32), num_threads)
+        own = min(_BANDWIDTH_BYTES, available_bytes() // (2 * engine.size))  # a small box, or container, has less
+        num_bytes = min(status["bytes"] for status in engine.job.comm.agree({"bytes": own}))
+        parts = np.array_split(np.ones(num_bytes // 4, np.float32), num_threads)
         best_s = math.inf
         with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
             for _ in range(_BANDWIDTH_REPEATS):
@@ -130,7 +133,7 @@ class _Bench:
                 list(pool.map(lambda part: np.dot(part, part), parts))
                 times = engine.job.comm.agree({"s": time.perf_counter() - started})
                 best_s = min(best_s, max(status["s"] for status in times))
-        self._bytes_per_s = engine.size * _BANDWIDTH_BYTES / best_s
+        self._bytes_per_s = engine.size * num_bytes / best_s
 
     def measure(self, engine: Engine, _signals: Signals) -> int:
         """Run the two tests."""
