@@ -79,8 +79,8 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     with knobs.amd.scope(), knobs.nvidia.scope():
         knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
         if arch != "sm_100":
-            # From sm_90 on Triton takes an assembler of CUDA 13, whose cubins no driver of CUDA 12 loads. For sm_100 it is the
-            # one that spills nothing.
+            # From sm_90 on Triton takes an assembler of CUDA 13, whose cubins have a newer ABI: a driver of CUDA 12 should
+            # refuse them (inferred, not tried). For sm_100 it is the one that spills nothing.
             knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
         compiled = triton.compile(source, target=target, options=options)
     metadata: Any = compiled.metadata
