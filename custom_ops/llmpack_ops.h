@@ -117,6 +117,16 @@ typedef struct {
 LLMPACK_EXPORT int llmpack_ops_gpu_open(const LlmpackGpu* gpu);
 LLMPACK_EXPORT int llmpack_ops_gpu_close(void);
 
+// Memory of that GPU, all zero, until it is closed: as many bytes as are asked for, where ONNX Runtime's own
+// allocator of values takes up to twice as many from the driver.
+LLMPACK_EXPORT int llmpack_ops_gpu_allocate(int64_t bytes, void** memory);
+
+// Give such memory back before; no step may use it any more. -1: it is not of this GPU's, or was given back.
+LLMPACK_EXPORT int llmpack_ops_gpu_free(void* memory);
+
+// Set each of the bytes at `memory`; waits until it is done.
+LLMPACK_EXPORT int llmpack_ops_gpu_fill(void* memory, int byte, int64_t bytes);
+
 // Join the GPUs of the communicator's ranks, before a session is made. Every rank must call this, in step.
 LLMPACK_EXPORT int llmpack_ops_gpu_share(void);
 

@@ -130,7 +130,7 @@ std::vector<DevicePointer> Collectives::peer_parts(MpiTransport& mpi, size_t byt
         why_not = trouble;
         return {};
     }
-    launcher_.clear(own, kPage);
+    launcher_.fill(own, 0, kPage);
     mpi.allgather(&handle, handles.data(), sizeof(IpcHandle));  // nobody begins before all are clear
     return parts;
 }

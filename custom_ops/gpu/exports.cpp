@@ -222,6 +222,25 @@ int llmpack_ops_gpu_close(void) {
     return guarded("llmpack_ops_gpu_close", [] { Launcher::close(); });
 }
 
+int llmpack_ops_gpu_allocate(int64_t bytes, void** memory) {
+    return guarded("llmpack_ops_gpu_allocate", [&] {
+        if (bytes < 1) throw GpuError(std::to_string(bytes) + " bytes, expected 1 or more");
+        *memory = reinterpret_cast<void*>(Launcher::current().allocate_zeroed(static_cast<size_t>(bytes)));
+    });
+}
+
+int llmpack_ops_gpu_free(void* memory) {
+    return guarded("llmpack_ops_gpu_free",
+                   [&] { Launcher::current().release(reinterpret_cast<DevicePointer>(memory)); });
+}
+
+int llmpack_ops_gpu_fill(void* memory, int byte, int64_t bytes) {
+    return guarded("llmpack_ops_gpu_fill", [&] {
+        Launcher::current().fill(reinterpret_cast<DevicePointer>(memory), static_cast<unsigned char>(byte),
+                                 static_cast<size_t>(bytes));
+    });
+}
+
 int llmpack_ops_gpu_share(void) {
     return guarded("llmpack_ops_gpu_share", [] {
         Launcher& launcher = Launcher::current();

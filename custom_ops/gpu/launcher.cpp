@@ -227,13 +227,22 @@ DevicePointer Launcher::allocate_zeroed(size_t bytes, bool is_shared) {
                  "allocating " + std::to_string(bytes) + " bytes of GPU memory");
     // What a peer may have open still must not be freed; it goes with the process.
     if (!is_shared) allocations_.push_back(memory);
-    clear(memory, bytes);
+    fill(memory, 0, bytes);
     return memory;
 }
 
-void Launcher::clear(DevicePointer memory, size_t bytes) {
-    driver.check(driver.call.fill(memory, 0, bytes, stream_), "clearing GPU memory");
-    driver.check(driver.call.stream_synchronize(stream_), "clearing GPU memory");
+void Launcher::release(DevicePointer memory) {
+    const auto found = std::find(allocations_.begin(), allocations_.end(), memory);
+    if (found == allocations_.end()) throw GpuError("the memory is not this GPU's");
+    allocations_.erase(found);
+    driver.make_current(device.ordinal);
+    driver.check(driver.call.release(memory), "freeing GPU memory");
+}
+
+void Launcher::fill(DevicePointer memory, unsigned char byte, size_t bytes) {
+    driver.make_current(device.ordinal);
+    driver.check(driver.call.fill(memory, byte, bytes, stream_), "filling GPU memory");
+    driver.check(driver.call.stream_synchronize(stream_), "filling GPU memory");
 }
 
 void Launcher::copy(DevicePointer to, DevicePointer from, void* host, size_t bytes) {

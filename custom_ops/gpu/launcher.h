@@ -97,8 +97,9 @@ class Launcher {
 
     // Lives as long as the launcher; `is_shared`, which peers' kernels read while ours write, as the process.
     DevicePointer allocate_zeroed(size_t bytes, bool is_shared = false);
-    void clear(DevicePointer memory, size_t bytes);                 // waits until it is done
-    void upload(DevicePointer to, const void* from, size_t bytes);  // waits until it is there
+    void release(DevicePointer memory);                                 // that is not shared, before its time
+    void fill(DevicePointer memory, unsigned char byte, size_t bytes);  // waits until it is done
+    void upload(DevicePointer to, const void* from, size_t bytes);      // waits until it is there
     // Copies within the device's reach and then to the host; waits until it is there.
     void copy(DevicePointer to, DevicePointer from, void* host, size_t bytes);
 

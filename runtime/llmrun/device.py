@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmrun.errors import IncompatibleError, ResourceError, UsageError
+from llmrun.errors import IncompatibleError, InternalError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from llmrun.manifest import Manifest
@@ -310,6 +310,40 @@ def open_gpu(
     given = _Description(size, vendor, placement.gpu.ordinal, max_sequences, num_tokens, 0, kernels)
     if ops.llmpack_ops_gpu_open(ctypes.byref(given)) != 0:
         raise IncompatibleError(_last_error(ops), code="E422")
+
+
+class Memory:
+    """Memory of the GPU that `open_gpu` opened, until it is closed, or the next one is opened."""
+
+    def __init__(self, ops: ctypes.CDLL) -> None:
+        self._ops = ops
+        self._addresses: list[int] = []
+
+    def allocate(self, num_bytes: int) -> int:
+        """Return the address of `num_bytes`, all zero.
+
+        Raises:
+            ResourceError: the driver has no more.
+        """
+        address = ctypes.c_void_p()
+        if self._ops.llmpack_ops_gpu_allocate(num_bytes, ctypes.byref(address)) != 0:
+            raise ResourceError(f"{_last_error(self._ops)} Use a smaller --kv-cache-mb or --max-seq-len.", code="E504")
+        self._addresses.append(address.value or 0)
+        return self._addresses[-1]
+
+    def close(self) -> None:
+        """Give it all back; no step may use it any more."""
+        while self._addresses:
+            self._ops.llmpack_ops_gpu_free(self._addresses.pop())
+
+    def fill(self, address: int, byte: int, num_bytes: int) -> None:
+        """Set each of `num_bytes` to `byte`.
+
+        Raises:
+            InternalError: the driver refuses.
+        """
+        if self._ops.llmpack_ops_gpu_fill(address, byte, num_bytes) != 0:
+            raise InternalError(_last_error(self._ops))
 
 
 def join_gpus(ops: ctypes.CDLL) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrun.device import MOST_CAPTURED, PROVIDERS, Placement
+from llmrun.device import MOST_CAPTURED, PROVIDERS, Memory, Placement
 from llmrun.errors import IncompatibleError, InternalError
 from llmrun.graph_check import check_session
 from llmrun.rows import Rows, merge_candidates
@@ -33,6 +34,15 @@ if TYPE_CHECKING:
 
 Gather = Callable[[Any], "list[Any] | None"]
 _MOST_SHAPES = 32  # of eager steps whose memory is kept
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """A layer's keys, or its values, on the device."""
+
+    address: int
+    shape: tuple[int, ...]
+    num_bytes: int
 
 
 @dataclass
@@ -57,6 +67,7 @@ class GpuSession:
         library: Path,
         kv_cache: KvCacheSpec,
         placement: Placement,
+        memory: Memory,
         *,
         num_blocks: int,
         vocab_size: int,
@@ -68,7 +79,8 @@ class GpuSession:
     ) -> None:
         """Load `graph` onto the placement's GPU.
 
-        `max_rows`: rows of logits in a step, at most; those of the steps whose memory is kept are together no more.
+        `memory`: of that GPU, for keys and values: ONNX Runtime's allocator of values takes up to twice as much, of what a step
+        needs. `max_rows`: rows of logits in a step, at most; those of the steps whose memory is kept are together no more.
         `captures`: decode steps are graphs of the driver's; `size`: number of ranks; `gather` collects their arrays on rank 0
         and returns None on the others.
 
@@ -108,6 +120,7 @@ class GpuSession:
             graph, self._session, kv_cache, {"logits": self._num_columns, "top": self._top_width}, is_gpu=True
         )
         self.num_likeliest = min(self._top_width - 1, vocab_size)
+        self._memory, self._cache_type = memory, np.dtype(kv_cache.dtype)
         self._caches = self._make_caches(kv_cache, num_blocks)
         self._shapes: dict[tuple[Any, ...], _Shape] = {}
         self.graph_s = 0.0  # seconds inside ONNX Runtime so far
@@ -145,7 +158,7 @@ class GpuSession:
     def spoil_cache(self) -> None:
         """Put NaN into a cache, for fault injection."""
         cache = self._caches["value_cache.0"]
-        cache.update_inplace(np.full(cache.shape(), np.nan, np.float16))
+        self._memory.fill(cache.address, 0xFF, cache.num_bytes)  # each number then is a NaN
 
     def _provider_options(self, placement: Placement) -> dict[str, str]:
         options = {"device_id": str(self._device), "arena_extend_strategy": "kSameAsRequested"}
@@ -157,12 +170,14 @@ class GpuSession:
         # ROCm's build, too, calls the memory of its GPU "cuda".
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", self._device)
 
-    def _make_caches(self, spec: KvCacheSpec, num_blocks: int) -> dict[str, Any]:
-        return {
-            f"{name}.{layer}": self._value((num_blocks, *block), np.dtype(spec.dtype))
-            for layer in range(spec.num_layers)
-            for name, block in spec.shapes(is_gpu=True).items()
-        }
+    def _make_caches(self, spec: KvCacheSpec, num_blocks: int) -> dict[str, _Cache]:
+        caches = {}
+        for layer in range(spec.num_layers):
+            for name, block in spec.shapes(is_gpu=True).items():
+                shape = (num_blocks, *block)
+                num_bytes = math.prod(shape) * self._cache_type.itemsize
+                caches[f"{name}.{layer}"] = _Cache(self._memory.allocate(num_bytes), shape, num_bytes)
+        return caches
 
     def _shape_of(self, values: dict[str, NDArray[np.int32]], is_captured: bool) -> _Shape:
         key = (is_captured, *(value.shape for value in values.values()))
@@ -175,7 +190,9 @@ class GpuSession:
             kept_rows -= self._shapes.pop(eager.pop(0)).num_rows
         binding = self._session.io_binding()
         inputs = {name: self._value(value.shape, np.int32) for name, value in values.items()}
-        for name, value in {**self._caches, **inputs}.items():
+        for name, cache in self._caches.items():
+            binding.bind_input(name, "cuda", self._device, self._cache_type.type, cache.shape, cache.address)
+        for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         logits = self._value((num_rows, self._num_columns), np.float32)
         top = self._value((num_rows, self._top_width), np.int64)

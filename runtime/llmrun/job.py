@@ -63,6 +63,7 @@ class Job:
         self.watchdog.start()
         self._ops: Operators | None = None
         self._session: RankSession | GpuSession | None = None
+        self._gpu_memory: device.Memory | None = None
         self.gpu_transport, self._captures = "", True  # how values travel between GPUs; whether a step may be captured
         self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
         self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
@@ -155,6 +156,8 @@ class Job:
         self._session = None
         if self.is_broken:
             failstop.leave(exit_code)
+        if self._gpu_memory is not None:
+            self._gpu_memory.close()
         launcher.note_exit_code(exit_code)
         if self.rank == 0 and self.size > 1:
             self.comm.send(np.array([MessageKind.SHUTDOWN, exit_code], np.int32).data)
@@ -284,11 +287,13 @@ class Job:
         from llmrun import gpu_session, session
 
         if self.placement.gpu is not None:
+            self._gpu_memory = device.Memory(self.operators.functions)
             return gpu_session.GpuSession(
                 graph,
                 self.operators.path,
                 self.manifest.kv_cache,
                 self.placement,
+                self._gpu_memory,
                 num_blocks=self.num_blocks,
                 vocab_size=self.manifest.model.vocab_size,
                 max_seq_len=self.max_seq_len,

@@ -164,6 +164,9 @@ def _declare_gpu(library: ctypes.CDLL) -> None:
     library.llmpack_ops_gpu_measure.argtypes = [number, number, number, text, size]
     library.llmpack_ops_gpu_open.argtypes = [ctypes.c_void_p]
     library.llmpack_ops_gpu_close.argtypes = []
+    library.llmpack_ops_gpu_allocate.argtypes = [size, ctypes.POINTER(ctypes.c_void_p)]
+    library.llmpack_ops_gpu_free.argtypes = [ctypes.c_void_p]
+    library.llmpack_ops_gpu_fill.argtypes = [ctypes.c_void_p, number, size]
     library.llmpack_ops_gpu_share.argtypes = []
     library.llmpack_ops_gpu_transport.argtypes = [ctypes.POINTER(number)]
     library.llmpack_ops_gpu_transport.restype = text

@@ -112,6 +112,15 @@ def test_a_cache_that_holds_no_whole_sequence_is_named_as_such(artifact, run) ->
     assert "--kv-cache-mb holds" in done.stderr
 
 
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.mpi)])
+def test_a_spoilt_cache_ends_the_job(shards: int, artifact, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache that is spoilt is the one that the kernels read."""
+    monkeypatch.setenv("LLMRUN_FAULT", f"{shards - 1}:decode:nan")
+    options = ["-p", PROMPT, "-n", 4, "--ignore-eos", "--provider", "cuda"]
+    done = run(shards, "cuda", "-m", "llmrun", "generate", artifact(shards), *options)
+    assert done.returncode == 7, done.stderr
+
+
 LARGE_STEPS = """
 import sys
 from llmrun import Engine
@@ -163,10 +172,11 @@ import sys
 from llmrun import Engine
 
 for _ in range(2):
-    with Engine(sys.argv[1], provider="cuda") as engine:
+    with Engine(sys.argv[1], provider="cuda", kv_cache_mb=64) as engine:
         text = engine.complete("The prince", max_tokens=2, temperature=0).text
+        free = engine.job.placement.free_bytes
     if engine.rank == 0:
-        print(text)
+        print(free, text)
 """
 
 
@@ -174,5 +184,6 @@ for _ in range(2):
 def test_a_closed_engine_leaves_the_gpu_to_the_next(shards: int, artifact, run) -> None:
     done = run(shards, "cuda", "-c", TWO_ENGINES, artifact(shards))
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first == second
+    (free, text), (free_again, text_again) = (line.split(" ", 1) for line in done.stdout.splitlines())
+    assert text == text_again
+    assert int(free) - int(free_again) < 32 << 20, "it holds its keys and values still"

@@ -41,8 +41,26 @@ class Binding:
     def bind_ortvalue_input(self, name, value):
         self.inputs[name] = value
 
+    def bind_input(self, name, kind, device, dtype, shape, address):
+        assert (kind, device, dtype) == ("cuda", 1, np.float16)
+        self.inputs[name] = (address, shape)
+
     def bind_ortvalue_output(self, name, value):
         self.outputs[name] = value
+
+
+class Memory:
+    """The driver's: what was taken, and what was filled."""
+
+    def __init__(self):
+        self.sizes, self.fills = [], []
+
+    def allocate(self, num_bytes):
+        self.sizes.append(num_bytes)
+        return 4096 * len(self.sizes)
+
+    def fill(self, *arguments):
+        self.fills.append(arguments)
 
 
 class Options(SimpleNamespace):
@@ -102,7 +120,8 @@ def make(monkeypatch):
 
     def make(provider="cuda", **options):
         placement = Placement(provider, Gpu(1, "RTX", "sm_89", "", 1, 0), "sm_89")
-        return GpuSession("g", "l", SPEC, placement, num_blocks=8, vocab_size=VOCABULARY, max_seq_len=64,
+        memory = options.pop("memory", Memory())
+        return GpuSession("g", "l", SPEC, placement, memory, num_blocks=8, vocab_size=VOCABULARY, max_seq_len=64,
                           max_rows=100, captures=True, **options)  # type: ignore[arg-type]  # fmt: skip
 
     return make
@@ -139,7 +158,7 @@ def test_prompts_run_eagerly_over_the_same_cache(make):
     session.run(decode(3, 4, [0]))
     (first, eager), (second, graph) = session._session.runs
     assert (eager, graph) == ("-1", "1")
-    assert first.inputs["key_cache.0"] is second.inputs["key_cache.0"]
+    assert first.inputs["key_cache.0"] == second.inputs["key_cache.0"] == (4096, (8, 16, 2, 8))
     assert first.inputs["block_table"].array.shape == (1, 8)
 
 
@@ -153,6 +172,14 @@ def test_whole_rows_come_when_the_plan_asks_for_them(make):
     assert rows.logits.tolist() == [[2.0] * VOCABULARY]
     logits = session._session.runs[0][0].outputs["logits"]
     assert logits.reads == 1, "whole rows were copied to the host without need"
+
+
+def test_keys_and_values_take_their_bytes_and_no_more(make):
+    session = make(memory=(memory := Memory()))
+    assert memory.sizes == [8 * 16 * 2 * 8 * 2] * 2
+    session.spoil_cache()
+    assert memory.fills == [(2 * 4096, 0xFF, memory.sizes[1])]
+    assert np.isnan(np.full(2, 0xFF, np.uint8).view(np.float16)).all()
 
 
 def test_steps_of_very_many_sequences_are_not_captured(make):
@@ -226,6 +253,6 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_named(monkeypatch, capsys):
     monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", create)
     placement = Placement("cuda", Gpu(0, "RTX", "sm_89", "", 1, 0), "sm_89")
     with pytest.raises(IncompatibleError, match="refuses it: driver version is insufficient"):
-        GpuSession(Path("gpu.onnx"), find_library(), SPEC, placement, num_blocks=8, vocab_size=VOCABULARY,
-                   max_seq_len=64, max_rows=100, captures=True)  # fmt: skip
+        GpuSession(Path("gpu.onnx"), find_library(), SPEC, placement, Memory(), num_blocks=8,  # type: ignore[arg-type]
+                   vocab_size=VOCABULARY, max_seq_len=64, max_rows=100, captures=True)  # fmt: skip
     assert capsys.readouterr().out == ""

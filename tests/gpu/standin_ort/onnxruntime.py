@@ -1,7 +1,7 @@
 """Takes onnxruntime-gpu's place in a process of llmrun's: the slice that `gpu_session.py` calls, on the stand-in driver.
 
 A session runs the rank's own gpu.onnx through our operators and launcher (executor.py), with numpy for the kernels. Values
-are host arrays, and the KV cache is the session's own: what is tested is llmrun from its command line to the launches. Which
+are host arrays, the KV cache is where llmrun has put it: what is tested is llmrun from its command line to the launches. Which
 graph of the driver's each step was, and how many bytes came back, is appended to $LLMPACK_STEPS.
 """
 
@@ -20,6 +20,7 @@ from executor import STEP, GpuModel, MiniOrt
 from gpu_artifacts import specs_of
 
 __version__ = "1.22.0"
+_FLOAT16 = 10
 GraphOptimizationLevel = SimpleNamespace(ORT_DISABLE_ALL=0)
 
 
@@ -70,7 +71,13 @@ class _Binding:
     def __init__(self) -> None:
         self.inputs: dict[str, OrtValue] = {}
         self.outputs: dict[str, OrtValue] = {}
+        self.caches: dict[str, tuple[int, tuple[int, ...], int]] = {}
         self.bind_ortvalue_input, self.bind_ortvalue_output = self.inputs.__setitem__, self.outputs.__setitem__
+
+    def bind_input(self, name: str, kind: str, _device: int, dtype: Any, shape: tuple[int, ...], address: int) -> None:
+        assert (kind, dtype) == ("cuda", np.float16)
+        assert address > 0
+        self.caches[name] = (_FLOAT16, shape, address)
 
 
 class InferenceSession:
@@ -78,12 +85,12 @@ class InferenceSession:
         ((self._provider, self._settings),) = providers
         self._driver = standin.serve_launches(specs_of(Path(graph).parents[1]))
         self._graph, self._ort = Path(graph), MiniOrt(Path(os.environ["LLMPACK_MINI_ORT"]), Path(options.library))
-        self._model = GpuModel(self._graph, self._ort, Device(), num_blocks=256)
+        self._model = GpuModel(self._graph, self._ort, Device(), num_blocks=1)
         self._step: Any = None
         self._shape: tuple = ()
 
     def _nodes(self, infos: Any) -> list[SimpleNamespace]:
-        names = {10: "tensor(float16)"}
+        names = {_FLOAT16: "tensor(float16)"}
         return [
             SimpleNamespace(
                 name=v.name,
@@ -110,6 +117,8 @@ class InferenceSession:
         if shape != self._shape:
             if self._step is not None:
                 self._step.close()
+            assert binding.caches.keys() == {name for name in self._model.tensors if "_cache." in name}
+            self._model.tensors |= binding.caches
             self._step, self._shape = self._model.step(feeds), shape
         self._step.feed(feeds)
         self._step.run()
