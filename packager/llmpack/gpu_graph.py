@@ -14,9 +14,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from llmpack.kernel_plan import TOP_K
 from llmrun.artifact import OPS_DOMAIN, KvCacheSpec
 
-TOP_K = 64  # likeliest tokens that a step gives beside the logits; kernel_plan.py compiles the kernel
 _MATMULS = ("MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4")
 _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 

@@ -17,7 +17,7 @@ from llmrun.artifact import IncompatibleError, ModelConfig
 # Rows that a variant of a product serves; 0: any number. Up to 4 rows the weights are multiplied where they are unpacked,
 # beyond that on the matrix units.
 ROWS = (1, 4, 16, 64, 0)
-TOP_K = 64  # likeliest tokens that a step gives; gpu_graph.py asks for them
+TOP_K = 64  # likeliest tokens that a step gives beside the logits
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
 FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
 # Stands for the target's own number among compile-time constants (llmpack_kernels.decode).
