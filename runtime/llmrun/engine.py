@@ -238,7 +238,8 @@ class Engine:
         """Run one step of whatever is submitted; return what it added. Rank 0 only.
 
         Raises:
-            NumericError: a logit is NaN or infinite; nothing is sampled from such a step.
+            LlmpackError: of the first request that failed; NumericError where its logits are NaN or infinite. What the step
+                added to others is in their `text` and `ids`.
         """
         events = self._core.step()
         if errors := [event.error for event in events if event.error is not None and event.request.events is None]:
