@@ -11,8 +11,6 @@ import os
 import signal
 import time
 
-POINTS = ("load", "prefill", "decode", "idle")
-KINDS = ("raise", "exit", "vanish", "kill", "stop", "nan", "slow")
 SLOW_S = 3.0
 
 _fired = False

@@ -5,7 +5,7 @@ code 0; a rank killed by a signal gives 9 (MPICH) or 137 (Open MPI); Open MPI ne
 MPICH writes its reports to standard output and gives 0 if a rank vanishes with 0, the bitwise or of the codes if several
 leave, and now and then 9, for a rank that it killed itself because another one left with a code (by its source: if it
 sees the end of the killed one before the ends of all output). Hence the ranks of a job that `llmrun.launch` starts talk
-to it directly, through the files of a folder; those that ranks write are written here.
+to it directly, through the files of a folder, which it lists.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def note_exit_code(code: int, environment: Mapping[str, str] = os.environ) -> No
             pass  # another rank was faster, or the launching llmrun is gone
 
 
-def has_exit_code(environment: Mapping[str, str] = os.environ) -> bool:
+def has_exit_code() -> bool:
     """Whether a rank has told the llmrun that launched this one how the job ends, and its user why."""
-    folder = environment.get(LAUNCH_VARIABLE)
+    folder = os.environ.get(LAUNCH_VARIABLE)
     return bool(folder) and os.path.exists(os.path.join(folder, "exit-code"))
 
 
