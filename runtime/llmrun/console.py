@@ -58,9 +58,8 @@ def say(text: str) -> None:
 def error_line(error: BaseException) -> str:
     """Return the one line that reports an error; a bug of ours shows its type."""
     known = as_llmpack_error(error)
-    text = "".join(
-        char if char.isprintable() else repr(char)[1:-1] for char in str(known).strip()
-    )  # names may hold anything
+    # Names may hold anything.
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(known).strip())
     return f"llmrun: error[{known.code}]: {text}"
 
 

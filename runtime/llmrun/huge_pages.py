@@ -40,9 +40,8 @@ class Reader:
     def bring(self, offset: int) -> None:
         """Bring the huge page at `offset`, a multiple of 2 MB; later ones follow by the system's reading ahead."""
         if self._mapping is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # an older kernel; a file that has shrunk, or a medium that fails: read() tells
+            # An older kernel; a file that has shrunk, or a medium that fails: read() tells.
+            with contextlib.suppress(OSError):
                 length = min(HUGE_PAGE_BYTES, len(self._mapping) - offset)
                 self._mapping.madvise(_MADV_POPULATE_READ, offset, length)
 

@@ -145,9 +145,8 @@ class LineEditor:
         readline.set_completer(self._complete)
         readline.parse_and_bind("tab: complete")
         if os.environ.get("TERM", "dumb") != "dumb":
-            readline.parse_and_bind(
-                "set enable-bracketed-paste on"
-            )  # pasted lines are one message; Python turns it off
+            # Pasted lines are one message; Python turns it off.
+            readline.parse_and_bind("set enable-bracketed-paste on")
         for message in _load(history):
             _recall(message)
 

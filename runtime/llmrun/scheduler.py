@@ -119,9 +119,8 @@ class Scheduler:
             budget = min(budget, self.mixed_budget)
         drafts: dict[int, Sequence[int]] = {}
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
-        if (
-            propose is not None and not prompts
-        ):  # beside prompts a step is long anyway, and guesses would take their turn
+        # Beside prompts a step is long anyway, and guesses would take their turn.
+        if propose is not None and not prompts:
             for sequence, _ in chosen:
                 drafts[sequence.id] = self._draft(sequence, propose, budget)
                 budget -= len(drafts[sequence.id])

@@ -147,9 +147,8 @@ class Answer:
         return found
 
     def _callback(self, choice: Choice) -> Callable[[Event], None]:
-        def on_event(
-            event: Event,
-        ) -> None:  # on the engine's thread; if the server's loop is gone, this raises: cancelled
+        # On the engine's thread; if the server's loop is gone, this raises: cancelled.
+        def on_event(event: Event) -> None:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, _Arrival(choice, event, time.monotonic()))
 
         return on_event
