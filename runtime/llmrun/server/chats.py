@@ -12,9 +12,7 @@ from starlette.types import Receive, Scope, Send
 from llmrun.logprobs import TokenLogprobs
 from llmrun.requests import Event
 from llmrun.server import tools as toolbox
-from llmrun.server.completions import report
 from llmrun.server.errors import bad
-from llmrun.server.guard import ClientGoneError
 from llmrun.server.prompts import chat_ids
 from llmrun.server.replies import DONE, PING, Stream, TokenTexts, frame, usage
 from llmrun.server.responses import Json
@@ -73,18 +71,12 @@ class Chats:
         max_tokens = max(room, 1) if sampled.max_tokens is None else sampled.max_tokens
 
         def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
-            constraint = service.constraint(grammar)
             return service.loop.submit(
                 prompt,
                 on_event=on_event,
                 max_tokens=max_tokens,
-                stop=sampled.stop,
-                ignore_eos=sampled.ignore_eos and constraint is None,
                 logprobs=call.top_logprobs,
-                logit_bias=sampled.logit_bias or None,
-                constraint=constraint,
-                seed=None if sampled.seed is None else (sampled.seed + i) % 2**63,
-                **sampled.sampling,
+                **sampled.options(service.constraint(grammar), i),
             )
 
         return submit
@@ -166,8 +158,7 @@ async def _stream(answer: Answer, writer: _Writer, stream: Stream) -> None:
             del value["usage"]
         return frame(value)
 
-    await stream.start()
-    try:
+    async with stream:
         role = {"role": "assistant", "content": ""}
         await stream.write(b"".join(chunk(choice.index, role, [], None) for choice in answer.choices))
         while (events := await answer.events()) != []:
@@ -185,8 +176,3 @@ async def _stream(answer: Answer, writer: _Writer, stream: Stream) -> None:
         if has_usage:
             await stream.write(frame(writer.body("chat.completion.chunk", [], usage(answer.choices))))
         await stream.write(DONE)
-    except ClientGoneError:
-        raise
-    except Exception as error:
-        await stream.write(frame(report(error).body()))
-    await stream.end()

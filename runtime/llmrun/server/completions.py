@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import Receive, Scope, Send
 
 from llmrun.requests import Event
-from llmrun.server.errors import ApiError, as_api_error
-from llmrun.server.guard import ClientGoneError
 from llmrun.server.replies import DONE, PING, Stream, TextOffsets, TokenTexts, frame, usage
 from llmrun.server.responses import Json
 from llmrun.server.schemas import CompletionCall
@@ -57,20 +55,14 @@ class Completions:
             prompt_logprobs = call.logprobs or 0
 
         def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
-            constraint = service.constraint(sampled.grammar)
             return loop.submit(
                 prompt,
                 on_event=on_event,
                 max_tokens=sampled.max_tokens,
-                stop=sampled.stop,
-                ignore_eos=sampled.ignore_eos and constraint is None,
                 logprobs=call.logprobs,
                 prompt_logprobs=prompt_logprobs,
-                logit_bias=sampled.logit_bias or None,
-                constraint=constraint,
                 is_continuation=is_continuation,
-                seed=None if sampled.seed is None else (sampled.seed + i) % 2**63,
-                **sampled.sampling,
+                **sampled.options(service.constraint(sampled.grammar), i),
             )
 
         return submit
@@ -154,9 +146,8 @@ def _add(result: dict[str, Any], piece: dict[str, Any]) -> None:
 
 
 async def _stream(answer: Answer, writer: _Writer, stream: Stream) -> None:
-    await stream.start()
     has_usage = writer.call.sampled.include_usage
-    try:
+    async with stream:
         while (events := await answer.events()) != []:
             data = PING if events is None else b""
             for choice, event in events or ():
@@ -171,23 +162,7 @@ async def _stream(answer: Answer, writer: _Writer, stream: Stream) -> None:
         if has_usage:
             await stream.write(frame(writer.body([], usage(answer.choices))))
         await stream.write(DONE)
-    except ClientGoneError:
-        raise
-    except Exception as error:
-        await stream.write(frame(report(error).body()))
-    await stream.end()
 
 
 def _has_tokens(piece: dict[str, Any]) -> bool:
     return piece["logprobs"] is not None and bool(piece["logprobs"]["tokens"])
-
-
-def report(error: Exception) -> ApiError:
-    """Return an error for an event in a stream; a bug of ours goes to the log as well."""
-    known = as_api_error(error)
-    if known.status >= 500 and known is not error:
-        from llmrun import console
-
-        console.show_traceback(error)
-        console.say(console.error_line(error))
-    return known

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from starlette.types import Send
 
+from llmrun import console
 from llmrun.logprobs import TokenLogprobs
+from llmrun.server.errors import ApiError, as_api_error
+from llmrun.server.guard import ClientGoneError
 from llmrun.server.tasks import Choice
 from llmrun.text_stream import TextStream
 from llmrun.tokenizer import Tokenizer
@@ -28,25 +32,42 @@ def frame(value: Any) -> bytes:
 
 
 class Stream:
-    """A response of server-sent events."""
+    """A response of server-sent events, which begins and ends with a context; an error in that is its last event."""
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
         self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
-    async def start(self) -> None:
+    async def __aenter__(self) -> Stream:
         """Send the status."""
         headers = [*_STREAM_HEADERS, *self._headers]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _t: TracebackType | None
+    ) -> bool:
+        """Tell what went wrong, and end the response; a client that has left hears nothing."""
+        if isinstance(error, ClientGoneError) or not isinstance(error, Exception | None):
+            return False
+        if error is not None:
+            await self.write(frame(_report(error).body()))
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        return True
 
     async def write(self, data: bytes) -> None:
         """Send frames; waits while the client does not read."""
         if data:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def end(self) -> None:
-        """End the response."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+def _report(error: Exception) -> ApiError:
+    """Return an error for an event; a bug of ours goes to the log as well."""
+    known = as_api_error(error)
+    if known.status >= 500 and known is not error:
+        console.show_traceback(error)
+        console.say(console.error_line(error))
+    return known
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrun.server.errors import bad
 from llmrun.server.fields import AnyObject, Anything, Either, Flag, Kind, ListOf, MapOf, Number, Only, Record, Text
 from llmrun.server.limits import Limits
+
+if TYPE_CHECKING:
+    from llmrun.constraint import Constraint
 
 MAX_TOKENS = 1 << 31
 MAX_STOP_CHARS = 256
@@ -33,6 +36,17 @@ class Sampled:
     stream: bool
     include_usage: bool
     grammar: tuple[str, Any] | None  # a kind that `llmrun.server.grammar` knows, and its source
+
+    def options(self, constraint: Constraint | None, i: int) -> dict[str, Any]:
+        """Return what the engine is asked of the i-th answer, but for its length and log-probabilities."""
+        return {
+            "stop": self.stop,
+            "ignore_eos": self.ignore_eos and constraint is None,
+            "logit_bias": self.logit_bias or None,
+            "constraint": constraint,
+            "seed": None if self.seed is None else (self.seed + i) % 2**63,
+            **self.sampling,
+        }
 
 
 @dataclass(frozen=True)
