@@ -1,0 +1,28 @@
+"""What the tests of grammars and of tools have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmrun.artifact import open_artifact
+from llmrun.server.grammar import Grammars
+from llmrun.server.limits import Limits
+from llmrun.tokenizer import Tokenizer, load_tokenizer
+
+Packed = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(packed_demo: Packed) -> Tokenizer:
+    loaded = load_tokenizer(open_artifact(packed_demo(2, "q4")))
+    assert loaded is not None
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: Tokenizer) -> Grammars:
+    # As many ids more as a padded embedding has: ids that stand for nothing are never allowed.
+    return Grammars(tokenizer, tokenizer.vocab_size + 61, sorted(tokenizer.eos_token_ids), Limits())

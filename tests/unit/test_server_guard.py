@@ -1,0 +1,153 @@
+"""What a request must pass before a route sees it, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from llmrun.server.errors import ApiError
+from llmrun.server.guard import Access, ClientGoneError, Guard, read_body
+from llmrun.server.limits import Limits
+from llmrun.server.responses import Json
+
+
+class Exchange:
+    """One request through a guard, without a network."""
+
+    def __init__(self, access: Access, fails: Exception | None = None) -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if fails is not None:
+                raise fails
+            await Json({"ok": True})(scope, receive, send)
+
+        self.statuses: list[int] = []
+        self._guard = Guard(app, Limits(), access, self.statuses.append)
+
+    def ask(self, method: str = "GET", path: str = "/v1/models", **headers: str) -> tuple[int, dict[str, str], bytes]:
+        sent: list[Any] = []
+        all_headers = {"host": "127.0.0.1:8000", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in all_headers.items()]
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": raw,
+        }
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        asyncio.run(self._guard(scope, None, send))  # type: ignore[arg-type]
+        got = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], got, sent[1]["body"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]", "LOCALHOST.:80"])
+def test_the_servers_own_hosts(host: str) -> None:
+    assert Exchange(Access()).ask(host=host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost:8000@evil", "::1"]
+)
+def test_a_rebound_host_is_refused(host: str) -> None:
+    assert Exchange(Access()).ask(host=host)[0] == 403
+    assert Exchange(Access(hosts=None)).ask(host=host)[0] == 200
+
+
+def test_pages_of_other_origins_are_refused_unless_allowed() -> None:
+    assert Exchange(Access()).ask(origin="http://127.0.0.1:8000")[0] == 200
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:8001"):
+        assert Exchange(Access()).ask(origin=origin)[0] == 403
+    status, headers, _ = Exchange(Access(origins=("https://good.example",))).ask(origin="https://good.example")
+    assert (status, headers["access-control-allow-origin"]) == (200, "https://good.example")
+    status, headers, _ = Exchange(Access(keys=("k",), origins=("*",))).ask("OPTIONS", origin="https://any.example")
+    assert (status, "authorization" in headers["access-control-allow-headers"]) == (204, True)
+    assert "access-control-allow-origin" not in Exchange(Access()).ask()[1]
+
+
+@pytest.mark.parametrize("asked", ["authorization,content-type,x-stainless-os,x-stainless-retry-count", "x-a, X-B"])
+def test_headers_of_client_libraries_are_allowed_by_name(asked: str) -> None:
+    exchange = Exchange(Access(origins=("https://app.example",)))
+    options: dict[str, str] = {"origin": "https://app.example", "access_control_request_headers": asked}
+    status, headers, _ = exchange.ask("OPTIONS", **options)
+    assert (status, headers["access-control-allow-headers"]) == (204, asked)
+    _, headers, _ = exchange.ask("OPTIONS", **{**options, "access_control_request_headers": "x\u00e9, a b"})
+    assert headers["access-control-allow-headers"] == "authorization, content-type"
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", "Bearer wrong", "Basic secret", "secret", "Bearer secretx", "Bearer ß"]
+)
+def test_a_wrong_key_opens_nothing_but_health_and_the_page(header: str) -> None:
+    exchange = Exchange(Access(keys=("secret", "other")))
+    status, headers, body = exchange.ask(authorization=header)
+    assert (status, headers["www-authenticate"]) == (401, "Bearer")
+    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    assert exchange.ask(path="/health", authorization=header)[0] == 200
+    assert exchange.ask(path="/metrics", authorization=header)[0] == 401
+
+
+@pytest.mark.parametrize("header", ["Bearer secret", "bearer other", "Bearer  secret "])
+def test_a_right_key_opens(header: str) -> None:
+    assert Exchange(Access(keys=("secret", "other"))).ask(authorization=header)[0] == 200
+
+
+def test_a_body_must_be_json_and_as_it_is() -> None:
+    exchange = Exchange(Access())
+    assert exchange.ask("POST")[0] == 415
+    assert exchange.ask("POST", content_type="text/plain")[0] == 415
+    assert exchange.ask("POST", content_type="application/json", content_encoding="gzip")[0] == 415
+    assert exchange.ask("POST", content_type="application/json; charset=utf-8")[0] == 200
+
+
+def test_two_lengths_of_a_body_are_refused() -> None:
+    json_body = {"content_type": "application/json", "content_length": "2"}
+    assert Exchange(Access()).ask("POST", **json_body)[0] == 200
+    assert Exchange(Access()).ask("POST", **json_body, transfer_encoding="chunked")[0] == 400
+
+
+def test_too_many_headers() -> None:
+    assert Exchange(Access()).ask(**{f"x{i}": "1" for i in range(64)})[0] == 431
+    assert Exchange(Access()).ask(x="1" * (16 << 10))[0] == 431
+
+
+def test_a_bug_is_an_error_object_without_details() -> None:
+    exchange = Exchange(Access(), fails=ValueError("secret detail"))
+    status, _, body = exchange.ask()
+    assert (status, exchange.statuses) == (500, [500])
+    assert b"secret detail" not in body
+
+
+def test_a_body_is_bounded_in_size_and_time() -> None:
+    def read(limits: Limits, *messages: Any, headers: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:
+        queue = list(messages)
+
+        async def receive() -> Any:
+            if not queue:
+                await asyncio.sleep(60)
+            return queue.pop(0)
+
+        return asyncio.run(read_body({"headers": headers}, receive, limits))
+
+    def part(data: bytes, more: bool = True) -> dict[str, Any]:
+        return {"type": "http.request", "body": data, "more_body": more}
+
+    small = Limits(max_body_bytes=4, body_timeout=0.05)
+    assert read(small, part(b"ab"), part(b"cd", False)) == b"abcd"
+    with pytest.raises(ApiError) as caught:
+        read(small, part(b"ab"), part(b"cde", False))
+    assert caught.value.status == 413
+    with pytest.raises(ApiError) as caught:
+        read(small, headers=((b"content-length", b"5"),))
+    assert caught.value.status == 413
+    with pytest.raises(ApiError) as caught:
+        read(small, part(b"ab"))
+    assert caught.value.status == 408
+    with pytest.raises(ClientGoneError):
+        read(small, part(b"ab"), {"type": "http.disconnect"})

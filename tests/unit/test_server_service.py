@@ -1,0 +1,109 @@
+"""The server's numbers, limits and health, and the order of an answer's events, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import MutableMapping
+from typing import Any, cast
+
+import pytest
+
+from llmrun.errors import UsageError
+from llmrun.requests import Event
+from llmrun.server.errors import ApiError
+from llmrun.server.limits import Limits
+from llmrun.server.metrics import Metrics
+from llmrun.server.service import Service
+from llmrun.server.tasks import Answer, Choice
+from llmrun.stats import Stats
+
+
+def test_metrics_are_prometheus_text() -> None:
+    metrics = Metrics('a"b\\c\nd', "vllm")
+    for seconds in (0.0005, 0.02, 700.0):
+        metrics.observe("time_to_first_token_seconds", seconds)
+    metrics.finished("stop")
+    metrics.responded(200)
+    text = metrics.text({"num_requests_running": (2, "x")}, {"prompt_tokens_total": (7, "y")})
+    line = re.compile(r'[a-zA-Z_:][\w:]*(\{([a-z_]+="(\\.|[^"\\\n])*",?)*\})? [-+\d.e]+')
+    families: set[str] = set()
+    for row in text.splitlines():
+        if row.startswith("# TYPE "):
+            name = row.split()[2]
+            assert name not in families
+            families.add(name)
+        elif not row.startswith("# HELP "):
+            assert line.fullmatch(row), row
+    label = 'model_name="a\\"b\\\\c\\nd"'
+    assert f"vllm:num_requests_running{{{label}}} 2" in text
+    assert f'vllm:time_to_first_token_seconds_bucket{{le="0.02",{label}}} 2' in text
+    assert f'vllm:time_to_first_token_seconds_bucket{{le="+Inf",{label}}} 3' in text
+    assert f'vllm:request_success_total{{finished_reason="stop",{label}}} 1' in text
+    assert 'llmrun:http_responses_total{status="200"} 1' in text
+
+
+def test_limits_bound_something() -> None:
+    for name, value in (("max_queue", 0), ("body_timeout", -1.0), ("max_stops", 17), ("max_body_bytes", 1 << 41)):
+        with pytest.raises(UsageError):
+            Limits(**{name: value})
+
+
+class FakeLoop:
+    """An engine's loop of which only the numbers matter."""
+
+    def __init__(self) -> None:
+        self.numbers = Stats()
+
+    def stats(self) -> Stats:
+        return self.numbers
+
+
+def test_health_is_stuck_when_there_is_work_and_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("llmrun.server.service.time.monotonic", lambda: now[0])
+    service = Service(Limits(health_timeout=5), ["m"], "vllm", 8)
+    assert service.health() == "loading"
+    service.loop = loop = FakeLoop()  # type: ignore[assignment]
+    service.state = "ready"
+
+    def after(seconds: float, **numbers: int) -> str:
+        now[0] += seconds
+        loop.numbers = Stats(**numbers)
+        service.watch()
+        return service.health()
+
+    assert after(60) == "ok"  # idle
+    assert after(4, running=1, steps=1) == "ok"
+    assert after(4, running=1, steps=2) == "ok"
+    assert after(4, running=1, steps=2) == "ok"
+    assert after(2, running=1, steps=2) == "stuck"
+    assert after(1, running=1, steps=3) == "ok"
+    assert after(6, waiting=1, steps=3) == "stuck"
+    assert after(1, steps=3) == "ok"
+
+
+def test_what_came_before_an_error_is_given_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(Limits(), ["m"], "vllm", 8)
+    monkeypatch.setattr(service, "admit", lambda _: None)
+    monkeypatch.setattr(service, "release", lambda _: None)
+
+    async def forever() -> MutableMapping[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def outcome() -> list[str]:
+        async with Answer(service, forever, 1) as answer:
+            choice = Choice(0, 0)
+            on_event = answer._callback(choice)
+            answer.choices.append(choice)
+            for text in ("last", "words"):
+                on_event(Event(cast("Any", None), None, text))
+            await asyncio.sleep(0)
+            answer.fail(ApiError(503, "a rank is lost"))
+            seen = [event.text for _, event in await answer.events() or []]
+            with pytest.raises(ApiError, match="a rank is lost"):
+                await answer.events()
+            return seen
+
+    assert asyncio.run(outcome()) == ["last", "words"]
