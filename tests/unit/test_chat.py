@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import byte_level_spec, make_artifact, train_byte_level, train_sentencepiece
+from tokenizer_makers import byte_level_spec, make_artifact, train_byte_level, train_sentencepiece
 
 from llmrun import chat
 from llmrun.chat import encode_chat, render_chat

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_tokenizer import (
+from tokenizer_makers import (
     BYTE_LEVEL_SPECIAL,
     CORPUS,
     make_artifact,

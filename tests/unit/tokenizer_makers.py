@@ -1,0 +1,128 @@
+"""Tokenizers of both kinds, trained on a few sentences, and artifacts that hold one."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llmrun.artifact import TokenizerSpec
+
+CORPUS = [
+    "It was the best of times, it was the worst of times.",
+    "User: Where is the house? Assistant: The house is in the street, system.",
+    "She sold 12 shells and 345 stones by the sea shore; he said: 'No!'",
+    "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ [INST] <|/|> _",
+] * 20
+
+
+def make_artifact(folder, kind, file, **spec):
+    """Stand for an opened artifact: what `load_tokenizer` reads of one."""
+    template = spec.pop("chat_template", None)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, "utf-8")
+    fields = {
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+        "add_bos_token": True,
+        "special_tokens": {"<unk>": 0, "<s>": 1, "</s>": 2},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    } | spec
+    tokenizer = TokenizerSpec(
+        kind=kind, file=file, chat_template="chat_template.jinja" if template else None, golden="golden.json", **fields
+    )
+    return SimpleNamespace(
+        manifest=SimpleNamespace(tokenizer=tokenizer), resolve=lambda relative: Path(folder) / relative
+    )
+
+
+def train_sentencepiece(folder, **options):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        minloglevel=2,
+        num_threads=1,
+        **{
+            "vocab_size": 420,
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True,
+            "split_digits": True,
+        }
+        | options,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | tokens))
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+BYTE_LEVEL_SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+
+
+def train_byte_level(folder, special=BYTE_LEVEL_SPECIAL):
+    """Train a tokenizer.json like Llama 3's: byte-level BPE, the pattern of tiktoken, BOS from the post-processor."""
+    tokenizers = pytest.importorskip("tokenizers")
+    split = tokenizers.Regex(
+        r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(split, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
+    bos = special[0]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": special[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return tokenizer
+
+
+def train_unigram(folder):
+    """Train a tokenizer.json with a Unigram model, whose unknown token has an id and no name; return transformers'."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=list(special.values()), unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    theirs.save_pretrained(folder)
+    assert "unk_token" not in json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    return theirs
+
+
+def byte_level_spec(tokenizer, special=BYTE_LEVEL_SPECIAL, **more):
+    ids = {text: tokenizer.token_to_id(text) for text in special}
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "special_tokens": ids,
+        "bos_token": special[0],
+        "bos_token_id": ids[special[0]],
+        "eos_token": special[1],
+        "eos_token_ids": (ids[special[1]],),
+    } | more
