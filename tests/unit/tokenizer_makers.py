@@ -1,5 +1,6 @@
-"""Tokenizers of both kinds, trained on a few sentences, and artifacts that hold one."""
+"""Tokenizers of both kinds, trained on a few sentences, and what stands for artifacts that hold one."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmrun.artifact import TokenizerSpec
+from llmrun.tokenizer import load_tokenizer
 
 CORPUS = [
     "It was the best of times, it was the worst of times.",
@@ -126,3 +128,17 @@ def byte_level_spec(tokenizer, special=BYTE_LEVEL_SPECIAL, **more):
         "eos_token": special[1],
         "eos_token_ids": (ids[special[1]],),
     } | more
+
+
+def edit_json(folder, name, **changes):
+    path = folder / name
+    members = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(members | changes), "utf-8")
+
+
+def load_files(files):
+    """Open what `read_tokenizer` has found as the runtime will."""
+    names = {field.name for field in dataclasses.fields(TokenizerSpec)} - {"kind", "file", "chat_template", "golden"}
+    spec = {name: getattr(files, name) for name in names}
+    folder, template = files.source_file.parent, files.chat_template
+    return load_tokenizer(make_artifact(folder, files.kind, files.source_file.name, chat_template=template, **spec))
