@@ -7,6 +7,7 @@ stdout carries the result (text, or one JSON object with --json); progress and e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -84,16 +85,21 @@ class _Progress:
         if self.is_bar:
             filled = int(30 * share)
             seconds = time.monotonic() - self.start
-            self.stream.write(f"\r\x1b[K{step:<11} [{'#' * filled}{'.' * (30 - filled)}] {share:4.0%} {seconds:6.1f} s")
-            self.stream.flush()
+            self._write(f"\r\x1b[K{step:<11} [{'#' * filled}{'.' * (30 - filled)}] {share:4.0%} {seconds:6.1f} s")
         elif step != self.step or int(10 * share) != self.tenth:
-            print(f"pack: {step} {share:.0%}", file=self.stream, flush=True)
+            self._write(f"pack: {step} {share:.0%}\n")
         self.step, self.tenth = step, int(10 * share)
 
     def end(self) -> None:
         if self.enabled and self.is_bar and self.step:
-            self.stream.write("\r\x1b[K")
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
             self.stream.flush()
+        except OSError:  # nobody sees it: `pack ... 2>&1 | head -1`, a full disk; the artifact does not need it
+            self.enabled = False
 
 
 class _Terminated(BaseException):
@@ -134,14 +140,14 @@ def main(arguments: list[str] | None = None) -> int:
         return ResourceError.exit_code
     except KeyboardInterrupt:
         progress.end()
-        print(f"pack: interrupted; {outcome()}.", file=sys.stderr)
+        _say(f"interrupted; {outcome()}.")
         return 128 + signal.SIGINT
     except _Terminated as stop:
         progress.end()
-        print(f"pack: terminated; {outcome()}.", file=sys.stderr)
+        _say(f"terminated; {outcome()}.")
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout left, which is its right
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
+        _discard_stdout()
         return 0
     except OSError as error:
         progress.end()
@@ -152,10 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         progress.end()
         if os.environ.get("LLMPACK_DEBUG"):
             traceback.print_exc()
-        print(
-            f"pack: error[E101]: internal: {type(error).__name__}: {error} (LLMPACK_DEBUG=1 shows where)",
-            file=sys.stderr,
-        )
+        _say(f"error[E101]: internal: {type(error).__name__}: {error} (LLMPACK_DEBUG=1 shows where)")
         return 1
 
 
@@ -182,7 +185,18 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
 def _report(error: LlmpackError) -> None:
     """Print one line, whatever bytes the names in it hold."""
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
-    print(f"pack: error[{error.code}]: {text}", file=sys.stderr)
+    _say(f"error[{error.code}]: {text}")
+
+
+def _say(text: str) -> None:
+    """Print one line to standard error, if that can be written to; the exit code does not depend on it."""
+    with contextlib.suppress(OSError):
+        print(f"pack: {text}", file=sys.stderr)
+
+
+def _discard_stdout() -> None:
+    """Give what could not be written, and what the interpreter flushes at exit, to nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _run(args: argparse.Namespace, progress: _Progress) -> int:
@@ -221,7 +235,7 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes stdout at exit)
+        _discard_stdout()
         raise ResourceError(f"standard output: {error.strerror}.", code="E503") from None
     return 0
 

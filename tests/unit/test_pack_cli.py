@@ -201,6 +201,18 @@ def test_closed_streams_become_none_of_the_artifacts_files(tmp_path):
         assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
 
 
+def test_progress_that_nobody_reads_ends_nothing(tmp_path):
+    for redirect in ("2>/dev/full", "2>&1 | true"):
+        shell = ["bash", "-o", "pipefail", "-c", f'"$@" {redirect}', "bash"]
+        command = [*shell, *PACK, str(DEMO), "-o", str(tmp_path / "a")]
+        result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+        assert (result.returncode, result.stderr) == (0, b"")
+        open_artifact(tmp_path / "a")
+        shutil.rmtree(tmp_path / "a")
+    command = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *PACK, str(tmp_path / "no"), "-o", str(tmp_path / "a")]
+    assert subprocess.run(command, timeout=60).returncode == 2
+
+
 def test_an_interrupt_after_the_last_rename_says_what_is_there(tmp_path, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
