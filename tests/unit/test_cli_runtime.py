@@ -209,6 +209,20 @@ def test_a_window_of_no_tokens_is_refused(packed_tiny: Packed, tmp_path: Path) -
     )
 
 
+def test_logits_that_cannot_be_written_are_refused_before_anything_is_computed(
+    packed_tiny: Packed, tmp_path: Path
+) -> None:
+    path = packed_tiny(1, "f32")
+    (tmp_path / "text").write_text("To be, or not to be")
+    for out, words in (
+        (tmp_path / "no/l.npy", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        ("", "No such"),
+    ):
+        done = llmrun("perplexity", path, tmp_path / "text", "--logits-out", out, LLMRUN_FAULT="0:prefill:raise")
+        refused(done, 2, f"--logits-out {out}: {words}")
+
+
 def test_perplexity_is_that_of_its_logits(packed_tiny: Packed, tmp_path: Path) -> None:
     ids = [1, 20, 30, 40, 50, 60, 70]
     (tmp_path / "ids.json").write_text(json.dumps(ids))
