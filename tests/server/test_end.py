@@ -134,11 +134,32 @@ def test_a_key_from_a_file_is_asked_for(packed_demo: Packed, tmp_path: Path) -> 
         (("--api-key-file", "/dev/null"), 2),
         (("--max-queue", 0), 2),
         (("--max-num-seqs", 0), 2),
+        (("--served-model-name", ""), 2),
+        (("--allowed-host", "box", "--allowed-host", "https://box"), 2),
+        (("--allowed-host", "box:8000"), 2),
+        (("--cors-origin", "app.example"), 2),
+        (("--cors-origin", "https://app.example/"), 2),
+        (("--metrics-prefix", "my-llm"), 2),
     ],
 )
 def test_a_careless_command_line_is_refused(arguments: tuple[Any, ...], code: int, packed_demo: Packed) -> None:
     outcome = run_alone("serve", packed_demo(1, "f32"), *arguments)
     assert (outcome.code, len(outcome.errors)) == (code, 1), outcome
+
+
+def test_names_that_requests_are_known_by(packed_demo: Packed) -> None:
+    names = ("--served-model-name", "org/model:8b", "--metrics-prefix", "llm:box", "--allowed-host", "box")
+    origins = ("https://app.example:8443", "http://[::1]:3000", "null", "*")
+    options = (
+        *names,
+        *(word for origin in origins for word in ("--cors-origin", origin)),
+        "--allowed-host",
+        "[fe80::1]",
+    )
+    with Served(packed_demo(1, "f32"), *options) as served:
+        headers = {"Host": "box", "Origin": origins[0]}
+        assert served.request("/v1/models/org/model:8b", headers=headers).status == 200
+        assert "llm:box:num_requests_running" in served.request("/metrics").read().decode()
 
 
 def test_a_taken_port_is_a_sentence(packed_demo: Packed) -> None:

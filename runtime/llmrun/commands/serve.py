@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 8000
 KEY_VARIABLE = "LLMRUN_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_FORMS = {  # of options whose other values would match no request, or no reader of /metrics, without a word
+    "--served-model-name": (r".+", "a name"),
+    "--allowed-host": (r"\[[0-9a-fA-F:.]+\]|[^\s:@/\[\]]+", "a name or [address], without scheme and port"),
+    "--cors-origin": (r"\*|null|[a-z][a-z0-9+.-]*://[^\sA-Z@/?#]+", "https://NAME or https://NAME:PORT, no path; or *"),
+    "--metrics-prefix": (r"[a-zA-Z_:][a-zA-Z0-9_:]*", "letters, digits, _ and :"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +73,11 @@ class _Serve:
         self._limits = limits_of_server.from_arguments(arguments)
         if not 0 <= arguments.port < 1 << 16:
             raise UsageError(f"--port {arguments.port}: expected 0 to 65535.")
+        for option, (form, expected) in _FORMS.items():
+            given = getattr(arguments, option[2:].replace("-", "_")) or []
+            for value in [given] if isinstance(given, str) else given:
+                if not re.fullmatch(form, value):
+                    raise UsageError(f"{option} {value}: expected {expected}.")
         self._service: Service | None = None
         self._http: HttpThread | None = None
 
