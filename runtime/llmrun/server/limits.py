@@ -18,7 +18,7 @@ class Limits:
     """What one client, and all clients together, may use up. Seconds, bytes or counts; each is an option of the same name."""
 
     max_body_bytes: int = _limit(2 << 20, "BYTES", "largest request body (413)")
-    max_header_bytes: int = _limit(16 << 10, "BYTES", "all headers of a request together (400)")
+    max_header_bytes: int = _limit(16 << 10, "BYTES", "all headers of a request together (431, or 400)")
     max_headers: int = _limit(64, "N", "headers of a request (431)")
     header_timeout: float = _limit(10, "S", "from the connection to the end of the headers, also between requests")
     body_timeout: float = _limit(30, "S", "from the headers to the end of the body (408)")
