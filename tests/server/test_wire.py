@@ -271,6 +271,9 @@ def test_other_routes(served: Served) -> None:
     assert {"/v1/chat/completions", "/v1/completions", "/health", "/metrics"} <= set(document["paths"])
     assert served.ask("/v1/embeddings", {"input": "a"})[0] == 404
     assert served.request("/health", method="HEAD").status == 200
+    for path, methods in (("/v1/completions", "POST"), ("/health", "GET, HEAD")):
+        refused = served.request(path, method="DELETE")
+        assert (refused.status, refused.headers["Allow"]) == (405, methods)
     page = served.request("/")
     assert page.status in (200, 404)
     if page.status == 200:

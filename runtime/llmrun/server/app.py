@@ -55,7 +55,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
                 raise ApiError(404, f"there is no {scope['path'][:100]!r}.", code="not_found") from None
             # 405, the only other refusal of a router.
             takes = ", ".join(sorted((error.headers or {})["Allow"].split(", ")))
-            raise ApiError(405, f"{scope['path']} takes {takes}.", code="method_not_allowed") from None
+            raise ApiError(405, f"{scope['path']} takes {takes}.", code="method_not_allowed", allow=takes) from None
 
     return Guard(route, service.limits, access, service.metrics.responded)
 

@@ -19,7 +19,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A request that is refused or failed; `param` names the field that is at fault."""
+    """A request that is refused or failed; `param` names the field that is at fault, `allow` the methods that are not."""
 
     def __init__(
         self,
@@ -29,9 +29,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after, self.allow = retry_after, allow
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object of the response, or of an event in a stream."""

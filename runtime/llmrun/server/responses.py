@@ -23,4 +23,6 @@ def error_response(error: ApiError) -> Json:
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if error.allow is not None:
+        headers["allow"] = error.allow
     return Json(error.body(), error.status, headers)
