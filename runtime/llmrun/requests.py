@@ -207,14 +207,14 @@ def check_prompt(
             code="E204",
         )
     wanted = min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens
+    if not is_whole(wanted, least_tokens):
+        raise UsageError(f"max-tokens {wanted!r}: expected a whole number from {least_tokens}.")
     if wanted > room:
         raise UsageError(
             f"the prompt has {len(ids)} tokens and max-tokens is {wanted}; together they do not fit the context of"
             f" {max_seq_len}. Use {room} or less, or shorten the prompt.",
             code="E204",
         )
-    if wanted < least_tokens:
-        raise UsageError(f"max-tokens {wanted}: expected {least_tokens} or more.")
     return ids, wanted
 
 

@@ -455,6 +455,8 @@ def test_biased_ids_come_always_or_never(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_tokens": math.nan}, "max-tokens nan"),
+        ({"max_tokens": 2.5}, "max-tokens 2.5"),
         ({"logprobs": -1}, "logprobs -1"),
         ({"prompt_logprobs": 10**9}, "prompt_logprobs"),
         ({"logit_bias": {10**9: 1.0}}, "vocabulary"),

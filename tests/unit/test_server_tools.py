@@ -214,6 +214,8 @@ ANSWERS: list[tuple[str, str | None, int]] = [
     (CALL[:-1], CALL[:-1], 0),
     ("{ is a brace", "{ is a brace", 0),
     ('{"name": ["weather"]}', '{"name": ["weather"]}', 0),
+    ('{"name": "now", "parameters": {"x": NaN}}', '{"name": "now", "parameters": {"x": NaN}}', 0),
+    ('{"name": "now", "parameters": {"x": 1e999}}', '{"name": "now", "parameters": {"x": 1e999}}', 0),
     ('{"name": "weather", "parameters": {"city": "Rome"}, "x": "<tool_call>"}', None, 1),
     (f"<tool_call>\n{CALL}\n</tool_call>", None, 1),
     (f"Let me see. <tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", "Let me see. ", 2),

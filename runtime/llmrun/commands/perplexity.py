@@ -7,7 +7,7 @@ taken as they are.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from llmrun import stdin
 from llmrun.commands import common
@@ -40,7 +40,6 @@ class _Perplexity:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._windows: list[list[int]] = []
-        self._logits_file: BinaryIO | None = None
 
     def prepare(self, engine: Engine) -> None:
         """Read the text and cut it into windows, on rank 0 before the weights are read."""
@@ -63,7 +62,7 @@ class _Perplexity:
             raise UsageError(f"{arguments.file}: too short, there is no token to predict.", code="E203")
         if arguments.logits_out is not None:
             try:
-                self._logits_file = open(arguments.logits_out, "wb")  # noqa: SIM115  (written when all is computed)
+                open(arguments.logits_out, "ab").close()  # what is there stays until all is computed
             except OSError as error:
                 raise UsageError(f"--logits-out {arguments.logits_out}: {error.strerror}.", code="E209") from None
 
@@ -75,17 +74,17 @@ class _Perplexity:
         kept: list[Any] = []
         for ids in self._windows:
             logits = engine.logits(ids)
-            if self._logits_file is not None:
+            if self._arguments.logits_out is not None:
                 kept.append(logits)
             rows = logits[:-1].astype(np.float64)
             highest = rows.max(axis=1)
             log_sum = highest + np.log(np.exp(rows - highest[:, None]).sum(axis=1))
             total += float((log_sum - rows[np.arange(len(rows)), ids[1:]]).sum())
             count += len(rows)
-        if self._logits_file is not None:
+        if self._arguments.logits_out is not None:
             try:
-                with self._logits_file:
-                    np.save(self._logits_file, np.concatenate(kept))
+                with open(self._arguments.logits_out, "wb") as file:
+                    np.save(file, np.concatenate(kept))
             except OSError as error:
                 raise ResourceError(f"{self._arguments.logits_out}: {error.strerror}.") from None
         nll = total / count

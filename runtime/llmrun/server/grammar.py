@@ -33,6 +33,7 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
 # The library descends a chain of references recursively: 3.3 kB a link were measured, and a link has 6 bytes or more.
 _STACK_BYTES_A_BYTE = 4096
 _LEAST_STACK_BYTES, _MOST_STACK_BYTES = 8 << 20, 4 << 30
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+\s*::=", re.MULTILINE)
 _Result = TypeVar("_Result")
 
 
@@ -134,13 +135,16 @@ class Grammars:
         bounds = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         try:
             matcher = LLMatcher(self._library_tokenizer, grammar, log_level=0, limits=bounds)
-            matcher.deep_copy().compute_bitmask()  # what is only found out while it runs is better found out here
+            begun = matcher.deep_copy()
+            begun.compute_bitmask()  # what is only found out while it runs is better found out here
         except BaseException as error:
             if not _is_panic(error):
                 raise
             raise _refused("the library failed on it") from None
         if matcher.is_error():
             raise _refused(matcher.get_error())
+        if begun.is_error():
+            raise _refused(f"it cannot begin: {begun.get_error()}")
         return matcher
 
     def _make_tokenizer(self) -> Any:
@@ -264,8 +268,8 @@ def _on_deep_stack(work: Callable[[], _Result], stack_bytes: int) -> _Result:
 
 
 def _lark(source: str) -> str:
-    """Return a grammar as Lark; llama.cpp's GBNF is told by its `::=`."""
-    if "::=" not in source:
+    """Return a grammar as Lark; llama.cpp's GBNF is told by a line that begins with a name and `::=`."""
+    if not _GBNF_RULE.search(source):
         return source
     from llguidance.gbnf_to_lark import gbnf_to_lark
 

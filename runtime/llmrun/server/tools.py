@@ -166,7 +166,10 @@ def _calls_at(text: str, start: int, names: set[str]) -> tuple[list[dict[str, An
         if isinstance(arguments, str):
             arguments_text = arguments
         elif isinstance(arguments, dict):
-            arguments_text = json.dumps(arguments, ensure_ascii=False)
+            try:
+                arguments_text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            except (ValueError, RecursionError):  # NaN and 1e999 are Python's only, and nothing that a client can read
+                return [], end
         else:
             return [], end
         function = {"name": name, "arguments": arguments_text}
