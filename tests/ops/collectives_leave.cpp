@@ -1,5 +1,5 @@
-// Ranks that leave while others are behind them or wait for them; test_shared_collectives.py builds it with a
-// sanitizer. Threads are ranks, held where a process might lose its core.
+// Ranks that leave, or end, while others are behind them or wait for them; test_shared_collectives.py builds
+// it with a sanitizer. Threads are ranks, held where a process might lose its core.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -23,13 +23,14 @@ void expect(const std::string& found, const std::string& expected) {
 
 // A rank looks at processes after it has slept and before it looks at the mark again: there it is held.
 struct Held : Processes {
-    explicit Held(std::shared_future<void> until) : until(std::move(until)) {}
-    bool has_ended(int) override {
+    Held(std::shared_future<void> until, int ended) : until(std::move(until)), ended(ended) {}
+    bool has_ended(int rank) override {
         until.wait();
-        return false;
+        return rank == ended;
     }
     std::string description(int rank) override { return "rank " + std::to_string(rank); }
     std::shared_future<void> until;
+    const int ended;  // -1: none
 };
 
 std::shared_future<void> at_once() {
@@ -43,9 +44,10 @@ struct Memory {
         std::fill_n(static_cast<char*>(whole.get()), layout.bytes(), 0);
     }
     // look: the longest sleep. A rank that sleeps at once, and is held as soon as it has slept.
-    SharedMemoryTransport rank(int rank, milliseconds look, std::shared_future<void> until) const {
+    SharedMemoryTransport rank(int rank, milliseconds look, std::shared_future<void> until,
+                               int ended = -1) const {
         const Tuning tuning{false, {std::chrono::microseconds(0), std::chrono::microseconds(0)}, look, look};
-        return {rank, layout, whole, tuning, std::make_unique<Held>(std::move(until))};
+        return {rank, layout, whole, tuning, std::make_unique<Held>(std::move(until), ended)};
     }
     const SharedLayout layout{3, 4096};
     const std::shared_ptr<void> whole;
@@ -129,11 +131,35 @@ void leave_before_another_comes() {
            "rank 0 has left the communicator, and rank 1 waits for it in AllReduce of 8 elements");
 }
 
+// Who ended after it had done its part of a step is missed in the next one only, and not by one that still
+// waits for a third rank in this one.
+void end_after_a_step() {
+    const Memory memory;
+    std::promise<void> be_told;
+    std::thread first([&] {
+        auto rank = memory.rank(0, milliseconds(1), at_once());
+        expect(all_reduce(rank, 8), "");
+        be_told.get_future().wait();  // as if it were gone: it neither goes on nor leaves
+    });
+    std::thread second([&] {
+        auto rank = memory.rank(1, milliseconds(1), at_once(), 0);
+        expect(all_reduce(rank, 8), "");
+        expect(all_reduce(rank, 8), "rank 0 has ended, and rank 1 waits for it in AllReduce of 8 elements");
+        be_told.set_value();
+    });
+    std::this_thread::sleep_for(milliseconds(100));
+    auto rank = memory.rank(2, milliseconds(1), at_once());
+    expect(all_reduce(rank, 8), "");
+    first.join();
+    second.join();
+}
+
 }  // namespace
 
 int main() {
     leave_while_one_is_a_step_behind();
     for (int steps : {0, 1, 2}) leave_while_another_sleeps(steps);
     leave_before_another_comes();
+    end_after_a_step();
     std::puts("all were told");
 }
