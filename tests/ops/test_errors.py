@@ -139,6 +139,10 @@ ELEMENTWISE_CASES = {
         Node("RMSNorm", {"x": random_x(1, 8)[0], "weight": random_x(1, 8)[0]}, attributes={"epsilon": 1e-5}),
         "input x has shape [8], expected [any, any] = [tokens, hidden_size]",
     ),
+    "RMSNorm x of more axes than are ever read": (
+        Node("RMSNorm", {"x": ZEROS((1,) * 9, F32), "weight": random_x(1, 1)[0]}, attributes={"epsilon": 1e-5}),
+        "input x has 9 axes, expected at most 8",
+    ),
     "RMSNorm epsilon": (
         Node("RMSNorm", {"x": random_x(2, 8), "weight": random_x(1, 8)[0]}),
         "attribute epsilon is missing or no float, expected a float",
