@@ -13,6 +13,8 @@ constexpr int64_t kMaxGroup = 128;
 // Below this magnitude of a group's largest entry (2^-20), float16 scales are so coarse that nothing is
 // searched.
 constexpr float kTiny = 9.5367431640625e-7f;
+// Scales below this (2^-22) are less than four of float16's smallest steps, and rounded away from zero.
+constexpr float kCoarse = 2.384185791015625e-7f;
 // From here (2^19) on a scale cannot fit float16 whatever is chosen.
 constexpr float kHuge = 524288.0f;
 
@@ -155,6 +157,8 @@ bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint1
     // Adding 0 makes one zero of the two: which of them is the largest depends on the order of comparisons.
     Int half = float_to_half(step + all(0.0f));
     if (any((half & all(0x7fff)) == all(0x7c00))) return false;
+    Float wanted = max(step, all(0.0f) - step), rounded = half_to_float(half & all(0x7fff));
+    half = half - ((wanted > rounded) & (all(kCoarse) > wanted));  // a mask is -1
     store_halves(scales, half);
 
     Float unit = half_to_float(half);

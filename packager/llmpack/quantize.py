@@ -27,6 +27,7 @@ CANDIDATES = {
     "q6": np.array([-32, -33, -31], np.float32),
 }
 _TINY = np.float32(2.0**-20)  # groups below this are as coarse as float16's subnormal scales: nothing is searched
+_COARSE = np.float32(2.0**-22)  # scales below this are less than four of float16's smallest steps
 _HUGE = np.float32(2.0**19)  # groups from here on are refused: a scale of q4 or q6 might not fit float16
 
 
@@ -36,7 +37,8 @@ def quantize_q4(
     """Quantize a matrix to 4 bits by a codebook of 16 uneven levels, one scale per group of input features.
 
     For each candidate step each weight takes the nearest level, and the step is refitted to these levels by least squares;
-    the refitted step that leaves the least squared error is rounded to float16, and each weight takes its level once more.
+    the refitted step that leaves the least squared error is rounded to float16 (away from zero where that is coarse), and each
+    weight takes its level once more.
 
     Args:
         weight: [num_rows, in_features], float32.
@@ -118,7 +120,9 @@ def _to_float16(scales: np.ndarray) -> np.ndarray:
         rounded = (scales + np.float32(0)).astype(np.float16)
     if not np.isfinite(rounded).all():
         raise OverflowError("a scale is beyond float16's range")
-    return rounded
+    # Rounded to nearest, a coarse scale would cut off a group's largest weights, and half a step would be no scale at all.
+    is_short = (np.abs(rounded.astype(np.float32)) < np.abs(scales)) & (np.abs(scales) < _COARSE)
+    return (rounded.view(np.uint16) + is_short).view(np.float16)
 
 
 def _inverse(scales: np.ndarray) -> np.ndarray:

@@ -94,6 +94,26 @@ def test_tiny_groups_do_not_become_garbage(quantize, storage):
     assert np.abs(dequantize(quantized, scales, storage)).max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("quantize", "storage", "largest", "loss"),
+    [
+        (quantize_q4, "q4", 1e-6, 0.3),
+        (quantize_q4, "q4", 2e-6, 0.15),
+        (quantize_q6, "q6", 3e-7, 0.2),
+        (quantize_q6, "q6", 8e-7, 0.08),
+        (quantize_q8, "q8", 3e-7, 0.2),
+        (quantize_q8, "q8", 3e-6, 0.02),
+        (quantize_q8, "q8", 1e-5, 0.01),
+    ],
+)
+def test_small_groups_lose_no_more_than_float16_must(quantize, storage, largest, loss):
+    """Largest weight / levels is less than float16's smallest number, or little more: nearest would be zero, or too small."""
+    weight = np.random.default_rng(0).standard_normal((64, 64))
+    weight *= largest / np.abs(weight).max(axis=1, keepdims=True)
+    values = dequantize(*quantize(weight.astype(np.float32), 64), storage)
+    assert np.linalg.norm(values - weight) < loss * np.linalg.norm(weight)
+
+
 @pytest.mark.parametrize(("quantize", "storage"), CASES)
 def test_scales_beyond_float16_are_refused(quantize, storage):
     with pytest.raises(OverflowError, match="float16"):
