@@ -203,6 +203,14 @@ def test_a_disk_that_cannot_read_names_the_tensor(model_dir, monkeypatch):
             checkpoint.read("lm_head.weight", slice(0, 1), slice(0, 1))
 
 
+def test_reads_that_the_system_cuts_short_are_continued(model_dir, monkeypatch):
+    whole = load_file(model_dir / "model.safetensors")["lm_head.weight"].float().numpy()
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:1000]], at))
+    with open_checkpoint(model_dir) as checkpoint:
+        assert np.array_equal(checkpoint.read("lm_head.weight", slice(3, 40), slice(0, 256)), whole[3:40])
+
+
 def test_another_programs_copy_beside_model_safetensors_is_left_alone(model_dir):
     (model_dir / "consolidated.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
     with open_checkpoint(model_dir) as checkpoint:
