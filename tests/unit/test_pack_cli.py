@@ -66,7 +66,8 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
     from models import make_checkpoint
 
     folder = make_checkpoint(tmp_path / "m", tie_word_embeddings=True, vocab_size=512)
-    (one,) = pack(folder, None, Options())["ranks"]
+    summary = pack(folder, None, Options())
+    (one,) = summary["ranks"]
     two = pack(folder, None, Options(shards=2))["ranks"][1]
     embedding = 512 * 256 * 6 // 8 + 512 * 2 * 2
     assert (one["weight_bytes_by_role"]["embedding"], one["weight_bytes_by_role"]["head"]) == (embedding, 0)
@@ -75,6 +76,8 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
         embedding // 2,
     )
     assert one["weight_bytes_per_token"] == one["weight_bytes"]
+    bits = 8 * sum(one["weight_bytes_by_role"].values())
+    assert summary["bits_per_weight_of_file"] == pytest.approx(bits / summary["parameters"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tied", "tied-in-name-only", "biased"])
