@@ -39,6 +39,9 @@ _TOLERANCE = {
     "q4": 0.15,
 }
 _ROUNDINGS = 3.0  # times what rounding activations changes: a kernel's own float32 sums round some the other way
+_LARGEST = float(np.finfo(np.float32).max)  # of what kernels compute with
+_LARGEST_LOGIT = 1e30  # that a reader takes
+_TOO_LARGE = "no machine runs this model in float32: its weights are damaged, or were made for another type"
 _UNTILE = {"q8": untile_rows, "q6": untile_six_bits, "q4": untile_nibbles}
 
 
@@ -147,7 +150,7 @@ def forward(
     Returns:
         logits of every position, [T or 2 T, vocab_size], float64.
     Raises:
-        IncompatibleError: keys or values are beyond what the cache can hold.
+        IncompatibleError: keys or values are beyond what the cache can hold, or a norm's input beyond what float32 can square.
     """
     num_tokens, num_sequences = len(ids), 1 + has_rounded
     num_heads, num_kv_heads = heads_per_rank(config, len(ranks))
@@ -163,6 +166,8 @@ def forward(
     }
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
+        if not (np.linalg.norm(x, axis=1) < math.sqrt(_LARGEST)).all():
+            raise IncompatibleError(f"{name}: its input's squares are beyond float32's range; {_TOO_LARGE}.")
         return reference.rms_norm(x, ranks[0].vector(name), config.rms_norm_eps)
 
     def product(rank: PackedRank, name: str, x: np.ndarray) -> np.ndarray:
@@ -187,8 +192,9 @@ def forward(
                     num_heads=num_heads, num_kv_heads=num_kv_heads, scale=1 / math.sqrt(config.head_dim),
                 )  # fmt: skip
             if not np.isfinite(attended).all():
+                advice = "--kv-dtype f32 can hold more" if kv_dtype == "float16" else _TOO_LARGE
                 raise IncompatibleError(
-                    f"{layer}.self_attn: its keys or values are beyond {kv_dtype}'s range; --kv-dtype f32 can hold more."
+                    f"{layer}.self_attn: its keys or values are beyond {kv_dtype}'s range; {advice}."
                 )
             x = x + product(rank, f"{layer}.self_attn.o_proj", attended)
         if config.attention_bias:
@@ -218,12 +224,18 @@ def selfcheck(
     frequencies: np.ndarray,
     num_ids: int = NUM_IDS,
 ) -> dict[str, Any]:
-    """Return the members of selfcheck.json (FORMAT 6.1); the ids are spread over the vocabulary by a fixed rule."""
+    """Return the members of selfcheck.json (FORMAT 6.1); the ids are spread over the vocabulary by a fixed rule.
+
+    Raises:
+        IncompatibleError: as `forward`, or logits are beyond what a reader takes.
+    """
     is_rounded = scheme in ("q8", "q4")
     length = num_ids // 2 if is_rounded else num_ids
     ids = (np.arange(1, length + 1, dtype=np.int64) * 2654435761) % config.vocab_size
     rows = forward(config, ranks, kv_dtype, frequencies, ids, has_rounded=is_rounded)
     logits = rows[length - 1]
+    if not np.abs(logits).max() < _LARGEST_LOGIT:
+        raise IncompatibleError(f"{HEAD}: a logit is beyond {_LARGEST_LOGIT:g}; {_TOO_LARGE}.")
     scale = float(np.sqrt(np.mean(logits**2)))
     share = max(_TOLERANCE[scheme], _TOLERANCE["f16"] if kv_dtype == "float16" else 0.0)
     rounding = float(np.abs(rows[-1] - logits).max())  # 0 where nothing is rounded

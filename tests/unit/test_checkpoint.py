@@ -309,3 +309,26 @@ def test_keys_and_values_that_the_cache_cannot_hold_are_refused(projection, mode
     ):
         pack(model_dir, target, Options(scheme="f32", kv_dtype="f16"))
     pack(model_dir, target, Options(scheme="f32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lm_head", r"lm_head: a logit is beyond 1e\+30"),
+        ("model.embed_tokens", r"layers\.0\.input_layernorm: its input's squares are beyond float32's range"),
+        ("model.layers.1.mlp.down_proj", r"model\.norm: its input's squares are beyond float32's range"),
+        (
+            "model.layers.0.self_attn.v_proj",
+            r"layers\.0\.self_attn: its keys or values are beyond float32's range; no machine",
+        ),
+    ],
+)
+def test_weights_with_which_float32_computes_nothing_are_refused(name, words, model_dir, tmp_path_factory):
+    """Such an artifact would be called damaged, or the machine that runs it."""
+    target = tmp_path_factory.mktemp("packed") / "a"
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors[f"{name}.weight"] = (tensors[f"{name}.weight"].double() * 3e38).clamp(-3e38, 3e38).float()
+    save_file(tensors, model_dir / "model.safetensors")
+    with pytest.raises(IncompatibleError, match=words):
+        pack(model_dir, target, Options(scheme="f32"))
+    assert not target.exists()
