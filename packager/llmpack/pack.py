@@ -112,7 +112,7 @@ def pack(
             )
         if options.group_size is None:
             quantization = choose_group_size(config, quantization, options.shards)
-        check_split(config, quantization, options.shards)
+        check_split(config, quantization, options.shards, is_default=options.group_size is None)
         max_seq_len = config.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
         if not 1 <= max_seq_len <= config.max_position_embeddings:
             raise UsageError(

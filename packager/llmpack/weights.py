@@ -26,6 +26,7 @@ Role = Literal["linear", "head", "embedding", "norm", "bias"]
 SCHEMES = ("f32", "f16", "q8", "q4")
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
+_MAX_SHARDS = 64
 QUANTIZED = ("q8", "q6", "q4")  # storages with scales
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -216,13 +217,14 @@ def _divides(config: ModelConfig, shards: int, group_size: int) -> bool:
     return kv_fits and split_fits and query_fits and config.hidden_size % group_size == 0
 
 
-def check_split(config: ModelConfig, quantization: Quantization, shards: int) -> None:
-    """Refuse a split that does not divide, naming the numbers and what would work."""
+def check_split(config: ModelConfig, quantization: Quantization, shards: int, *, is_default: bool = False) -> None:
+    """Refuse a split that does not divide, naming the numbers and what would work; is_default: of the group_size."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     group_size = quantization.group_size if quantization.scheme in QUANTIZED else 1
     if _divides(config, shards, group_size):
         return
-    shards_that_fit = [n for n in (1, 2, 4, 8) if _divides(config, n, group_size)]
+    sizes = DEFAULT_GROUP_SIZES if is_default and group_size > 1 else (group_size,)
+    shards_that_fit = [n for n in range(1, _MAX_SHARDS + 1) if any(_divides(config, n, size) for size in sizes)]
     sizes_that_fit = [size for size in GROUP_SIZES if _divides(config, shards, size)] if group_size > 1 else []
     advice = []
     if sizes_that_fit:
@@ -320,6 +322,6 @@ def check_options(scheme: str, group_size: int | None, shards: int) -> Quantizat
         raise UsageError(f"--quant {scheme}: unknown; choose one of {', '.join(SCHEMES)}.")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise UsageError(f"--group-size {group_size}: choose one of {', '.join(map(str, GROUP_SIZES))}.")
-    if not 1 <= shards <= 64:
-        raise UsageError(f"--shards {shards}: expected 1 to 64.")
+    if not 1 <= shards <= _MAX_SHARDS:
+        raise UsageError(f"--shards {shards}: expected 1 to {_MAX_SHARDS}.")
     return Quantization(scheme, group_size or DEFAULT_GROUP_SIZES[0])

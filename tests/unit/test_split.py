@@ -194,12 +194,25 @@ def config_of(**changes):
         ({}, 32, 3, "--shards 1 or 2 or 4 or 8 works"),
         ({"intermediate_size": 320}, 64, 2, "--group-size 32 works"),
         ({"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 192}, 32, 4, "--shards 1 or 2 works"),
+        (
+            {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 576},
+            64,
+            2,
+            "--shards 1 or 3 or 9 works",
+        ),
         ({"hidden_size": 80, "head_dim": 10}, 32, 1, "--quant f16 or f32"),
     ],
 )
 def test_a_split_that_does_not_divide_names_what_would(changes, group_size, shards, advice):
     with pytest.raises(UsageError, match=advice):
         check_split(config_of(**changes), Quantization("q4", group_size), shards)
+
+
+def test_shards_are_advised_that_fit_with_any_group_size_chosen_by_default():
+    config = config_of(intermediate_size=448)
+    for is_default, advice in ((True, "shards 1 or 2 works"), (False, "shards 1 works")):
+        with pytest.raises(UsageError, match=advice):
+            check_split(config, Quantization("q4", 64), 4, is_default=is_default)
 
 
 def test_every_source_is_used_once_by_every_plan(tiny_checkpoint):
