@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmrun.constraint import allowed_tokens
@@ -260,6 +260,7 @@ def test_penalties_and_bias_follow_their_formulas(logits, repeat, presence, freq
     assert (row == np.array(logits, np.float32)).all()
 
 
+@example([3, 1], [*range(300), *range(150, 400)])
 @given(st.lists(st.integers(0, 9), max_size=10), st.lists(st.integers(0, 9), max_size=200))
 def test_a_history_counts_what_was_generated(prompt, generated):
     history = TokenHistory(prompt, generated)
@@ -267,6 +268,15 @@ def test_a_history_counts_what_was_generated(prompt, generated):
     assert dict(zip(history.ids.tolist(), history.counts.tolist(), strict=True)) == {
         i: generated.count(i) for i in {*prompt, *generated}
     }
+
+
+def test_a_top_p_just_below_one_keeps_all():
+    # For half of these rows rounding leaves all probabilities together below it.
+    for seed in range(8):
+        logits = _logits(seed, 700)
+        below = _distribution(SamplingParams(temperature=1.0, top_p=math.nextafter(1, 0)), logits, count=2000)
+        off = _distribution(SamplingParams(temperature=1.0), logits, count=2000)
+        assert np.abs(below - off).max() < 1.5 / 2000  # a draw more or less, for the order is another
 
 
 def test_nothing_allowed_is_refused():
