@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from browser.openai_server import Server
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -37,3 +39,12 @@ def tab(browser: Browser) -> Iterator[Page]:
     yield page
     context.close()
     assert [text for text in page.complaints if not any(part in text for part in page.allowed)] == []
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server of the protocol that plays parts."""
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()

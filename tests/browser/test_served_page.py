@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from browser.test_page import LAST, ask, wait, wait_until_done
+from browser.page import LAST, ask, wait, wait_until_done
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llmrun.commands.serve") is None or importlib.util.find_spec("uvicorn") is None,
