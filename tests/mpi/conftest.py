@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from chat_at_terminal import Chat
 
 from llmrun import launcher
 
@@ -16,3 +18,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("mpi")
             if launcher.library_family() is None:
                 item.add_marker(pytest.mark.skip(reason="no MPI library in this environment"))
+
+
+@pytest.fixture(params=[1, 2], ids=["1-rank", "2-ranks"])
+def artifact(request: pytest.FixtureRequest, packed_demo: Callable[..., Path]) -> Path:
+    """The demo model, packed for one rank and for two."""
+    return packed_demo(request.param, "q4")
+
+
+@pytest.fixture
+def chat(tmp_path: Path, artifact: Path) -> Iterator[Chat]:
+    """A chat that waits for its first message."""
+    with Chat(tmp_path, artifact, "-n", "8") as chat:
+        chat.wait("/help shows")
+        yield chat

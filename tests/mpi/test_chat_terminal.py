@@ -10,79 +10,17 @@ import stat
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import _MARK, LEFTOVER_S
+from chat_at_terminal import BACKSPACE, CTRL_A, CTRL_C, CTRL_D, HOME, LEFT, SLOW_ANSWER, STATS, UP, Chat
+from harness import LEFTOVER_S
 from terminal import Terminal
 
 from llmrun import chat_terminal
 
 Packed = Callable[..., Path]
-UP, LEFT, HOME, CTRL_A, CTRL_C, CTRL_D, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[H", "\x01", "\x03", "\x04", "\x7f"
-# The second token takes 3 s: a fast machine gives 450 before a key is pressed.
-SLOW_ANSWER = {"LLMRUN_FAULT": "0:decode:slow"}
-STATS = re.compile(r"\[\d+ tokens?(, [\d.]+ tokens/s)?, first after [\d.]+ s.*\]")
-
-
-@pytest.fixture(params=[1, 2], ids=["1-rank", "2-ranks"])
-def artifact(request: pytest.FixtureRequest, packed_demo: Packed) -> Path:
-    return packed_demo(request.param, "q4")
-
-
-class Chat(Terminal):
-    """A chat with the demo model; each has its own home."""
-
-    def __init__(self, home: Path, *arguments: object, environment: dict[str, str] | None = None) -> None:
-        self.mark = f"{home}"
-        command = [sys.executable, "-m", "llmrun", *map(str, arguments), "--temperature", "0"]
-        variables = {"XDG_STATE_HOME": str(home / "state"), _MARK: self.mark, "LLMRUN_WATCHDOG_S": "0"}
-        super().__init__(command, environment={**variables, **(environment or {})}, columns=200)
-
-    def answers(self) -> int:
-        return sum(bool(STATS.search(line)) for line in self.screen)
-
-    def ask(self, keys: str) -> None:
-        """Type a message and wait for the end of its answer."""
-        count = self.answers()
-        self.type(keys)
-        self.wait(lambda: self.answers() == count + 1 and self.screen[-1] == ">")
-
-    def begin_answer(self) -> None:
-        """Type the first message and wait for the beginning of its answer."""
-        self.wait("/help shows")
-        self.type("Tell\r")
-        self.wait(lambda: bool(self.text.partition("> Tell\n")[2].strip()))
-
-    def processes(self) -> list[int]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(
-                    b"\0"
-                ):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
-
-    def rank_pid(self, rank: int, size: int) -> int:
-        """Return the pid of a rank: of several by mpirun's variables, a single one is the child of what was typed."""
-        wanted = {f"PMI_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()}
-        for pid in self.processes():
-            if size == 1 and pid != self.pid:
-                return pid
-            if wanted & set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
-                return pid
-        raise AssertionError("no such rank")
-
-
-@pytest.fixture
-def chat(tmp_path: Path, artifact: Path) -> Iterator[Chat]:
-    with Chat(tmp_path, artifact, "-n", "8") as chat:
-        chat.wait("/help shows")
-        yield chat
 
 
 def test_typing_editing_and_every_command(chat: Chat, tmp_path: Path) -> None:
@@ -285,45 +223,6 @@ def test_a_line_is_shown_and_edited_on_after_it_was_stopped(
         assert chat.echoes()
 
 
-AT_THE_MOMENT = """
-import os, signal, sys, termios
-from llmrun import chat_link, chat_terminal, cli, launch
-where = sys.argv.pop(1)
-def interrupted(function):
-    def call(*arguments, **options):
-        result = function(*arguments, **options)
-        os.kill(os.getpid(), signal.SIGINT)
-        return result
-    return call
-if where == "keys": termios.tcsetattr = interrupted(termios.tcsetattr)
-if where == "before ranks": launch.find_mpirun = interrupted(launch.find_mpirun)
-if where == "ranks": launch.start_ranks = interrupted(launch.start_ranks)
-if where == "pump": launch.OutputPump.start = interrupted(launch.OutputPump.start)
-if where == "talk": chat_terminal._Terminal.talk = interrupted(lambda terminal: terminal._job.receive(60))
-sys.exit(cli.main())
-"""
-
-
-@pytest.mark.parametrize("where", ["keys", "before ranks", "ranks", "pump", "talk"])
-def test_ctrl_c_at_the_very_beginning_leaves_nothing(where: str, tmp_path: Path, packed_demo: Packed) -> None:
-    command = [sys.executable, "-c", AT_THE_MOMENT, where, "chat", str(packed_demo(2, "q4")), "--no-history"]
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    with Terminal(command, environment={"TMPDIR": str(temporary)}) as terminal:
-        assert terminal.finish(15) == 130
-        assert terminal.text == ""
-        assert terminal.echoes()
-    assert list(temporary.glob("llmrun-*")) == []  # mpirun, told by the kernel, may still be removing its own
-
-
-def test_ctrl_c_while_it_loads_leaves(tmp_path: Path, artifact: Path) -> None:
-    with Chat(tmp_path, artifact, environment={"LLMRUN_FAULT": "0:load:slow"}) as chat:
-        chat.wait(lambda: len(chat.processes()) > 1)
-        time.sleep(0.5)
-        chat.type(CTRL_C)
-        assert chat.finish(15) == 130
-
-
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["no-colour", "dumb"])
 def test_a_terminal_without_colours(environment: dict[str, str], tmp_path: Path, packed_demo: Packed) -> None:
     with Chat(tmp_path, packed_demo(1, "q4"), "-n", "2", environment=environment) as chat:
@@ -351,38 +250,6 @@ def test_a_window_that_changes_its_size(chat: Chat, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "talk.json").read_text())[0]["content"] == "X" + words
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_at_the_prompt_ends_the_chat(rank: int, tmp_path: Path, packed_demo: Packed) -> None:
-    with Chat(tmp_path, packed_demo(2, "q4")) as chat:
-        chat.wait("/help shows")
-        chat.type("half a line")
-        chat.wait("> half a line")
-        os.kill(chat.rank_pid(rank, 2), signal.SIGKILL)
-        assert chat.finish() == 6
-        assert "SIGKILL" in chat.text
-        assert chat.echoes()
-
-
-def test_a_rank_that_dies_in_an_answer_ends_the_chat(tmp_path: Path, artifact: Path, packed_demo: Packed) -> None:
-    size = 2 if artifact == packed_demo(2, "q4") else 1
-    with Chat(tmp_path, artifact, "-n", "450", "--ignore-eos", environment=SLOW_ANSWER) as chat:
-        chat.begin_answer()
-        os.kill(chat.rank_pid(size - 1, size), signal.SIGKILL)
-        assert chat.finish() == 6
-        assert "error[E602]" in chat.text
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it_and_leaves_nothing(number: signal.Signals, chat: Chat) -> None:
-    os.kill(chat.pid, number)
-    assert chat.finish() == 128 + number
-    gone_by = time.monotonic() + LEFTOVER_S
-    while chat.processes() and time.monotonic() < gone_by:
-        time.sleep(0.05)
-    assert chat.processes() == []
-    assert chat.echoes()
-
-
 def test_answers_go_to_a_file_and_the_rest_to_the_terminal(tmp_path: Path, packed_demo: Packed) -> None:
     line = [sys.executable, "-m", "llmrun", "chat", str(packed_demo(1, "q4")), "-n", "4", "--temperature", "0"]
     shell = ["sh", "-c", '"$@" > ' + str(tmp_path / "answers"), "sh", *line]
@@ -399,38 +266,11 @@ def test_answers_go_to_a_file_and_the_rest_to_the_terminal(tmp_path: Path, packe
     assert ">" not in answers
 
 
-def test_answers_that_find_no_room_end_it_with_a_reason(tmp_path: Path, packed_demo: Packed) -> None:
-    line = [sys.executable, "-m", "llmrun", "chat", str(packed_demo(1, "q4")), "-n", "4"]
-    with Terminal(
-        ["sh", "-c", '"$@" > /dev/full', "sh", *line], environment={"XDG_STATE_HOME": str(tmp_path)}
-    ) as terminal:
-        terminal.wait("/help shows")
-        terminal.type("hello\r")
-        assert terminal.finish() == 5
-        assert "error[E503]: standard output: No space left on device." in terminal.text
-
-
 def test_a_name_that_no_file_can_have_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     terminal = object.__new__(chat_terminal._Terminal)
     terminal._messages, terminal._style = [], ("", "")
     terminal._save("a\0b")
     assert capfd.readouterr().err == "a\u2400b: embedded null byte.\n"
-
-
-@pytest.mark.parametrize(("option", "complaint"), [("-n", "expected 1 or more"), ("--top-p", "top_p")])
-def test_bad_sampling_is_refused_before_anything_is_loaded(
-    option: str, complaint: str, tmp_path: Path, packed_demo: Packed
-) -> None:
-    with Chat(tmp_path, packed_demo(1, "q4"), option, "0") as chat:
-        assert chat.finish() == 2
-        assert complaint in chat.text
-        assert "/help" not in chat.text
-
-
-def test_an_artifact_that_cannot_chat_is_refused(tmp_path: Path, packed: Packed, tiny_checkpoint: Path) -> None:
-    with Chat(tmp_path, "chat", packed(tiny_checkpoint)) as chat:
-        assert chat.finish() == 2
-        assert "error[E205]" in chat.text
 
 
 def test_a_conversation_that_outgrows_the_context_is_told(chat: Chat) -> None:
