@@ -17,6 +17,7 @@ from llmrun.server.metrics import Metrics
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
 from llmrun.stats import Stats
+from llmrun.text_stream import MAX_STOPS
 
 
 def test_metrics_are_prometheus_text() -> None:
@@ -44,7 +45,12 @@ def test_metrics_are_prometheus_text() -> None:
 
 
 def test_limits_bound_something() -> None:
-    for name, value in (("max_queue", 0), ("body_timeout", -1.0), ("max_stops", 17), ("max_body_bytes", 1 << 41)):
+    for name, value in (
+        ("max_queue", 0),
+        ("body_timeout", -1.0),
+        ("max_stops", MAX_STOPS + 1),
+        ("max_body_bytes", 1 << 41),
+    ):
         with pytest.raises(UsageError):
             Limits(**{name: value})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llmrun.errors import UsageError
+from llmrun.text_stream import MAX_STOP_CHARS, MAX_STOPS
 
 
 def _limit(default: float, unit: str, text: str) -> Any:
@@ -33,7 +34,7 @@ class Limits:
     max_prompts: int = _limit(64, "N", "prompts in one request to /v1/completions")
     max_messages: int = _limit(1024, "N", "messages of a chat")
     max_top_logprobs: int = _limit(20, "N", "`top_logprobs`, and `logprobs` of /v1/completions")
-    max_stops: int = _limit(16, "N", "stop strings, each of at most 256 characters")
+    max_stops: int = _limit(MAX_STOPS, "N", f"stop strings, each of at most {MAX_STOP_CHARS} characters")
     max_logit_bias: int = _limit(1024, "N", "entries of `logit_bias`")
     max_tools: int = _limit(64, "N", "tools of a request")
     max_schema_bytes: int = _limit(64 << 10, "BYTES", "a JSON schema, grammar or regular expression")
@@ -48,8 +49,8 @@ class Limits:
             value = getattr(self, entry.name)
             if not 0 < value < 1 << 40:
                 raise UsageError(f"--{entry.name.replace('_', '-')} {value}: expected a number above 0.")
-        if self.max_stops > 16:
-            raise UsageError(f"--max-stops {self.max_stops}: expected at most 16, the engine's own bound.")
+        if self.max_stops > MAX_STOPS:
+            raise UsageError(f"--max-stops {self.max_stops}: expected at most {MAX_STOPS}, the engine's own bound.")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from llmrun.server.errors import bad
 from llmrun.server.fields import AnyObject, Anything, Either, Flag, Kind, ListOf, MapOf, Number, Only, Record, Text
 from llmrun.server.limits import Limits
+from llmrun.text_stream import MAX_STOP_CHARS
 
 if TYPE_CHECKING:
     from llmrun.constraint import Constraint
 
 MAX_TOKENS = 1 << 31
-MAX_STOP_CHARS = 256
 _NOTHING = Anything()
 
 
