@@ -60,13 +60,7 @@ class TextStream:
         self._at_start = tokenizer.strips_leading_space and not is_continuation
         self._matchers = [_Matcher(text) for text in dict.fromkeys(stop)]
         self._held = ""
-        self._emitted: list[str] = []
         self._finished = False
-
-    @property
-    def text(self) -> str:
-        """Everything emitted so far."""
-        return "".join(self._emitted)
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that became certain; nothing once stopped.
@@ -91,12 +85,10 @@ class TextStream:
         piece = "" if self.stopped else self._emit(self._decoder.decode(b"", final=True))
         self._finished = True
         rest, self._held = self._held, ""
-        self._emitted.append(rest)
         return piece + rest
 
     def _emit(self, new: str) -> str:
         if not self._matchers:
-            self._emitted.append(new)
             return new
         text = self._held + new
         matched = 0
@@ -111,7 +103,6 @@ class TextStream:
         else:
             keep = len(text) - max(matcher.state for matcher in self._matchers)
         piece, self._held = text[:keep], "" if self.stopped else text[keep:]
-        self._emitted.append(piece)
         return piece
 
 
