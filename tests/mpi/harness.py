@@ -125,6 +125,13 @@ def llmrun_command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "llmrun", *map(str, arguments)]
 
 
+def script_command(text: str, folder: Path, *arguments: object) -> list[str]:
+    """Return `mpirun -n 2 python SCRIPT ARGUMENTS`, for a script that is written into `folder`."""
+    script = folder / "script.py"
+    script.write_text(text)
+    return [*mpirun_command(2), sys.executable, str(script), *map(str, arguments)]
+
+
 def run_ranks(
     num_ranks: int,
     *arguments: object,

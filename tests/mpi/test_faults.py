@@ -6,19 +6,20 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Outcome, RunningJob, llmrun_command, mpirun_command, run_alone, run_ranks
+from harness import Outcome, RunningJob, llmrun_command, mpirun_command, run_alone, run_ranks, script_command
 
 from llmrun import launcher
 
 Packed = Callable[..., Path]
 ARGUMENTS = ("-p", "The king", "-n", 12, "--temperature", 0, "--ignore-eos")
 WATCHDOG_S = 1.5
+WATCHED = {"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}
+SCRIPT = "import sys\nfrom llmrun import Engine\nEngine(sys.argv[1])\n"
 ENDS_WITHIN_S = 12.0  # start, watchdog, and what the launcher needs to end the rest
 EXIT_CODES = {"raise": 1, "exit": 1, "vanish": 6, "kill": 6, "stop": 6, "nan": 7}
 CASES = [
@@ -60,9 +61,7 @@ def test_a_faulty_rank_ends_the_job(rank: int, point: str, kind: str, packed_tin
 
 
 @pytest.mark.parametrize(("rank", "point", "kind"), [case for case in CASES if case[2] in ("raise", "stop", "nan")])
-def test_a_faulty_rank_ends_a_job_of_the_users_mpirun(
-    rank: int, point: str, kind: str, packed_tiny: Packed, golden: str
-) -> None:
+def test_a_faulty_rank_ends_a_job_of_the_users_mpirun(rank: int, point: str, kind: str, packed_tiny: Packed) -> None:
     outcome = faulty(packed_tiny(2, "f32"), f"{rank}:{point}:{kind}", lambda *a, **k: run_ranks(2, *a, **k))
     assert outcome.code in codes_of_mpirun(EXIT_CODES[kind]), outcome
     assert len(outcome.errors) == 1
@@ -73,7 +72,7 @@ def test_a_faulty_rank_ends_a_job_of_the_users_mpirun(
 def test_a_rank_stopped_before_it_joins_the_others_is_named(rank: int, start: str, packed_tiny: Packed) -> None:
     """Before MPI is initialised; the others wait inside MPI_Init."""
     command = [*(mpirun_command(2) if start == "mpirun" else []), *llmrun_command(packed_tiny(2, "f32"), *ARGUMENTS)]
-    job = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)})
+    job = RunningJob(command, environment=WATCHED)
     pid = job.rank_pid(rank)
     os.kill(pid, signal.SIGSTOP)
     outcome = job.finish()
@@ -84,12 +83,12 @@ def test_a_rank_stopped_before_it_joins_the_others_is_named(rank: int, start: st
 
 
 def test_a_rank_that_never_joins_is_not_waited_for_for_ever(packed_tiny: Packed, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(
+    script = (
         "import os, sys, time\nfrom llmrun import Engine, watchdog\nwatchdog.LOAD_S = 2\n"
         "if '1' in (os.environ.get('PMI_RANK'), os.environ.get('OMPI_COMM_WORLD_RANK')): time.sleep(50)\nEngine(sys.argv[1])\n"
     )
-    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
-    outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(45)
+    command = script_command(script, tmp_path, packed_tiny(2, "f32"))
+    outcome = RunningJob(command, environment=WATCHED).finish(45)
     assert outcome.code in codes_of_mpirun(6)
     assert "rank 0 is stuck: no progress in waiting for all ranks to start" in outcome.errors[0]
     assert outcome.leftovers == []
@@ -97,12 +96,12 @@ def test_a_rank_that_never_joins_is_not_waited_for_for_ever(packed_tiny: Packed,
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_ranks_that_load_the_stuck_one_is_named(rank: int, packed_tiny: Packed, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(
+    script = (
         "import sys, time\nfrom llmrun import Engine, job, watchdog\nwatchdog.LOAD_S = 2\nload = job.Job._load\n"
         f"job.Job._load = lambda self: time.sleep(50) if self.rank == {rank} else load(self)\nEngine(sys.argv[1])\n"
     )
-    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
-    outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(30)
+    command = script_command(script, tmp_path, packed_tiny(2, "f32"))
+    outcome = RunningJob(command, environment=WATCHED).finish(30)
     assert len(outcome.errors) == 1
     assert f"rank {rank} is stuck: no progress in loading" in outcome.errors[0]
     assert outcome.leftovers == []
@@ -110,9 +109,8 @@ def test_of_ranks_that_load_the_stuck_one_is_named(rank: int, packed_tiny: Packe
 
 def test_the_shell_around_mpirun_is_none_of_its_ranks(packed_tiny: Packed, tmp_path: Path) -> None:
     """`srun --pty sh` makes it rank 0 of one, and whoever ends a job before it has begun kills its ranks."""
-    (tmp_path / "script.py").write_text("import sys\nfrom llmrun import Engine\nEngine(sys.argv[1])\n")
-    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
-    environment = {"PMI_RANK": "0", "PMI_SIZE": "1", "LLMRUN_WATCHDOG_S": str(WATCHDOG_S), "MPI4PY_LIBMPI": "/none"}
+    command = script_command(SCRIPT, tmp_path, packed_tiny(2, "f32"))
+    environment = {**WATCHED, "PMI_RANK": "0", "PMI_SIZE": "1", "MPI4PY_LIBMPI": "/none"}
     job = RunningJob(["sh", "-c", '"$@" >&2; sleep 4; echo alive', "sh", *command], environment=environment)
     outcome = job.finish()
     assert (outcome.code, outcome.stdout, outcome.leftovers) == (0, "alive\n", [])
@@ -125,13 +123,13 @@ def test_a_rank_that_leaves_before_mpi_knows_it_leaves_no_rank_behind(
 ) -> None:
     """MPICH's launcher takes such a rank for one that has done its work, and waits for the other."""
     rank_0 = {"stopped": "os.kill(os.getpid(), signal.SIGSTOP)", "late": "time.sleep(50)"}[first]
-    (tmp_path / "script.py").write_text(
+    script = (
         "import os, signal, sys, time\nfrom llmrun import Engine, comm, watchdog\nwatchdog.LOAD_S = 4\n"
         "rank = os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK')\n"
         f"if rank == '0': {rank_0}\ncomm.connect = lambda: time.sleep(50)\nEngine(sys.argv[1])\n"
     )
-    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
-    outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(20)
+    command = script_command(script, tmp_path, packed_tiny(2, "f32"))
+    outcome = RunningJob(command, environment=WATCHED).finish(20)
     expected = {"stopped": "is stopped", "late": "rank 1 is stuck: no progress in waiting for all ranks to start"}
     assert expected[first] in outcome.errors[0]
     assert outcome.code != 0
@@ -144,13 +142,11 @@ def test_a_rank_that_cannot_load_mpi_is_not_waited_for(
     rank: int, start: str, packed_tiny: Packed, tmp_path: Path
 ) -> None:
     """As on a host whose environment lacks something; the other rank waits inside MPI_Init."""
-    (tmp_path / "script.py").write_text("import sys\nfrom llmrun import Engine\nEngine(sys.argv[1])\n")
-    path = packed_tiny(2, "f32")
+    path, command = packed_tiny(2, "f32"), mpirun_command(2)
     program = {
         "llmrun": llmrun_command(path, *ARGUMENTS),
-        "script": [sys.executable, str(tmp_path / "script.py"), str(path)],
+        "script": script_command(SCRIPT, tmp_path, path)[len(command) :],
     }[start]
-    command = mpirun_command(2)
     one = [*command[: command.index("-n")], "-n", "1", *command[command.index("-n") + 2 :]]
     broken = ["env", "MPI4PY_LIBMPI=/nonexistent/libmpi.so", *program]
     first, second = (broken, program) if rank == 0 else (program, broken)
@@ -166,12 +162,12 @@ def test_a_rank_that_cannot_load_mpi_is_not_waited_for(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_stopped_while_it_leaves_is_named(rank: int, packed_tiny: Packed, tmp_path: Path) -> None:
     """The others wait for it when they leave MPI, after their last step."""
-    (tmp_path / "script.py").write_text(
+    script = (
         "import os, signal, sys\nfrom llmrun import Engine\nwith Engine(sys.argv[1]) as engine:\n    engine.logits([1])\n"
         f"if engine.rank == {rank}: os.kill(os.getpid(), signal.SIGSTOP)\n"
     )
-    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "f32"))]
-    outcome = RunningJob(command, environment={"LLMRUN_WATCHDOG_S": str(WATCHDOG_S)}).finish(30)
+    command = script_command(script, tmp_path, packed_tiny(2, "f32"))
+    outcome = RunningJob(command, environment=WATCHED).finish(30)
     assert outcome.code in codes_of_mpirun(6)
     assert len(outcome.errors) == 1
     assert f"rank {rank} (pid " in outcome.errors[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Outcome, RunningJob, llmrun_command, mpirun_command, run_alone, run_ranks
+from harness import Outcome, RunningJob, llmrun_command, mpirun_command, run_alone, run_ranks, script_command
 
 from llmrun import launcher
 
@@ -196,18 +196,20 @@ def test_bad_input_is_one_line_from_all_ranks_together(
         assert (outcome.code, outcome.stdout, len(outcome.errors)) == (exit_code, "", 1)
 
 
+def run_script(text: str, tmp_path: Path, *arguments: object) -> Outcome:
+    return RunningJob(script_command(text, tmp_path, *arguments)).finish()
+
+
 def test_another_models_rank_folder_is_found_before_anything_runs(packed_tiny: Packed, tmp_path: Path) -> None:
     """Each rank opens its own path, as on two hosts with different artifacts; both are sound by themselves."""
-    script = tmp_path / "script.py"
-    script.write_text(
+    script = (
         "import os, sys\n"
         "from llmrun import Engine, errors\n"
         "rank = int(os.environ.get('PMI_RANK') or os.environ['OMPI_COMM_WORLD_RANK'])\n"
         "try: Engine(sys.argv[1 + rank])\n"
         "except errors.IncompatibleError as error: os.write(1, f'{rank} {error.code} {error}\\n'.encode()); sys.exit(4)\n"
     )
-    command = [sys.executable, script, packed_tiny(2, "f32"), packed_tiny(2, "q8")]
-    outcome = RunningJob([*mpirun_command(2), *map(str, command)]).finish()
+    outcome = run_script(script, tmp_path, packed_tiny(2, "f32"), packed_tiny(2, "q8"))
     assert outcome.code == 4
     lines = sorted(line for line in outcome.stdout.splitlines() if "E413" in line)
     assert [line[:2] for line in lines] == ["0 ", "1 "]
@@ -232,12 +234,6 @@ with Engine(sys.argv[1], max_num_seqs=2) as engine:
     log.append(engine.selfcheck()[0])
 os.write(1, f"rank {engine.rank}: {log}\\n".encode())  # one call: mpirun mixes what ranks write
 """.replace("Engine, UsageError", "Engine")
-
-
-def run_script(text: str, tmp_path: Path, *arguments: object, deadline_s: float = 60.0) -> Outcome:
-    script = tmp_path / "script.py"
-    script.write_text(text)
-    return RunningJob([*mpirun_command(2), sys.executable, str(script), *map(str, arguments)]).finish(deadline_s)
 
 
 @pytest.mark.parametrize("who_stops", [0, -1], ids=["rank 0 stops early", "nobody stops early"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import RunningJob, mpirun_command
+from harness import RunningJob, script_command
 
 Packed = Callable[..., Path]
 SCRIPT = """
@@ -42,8 +41,7 @@ else:
 
 
 def test_tasks_on_two_ranks_get_the_bits_of_each_alone(packed_tiny: Packed, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [*mpirun_command(2), sys.executable, str(tmp_path / "script.py"), str(packed_tiny(2, "q4"))]
+    command = script_command(SCRIPT, tmp_path, packed_tiny(2, "q4"))
     outcome = RunningJob(command).finish(120)
     assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
     facts = json.loads(outcome.stdout)
