@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from llmpack.config import open_regular, read_config, read_json
+from llmpack.config import open_regular, read_config, read_json, refuse_pointer
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -221,10 +221,7 @@ def _read_header(model_dir: Path, name: str) -> dict[str, TensorInfo]:
     path = model_dir / name
     with open(open_regular(path), "rb") as file:
         start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            raise IntegrityError(
-                f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.", code="E310"
-            )
+        refuse_pointer(path, start)
         file.seek(8)
         header_bytes = int.from_bytes(start[:8], "little")
         try:

@@ -67,11 +67,16 @@ def read_file(path: Path) -> bytes:
     """Read a small file of a checkpoint; errors as those of `open_regular`, and a Git LFS pointer is explained."""
     with open(open_regular(path), "rb") as file:
         data = file.read()
-    if data.startswith(b"version https://git-lfs"):
+    refuse_pointer(path, data)
+    return data
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Refuse a file that begins as those do that Git leaves in place of large ones."""
+    if start.startswith(b"version https://git-lfs"):
         raise IntegrityError(
             f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.", code="E310"
         )
-    return data
 
 
 def read_json(path: Path) -> dict[str, Any]:
