@@ -215,8 +215,9 @@ def _targets(manifest: Manifest) -> str:
 def activation_bytes(manifest: Manifest, num_tokens: int, max_num_seqs: int) -> int:
     """Bound the memory of steps beside weights and cache: activations, logits of every row, and the launcher's workspace.
 
-    A decode step of each number of sequences up to MOST_CAPTURED is a graph of its own, with logits of its own. Logits, and what is
-    chosen among them, are values of ONNX Runtime's, whose allocator takes powers of two from the driver: up to twice as much.
+    A decode step of each number of sequences up to MOST_CAPTURED is a graph of its own, with logits of its own. Logits, and
+    what is chosen among them, are values of ONNX Runtime's, whose allocator takes powers of two from the driver: up to twice
+    as much.
     """
     model, shards = manifest.model, manifest.shards
     heads = (model.num_attention_heads + 2 * max(model.num_key_value_heads, shards)) // shards * model.head_dim
