@@ -131,11 +131,11 @@ def _connect_streams(folder: str | None, *, is_spokesman: bool) -> None:
         except OSError:
             os.open(os.devnull, os.O_RDONLY)
     if folder is not None:
-        os.dup2(os.open(os.path.join(folder, "stderr"), os.O_WRONLY), 2)
+        os.dup2(launcher.open_pipe(folder, "stderr"), 2)
         open(os.path.join(folder, "started"), "w").close()
     if not is_spokesman:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
     elif folder is not None:
-        os.dup2(os.open(os.path.join(folder, "stdout"), os.O_WRONLY), 1)
+        os.dup2(launcher.open_pipe(folder, "stdout"), 1)

@@ -37,6 +37,7 @@ from llmrun.launcher import (
 KILL_AFTER_S = 5.0
 ENDS_WITHIN_S = 10.0  # mpirun, once a rank has said how the job ends
 FAREWELL_S = 3.0
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FATAL_SIGNALS = {
     signal.SIGKILL,
     signal.SIGSEGV,
@@ -98,11 +99,16 @@ def start_ranks(
             stderr=log,
             env=variables,
             start_new_session=True,
-            preexec_fn=die_with_parent,  # safe: no thread has been started yet
+            preexec_fn=_begin_child,  # safe: no thread has been started yet
         )
     if num_ranks > 1:
         _start_thread(_end_late, child, Path(folder, "exit-code"))
     return child
+
+
+def _begin_child() -> None:
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
 
 
 def _start_thread(target: Callable[..., None], *arguments: Any) -> threading.Thread:
@@ -136,18 +142,21 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
     Returns:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
-    with private_folder() as folder:
-        child = start_ranks(num_ranks, arguments, folder)
+    with private_folder() as folder, contextlib.ExitStack() as stack:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until somebody passes them on: no rank is left behind
+        try:
+            child = start_ranks(num_ranks, arguments, folder)
+            signals = stack.enter_context(_SignalForwarder(child, Path(folder)))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         pumps = [OutputPump(os.path.join(folder, name), fd) for fd, name in ((1, "stdout"), (2, "stderr"))]
         for pump in pumps:
             pump.start()
         _start_thread(_pump_stdin, folder)
-        signals = _SignalForwarder(child, Path(folder))
-        with signals:
-            code = child.wait()
-            _wait_for_server(folder)
-            for pump in pumps:
-                pump.finish(lambda: signals.received is not None)
+        code = child.wait()
+        _wait_for_server(folder)
+        for pump in pumps:
+            pump.finish(lambda: signals.received is not None)
         if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
             return 128 + signals.received
         code = job_exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))
@@ -265,10 +274,11 @@ class _SignalForwarder:
         self._previous: dict[int, object] = {}
         self.received: int | None = None
 
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    def __enter__(self) -> _SignalForwarder:
+        for number in _PASSED_ON:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 self._previous[number] = signal.signal(number, self._forward)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

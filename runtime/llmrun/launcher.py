@@ -11,14 +11,16 @@ to it directly, through the files of a folder, which it lists.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmrun.errors import IncompatibleError
+from llmrun.errors import IncompatibleError, PeerError
 
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
 _PR_SET_PDEATHSIG = 1
@@ -190,6 +192,25 @@ def has_exit_code() -> bool:
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Have the kernel send this process a signal when its parent dies, so that no orphan stays."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def open_pipe(folder: str, name: str) -> int:
+    """Open, for writing, a pipe that the launching llmrun reads; it may be about to open its end.
+
+    Raises:
+        PeerError: that llmrun is gone.
+    """
+    while True:
+        try:
+            pipe = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            # A signal that ended it can be lost by an mpirun that has just begun, which would wait for its ranks for ever.
+            if error.errno != errno.ENXIO or not os.path.exists(os.path.join(folder, "descriptors")):
+                raise PeerError("the llmrun that started the ranks has ended.", code="E602") from None
+            time.sleep(0.01)
+            continue
+        os.set_blocking(pipe, True)
+        return pipe
 
 
 def note_draining(folder: str, pid: int, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -145,6 +146,31 @@ def test_a_signal_ends_a_job_whose_output_nobody_takes(packed_tiny: Packed, tmp_
     outcome = job.finish()
     assert outcome.stderr == ""
     assert list(tmp_path.glob("llmrun-*")) == []
+
+
+EARLY = """
+import os, signal, sys
+from llmrun import launch
+
+start_thread, number = launch._start_thread, getattr(signal, sys.argv[2])
+
+def stop(*arguments):
+    launch._start_thread = start_thread
+    os.kill(os.getpid(), number)
+    return start_thread(*arguments)
+
+launch._start_thread = stop  # its first use is just after mpirun was started
+sys.exit(launch.run_job(2, [sys.argv[1], "-p", "The king"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_whoever_ends_as_soon_as_mpirun_begins_leaves_no_rank(name: str, packed_tiny: Packed) -> None:
+    """MPICH's mpirun loses the signal by which the system tells it of that."""
+    outcome = RunningJob([sys.executable, "-c", EARLY, str(packed_tiny(2, "q4")), name]).finish()
+    number = getattr(signal, name)
+    assert outcome.code == (-number if name == "SIGKILL" else 128 + number)
+    assert outcome.leftovers == []
 
 
 def test_a_system_without_a_temporary_folder_is_told_what_to_do(packed_tiny: Packed) -> None:
