@@ -143,7 +143,9 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
     with private_folder() as folder, contextlib.ExitStack() as stack:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until somebody passes them on: no rank is left behind
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, _PASSED_ON
+        )  # until somebody passes them on: no rank is left behind
         try:
             child = start_ranks(num_ranks, arguments, folder)
             signals = stack.enter_context(_SignalForwarder(child, Path(folder)))
