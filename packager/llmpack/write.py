@@ -111,6 +111,8 @@ class Staging:
             raise UsageError(
                 f"{self.target}: lies inside the artifact {above}, which stays as it is; choose another -o, apart from it."
             )
+        if (file := next((above for above in folders if above.exists() and not above.is_dir()), None)) is not None:
+            raise UsageError(f"{self.target}: {file} is a file, not a directory; choose another -o.")
         if not self.target.exists():
             return
         if _is_mount_point(self.target):

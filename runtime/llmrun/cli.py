@@ -66,6 +66,16 @@ def complete_arguments(arguments: Sequence[str]) -> list[str]:
     return list(arguments) or ["--help"]
 
 
+def _parse(complete: Sequence[str], typed: Sequence[str]) -> argparse.Namespace:
+    try:
+        return build_parser(complete[:1] if complete[0] in COMMANDS else COMMANDS).parse_args(complete)
+    except UsageError as error:
+        if list(complete) == list(typed) or typed[0].startswith("-") or os.path.exists(typed[0]):
+            raise
+        what = f"{typed[0]}: found neither an artifact nor a command ({', '.join(COMMANDS)})"
+        raise UsageError(f"{what}; {error}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Errors are one line on standard error."""
     if arguments is None:
@@ -81,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if folder is not None:
             typed = launcher.read_arguments(folder)
         complete = complete_arguments(typed)
-        chosen = build_parser(complete[:1] if complete[0] in COMMANDS else COMMANDS).parse_args(complete)
+        chosen = _parse(complete, typed)
         chosen.typed = typed
         return _module_of(chosen.command).run(chosen)
     except BrokenPipeError:  # `llmrun show X | head -1`

@@ -172,6 +172,12 @@ def test_no_artifact_is_one_sentence(tmp_path: Path) -> None:
     refused(llmrun("show", tmp_path), 2, "expected an artifact")
 
 
+def test_a_mistyped_command_is_named(packed_tiny: Packed) -> None:
+    refused(
+        llmrun("gen", packed_tiny(1, "f32"), "-p", "a"), 2, "gen: found neither an artifact nor a command (generate, "
+    )
+
+
 def test_a_reader_that_leaves_ends_it_quietly(packed_tiny: Packed) -> None:
     command = [sys.executable, "-m", "llmrun", str(packed_tiny(1, "f32")), "-p", "a", "-n", "100", "--ignore-eos"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -29,6 +29,13 @@ def test_an_existing_artifact_needs_force_and_is_then_swapped(tmp_path, tiny_che
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("name", ["a", "a/b"])
+def test_no_artifact_is_made_below_a_file(tmp_path, tiny_checkpoint, name):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"notes\.txt is a file, not a directory"):
+        pack(tiny_checkpoint, tmp_path / "notes.txt" / name, Options())
+
+
 def test_force_does_not_wipe_what_is_not_an_artifact(tmp_path, tiny_checkpoint):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("years of work")

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen on ADDRESS (127.0.0.1)")
     group.add_argument("--port", type=int, default=DEFAULT_PORT, metavar="N", help="0: any free one (8000)")
     group.add_argument(
-        "--served-model-name", action="append", metavar="NAME", help="the model's name (the directory's)"
+        "--served-model-name", action="append", metavar="NAME", help="the model's name (the directory's); repeatable"
     )
     group.add_argument("--api-key", metavar="KEY", help=f"ask for KEY; better: --api-key-file, or {KEY_VARIABLE}")
     group.add_argument("--api-key-file", metavar="FILE", help="ask for one of the keys in FILE, one a line")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-host", action="append", default=[], metavar="NAME", help="a Host to answer; repeatable"
     )
     group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="URL", help="an origin whose pages may ask"
+        "--cors-origin", action="append", default=[], metavar="URL", help="an origin whose pages may ask; repeatable"
     )
     group.add_argument("--max-num-seqs", type=int, default=8, metavar="N", help="sequences that run together (8)")
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
