@@ -95,9 +95,10 @@ class Launcher {
     void reserve(size_t bytes);
     DevicePointer workspace() const { return workspace_; }
 
-    // Lives as long as the launcher; `is_shared`, which peers' kernels read while ours write, as the process.
+    // Lives as long as the launcher, or until `release`; `is_shared`, which peers' kernels read while ours
+    // write, as the process.
     DevicePointer allocate_zeroed(size_t bytes, bool is_shared = false);
-    void release(DevicePointer memory);                                 // that is not shared, before its time
+    void release(DevicePointer memory);                                 // which is not shared
     void fill(DevicePointer memory, unsigned char byte, size_t bytes);  // waits until it is done
     void upload(DevicePointer to, const void* from, size_t bytes);      // waits until it is there
     // Copies within the device's reach and then to the host; waits until it is there.
@@ -113,7 +114,7 @@ class Launcher {
     explicit Launcher(const Settings& settings);
     Function function_of(const KernelRecord& record);
 
-    Stream stream_ = nullptr;             // for what happens before the first step
+    Stream stream_ = nullptr;             // for what happens before the first step, and between steps
     std::map<uint64_t, Module> modules_;  // by the code's offset
     std::vector<DevicePointer> allocations_;
     DevicePointer workspace_ = 0;

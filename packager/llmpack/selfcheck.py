@@ -23,7 +23,7 @@ from llmpack.layout import untile_nibbles, untile_rows, untile_six_bits
 from llmpack.native import VECTORS, packed_product
 from llmpack.weights import EMBEDDING, HEAD, Initializer, RankWeight, heads_per_rank
 from llmpack_ops import reference
-from llmrun.artifact import ROW_TILE, IncompatibleError, InternalError, ModelConfig
+from llmrun.artifact import LARGEST_LOGIT, ROW_TILE, IncompatibleError, InternalError, ModelConfig
 
 NUM_IDS = VECTORS  # of a sequence, or of two side by side: one with activations as they are, one with rounded ones
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -40,7 +40,6 @@ _TOLERANCE = {
 }
 _ROUNDINGS = 3.0  # times what rounding activations changes: a kernel's own float32 sums round some the other way
 _LARGEST = float(np.finfo(np.float32).max)  # of what kernels compute with
-_LARGEST_LOGIT = 1e30  # that a reader takes
 _TOO_LARGE = "no machine runs this model in float32: its weights are damaged, or were made for another type"
 _UNTILE = {"q8": untile_rows, "q6": untile_six_bits, "q4": untile_nibbles}
 
@@ -234,8 +233,11 @@ def selfcheck(
     ids = (np.arange(1, length + 1, dtype=np.int64) * 2654435761) % config.vocab_size
     rows = forward(config, ranks, kv_dtype, frequencies, ids, has_rounded=is_rounded)
     logits = rows[length - 1]
-    if not np.abs(logits).max() < _LARGEST_LOGIT:
-        raise IncompatibleError(f"{HEAD}: a logit is beyond {_LARGEST_LOGIT:g}; {_TOO_LARGE}.")
+    if not np.abs(logits).max() < LARGEST_LOGIT:
+        raise IncompatibleError(
+            f"{HEAD}: found a logit of {np.abs(logits).max():.2g}, expected less than {LARGEST_LOGIT:g}: its weights are"
+            " damaged, or were made for another type."
+        )
     scale = float(np.sqrt(np.mean(logits**2)))
     share = max(_TOLERANCE[scheme], _TOLERANCE["f16"] if kv_dtype == "float16" else 0.0)
     rounding = float(np.abs(rows[-1] - logits).max())  # 0 where nothing is rounded

@@ -55,12 +55,14 @@ from llmrun.manifest import (
     parse_manifest,
 )
 
+LARGEST_LOGIT = 1e30  # of selfcheck.json (FORMAT 6.1): larger ones are of no model that works
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 __all__ = [
     "CHUNK_BYTES",
     "FORMAT_NAME",
     "FORMAT_VERSION",
+    "LARGEST_LOGIT",
     "MANIFEST_NAME",
     "OPS_DOMAIN",
     "OPS_VERSION",
@@ -204,7 +206,9 @@ class Artifact:
                     0 < len(ids) <= self.manifest.max_seq_len
                     and all(type(i) is int and 0 <= i < vocab_size for i in ids)
                     and len(logits) == vocab_size
-                    and all(type(number) in (int, float) and abs(number) < 1e30 for number in (tolerance, *logits))
+                    and all(
+                        type(number) in (int, float) and abs(number) < LARGEST_LOGIT for number in (tolerance, *logits)
+                    )
                 ):
                     return ids, logits, tolerance
         raise self._not_as_packed(self.manifest.selfcheck, "no ids, logits and tolerance that fit the model")

@@ -49,7 +49,10 @@ class ChatJob:
         child = None
         try:
             self._child = child = launch.start_ranks(
-                self._num_ranks, self._arguments, self._folder.name, {launcher.CHAT_VARIABLE: "1"}
+                launch.rank_command(self._num_ranks),
+                self._arguments,
+                self._folder.name,
+                {launcher.CHAT_VARIABLE: "1"},
             )
             self._events = os.open(self._path("stdout"), os.O_RDONLY | os.O_NONBLOCK)
             self._poller = select.poll()

@@ -308,6 +308,7 @@ def open_gpu(
     if _user is None or _user.is_closed:
         # Here all ranks have done with it; when a job ends, one may still read what another shares.
         ops.llmpack_ops_gpu_close()
+        _open_memories.clear()
         _user = user
     given = _Description(size, vendor, placement.gpu.ordinal, max_sequences, num_tokens, 0, kernels)
     if ops.llmpack_ops_gpu_open(ctypes.byref(given)) != 0:
@@ -315,28 +316,27 @@ def open_gpu(
 
 
 class Memory:
-    """Memory of the GPU that `open_gpu` opened, until it is closed, or the next one is opened."""
+    """A piece of memory of the GPU that `open_gpu` opened, until it is closed, or the next GPU is opened."""
 
     def __init__(self, ops: ctypes.CDLL) -> None:
-        self._ops = ops
-        self._addresses: list[int] = []
+        self._ops, self._address = ops, 0
 
     def allocate(self, num_bytes: int) -> int:
-        """Return the address of `num_bytes`, all zero.
+        """Return the address of `num_bytes`, all zero; once.
 
         Raises:
             ResourceError: the driver has no more.
         """
         address = ctypes.c_void_p()
         if self._ops.llmpack_ops_gpu_allocate(num_bytes, ctypes.byref(address)) != 0:
-            raise ResourceError(f"{_last_error(self._ops)} Use a smaller --kv-cache-mb or --max-seq-len.", code="E504")
-        self._addresses.append(address.value or 0)
-        return self._addresses[-1]
-
-    def close(self) -> None:
-        """Give it all back; no step may use it any more."""
-        while self._addresses:
-            self._ops.llmpack_ops_gpu_free(self._addresses.pop())
+            raise ResourceError(
+                f"{_last_error(self._ops)} There was more when this was planned: end what else took it, or use a smaller"
+                " --kv-cache-mb or --max-seq-len.",
+                code="E504",
+            )
+        self._address = address.value or 0
+        _open_memories.add(self)
+        return self._address
 
     def fill(self, address: int, byte: int, num_bytes: int) -> None:
         """Set each of `num_bytes` to `byte`.
@@ -346,6 +346,15 @@ class Memory:
         """
         if self._ops.llmpack_ops_gpu_fill(address, byte, num_bytes) != 0:
             raise InternalError(_last_error(self._ops))
+
+    def close(self) -> None:
+        """Give it back, unless its GPU was closed; no step may use it any more."""
+        if self in _open_memories:
+            _open_memories.discard(self)
+            self._ops.llmpack_ops_gpu_free(self._address)
+
+
+_open_memories: set[Memory] = set()
 
 
 def join_gpus(ops: ctypes.CDLL) -> tuple[str, bool]:

@@ -107,7 +107,7 @@ class Engine:
             else:
                 job.load((kv_cache_mb << 20) // (spec.block_size * spec.bytes_per_token), is_exact=True)
         except BaseException:
-            job.watchdog.close()
+            job.abandon()
             raise
         self._core = Core(
             job, self.tokenizer, max_seq_len=self.max_seq_len, max_num_seqs=max_num_seqs, speculate=speculate
@@ -117,7 +117,7 @@ class Engine:
             _open_jobs.add(self)
         else:
             _open_alone.add(self)
-            weakref.finalize(self, job.watchdog.close).atexit = False
+            weakref.finalize(self, job.abandon).atexit = False
         atexit.unregister(_close_all)  # once, and before MPI's own, which was registered by now
         atexit.register(_close_all)
 

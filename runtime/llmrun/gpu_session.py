@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llmrun.manifest import KvCacheSpec
 
 Gather = Callable[[Any], "list[Any] | None"]
+_ALIGNMENT = 256  # of a layer's keys or values, as drivers align what they allocate
 _MOST_SHAPES = 32  # of eager steps whose memory is kept
 
 
@@ -171,12 +172,16 @@ class GpuSession:
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", self._device)
 
     def _make_caches(self, spec: KvCacheSpec, num_blocks: int) -> dict[str, _Cache]:
+        shapes = {name: (num_blocks, *block) for name, block in spec.shapes(is_gpu=True).items()}
+        sizes = {name: math.prod(shape) * self._cache_type.itemsize for name, shape in shapes.items()}
+        strides = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
+        # One piece: a driver rounds each up, to 2 MB and the like.
+        address = self._memory.allocate(spec.num_layers * sum(strides.values()))
         caches = {}
         for layer in range(spec.num_layers):
-            for name, block in spec.shapes(is_gpu=True).items():
-                shape = (num_blocks, *block)
-                num_bytes = math.prod(shape) * self._cache_type.itemsize
-                caches[f"{name}.{layer}"] = _Cache(self._memory.allocate(num_bytes), shape, num_bytes)
+            for name, shape in shapes.items():
+                caches[f"{name}.{layer}"] = _Cache(address, shape, sizes[name])
+                address += strides[name]
         return caches
 
     def _shape_of(self, values: dict[str, NDArray[np.int32]], is_captured: bool) -> _Shape:

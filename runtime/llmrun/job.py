@@ -152,15 +152,20 @@ class Job:
 
     def close(self, exit_code: int = 0) -> None:
         """Leave in order, and free the session's memory: rank 0 tells the others to, with the exit code of the job."""
-        self.watchdog.close()
-        self._session = None
         if self.is_broken:
+            self.watchdog.close()
             failstop.leave(exit_code)
-        if self._gpu_memory is not None:
-            self._gpu_memory.close()
+        self.abandon()
         launcher.note_exit_code(exit_code)
         if self.rank == 0 and self.size > 1:
             self.comm.send(np.array([MessageKind.SHUTDOWN, exit_code], np.int32).data)
+
+    def abandon(self) -> None:
+        """Free the session's memory and end the watchdog, without a word to other ranks; no step is under way."""
+        self._session = None
+        if self._gpu_memory is not None:
+            self._gpu_memory.close()
+        self.watchdog.close()
 
     def verify(self, names: list[str], num_threads: int = 1) -> None:
         """Compare the digests of files with the manifest's, as the user wants it; each file once."""

@@ -64,21 +64,30 @@ def private_folder() -> tempfile.TemporaryDirectory[str]:
         ) from None
 
 
+def rank_command(num_ranks: int) -> list[str]:
+    """Return how ranks of this host are started, a single one without mpirun, which is looked for.
+
+    Raises:
+        IncompatibleError: there is no mpirun of this environment.
+    """
+    command = [sys.executable, "-P", "-m", "llmrun"]  # -P: no modules of the folder that we happen to be in
+    if num_ranks == 1:
+        return command
+    mpirun, family = find_mpirun()
+    return [mpirun, *mpirun_options(family, num_ranks), *command]
+
+
 def start_ranks(
-    num_ranks: int, arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
+    command: Sequence[str], arguments: Sequence[str], folder: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start `llmrun ARGUMENTS` on `num_ranks` ranks of this host, a single one without mpirun.
+    """Start `llmrun ARGUMENTS` on ranks of this host.
 
     Args:
-        num_ranks: as the artifact was packed for.
+        command: of `rank_command`.
         arguments: of llmrun's command line.
         folder: empty; gets the pipes and notes through which the ranks talk to us.
         environment: variables to add.
     """
-    command = [sys.executable, "-P", "-m", "llmrun"]  # -P: no modules of the folder that we happen to be in
-    if num_ranks > 1:
-        mpirun, family = find_mpirun()
-        command = [mpirun, *mpirun_options(family, num_ranks), *command]
     write_arguments(folder, arguments)
     os.symlink(f"/proc/{os.getpid()}/fd", os.path.join(folder, "descriptors"))
     for name in ("stdin", "stdout", "stderr"):
@@ -101,7 +110,7 @@ def start_ranks(
             start_new_session=True,
             preexec_fn=_begin_child,  # safe: no thread has been started yet
         )
-    if num_ranks > 1:
+    if command[0] != sys.executable:
         _start_thread(_end_late, child, Path(folder, "exit-code"))
     return child
 
@@ -143,11 +152,11 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
         the job's exit code; 6 if a rank was killed by a signal or vanished.
     """
     with private_folder() as folder, contextlib.ExitStack() as stack:
-        mask = signal.pthread_sigmask(
-            signal.SIG_BLOCK, _PASSED_ON
-        )  # until somebody passes them on: no rank is left behind
+        command = rank_command(num_ranks)
+        # Until somebody passes signals on: no rank is left behind.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
         try:
-            child = start_ranks(num_ranks, arguments, folder)
+            child = start_ranks(command, arguments, folder)
             signals = stack.enter_context(_SignalForwarder(child, Path(folder)))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -159,6 +168,7 @@ def run_job(num_ranks: int, arguments: Sequence[str]) -> int:
         _wait_for_server(folder)
         for pump in pumps:
             pump.finish(lambda: signals.received is not None)
+        stack.close()
         if signals.received is not None and not (signals.is_draining and Path(folder, "exit-code").exists()):
             return 128 + signals.received
         code = job_exit_code(code, Path(folder, "exit-code"), Path(folder, "mpirun.log"))

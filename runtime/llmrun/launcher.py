@@ -25,6 +25,7 @@ from llmrun.errors import IncompatibleError, PeerError
 MPICH, OPEN_MPI = "MPICH", "Open MPI"
 _PR_SET_PDEATHSIG = 1
 LAUNCH_VARIABLE = "LLMRUN_LAUNCH"  # the folder
+_PIPE_OPENS_WITHIN_S = 30.0
 CHAT_VARIABLE = "LLMRUN_CHAT"  # the launching llmrun talks to a person: llmrun.chat_link
 
 
@@ -198,19 +199,30 @@ def open_pipe(folder: str, name: str) -> int:
     """Open, for writing, a pipe that the launching llmrun reads; it may be about to open its end.
 
     Raises:
-        PeerError: that llmrun is gone.
+        PeerError: that llmrun is gone. OSError: the pipe cannot be opened.
     """
+    until = time.monotonic() + _PIPE_OPENS_WITHIN_S
     while True:
         try:
             pipe = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOENT):
+                raise
             # A signal that ended it can be lost by an mpirun that has just begun, which would wait for its ranks for ever.
-            if error.errno != errno.ENXIO or not os.path.exists(os.path.join(folder, "descriptors")):
+            if not _has_descriptors(folder) or time.monotonic() > until:
                 raise PeerError("the llmrun that started the ranks has ended.", code="E602") from None
             time.sleep(0.01)
             continue
         os.set_blocking(pipe, True)
         return pipe
+
+
+def _has_descriptors(folder: str) -> bool:
+    """Whether the llmrun that launched us runs: one that has ended has none, also while nobody has asked for its exit code."""
+    try:
+        return bool(os.listdir(os.path.join(folder, "descriptors")))
+    except OSError:
+        return False
 
 
 def note_draining(folder: str, pid: int, seconds: float) -> None:

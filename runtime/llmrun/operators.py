@@ -39,6 +39,10 @@ class Operators:
             self.functions = load_library(self.path)
         except OSError as error:
             raise cannot_load(self.path, error) from None
+        except AttributeError as error:
+            raise IncompatibleError(
+                f"{self.path}: of another llmpack: {error}. Install llmpack again.", code="E416"
+            ) from None
         self.version: int = self.functions.llmpack_ops_version()
         if self.version != OPS_VERSION:
             raise IncompatibleError(

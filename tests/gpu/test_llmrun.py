@@ -171,6 +171,14 @@ TWO_ENGINES = """
 import sys
 from llmrun import Engine
 
+if sys.argv[2] == "dropped":
+    engine = Engine(sys.argv[1], provider="cuda", kv_cache_mb=64)
+    first = engine.job.placement.free_bytes
+    del engine
+    engine = Engine(sys.argv[1], provider="cuda", kv_cache_mb=64)
+    print(first, "same")
+    print(engine.job.placement.free_bytes, "same")
+    sys.exit()
 for _ in range(2):
     with Engine(sys.argv[1], provider="cuda", kv_cache_mb=64) as engine:
         text = engine.complete("The prince", max_tokens=2, temperature=0).text
@@ -180,9 +188,11 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.mpi)])
-def test_a_closed_engine_leaves_the_gpu_to_the_next(shards: int, artifact, run) -> None:
-    done = run(shards, "cuda", "-c", TWO_ENGINES, artifact(shards))
+@pytest.mark.parametrize(
+    ("shards", "how"), [(1, "closed"), (1, "dropped"), pytest.param(2, "closed", marks=pytest.mark.mpi)]
+)
+def test_an_engine_that_is_no_more_leaves_the_gpu_to_the_next(shards: int, how: str, artifact, run) -> None:
+    done = run(shards, "cuda", "-c", TWO_ENGINES, artifact(shards), how)
     assert done.returncode == 0, done.stderr
     (free, text), (free_again, text_again) = (line.split(" ", 1) for line in done.stdout.splitlines())
     assert text == text_again

@@ -139,7 +139,11 @@ def test_a_key_from_a_file_is_asked_for(packed_demo: Packed, tmp_path: Path) -> 
         (("--allowed-host", "box:8000"), 2),
         (("--cors-origin", "app.example"), 2),
         (("--cors-origin", "https://app.example/"), 2),
+        (("--allowed-host", "*"), 2),
+        (("--cors-origin", "https://App.example"), 2),
+        (("--cors-origin", "https://app.example:443"), 2),
         (("--metrics-prefix", "my-llm"), 2),
+        (("--metrics-prefix", ""), 2),
     ],
 )
 def test_a_careless_command_line_is_refused(arguments: tuple[Any, ...], code: int, packed_demo: Packed) -> None:

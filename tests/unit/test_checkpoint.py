@@ -314,7 +314,7 @@ def test_keys_and_values_that_the_cache_cannot_hold_are_refused(projection, mode
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lm_head", r"lm_head: a logit is beyond 1e\+30"),
+        ("lm_head", r"lm_head: found a logit of .*, expected less than 1e\+30"),
         ("model.embed_tokens", r"layers\.0\.input_layernorm: its input's squares are beyond float32's range"),
         ("model.layers.1.mlp.down_proj", r"model\.norm: its input's squares are beyond float32's range"),
         (

@@ -176,9 +176,10 @@ def test_whole_rows_come_when_the_plan_asks_for_them(make):
 
 def test_keys_and_values_take_their_bytes_and_no_more(make):
     session = make(memory=(memory := Memory()))
-    assert memory.sizes == [8 * 16 * 2 * 8 * 2] * 2
+    size = 8 * 16 * 2 * 8 * 2
+    assert memory.sizes == [2 * size]
     session.spoil_cache()
-    assert memory.fills == [(2 * 4096, 0xFF, memory.sizes[1])]
+    assert memory.fills == [(4096 + size, 0xFF, size)]
     assert np.isnan(np.full(2, 0xFF, np.uint8).view(np.float16)).all()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from llmrun import comm, console, launch, launcher
-from llmrun.errors import IncompatibleError
+from llmrun.errors import IncompatibleError, PeerError
 from llmrun.launcher import MPICH, OPEN_MPI
 
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "9", "MPI_LOCALNRANKS": "2"}
@@ -103,7 +106,7 @@ def test_an_mpirun_that_does_not_see_the_end_is_killed(
     monkeypatch.setattr(launch, "ENDS_WITHIN_S", 1.5)
     folder = tmp_path / "job"
     folder.mkdir()
-    child = launch.start_ranks(2, ["artifact"], str(folder))
+    child = launch.start_ranks(launch.rank_command(2), ["artifact"], str(folder))
     child.wait(20)
     assert (folder / "mpirun.log").read_text() == log
     assert launch.job_exit_code(child.returncode, folder / "exit-code", folder / "mpirun.log") == 6
@@ -114,7 +117,7 @@ def test_arguments_are_on_no_command_line_and_nobody_elses_to_read(
 ) -> None:
     monkeypatch.setattr(launch, "find_mpirun", lambda: ("true", MPICH))
     arguments = ["serve", ":", "--api-key", "secret", "a\udcff\n"]
-    child = launch.start_ranks(2, arguments, str(tmp_path))
+    child = launch.start_ranks(launch.rank_command(2), arguments, str(tmp_path))
     child.wait(20)
     assert isinstance(child.args, list)
     assert not set(arguments) & set(child.args)
@@ -150,6 +153,30 @@ def test_what_an_mpirun_complains_about_is_told(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "bin").symlink_to(tmp_path)
     with pytest.raises(IncompatibleError, match=r"an unknown MPI \(no such luck\), but"):
         launcher.find_mpirun()
+
+
+def test_a_rank_does_not_wait_for_an_llmrun_that_has_ended(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stderr")
+    ended = os.fork()
+    if ended == 0:
+        os._exit(0)
+    try:
+        os.symlink(f"/proc/{ended}/fd", tmp_path / "descriptors")  # and nobody has asked for its exit code yet
+        with pytest.raises(PeerError, match="has ended"):
+            launcher.open_pipe(str(tmp_path), "stderr")
+    finally:
+        os.waitpid(ended, 0)
+
+
+def test_a_rank_waits_for_an_llmrun_that_is_about_to_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stderr")
+    os.symlink(f"/proc/{os.getpid()}/fd", tmp_path / "descriptors")
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(lambda: (time.sleep(0.2), os.open(tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK))[1])
+        pipe = launcher.open_pipe(str(tmp_path), "stderr")
+    assert os.get_blocking(pipe)
+    os.close(pipe)
+    os.close(reader.result())
 
 
 def test_this_environments_mpirun_belongs_to_its_library() -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmrun.commands import common
 from llmrun.errors import ResourceError, UsageError
 from llmrun.memory import available_bytes
+from llmrun.peers import local_ranks
 from llmrun.profile import Profile
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT, DEFAULT_GEN = 512, 128
 _BANDWIDTH_BYTES = 256 << 20  # per rank, at most: far beyond any cache
+_LEAST_BANDWIDTH_BYTES = 32 << 20  # what a cache may hold says nothing of the memory
 _BANDWIDTH_REPEATS = 7
 
 
@@ -93,7 +95,7 @@ class Load:
 class _Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._bytes_per_s = 0.0
+        self._bytes_per_s: float | None = None
         self._num_prompts = 0
         self._tests: list[Load] = []
 
@@ -118,12 +120,15 @@ class _Bench:
             )
 
     def measure_bandwidth(self, engine: Engine) -> None:
-        """Read memory on all ranks at once; the sum of their speeds, at the time the slowest was done."""
+        """Read memory on all ranks at once, if there is enough: the sum of their speeds, at the time the slowest was done."""
         import numpy as np
 
         num_threads = engine.job.num_threads
-        own = min(_BANDWIDTH_BYTES, available_bytes() // (2 * engine.size))  # a small box, or container, has less
+        sharers = len(local_ranks(engine.job.comm.peers, engine.rank))
+        own = min(_BANDWIDTH_BYTES, available_bytes() // (2 * sharers))  # a small box, or container, has less
         num_bytes = min(status["bytes"] for status in engine.job.comm.agree({"bytes": own}))
+        if num_bytes < _LEAST_BANDWIDTH_BYTES:
+            return
         parts = np.array_split(np.ones(num_bytes // 4, np.float32), num_threads)
         best_s = math.inf
         with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
@@ -171,7 +176,11 @@ class _Bench:
             "samples_ts": samples,
             "weight_bytes_per_token": weight_bytes,
             "read_bytes_per_s": self._bytes_per_s,
-            "roofline_fraction": steps_per_s * weight_bytes / self._bytes_per_s if load.n_gen and is_cpu else None,
+            "roofline_fraction": (
+                steps_per_s * weight_bytes / self._bytes_per_s
+                if load.n_gen and is_cpu and self._bytes_per_s is not None
+                else None
+            ),
         }
         if self._arguments.profile:
             result["profile"] = self._profile(engine, load)

@@ -7,6 +7,8 @@ taken as they are.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from typing import TYPE_CHECKING, Any
 
 from llmrun import stdin
@@ -36,6 +38,20 @@ def run(arguments: argparse.Namespace) -> int:
     return common.run_on_ranks(arguments, common.RankWork(command.measure, command.prepare))
 
 
+def _expect_writable(path: str) -> None:
+    """Refuse, before anything is computed, a file that cannot be written; makes none."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        number = errno.EISDIR
+    elif not path or not os.path.isdir(folder):
+        number = errno.ENOENT
+    elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise UsageError(f"--logits-out {path}: {os.strerror(number)}.", code="E209")
+
+
 class _Perplexity:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
@@ -61,10 +77,7 @@ class _Perplexity:
         if not any(len(window_ids) > 1 for window_ids in self._windows):
             raise UsageError(f"{arguments.file}: too short, there is no token to predict.", code="E203")
         if arguments.logits_out is not None:
-            try:
-                open(arguments.logits_out, "ab").close()  # what is there stays until all is computed
-            except OSError as error:
-                raise UsageError(f"--logits-out {arguments.logits_out}: {error.strerror}.", code="E209") from None
+            _expect_writable(arguments.logits_out)
 
     def measure(self, engine: Engine, _signals: Signals) -> int:
         """Run window after window."""

@@ -28,8 +28,14 @@ KEY_VARIABLE = "LLMRUN_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _FORMS = {  # of options whose other values would match no request, or no reader of /metrics, without a word
     "--served-model-name": (r".+", "a name"),
-    "--allowed-host": (r"\[[0-9a-fA-F:.]+\]|[^\s:@/\[\]]+", "a name or [address], without scheme and port"),
-    "--cors-origin": (r"\*|null|[a-z][a-z0-9+.-]*://[^\sA-Z@/?#]+", "https://NAME or https://NAME:PORT, no path; or *"),
+    "--allowed-host": (
+        r"\[[0-9a-fA-F:.]+\]|[^\s:@/\[\]*]+(?<!\.)",
+        "one name or [address], without scheme, port, * and a dot at the end",
+    ),
+    "--cors-origin": (
+        r"\*|null|(?!https://.*:443$)(?!http://.*:80$)[a-z][a-z0-9+.-]*://[^\sA-Z@/?#*]+",
+        "https://host or https://host:port as browsers send it: lower case, no path, no port that is the default; or *",
+    ),
     "--metrics-prefix": (r"[a-zA-Z_:][a-zA-Z0-9_:]*", "letters, digits, _ and :"),
 }
 
@@ -74,8 +80,8 @@ class _Serve:
         if not 0 <= arguments.port < 1 << 16:
             raise UsageError(f"--port {arguments.port}: expected 0 to 65535.")
         for option, (form, expected) in _FORMS.items():
-            given = getattr(arguments, option[2:].replace("-", "_")) or []
-            for value in [given] if isinstance(given, str) else given:
+            given = getattr(arguments, option[2:].replace("-", "_"))
+            for value in [given] if isinstance(given, str) else given or []:
                 if not re.fullmatch(form, value):
                     raise UsageError(f"{option} {value}: expected {expected}.")
         self._service: Service | None = None
