@@ -171,10 +171,23 @@ TWO_ENGINES = """
 import sys
 from llmrun import Engine
 
-if sys.argv[2] == "dropped":
-    engine = Engine(sys.argv[1], provider="cuda", kv_cache_mb=64)
-    first = engine.job.placement.free_bytes
-    del engine
+if sys.argv[2] != "closed":
+    if sys.argv[2] == "failed":
+        from llmrun import errors, rank_files
+
+        def fail(files):
+            raise errors.IntegrityError("changed meanwhile")
+
+        conclude, rank_files.RankFiles.conclude = rank_files.RankFiles.conclude, fail
+        try:
+            Engine(sys.argv[1], provider="cuda", kv_cache_mb=64)
+        except errors.IntegrityError:
+            rank_files.RankFiles.conclude = conclude
+        first = 8 << 30  # of the stand-in, all of it
+    else:
+        engine = Engine(sys.argv[1], provider="cuda", kv_cache_mb=64)
+        first = engine.job.placement.free_bytes
+        del engine
     engine = Engine(sys.argv[1], provider="cuda", kv_cache_mb=64)
     print(first, "same")
     print(engine.job.placement.free_bytes, "same")
@@ -189,7 +202,7 @@ for _ in range(2):
 
 
 @pytest.mark.parametrize(
-    ("shards", "how"), [(1, "closed"), (1, "dropped"), pytest.param(2, "closed", marks=pytest.mark.mpi)]
+    ("shards", "how"), [(1, "closed"), (1, "dropped"), (1, "failed"), pytest.param(2, "closed", marks=pytest.mark.mpi)]
 )
 def test_an_engine_that_is_no_more_leaves_the_gpu_to_the_next(shards: int, how: str, artifact, run) -> None:
     done = run(shards, "cuda", "-c", TWO_ENGINES, artifact(shards), how)

@@ -1,18 +1,25 @@
-"""What the tests of grammars and of tools have in common."""
+"""What the tests of an engine of one rank, and those of grammars and of tools, have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from llmrun import Engine
 from llmrun.artifact import open_artifact
 from llmrun.server.grammar import Grammars
 from llmrun.server.limits import Limits
 from llmrun.tokenizer import Tokenizer, load_tokenizer
 
 Packed = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def engine(packed_tiny: Packed) -> Iterator[Engine]:
+    with Engine(packed_tiny(1, "f32"), max_num_seqs=3) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engine_prompts import PROMPTS
 
 from llmrun import Engine
 from llmrun.errors import LlmpackError, UsageError
 
 Packed = Callable[..., Path]
-PROMPTS = ["The king", "O", "To be, or not to be, that is the question", "War and peace"]
-
-
-@pytest.fixture(scope="module")
-def engine(packed_tiny: Packed) -> Iterator[Engine]:
-    with Engine(packed_tiny(1, "f32"), max_num_seqs=3) as engine:
-        yield engine
 
 
 @pytest.mark.parametrize("speculate", [0, 8])

@@ -9,25 +9,19 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engine_prompts import PROMPTS
 
 from llmrun import Engine
 from llmrun.errors import InternalError, NumericError, ResourceError, UsageError
 
 Packed = Callable[..., Path]
-PROMPTS = ["The king", "O", "To be, or not to be, that is the question", "War and peace"]
-
-
-@pytest.fixture(scope="module")
-def engine(packed_tiny: Packed) -> Iterator[Engine]:
-    with Engine(packed_tiny(1, "f32"), max_num_seqs=3) as engine:
-        yield engine
 
 
 def test_text_streams_and_adds_up(engine: Engine) -> None:
