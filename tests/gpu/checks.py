@@ -5,6 +5,7 @@ Also on the stand-in, where it shows that this program is right. Tolerances are 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import helpers
@@ -15,6 +16,7 @@ from executor import MiniOrt
 
 from llmpack.kernel_plan import KernelSpec
 from llmpack.weights import Quantization, plan_rank
+from llmrun.manifest import ModelConfig
 from llmpack_ops import reference
 
 ELEMENT = {np.dtype(d): i for d, i in ((np.float32, 1), (np.uint8, 2), (np.int32, 6), (np.int64, 7), (np.float16, 10))}
@@ -35,16 +37,17 @@ def extra_specs() -> list[KernelSpec]:
 
 
 def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
-    checks = Checks(ort, device)
-    for name in ("products", "norms", "swiglu", "embeddings", "attention", "top_k"):
+    checks = Checks(ort, device, bench.models[0])
+    for name in ("products", "real_products", "norms", "swiglu", "embeddings", "attention", "real_attention", "top_k"):
         error = getattr(checks, name)()
         bench.results[f"operators/{name}"] = error
         bench.row(f"operators: {name}", f"{error:.1e}", "of the largest number, against float64")
 
 
 class Checks:
-    def __init__(self, ort: MiniOrt, device: Device) -> None:
-        self.ort, self.device = ort, device
+    def __init__(self, ort: MiniOrt, device: Device, real: str = "dry") -> None:
+        """`real`: the published shape that some checks take beside the tiny one."""
+        self.ort, self.device, self.real = ort, device, real
         self.rng = np.random.default_rng(0)
         self.config = shapes.config_of("dry")
 
@@ -102,6 +105,20 @@ class Checks:
                 )
         return worst
 
+    def real_products(self) -> float:
+        """A published model's widest and deepest matrices: what is masked, split and staged there."""
+        worst = 0.0
+        matrices = shapes.products(self.real, 1).values()
+        for n, k in {max(matrices), max(matrices, key=lambda matrix: matrix[1])}:
+            projection = helpers.random_projection("q4", n, k, 64)
+            node = self.ort.node("MatMulQ4", in_features=k, **projection.attributes)
+            for rows in (1, 2, 4, 16, 64, 130):
+                x = self.rng.standard_normal((rows, k)).astype(np.float16) / 8
+                (y,) = self.run(node, [x, *projection.initializers.values()], [((rows, n), np.float16)])
+                what = f"MatMulQ4 of {n} x {k}, {rows} rows"
+                worst = max(worst, self.close_to(y, reference.matmul(x, projection.weight), "matmul", what))
+        return worst
+
     def norms(self) -> float:
         worst, hidden = 0.0, self.config.hidden_size
         weight = self.rng.standard_normal(hidden).astype(np.float32)
@@ -146,21 +163,24 @@ class Checks:
 
     def attention(self) -> float:
         """Prefill, decode and mixed steps; blocks in any order; a token without a slot."""
-        config, size = self.config, shapes.BLOCK_SIZE
+        steps = ([20], [20]), ([1], [150]), ([1, 1, 1], [1, 40, 70]), ([1, 9, 1], [33, 20, 5]), ([70], [100])
+        return self._attention(self.config, steps)
+
+    def real_attention(self) -> float:
+        """The same with a published model's heads, over lengths that several programs share."""
+        steps = ([1], [1]), ([1], [777]), ([1, 1, 1], [513, 40, 600]), ([130], [390]), ([1, 33], [700, 33])
+        return self._attention(shapes.config_of(self.real), steps)
+
+    def _attention(self, config: ModelConfig, steps: Iterable[tuple[list[int], list[int]]]) -> float:
+        size = shapes.BLOCK_SIZE
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         scale = dim**-0.5
         node = self.ort.node(
             "PagedAttention", num_heads=heads, num_kv_heads=kv, head_dim=dim, block_size=size, scale=scale
         )
         worst = 0.0
-        for queries, lengths in (
-            ([20], [20]),
-            ([1], [150]),
-            ([1, 1, 1], [1, 40, 70]),
-            ([1, 9, 1], [33, 20, 5]),
-            ([70], [100]),
-        ):
-            tokens, blocks = sum(queries), 12
+        for queries, lengths in steps:
+            tokens, blocks = sum(queries), -(-max(lengths) // size) + 2
             table = self.rng.permutation(len(queries) * blocks).reshape(-1, blocks).astype(np.int32)
             slots = [
                 table[b][p // size] * size + p % size

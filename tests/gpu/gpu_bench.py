@@ -24,7 +24,8 @@ class Bench:
         self.results: dict[str, Any] = {"dry": self.dry}
         self.failed = 0
         self.build = Path(tempfile.mkdtemp(prefix="llmpack-gpu-"))
-        self.models = ("dry",) if self.dry else ("7b", "13b", "34b", "70b")
+        self.models = ("dry",) if self.dry else arguments.models
+        self.parts = ("bandwidth", *arguments.parts)  # what follows is a share of it
         self.copy_bytes_per_s = 0.0
         self.is_hip = False
         self._is_over = threading.Lock()
@@ -45,9 +46,11 @@ class Bench:
     def provider(self) -> str:
         return "ROCMExecutionProvider" if self.is_hip else "CUDAExecutionProvider"
 
-    def part(self, name: str, work: Callable[[], None], needs_s: float = 0) -> None:
-        """Run a part; an error is a row of the table and makes the exit code 1."""
-        started = time.monotonic()
+    def part(self, name: str, work: Callable[[], None], needs_s: float = 0, of: str = "") -> None:
+        """Run a part, if it was asked for; an error is a row of the table and makes the exit code 1."""
+        if name not in self.parts:
+            return
+        name, started = f"{name} {of}".strip(), time.monotonic()
         if self.deadline - started < needs_s:
             self.row(name, "not run", f"less than {needs_s:.0f} s are left")
             return

@@ -43,6 +43,8 @@ from llmpack import kernel_file  # noqa: E402
 from llmpack.kernel_plan import KernelSpec  # noqa: E402
 
 KERNELS = ROOT / ".build" / "gpu-kernels"
+MODELS = ("7b", "13b", "34b", "70b")
+PARTS = ("two-ranks", "demo", "operators", "matrix-vector", "prefill", "model", "onnxruntime")
 SOURCES = [
     *sorted((ROOT / "custom_ops/llmpack_kernels").glob("*.py")),
     *(ROOT / "packager/llmpack" / name for name in ("kernel_compiler.py", "kernel_file.py", "kernel_plan.py")),
@@ -161,7 +163,7 @@ def two_ranks(bench: Bench, operators: Path, mini: Path, kernels: Path) -> None:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
     ]
     try:
-        outputs = [rank.communicate(timeout=90) for rank in ranks]
+        outputs = [rank.communicate(timeout=45) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -192,8 +194,15 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="compile for --chip and stop; needs no GPU")
     parser.add_argument("--chip", default="")
     parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--models", default=",".join(MODELS), help="whose shapes are timed")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what is run")
     parser.add_argument("--json", type=Path, default=ROOT / ".build" / "test-gpu.json")
     arguments = parser.parse_args()
+    for option, known in (("models", MODELS), ("parts", PARTS)):
+        asked = getattr(arguments, option).split(",")
+        if unknown := [name for name in asked if name not in known]:
+            parser.error(f"--{option}: no {', '.join(unknown)}. There are {', '.join(known)}.")
+        setattr(arguments, option, tuple(asked))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     if arguments.prepare:
         bench = Bench(arguments)
@@ -228,7 +237,7 @@ def main() -> int:
     mini = standin.build(bench.build, "libmini_ort.so") / "libmini_ort.so"
     kernels = kernels_for(bench)
     driver = standin.serve_launches(all_specs(bench.models), is_hip=bench.is_hip) if bench.dry else None
-    bench.part("two ranks", lambda: two_ranks(bench, path, mini, kernels))  # before this process holds memory
+    bench.part("two-ranks", lambda: two_ranks(bench, path, mini, kernels))  # before this process holds memory
     bench.part("demo", lambda: demo(bench, path, mini))
     box.open_gpu(operators, kernels, vendor=int(bench.is_hip), max_sequences=8, max_rows=2048)
     device, ort = Device(is_hip=bench.is_hip), MiniOrt(mini, path, bench.provider)
@@ -236,10 +245,11 @@ def main() -> int:
     bench.part("operators", lambda: check_operators(bench, ort, device), 20)
     bench.part("matrix-vector", lambda: matrix_vector(bench, ort, device), 60)
     bench.part("prefill", lambda: prefill(bench, ort, device), 60)
-    for name in ("dry",) if bench.dry else ("7b", "13b", "70b"):
-        bench.part(f"model {name}", lambda name=name: end_to_end(bench, ort, device, name), 60)
-    for name in ("dry",) if bench.dry else ("7b", "13b", "70b"):
-        bench.part(f"onnxruntime's own operators, {name}", lambda name=name: baseline(bench, name), 45)
+    whole = [name for name in bench.models if name != "34b"]
+    for name in whole:
+        bench.part("model", lambda name=name: end_to_end(bench, ort, device, name), 60, of=name)
+    for name in whole:
+        bench.part("onnxruntime", lambda name=name: baseline(bench, name), 45, of=name)
     if driver is not None and driver.standin_violations():
         raise AssertionError(driver.standin_report().decode())
     return bench.finish(arguments.json)

@@ -87,9 +87,13 @@ def seconds(
     """Return the mean seconds of a step; the cache is shared by past and present."""
     import onnxruntime
 
+    if provider.startswith("CUDA"):  # NVIDIA's libraries, where pip has put them
+        onnxruntime.preload_dlls()
     hidden, _, _, _, kv_heads, dim, vocabulary = shapes.MODELS[name]
     place = ("cuda", 0) if provider.startswith("CUDA") else ("cpu", 0)
     session = onnxruntime.InferenceSession(model, providers=[(provider, {"enable_cuda_graph": "1"} if graph else {})])
+    if session.get_providers()[0] != provider:
+        raise RuntimeError(f"onnxruntime has not loaded its {provider}")
     binding = session.io_binding()
     x = np.random.default_rng(1).standard_normal((1, num_tokens, hidden)).astype(np.float16)
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x, *place))

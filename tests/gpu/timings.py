@@ -77,6 +77,7 @@ def matrix_vector(bench: Bench, ort: MiniOrt, device: Device) -> None:
             for name, (n, k) in shapes.products(model, shards).items():
                 product = Product(ort, device, n, k, is_dry=bench.dry)
                 run, free, count = product.plan(1)
+                run()  # a driver may load code at its first launch, which no capture takes
                 replay = device.capture(run)
                 seconds = device.seconds(replay, 1 if bench.dry else 20) / count
                 share = product.num_bytes / seconds / bench.copy_bytes_per_s
