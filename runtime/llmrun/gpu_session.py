@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Gather = Callable[[Any], "list[Any] | None"]
 _ALIGNMENT = 256  # of a layer's keys or values, as drivers align what they allocate
+_ERRORS_ONLY = 3  # ORT's log level
 _MOST_SHAPES = 32  # of eager steps whose memory is kept
 
 
@@ -94,6 +95,8 @@ class GpuSession:
         self._vocab_size, self._gather, self._captures = vocab_size, gather, captures
         self._max_rows = max_rows
         self._columns = -(-max_seq_len // kv_cache.block_size)
+        # Its warnings are no user's; that a provider's library cannot be loaded is an error, and in no exception.
+        self._ort.set_default_logger_severity(_ERRORS_ONLY)
         options = self._ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -77,7 +77,7 @@ def generate(artifact, run, steps: Path):
         options = ["-p", PROMPT, "-n", NUM_TOKENS, "--ignore-eos", "--json", "--provider", provider, *arguments]
         steps.write_text("")
         done = run(shards, provider, "-m", "llmrun", "generate", artifact(shards), *options)
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode, done.stderr) == (0, "")
         return json.loads(done.stdout), [json.loads(line) for line in steps.read_text().splitlines()]
 
     return generate

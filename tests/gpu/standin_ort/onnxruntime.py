@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,14 @@ def get_available_providers() -> list[str]:
 
 def preload_dlls() -> None:
     pass
+
+
+_severity = 2  # warnings
+
+
+def set_default_logger_severity(severity: int) -> None:
+    global _severity
+    _severity = severity
 
 
 class OrtValue:
@@ -82,6 +91,8 @@ class _Binding:
 
 class InferenceSession:
     def __init__(self, graph: str, options: _Options, providers: list[tuple[str, dict[str, str]]]) -> None:
+        if _severity <= 2:  # as 1.31 does
+            print("[W:onnxruntime:Default] No registered plugin EP device found", file=sys.stderr)
         ((self._provider, self._settings),) = providers
         self._driver = standin.serve_launches(specs_of(Path(graph).parents[1]))
         self._graph, self._ort = Path(graph), MiniOrt(Path(os.environ["LLMPACK_MINI_ORT"]), Path(options.library))
