@@ -110,6 +110,8 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
         chunks, share = (128, 8) if is_f16 else (64, 4)
         chunks = min(chunks, _power_of_two(k // FEATURES_PER_CHUNK.get(storage, 1)))
         constexprs |= {"ROWS": max_rows, "CHUNKS": chunks}
+        if not is_f16:
+            constexprs |= {"TILES": 1, "UNROLL": 2}
         grid = (GridAxis(factor=-(-n // 16)), _ONE, _ONE)
         threads = _clamp(chunks * 16 // share, 32, 256)
         return KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_rows", constexprs, types, grid, threads)
