@@ -15,6 +15,9 @@ namespace {
 // assembler). hipGetDevicePropertiesR0600 and code object version 5 came with HIP 6.
 constexpr int kOldestCuda = 12000;
 constexpr int kOldestHip = 60000000;
+// Graphs have programmatic edges since CUDA 12.3, a release with few drivers; what earlier ones do with such
+// a launch while they capture is not written.
+constexpr int kOldestOverlap = 12040;
 
 // enum CUdevice_attribute; hipDeviceAttribute_t of HIP 5.5 and later.
 constexpr int kCudaMultiprocessors = 16, kCudaMajor = 75, kCudaMinor = 76, kHipMultiprocessors = 63;
@@ -210,5 +213,7 @@ bool Driver::is_capturing(Stream stream) const {
     check(call.stream_capturing(stream, &status), "looking at a stream");
     return status != 0;
 }
+
+bool Driver::can_overlap() const { return vendor == Vendor::kCuda && version >= kOldestOverlap; }
 
 }  // namespace llmpack::gpu

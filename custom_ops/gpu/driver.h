@@ -36,6 +36,24 @@ constexpr unsigned kUncached = 3;        // hipDeviceMallocUncached: other GPUs 
 constexpr unsigned kNonBlockingStream = 1;  // CU_STREAM_NON_BLOCKING, hipStreamNonBlocking
 constexpr unsigned kTimingEvent = 0;        // CU_EVENT_DEFAULT, hipEventDefault
 
+// CUlaunchAttribute and CUlaunchConfig, whose layouts are the same since CUDA 11.8.
+struct LaunchAttribute {
+    unsigned id;
+    char unused[4];
+    union {
+        int number;
+        char bytes[64];
+    } value;
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    Stream stream;
+    LaunchAttribute* attributes;
+    unsigned num_attributes;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "as in cuda.h");
+constexpr unsigned kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
 struct IpcHandle {  // CUipcMemHandle and hipIpcMemHandle_t, passed by value
     char bytes[64];
 };
@@ -99,6 +117,8 @@ struct IpcHandle {  // CUipcMemHandle and hipIpcMemHandle_t, passed by value
     X(context_set, "cuCtxSetCurrent", (void* context))                                         \
     X(context_peer, "cuCtxEnablePeerAccess", (void* peer, unsigned flags))                     \
     X(function_attribute, "cuFuncSetAttribute", (Function function, int attribute, int value)) \
+    X(launch_with, "cuLaunchKernelEx",                                                         \
+      (const LaunchConfig* config, Function function, void** parameters, void** extra))        \
     X(cuda_error_text, "cuGetErrorString", (int error, const char** text))
 
 // hipGetErrorString gives the text; the others are as above.
@@ -148,6 +168,8 @@ class Driver {
     // Dynamic shared memory beyond 48 KB must be asked for on NVIDIA, function by function.
     void allow_shared_memory(Function function, unsigned bytes) const;
     bool is_capturing(Stream stream) const;
+    // Whether kernels may begin before the one before them has ended, in a captured stream too.
+    bool can_overlap() const;
 
     // Throws "`what`: the driver says `text` (error `code`)".
     void check(int code, const std::string& what) const;

@@ -13,7 +13,7 @@ namespace llmpack::gpu {
 namespace {
 
 constexpr size_t kHeaderBytes = 64, kKernelBytes = 224, kConstantBytes = 32, kParameterBytes = 48;
-constexpr uint32_t kVersion = 1, kDimensions = 4, kCooperative = 1;
+constexpr uint32_t kVersion = 1, kDimensions = 4, kCooperative = 1, kWaits = 2;
 
 class Reader {
   public:
@@ -65,6 +65,7 @@ KernelRecord read_record(const KernelFile& file, const Reader& reader, size_t at
                   record.function + " has " + std::to_string(record.num_warps) + " warps");
     reader.expect(reader.word(at + 120) == 1, record.function + " needs clusters");
     record.is_cooperative = (reader.word(at + 124) & kCooperative) != 0;
+    record.waits = (reader.word(at + 124) & kWaits) != 0;
     reader.expect(reader.word(at + 128) == 0 && reader.word(at + 132) == 0,
                   record.function + " needs scratch memory");
     const uint32_t first_constant = reader.word(at + 136), count_constants = reader.word(at + 140);

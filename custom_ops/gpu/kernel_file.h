@@ -29,6 +29,7 @@ struct KernelRecord {
     uint64_t code_offset, code_size;
     uint32_t num_warps, shared_bytes;
     bool is_cooperative;
+    bool waits;  // by itself for the kernels before it (FORMAT.md 8.6)
     std::map<std::string, int64_t> constants;
     std::vector<Parameter> parameters;
     GridAxis grid[3];

@@ -1,6 +1,7 @@
 #include "gpu/launcher.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "gpu/collectives.h"
@@ -20,6 +21,12 @@ std::string words(const std::map<std::string, int64_t>& constants) {
     for (const auto& [name, value] : constants)
         text += (text.empty() ? "" : ", ") + name + " " + std::to_string(value);
     return text;
+}
+
+// For comparisons on one machine.
+bool is_overlap_wanted() {
+    const char* no = std::getenv("LLMPACK_NO_PDL");
+    return no == nullptr || *no == 0 || std::strcmp(no, "0") == 0;
 }
 
 constexpr int kTegra = 87;  // runs no code of the desktop's chips
@@ -66,7 +73,8 @@ Launcher::Launcher(const Settings& wanted)
           }
           return driver.device_facts(wanted.device);
       }()),
-      file(read_kernel_file(wanted.kernels)) {
+      file(read_kernel_file(wanted.kernels)),
+      may_overlap(driver.can_overlap() && is_overlap_wanted()) {
     const bool is_hip = file.backend == "hip";
     if (is_hip != (settings.vendor == Vendor::kHip) || !runs_on(file, device.chip)) {
         throw GpuError(file.path + " holds code for " + file.arch + ", and GPU " +
@@ -112,6 +120,7 @@ Operation Launcher::operation(const std::string& op, Constants constants,
     Operation operation;
     operation.driver_ = &driver;
     operation.warp_size_ = file.warp_size;
+    operation.may_overlap_ = may_overlap;
     operation.arguments_.assign(arguments);
     for (const KernelRecord& record : file.kernels) {
         if (record.op != op) continue;
@@ -199,12 +208,20 @@ void Operation::launch(const Step& step, std::initializer_list<Value> values, St
         grid[axis] = static_cast<unsigned>(programs);
     }
     const unsigned threads = record.num_warps * warp_size_;
-    const int code =
-        record.is_cooperative
-            ? driver_->call.launch_cooperative(variant->function, grid[0], grid[1], grid[2], threads, 1, 1,
-                                               record.shared_bytes, stream, parameters)
-            : driver_->call.launch(variant->function, grid[0], grid[1], grid[2], threads, 1, 1,
-                                   record.shared_bytes, stream, parameters, nullptr);
+    const auto& call = driver_->call;
+    int code = 0;
+    if (record.is_cooperative) {
+        code = call.launch_cooperative(variant->function, grid[0], grid[1], grid[2], threads, 1, 1,
+                                       record.shared_bytes, stream, parameters);
+    } else if (record.waits && may_overlap_) {
+        LaunchAttribute overlap{kProgrammaticSerialization, {}, {1}};
+        const LaunchConfig config{
+            {grid[0], grid[1], grid[2]}, {threads, 1, 1}, record.shared_bytes, stream, &overlap, 1};
+        code = call.launch_with(&config, variant->function, parameters, nullptr);
+    } else {
+        code = call.launch(variant->function, grid[0], grid[1], grid[2], threads, 1, 1, record.shared_bytes,
+                           stream, parameters, nullptr);
+    }
     if (code != 0) driver_->check(code, "launching " + record.function);
 }
 

@@ -70,6 +70,7 @@ class Operation {
     };
     const Driver* driver_ = nullptr;
     unsigned warp_size_ = 0;
+    bool may_overlap_ = false;
     std::vector<Variant> variants_;  // in order of max_rows, with 0 (any) at the end
     std::vector<Argument> arguments_;
 };
@@ -108,6 +109,8 @@ class Launcher {
     const Driver& driver;
     const DeviceFacts device;
     const KernelFile file;
+    const bool
+        may_overlap;  // kernels that wait by themselves begin while the one before ends (FORMAT.md 8.6)
     std::unique_ptr<Collectives> collectives;  // set by llmpack_ops_gpu_share
 
   private:

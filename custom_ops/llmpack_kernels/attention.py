@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from llmpack_kernels.matmul import saturate
+from llmpack_kernels.overlap import begin
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -31,6 +32,7 @@ def cache_write(
     HALF: tl.constexpr,
 ):
     """Rotate k, write k and v of token `axis 0`, KV head `axis 1` to its slot; negative: nowhere. HALF >= D / 2, power of 2."""
+    begin()
     token = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slot_mapping + token)
@@ -137,6 +139,7 @@ def attention(
     BLOCK_N: tl.constexpr,
 ):
     """Write out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries; axis 1: heads."""
+    begin()
     piece = tl.program_id(0)
     head = tl.program_id(1)
     # The sequence whose pieces `piece` is among; num_sequences: none.
@@ -191,6 +194,7 @@ def attention_split(
     BLOCK_N: tl.constexpr,
 ):
     """Write partial float32 [T, H, num_splits, D + 2]: values, maximum, sum; axes: sequences, KV heads, splits."""
+    begin()
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -223,6 +227,7 @@ def attention_split(
 @triton.jit
 def attention_combine(out, partial, num_splits, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """Join the splits of token `axis 0`, head `axis 1`: out float16 [T, H D]."""
+    begin()
     at = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     d = tl.arange(0, WIDTH)
     top = tl.full([], float("-inf"), tl.float32)

@@ -18,6 +18,7 @@ import triton.language as tl
 from llmpack_kernels.decode import INTERPRETED
 from llmpack_kernels.elementwise import normalise
 from llmpack_kernels.matmul import saturate
+from llmpack_kernels.overlap import begin, request
 
 FLAG_STRIDE = tl.constexpr(32)  # int32: one flag for every 128 bytes, so that ranks do not share lines
 
@@ -90,14 +91,17 @@ def all_reduce_add_rms_norm(
     DRAIN: tl.constexpr,
 ):
     """Residual += sum of the ranks' x, y = norm(residual): x float16 [rows, H]; a program per row."""
+    request(weight, H * 4)
+    begin()
     row = tl.program_id(0)
     start = row.to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     inside = column < H
     value = tl.load(residual + start + column, mask=inside, other=0.0)
+    w = tl.load(weight + column, mask=inside, other=0.0)
     value += _sum(x, buffers, flags, epochs, rank, row, start, inside, column, H, RANKS, MAX_ROWS, DRAIN)
     tl.store(residual + start + column, value, mask=inside)
-    normalise(value, weight, y + start, epsilon, H, BLOCK)
+    normalise(value, w, y + start, epsilon, H, BLOCK)
 
 
 @triton.jit
@@ -115,6 +119,7 @@ def all_reduce(
     DRAIN: tl.constexpr,
 ):
     """Y = sum of the ranks' x, float16 [rows, H], rounded once; y may be x."""
+    begin()
     row = tl.program_id(0)
     start = row.to(tl.int64) * H
     column = tl.arange(0, BLOCK)

@@ -5,41 +5,48 @@ import triton.language as tl
 
 from llmpack_kernels.decode import PLAIN, offset, unpack_q6, unpack_q8
 from llmpack_kernels.matmul import saturate
+from llmpack_kernels.overlap import begin, request
 
 
 @triton.jit
 def normalise(value, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Write value [BLOCK] (zero from H on), divided by its root mean square, times weight [H], to y [H]."""
+    """Write value [BLOCK] (zero from H on), divided by its root mean square, times weight [BLOCK], to y [H]."""
     column = tl.arange(0, BLOCK)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / H + epsilon)
-    w = tl.load(weight + column, mask=column < H, other=0.0)
-    tl.store(y + column, saturate(value * scale * w, y), mask=column < H)
+    tl.store(y + column, saturate(value * scale * weight, y), mask=column < H)
 
 
 @triton.jit
 def rms_norm(x, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
     """X float32 [rows, H], weight float32 [H], y float16 [rows, H]."""
+    request(weight, H * 4)
+    begin()
     start = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     value = tl.load(x + start + column, mask=column < H, other=0.0)
-    normalise(value, weight, y + start, epsilon, H, BLOCK)
+    w = tl.load(weight + column, mask=column < H, other=0.0)
+    normalise(value, w, y + start, epsilon, H, BLOCK)
 
 
 @triton.jit
 def add_rms_norm(x, residual, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
     """Residual += x, y = norm(residual): x float16 [rows, H], residual float32, weight float32 [H], y float16."""
+    request(weight, H * 4)
+    begin()
     start = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
     inside = column < H
     value = tl.load(residual + start + column, mask=inside, other=0.0)
     value += tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0)  # with the others, not behind the store
     tl.store(residual + start + column, value, mask=inside)
-    normalise(value, weight, y + start, epsilon, H, BLOCK)
+    normalise(value, w, y + start, epsilon, H, BLOCK)
 
 
 @triton.jit
 def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
     """gate_up float16 [rows, 2 F] -> y float16 [rows, F] = silu(gate) * up; axis 0 pieces of a row, axis 1 rows."""
+    begin()
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + row * (2 * F) + column, mask=column < F, other=0.0).to(tl.float32)
@@ -50,6 +57,7 @@ def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def embed_f16(ids, weight, y, H: tl.constexpr, BLOCK: tl.constexpr):
     """Y float32 [rows, H] = rows `ids` int32 [rows] of weight float16 [vocabulary, H]."""
+    begin()
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     value = tl.load(weight + tl.load(ids + row).to(tl.int64) * H + column, mask=column < H, other=0.0)
@@ -63,6 +71,7 @@ def embed_tiles(
     """Do the same for q6 and q8 rows in tiles (FORMAT.md 4.3): level times scale, rounded once to float32."""
     FEATURES: tl.constexpr = 16 if STORAGE == "q6" else 4
     WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16
+    begin()
     row = tl.program_id(0)
     token = tl.load(ids + row)
     chunk = tl.arange(0, CHUNKS)

@@ -24,6 +24,7 @@ from llmpack_kernels.decode import (
     unpack_q6,
     unpack_q8,
 )
+from llmpack_kernels.overlap import begin, request
 
 
 @triton.constexpr_function
@@ -180,6 +181,9 @@ def matmul_rows(
     tile = tl.program_id(0) * TILES
     words = weight.to(tl.pointer_type(tl.int32)) + tile.to(tl.int64) * (COUNT * WORDS)
     scales += tile * (K // GROUP * 16)
+    request(words, TILES * COUNT * WORDS * 4)
+    request(scales, TILES * (K // GROUP * 32))
+    begin()
     sums = ()
     for i in tl.static_range(ROWS * TILES):
         sums = sums + (tl.zeros([CHUNKS, 16], tl.float32),)
@@ -203,6 +207,8 @@ def matmul_f16_rows(x, weight, y, num_rows, K: tl.constexpr, N: tl.constexpr, RO
     tile = tl.program_id(0)
     row = tl.arange(0, 16)[None, :]
     weight += tile.to(tl.int64) * (K * 16)
+    request(weight, K * 32)
+    begin()
     sum0 = tl.zeros([CHUNKS, 16], tl.float32)
     sum1 = tl.zeros([CHUNKS, 16], tl.float32)
     sum2 = tl.zeros([CHUNKS, 16], tl.float32)
@@ -290,6 +296,7 @@ def matmul_blocks(
     """Like `matmul_rows` for any number of rows; a program per BLOCK_M rows (axis 0) and BLOCK_N output features (axis 1)."""
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
     TILES: tl.constexpr = (N + 15) // 16
+    begin()
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     first = tl.program_id(1) * BLOCK_N
     feature = first + tl.arange(0, BLOCK_N)[None, :]
@@ -320,6 +327,7 @@ def matmul_f16_blocks(
 ):
     """Do the same for float16 weights [ceil(N / 16), K, 16]."""
     TILES: tl.constexpr = (N + 15) // 16
+    begin()
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

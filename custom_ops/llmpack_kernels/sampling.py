@@ -9,6 +9,8 @@ makes it NaN, so that the host need not look at the others.
 import triton
 import triton.language as tl
 
+from llmpack_kernels.overlap import begin
+
 
 @triton.jit
 def _logit(key):
@@ -25,6 +27,7 @@ def top_k_first(logits, keys, sums, first_id, num_columns, C: tl.constexpr, K: t
     Axis 0 chunks, axis 1 rows. Column c is token first_id + c; those from num_columns on are none.
     """
     PARTS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    begin()
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     column = part * CHUNK + tl.arange(0, CHUNK)
@@ -47,6 +50,7 @@ def top_k_last(keys, sums, top, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, 
 
     K candidates, the likeliest first, and the bits of the sum, float32. BLOCK >= PARTS K and PARTS_BLOCK >= PARTS: powers of 2.
     """
+    begin()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     best = tl.topk(tl.load(keys + row * (PARTS * K) + at, mask=at < PARTS * K, other=-0x7FFFFFFFFFFFFFFF), K)

@@ -22,6 +22,7 @@ from llmpack.kernel_plan import BACKEND, KernelSpec
 POINTER_DIVISOR = 16  # bytes; weights start at 64, device allocations at 256
 # PTX that a driver of CUDA 12.0, the oldest that the launcher takes, compiles; chips that are newer than it need newer PTX.
 PTX_VERSION, NEWER_PTX_VERSIONS = 80, {"sm_100": 86, "sm_120": 87}
+OVERLAP_FROM = 90  # the first of CUDA's chips with programmatic dependent launch
 _SIZES = {"i32": 4, "fp32": 4}
 ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
 
@@ -76,6 +77,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     }
     if backend == "cuda":
         options["ptx_version"] = NEWER_PTX_VERSIONS.get(arch, PTX_VERSION)
+        options["launch_pdl"] = target.arch >= OVERLAP_FROM  # read by llmpack_kernels.overlap
     with knobs.amd.scope(), knobs.nvidia.scope():
         knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
         if arch != "sm_100":
@@ -99,6 +101,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         "parameters": tuple(parameters),
         "num_ctas": metadata.num_ctas,
         "cooperative": bool(metadata.launch_cooperative_grid),
+        "waits": "griddepcontrol.wait" in compiled.asm.get("ptx", ""),
         "global_scratch_bytes": metadata.global_scratch_size,
         "profile_scratch_bytes": metadata.profile_scratch_size,
     }

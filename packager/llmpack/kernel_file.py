@@ -15,7 +15,7 @@ MAGIC, VERSION = b"LLMPKGPU", 1
 CODE_KINDS = {"cubin": 1, "ptx": 2, "hsaco": 3}
 # What a grid is made of; the launcher knows these numbers of the step (FORMAT.md 8.4).
 DIMENSIONS = {"one": 0, "rows": 1, "sequences": 2, "splits": 3}
-COOPERATIVE = 1
+COOPERATIVE, WAITS = 1, 2  # flags of a kernel record
 CODE_ALIGNMENT = 64
 
 _HEADER = struct.Struct("<8sIIII16s16sII")  # 64 bytes
@@ -61,6 +61,7 @@ class Kernel:
     parameters: tuple[Parameter, ...]
     num_ctas: int = 1
     cooperative: bool = False
+    waits: bool = False  # for the kernels before it, by itself (FORMAT.md 8.6)
     global_scratch_bytes: int = 0
     profile_scratch_bytes: int = 0
     registers: int = 0
@@ -105,7 +106,7 @@ def to_bytes(file: KernelFile) -> bytes:
             kernel.num_warps,
             kernel.shared_bytes,
             kernel.num_ctas,
-            COOPERATIVE if kernel.cooperative else 0,
+            COOPERATIVE * kernel.cooperative | WAITS * kernel.waits,
             kernel.global_scratch_bytes,
             kernel.profile_scratch_bytes,
             len(constants) // _CONSTANT.size,
@@ -186,6 +187,7 @@ def _read(data: bytes) -> KernelFile:
                 ),
                 num_ctas=num_ctas,
                 cooperative=bool(flags & COOPERATIVE),
+                waits=bool(flags & WAITS),
                 global_scratch_bytes=scratch,
                 profile_scratch_bytes=profile,
                 registers=record[26],

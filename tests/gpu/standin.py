@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,15 @@ def run(
     )
 
 
-def write_kernels(
-    path: Path, specs: list[KernelSpec], arch: str = "sm_89", shared_bytes: int = 0, **changes: Any
-) -> None:
+def write_kernels(path: Path, specs: list[KernelSpec], arch: str = "sm_89", **changes: Any) -> None:
     """Write such a kernel file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_bytes(kernels_of(specs, arch, shared_bytes, **changes)))
+    path.write_bytes(to_bytes(kernels_of(specs, arch, **changes)))
 
 
-def kernels_of(specs: list[KernelSpec], arch: str, shared_bytes: int = 0, **changes: Any) -> KernelFile:
+def kernels_of(
+    specs: list[KernelSpec], arch: str, shared_bytes: int = 0, waiting: Container[str] = (), **changes: Any
+) -> KernelFile:
     """Return a kernel file with the plan's records, and code that is the function's name."""
     backend, kind = ("hip", "hsaco") if arch.startswith("gfx") else ("cuda", "cubin")
     warp_size = 64 if arch.startswith("gfx9") else 32
@@ -83,6 +84,7 @@ def kernels_of(specs: list[KernelSpec], arch: str, shared_bytes: int = 0, **chan
                 num_warps=max(1, spec.threads // warp_size),
                 shared_bytes=shared_bytes,
                 grid=spec.grid,
+                waits=spec.op in waiting,
                 parameters=tuple(_parameter(name, kind) for name, kind in types.items()),
                 **changes,
             )
@@ -99,15 +101,18 @@ def function_name(spec: KernelSpec) -> str:
     return f"{spec.op}_{hashlib.sha256(repr(sorted(spec.constants.items())).encode()).hexdigest()[:8]}"
 
 
-def serve_launches(specs: list[KernelSpec], *, is_hip: bool = False) -> ctypes.CDLL:
-    """Declare the functions to the stand-in driver and compute launches with numpy; returns the driver."""
+def serve_launches(specs: list[KernelSpec], *, is_hip: bool = False, waiting: Container[str] = ()) -> ctypes.CDLL:
+    """Declare the functions to the stand-in driver and compute launches with numpy; returns the driver.
+
+    `waiting`: operations whose kernels wait by themselves for those before (FORMAT 8.6).
+    """
     import numpy_kernels
 
     driver = ctypes.CDLL("libamdhip64.so.7" if is_hip else "libcuda.so.1")
     driver.standin_report.restype = ctypes.c_char_p
     by_name = {function_name(spec): spec for spec in specs}
     for name, spec in by_name.items():
-        kinds = "".join(KINDS.get(kind, "p") for kind in spec.types.values()) + "nn"
+        kinds = "w" * (spec.op in waiting) + "".join(KINDS.get(kind, "p") for kind in spec.types.values()) + "nn"
         driver.standin_declare(name.encode(), kinds.encode())
 
     def launched(name: bytes, dims: Any, _count: int, values: Any) -> None:

@@ -4,8 +4,9 @@
 //
 // Checked: initialised first, a current context, live handles (contexts, modules, functions, streams, events), ranges
 // of copies, limits of grid and block, dynamic shared memory (attribute set above 48 KB, the chip's limit), the
-// number and kinds of parameters as declared, pointers that lie in live memory and are aligned as declared; that nothing
-// allocates, loads or waits while a stream is captured or after standin_forbid(1).
+// number and kinds of parameters as declared, pointers that lie in live memory and are aligned as declared; that no function
+// is launched before the one before it has ended unless it is declared to wait by itself, and then only where chip and driver
+// know such launches; that nothing allocates, loads or waits while a stream is captured or after standin_forbid(1).
 //
 // Device addresses are host addresses with bit 62 set: code that follows one on the host crashes at once.
 #define _GNU_SOURCE
@@ -41,7 +42,7 @@ typedef struct Object {
     struct Object* parent;  // function: module; launch list of a stream or graph below
     char name[256];
     char parameters[128];  // declared: one character each, see standin_declare
-    int parameter_count, max_dynamic_shared, device;
+    int parameter_count, max_dynamic_shared, device, waits;
     struct Launch* launches;  // stream that is captured; graph
     int is_capturing;
     double seconds;
@@ -51,7 +52,7 @@ typedef struct Launch {
     unsigned dims[7];
     u64 values[128];
     // kind 0: kernel; 1: copy within (to, from, bytes); 2: fill (to, byte, bytes)
-    int kind;
+    int kind, is_early;
     struct Launch* next;
 } Launch;
 typedef struct {
@@ -71,7 +72,7 @@ static int is_initialized, is_forbidden, captures, violations;
 static char report[1 << 16];
 static Callback callback;
 static long counts[16];  // see standin_count
-enum { ALLOCATIONS, LAUNCHES, LOADS, SYNCHRONIZATIONS, COPIES, FREES, REGISTRATIONS };
+enum { ALLOCATIONS, LAUNCHES, LOADS, SYNCHRONIZATIONS, COPIES, FREES, REGISTRATIONS, EARLY_LAUNCHES };
 static struct { char name[256], parameters[128]; } declared[4096];
 static int declared_count;
 static size_t used_bytes[16];
@@ -140,7 +141,7 @@ EXPORT int standin_live_memories(void) {
     return live;
 }
 // The parameters of a function, in order: p pointer aligned to 16, q pointer, n pointer or null, i 4 bytes, l 8 bytes,
-// f 4-byte float. An undeclared function cannot be launched.
+// f 4-byte float; before them w if it waits by itself for the kernels before it. An undeclared function cannot be launched.
 EXPORT void standin_declare(const char* function, const char* parameters) {
     snprintf(declared[declared_count].name, 256, "%s", function);
     snprintf(declared[declared_count++].parameters, 128, "%s", parameters);
@@ -372,6 +373,7 @@ EXPORT int NAME(cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer)(Pointer* 
 static void run(const Launch* launch) {
     if (launch->kind == 1) memmove(HOST(launch->values[0]), HOST(launch->values[1]), launch->values[2]);
     if (launch->kind == 2) memset(HOST(launch->values[0]), (int)launch->values[1], launch->values[2]);
+    counts[EARLY_LAUNCHES] += launch->is_early;
     if (launch->kind == 0 && callback != NULL) {
         callback(launch->function->name, launch->dims, launch->function->parameter_count, launch->values);
     }
@@ -531,16 +533,16 @@ EXPORT int NAME(cuModuleGetFunction, hipModuleGetFunction)(Object** function, Ob
         *function = make(FUNCTION);
         (*function)->parent = module;
         snprintf((*function)->name, 256, "%s", name);
-        strcpy((*function)->parameters, declared[i].parameters);
-        (*function)->parameter_count = (int)strlen(declared[i].parameters);
+        (*function)->waits = declared[i].parameters[0] == 'w';
+        strcpy((*function)->parameters, declared[i].parameters + (*function)->waits);
+        (*function)->parameter_count = (int)strlen((*function)->parameters);
         (*function)->max_dynamic_shared = 48 * 1024;
         return OK;
     }
     return NOT_FOUND;
 }
-EXPORT int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Object* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
-                                                       unsigned by, unsigned bz, unsigned shared, Object* stream,
-                                                       void** parameters, void** extra) {
+static int launch_kernel(Object* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                         unsigned shared, Object* stream, void** parameters, void** extra, int is_early) {
     STREAM_NEEDED;
     if (!is_live(function, FUNCTION) || !is_live(function->parent, MODULE)) return wrong(INVALID_HANDLE, "no function");
     const char* name = function->name;
@@ -553,7 +555,8 @@ EXPORT int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Object* function, unsigne
     }
     const unsigned most = NAME((unsigned)function->max_dynamic_shared, 65536u);
     if (shared > most) return wrong(INVALID_VALUE, "%s: %u bytes of shared memory, allowed are %u", name, shared, most);
-    Launch launch = {.function = function, .dims = {gx, gy, gz, bx, by, bz, shared}};
+    if (is_early && !function->waits) return wrong(INVALID_VALUE, "%s: launched early, and does not wait", name);
+    Launch launch = {.function = function, .dims = {gx, gy, gz, bx, by, bz, shared}, .is_early = is_early};
     for (int i = 0; i < function->parameter_count; i++) {
         const char kind = function->parameters[i];
         u64* value = &launch.values[i];
@@ -566,6 +569,25 @@ EXPORT int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Object* function, unsigne
     if (!stream->is_capturing) counts[LAUNCHES]++;
     return enqueue(stream, &launch);
 }
+EXPORT int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Object* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                                       unsigned by, unsigned bz, unsigned shared, Object* stream,
+                                                       void** parameters, void** extra) {
+    return launch_kernel(function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra, 0);
+}
+#ifndef STANDIN_HIP
+// CUlaunchAttribute and CUlaunchConfig.
+typedef struct { unsigned id, pad; union { int number; u64 words[8]; } value; } Attribute;
+typedef struct { unsigned grid[3], block[3], shared; Object* stream; const Attribute* attributes; unsigned count; } Config;
+EXPORT int cuLaunchKernelEx(const Config* c, Object* function, void** parameters, void** extra) {
+    if (c->count != 1 || c->attributes[0].id != 6 || c->attributes[0].value.number != 1) {
+        return wrong(INVALID_VALUE, "a launch whose attribute is not to begin early");
+    }
+    if (atoi(setting("STANDIN_CHIP", "sm_89") + 3) < 90) return wrong(INVALID_VALUE, "an early launch on an older chip");
+    if (atoi(setting("STANDIN_VERSION", "12090")) < 12040) return wrong(INVALID_VALUE, "an early launch by an older driver");
+    return launch_kernel(function, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
+                         c->stream, parameters, extra, 1);
+}
+#endif
 EXPORT int NAME(cuLaunchCooperativeKernel, hipModuleLaunchCooperativeKernel)(Object* function, unsigned gx, unsigned gy,
                                                                              unsigned gz, unsigned bx, unsigned by,
                                                                              unsigned bz, unsigned shared, Object* stream,

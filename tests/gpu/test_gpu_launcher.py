@@ -18,7 +18,7 @@ operators, mini, kernels = sys.argv[1:4]
 library = box.load_operators(operators)
 try:
     box.open_gpu(library, kernels)
-    driver = standin.serve_launches(shapes.specs_of(shapes.config_of("dry")))
+    driver = standin.serve_launches(shapes.specs_of(shapes.config_of("dry")), waiting={waiting})
     checks = Checks(MiniOrt(mini, operators), Device())
     {body}
     print(driver.standin_violations(), driver.standin_report().decode())
@@ -30,8 +30,11 @@ NORM = 'print("%.1e" % checks.norms())'
 
 @pytest.fixture
 def run(standins: Path, operators: Path, tmp_path: Path):
-    def run(kernels: Path, body: str = "pass", folder: Path = standins, **settings: object) -> str:
-        done = standin.run(folder, CODE.format(body=body), operators, standins / "libmini_ort.so", kernels, **settings)
+    def run(
+        kernels: Path, body: str = "pass", folder: Path = standins, waiting: tuple[str, ...] = (), **settings: object
+    ) -> str:
+        code = CODE.format(body=body, waiting=waiting)
+        done = standin.run(folder, code, operators, standins / "libmini_ort.so", kernels, **settings)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -141,6 +144,43 @@ def test_a_cache_that_is_an_initializer_is_refused(run, kernels, index, name):
     body = f'checks.ort.node("PagedAttention", name="a", scale=1.0, constant_input={index}, **{sizes})'
     expected = f"PagedAttention 'a': input {name} is an initializer, expected an input of the graph"
     assert expected in run(kernels, body)
+
+
+# A norm and SwiGLU at once, then three times in a graph: launches in all, and those that were early.
+TWO = """
+    norm, swiglu = checks.ort.node("RMSNormF16", in_features=256, epsilon=1e-5), checks.ort.node("SwiGLU", in_features=512)
+    x, w, y = (checks.device.allocate(4096) for _ in range(3))
+    def both():
+        checks.ort.call(norm, [(1, (1, 256), x), (1, (256,), w)], [(10, (1, 256), y)], checks.device.stream)
+        checks.ort.call(swiglu, [(10, (1, 1024), x)], [(10, (1, 512), y)], checks.device.stream)
+    both()
+    again = checks.device.capture(both)
+    for _ in range(3):
+        again()
+    print("launches", driver.standin_count(1), "early", driver.standin_count(7))"""
+BOTH = ("rms_norm", "swiglu")
+
+
+@pytest.mark.parametrize(("waiting", "early"), [(BOTH, 8), (("swiglu",), 4), ((), 0)])
+def test_only_kernels_that_wait_by_themselves_are_launched_early(run, specs, tmp_path, waiting, early):
+    """FORMAT 8.6. The stand-in refuses such a launch of any other."""
+    standin.write_kernels(tmp_path / "k.bin", specs, "sm_90", waiting=waiting)
+    said = run(tmp_path / "k.bin", TWO, waiting=waiting, chip="sm_90")
+    assert said == f"launches 8 early {early}\n0 \n"
+
+
+def test_a_driver_whose_graphs_know_no_early_launch(run, specs, tmp_path):
+    standin.write_kernels(tmp_path / "k.bin", specs, "sm_90", waiting=BOTH)
+    said = run(tmp_path / "k.bin", TWO, waiting=BOTH, chip="sm_90", version=12030)
+    assert said == "launches 8 early 0\n0 \n"
+
+
+@pytest.mark.parametrize(("value", "early"), [("1", 0), ("0", 8), ("", 8)])
+def test_early_launches_can_be_switched_off(run, specs, tmp_path, monkeypatch, value, early):
+    monkeypatch.setenv("LLMPACK_NO_PDL", value)
+    standin.write_kernels(tmp_path / "k.bin", specs, "sm_90", waiting=BOTH)
+    said = run(tmp_path / "k.bin", TWO, waiting=BOTH, chip="sm_90")
+    assert said == f"launches 8 early {early}\n0 \n"
 
 
 def test_damaged_kernel_files_are_refused(standins, operators, kernels, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
@@ -52,6 +53,15 @@ def test_every_field_is_where_the_format_says() -> None:
 
 def test_reading_gives_what_was_written() -> None:
     assert from_bytes(to_bytes(FILE), "f") == FILE
+
+
+@pytest.mark.parametrize(("cooperative", "waits", "flags"), [(True, False, 1), (False, True, 2), (True, True, 3)])
+def test_flags_of_a_launch(cooperative: bool, waits: bool, flags: int) -> None:
+    kernel = dataclasses.replace(KERNEL, cooperative=cooperative, waits=waits)
+    file = dataclasses.replace(FILE, kernels=(kernel,))
+    data = to_bytes(file)
+    assert struct.unpack_from("<I", data, 64 + 124) == (flags,)
+    assert from_bytes(data, "f") == file
 
 
 def test_equal_code_is_stored_once() -> None:
