@@ -52,6 +52,8 @@ size_t whole_pages(int64_t bytes) { return (static_cast<size_t>(bytes) + kPage -
 Collectives::Collectives(Launcher& launcher, MpiTransport& mpi)
     : rank(mpi.rank), size(mpi.size), launcher_(launcher) {
     see_places(mpi);
+    // Kernels that wait could fill a GPU on which another rank has yet to write what this one waits for.
+    if (!are_gpus_own_) launcher.may_overlap = false;
     make_meetings(mpi);
     join_nccl(mpi);
 }

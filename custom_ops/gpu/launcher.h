@@ -109,8 +109,9 @@ class Launcher {
     const Driver& driver;
     const DeviceFacts device;
     const KernelFile file;
-    const bool
-        may_overlap;  // kernels that wait by themselves begin while the one before ends (FORMAT.md 8.6)
+    // Kernels that wait by themselves begin while the one before ends (FORMAT.md 8.6); of operations made
+    // from now on.
+    bool may_overlap;
     std::unique_ptr<Collectives> collectives;  // set by llmpack_ops_gpu_share
 
   private:

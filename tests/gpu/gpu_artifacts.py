@@ -16,7 +16,12 @@ from llmpack.split import split
 from llmpack.weights import Quantization, RankWeight, plan_rank
 from llmrun.manifest import KvCacheSpec, ModelConfig
 
-CHIPS = ("sm_89", "gfx1100")
+CHIPS = ("sm_89", "sm_90", "gfx1100")
+
+
+def waiting(chip: str, specs: list[KernelSpec]) -> set[str]:
+    """The operations whose kernels for a chip wait by themselves: all of a new one's."""
+    return {spec.op for spec in specs} if chip == "sm_90" else set()
 
 
 def specs_of(artifact: Path) -> list[KernelSpec]:
@@ -49,5 +54,6 @@ def add_gpu(artifact: Path, target: Path) -> Path:
         (target / entry["folder"] / "gpu.onnx").write_bytes(converted.SerializeToString())
     for chip in CHIPS:
         backend = "hip" if chip.startswith("gfx") else "cuda"
-        write_kernels(target / "kernels" / f"{backend}-{chip}.bin", specs_of(target), chip)
+        specs = specs_of(target)
+        write_kernels(target / "kernels" / f"{backend}-{chip}.bin", specs, chip, waiting=waiting(chip, specs))
     return target

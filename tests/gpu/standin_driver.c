@@ -443,7 +443,7 @@ EXPORT int NAME(cuGraphLaunch, hipGraphLaunch)(Object* exec, Object* stream) {
     STREAM_NEEDED;
     if (!is_live(exec, EXEC) || stream->is_capturing) return wrong(INVALID_HANDLE, "no graph, or in a capture");
     for (const Launch* launch = exec->launches; launch != NULL; launch = launch->next) {
-        counts[LAUNCHES]++;
+        counts[LAUNCHES] += launch->kind == 0;
         run(launch);
     }
     return OK;

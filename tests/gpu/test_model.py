@@ -128,6 +128,15 @@ def test_decode_steps_are_captured_and_quiet(size, gpu_artifact, tiny_checkpoint
     assert results[0]["launches"] > 0
 
 
+@pytest.mark.parametrize(("size", "devices", "is_early"), [(1, 1, True), (2, 2, True), (2, 1, False)])
+def test_kernels_begin_early_unless_ranks_share_a_gpu(size, devices, is_early, gpu_artifact, tiny_checkpoint, run_ranks):
+    """FORMAT 8.6: every launch of a step, eager and captured."""
+    results = run_ranks("steps", gpu_artifact(tiny_checkpoint, size, "q4"), size, devices=devices, chip="sm_90")
+    for result in results:
+        assert result["launches"] > 100
+        assert result["early"] == (result["launches"] if is_early else 0)
+
+
 def test_all_reduces_are_timed(gpu_artifact, tiny_checkpoint, run_ranks):
     results = run_ranks("timed", gpu_artifact(tiny_checkpoint, 2, "q4"), 2)
     assert [result["code"] for result in results] == [0, 0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import box  # noqa: E402
 import standin  # noqa: E402
 from device import Device  # noqa: E402
 from executor import GpuModel, MiniOrt  # noqa: E402
-from gpu_artifacts import specs_of  # noqa: E402
+from gpu_artifacts import specs_of, waiting  # noqa: E402
 
 
 class Rank:
@@ -34,9 +35,10 @@ class Rank:
             self.operators = self.processes.library
         else:
             self.operators = box.load_operators(Path(operators))
-        self.driver = standin.serve_launches(specs_of(self.artifact), is_hip=is_hip)
-        kernels = self.artifact / "kernels" / ("hip-gfx1100.bin" if is_hip else "cuda-sm_89.bin")
-        device = self.rank % max(1, int(__import__("os").environ.get("STANDIN_DEVICES", "1")))
+        specs, chip = specs_of(self.artifact), os.environ.get("STANDIN_CHIP", "gfx1100" if is_hip else "sm_89")
+        self.driver = standin.serve_launches(specs, is_hip=is_hip, waiting=waiting(chip, specs))
+        kernels = self.artifact / "kernels" / f"{'hip' if is_hip else 'cuda'}-{chip}.bin"
+        device = self.rank % max(1, int(os.environ.get("STANDIN_DEVICES", "1")))
         box.open_gpu(self.operators, kernels, vendor=int(is_hip), device=device)
         self.transport, self.can_be_captured = "", 1
         if self.size > 1:
@@ -58,6 +60,8 @@ class Rank:
             "violations": self.driver.standin_violations(),
             "report": self.driver.standin_report().decode(),
             "loads": self.driver.standin_count(2),
+            "launches": self.driver.standin_count(1),
+            "early": self.driver.standin_count(7),
             **more,
         }
 
@@ -111,7 +115,7 @@ def steps(rank: Rank) -> dict[str, object]:
         replayed = step.output("logits")
         assert np.isfinite(replayed).all()
         assert (replayed == eager[n]).all(), np.abs(replayed - eager[n]).max()
-    return rank.facts(launches=rank.driver.standin_count(1))
+    return rank.facts()
 
 
 def timed(rank: Rank) -> dict[str, object]:

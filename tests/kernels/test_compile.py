@@ -12,17 +12,22 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from kernel_shapes import specs_of
 
 from llmpack import kernel_file, kernels
+from llmpack.kernel_compiler import nvidia_tool
 from llmpack.kernel_file import Kernel, KernelFile
 from llmpack.kernel_plan import KernelSpec
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
+EARLY = ("sm_90", "sm_100", "sm_120")  # chips on which a kernel begins while the one before it ends
+# Instructions that reach memory beyond the program's own parameters, and those that end it.
+REACHES = re.compile(r"(LD|LDG|LDL|ST|STG|STL|ATOM|ATOMG|RED|REDG|LDGSTS|UBLKCP|UTMA[A-Z]*|EXIT|RET)(\.|$)")
 CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 
@@ -92,6 +97,33 @@ def test_waiting_for_other_ranks_only_loads(files: dict[str, KernelFile]) -> Non
     text = kernel.code.decode()
     assert re.findall(r"\b(?:atom|red)\.\S+", text) == ["atom.global.sys.acq_rel.add.u32"]
     assert len(re.findall(r"ld\.volatile\.global\.b32", text)) >= 2  # a flag of each rank
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [*kernels.GPU_TARGETS, kernels.PTX_TARGET])
+def test_every_kernel_of_a_new_chip_waits_before_all_else(files: dict[str, KernelFile], target: str) -> None:
+    """FORMAT 8.6: on every path, and what comes before reads and writes nothing; older chips have no such instruction."""
+    for kernel in files[target].kernels:
+        assert kernel.waits == (target in EARLY), kernel.op
+        if kernel.waits:
+            check_wait(kernel)
+
+
+def check_wait(kernel: Kernel) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.code)
+        file.flush()
+        command = [nvidia_tool("nvdisasm"), "--print-code", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    before, *rest = text.split("ACQBULK")  # griddepcontrol.wait
+    assert len(rest) == 1, f"{kernel.op}: {len(rest)} waits"
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)", before)
+    assert names.count("PREEXIT") == 1, kernel.op  # griddepcontrol.launch_dependents
+    assert [name for name in names if REACHES.match(name)] == [], kernel.op
+    is_product_of_few = kernel.op.startswith("matmul") and kernel.constants["max_rows"] in (1, 4)
+    assert ("UBLKPF.L2" in names) == (is_product_of_few or "norm" in kernel.op), kernel.op
+    targets, places = set(re.findall(r"\((\.L_\w+)\)", before)), set(re.findall(r"^(\.L_\w+):", before, re.MULTILINE))
+    assert targets <= places, f"{kernel.op}: a jump over the wait"
 
 
 @pytest.mark.slow
