@@ -114,6 +114,7 @@ typedef struct {
 } LlmpackGpu;
 
 // Use this GPU and this code in the sessions made from now on; one in a process. The struct is copied.
+// LLMPACK_NO_PDL=1 in the environment: no kernel begins before the one before it has ended (FORMAT.md 8.6).
 LLMPACK_EXPORT int llmpack_ops_gpu_open(const LlmpackGpu* gpu);
 LLMPACK_EXPORT int llmpack_ops_gpu_close(void);
 

@@ -1,12 +1,12 @@
 """A kernel begins while the one before it ends (programmatic dependent launch; FORMAT.md 8.6): sm_90 and later.
 
 Every kernel calls `begin` before it reads or writes memory, outside of every branch and loop. From there on all is as if it had
-been launched after the kernel before it, and the kernel after it may take the places that get free. Before `begin` it
-may only ask for weights, which no kernel writes, by `request`: a load there could be moved, and a prefetch is as good, for
-x comes out of the second-level cache as well.
+been launched after the kernel before it, and the kernel after it may take the places that get free. Before `begin` it may only
+ask for weights, which no kernel writes, by `request`: a load there could be moved, and would gain nothing, for x comes out of
+the second-level cache as well.
 
-Where the compiler's option `launch_pdl` is not set (`llmpack.kernel_compiler`: older chips, AMD) and in Triton's interpreter both
-are nothing.
+Where the compiler's option `launch_pdl` is not set (`llmpack.kernel_compiler`: older chips, AMD) and in Triton's interpreter
+both are nothing.
 """
 
 import triton

@@ -77,7 +77,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     }
     if backend == "cuda":
         options["ptx_version"] = NEWER_PTX_VERSIONS.get(arch, PTX_VERSION)
-        options["launch_pdl"] = target.arch >= OVERLAP_FROM  # read by llmpack_kernels.overlap
+        options["launch_pdl"] = int(arch.removeprefix("sm_")) >= OVERLAP_FROM  # read by llmpack_kernels.overlap
     with knobs.amd.scope(), knobs.nvidia.scope():
         knobs.amd.use_buffer_ops = bool(other.get("buffer_ops", 1))
         if arch != "sm_100":

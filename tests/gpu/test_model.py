@@ -129,7 +129,9 @@ def test_decode_steps_are_captured_and_quiet(size, gpu_artifact, tiny_checkpoint
 
 
 @pytest.mark.parametrize(("size", "devices", "is_early"), [(1, 1, True), (2, 2, True), (2, 1, False)])
-def test_kernels_begin_early_unless_ranks_share_a_gpu(size, devices, is_early, gpu_artifact, tiny_checkpoint, run_ranks):
+def test_kernels_begin_early_unless_ranks_share_a_gpu(
+    size, devices, is_early, gpu_artifact, tiny_checkpoint, run_ranks
+):
     """FORMAT 8.6: every launch of a step, eager and captured."""
     results = run_ranks("steps", gpu_artifact(tiny_checkpoint, size, "q4"), size, devices=devices, chip="sm_90")
     for result in results:
