@@ -9,6 +9,8 @@ Shared memory sees plain loads and stores only. An atomic read-modify-write of h
 links have no PCIe atomics (CUDA: hostNativeAtomicSupported, cudaDevP2PAttrNativeAtomicSupported): a rank that waits with one
 could write an old flag back over a new one. What orders a rank's data before its flag is an atomic on its own device memory.
 
+The next kernels' programs may wait beside those that wait here (`overlap`): they take places only once each of these has one.
+
 Loads of others' data and flags are volatile: a line that an earlier step left in a cache must not serve them.
 """
 

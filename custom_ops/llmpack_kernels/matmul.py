@@ -295,12 +295,18 @@ def matmul_blocks(
 ):
     """Like `matmul_rows` for any number of rows; a program per BLOCK_M rows (axis 0) and BLOCK_N output features (axis 1)."""
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
+    WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16
     TILES: tl.constexpr = (N + 15) // 16
-    begin()
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     first = tl.program_id(1) * BLOCK_N
     feature = first + tl.arange(0, BLOCK_N)[None, :]
     words = weight.to(tl.pointer_type(tl.int32))
+    if BLOCK_M <= 16:
+        for i in tl.static_range(BLOCK_N // 16):
+            tile = tl.minimum(first // 16 + i, TILES - 1)
+            request(words + tile.to(tl.int64) * (K // FEATURES * WORDS), K // FEATURES * WORDS * 4)
+            request(scales + tile * (K // GROUP * 16), K // GROUP * 32)
+    begin()
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -327,9 +333,13 @@ def matmul_f16_blocks(
 ):
     """Do the same for float16 weights [ceil(N / 16), K, 16]."""
     TILES: tl.constexpr = (N + 15) // 16
-    begin()
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    if BLOCK_M <= 16:
+        for i in tl.static_range(BLOCK_N // 16):
+            tile = tl.minimum(tl.program_id(1) * (BLOCK_N // 16) + i, TILES - 1)
+            request(weight + tile.to(tl.int64) * (K * 16), K * 32)
+    begin()
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)

@@ -15,7 +15,7 @@ from triton.language import core
 
 from llmpack_kernels.decode import INTERPRETED
 
-# Bytes of one piece of weights that a program asks for. 528 programs at once, as on an H200, ask for a third of its cache.
+# Bytes of one piece of weights that a program asks for: the 792 programs that an H200 holds at once, for half of its cache.
 MOST_BYTES = 32 << 10
 # First: the next kernel's programs may have the places that this one's leave, once each of these has said so.
 # Triton's own functions for the two clobber no memory.
