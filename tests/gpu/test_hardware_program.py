@@ -25,7 +25,8 @@ def test_the_program_runs_dry(chip, tmp_path):
     rows = {what: value for what, value, _ in results["rows"]}
     assert rows["two ranks on one GPU: collectives"] == "right"
     assert {name for name in rows if name.startswith("operators")} == {
-        f"operators: {name}" for name in ("products", "norms", "swiglu", "embeddings", "attention", "top_k")
+        f"operators: {name}"
+        for name in ("products", "real_products", "norms", "swiglu", "embeddings", "attention", "real_attention", "top_k")
     }
     assert {"model dry: decode, graph", "model dry: prefill 16, graph"} <= set(rows)
     assert float(rows["demo model against float64"]) < 1e-2
@@ -68,13 +69,26 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert line.startswith("test-gpu: there is no GPU here, nothing was run: no NVIDIA driver")
 
 
+def test_only_the_parts_and_models_asked_for_are_run(tmp_path):
+    command = [sys.executable, str(PROGRAM), "--dry", "--json", str(tmp_path / "r.json"), "--parts"]
+    done = subprocess.run([*command, "operators"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [row[0] for row in json.loads((tmp_path / "r.json").read_text())["rows"]]
+    assert not [name for name in names if not name.startswith(("stand-in", "copy", "operators"))]
+    done = subprocess.run([*command, "operators,speed"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "--parts: no speed. There are two-ranks, demo," in done.stderr
+
+
 def test_the_deadline_is_kept_whatever_hangs(tmp_path):
     """The table and the results of what was done are there all the same."""
     code = """
 import sys, time, argparse, pathlib
 sys.path.insert(0, sys.argv[1])
 import gpu_bench
-bench = gpu_bench.Bench(argparse.Namespace(dry=True, chip="", minutes=0.01, json=pathlib.Path(sys.argv[2])))
+bench = gpu_bench.Bench(
+    argparse.Namespace(dry=True, chip="", minutes=0.01, json=pathlib.Path(sys.argv[2]), parts=("second",))
+)
 bench.stop_in_time()
 bench.row("first", "1")
 bench.part("second", lambda: time.sleep(100))"""
