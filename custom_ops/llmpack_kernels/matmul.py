@@ -21,10 +21,11 @@ from llmpack_kernels.decode import (
     offset,
     quantize_8,
     unpack_q4,
+    unpack_q4_half,
     unpack_q6,
     unpack_q8,
 )
-from llmpack_kernels.overlap import begin, request
+from llmpack_kernels.overlap import begin
 
 
 @triton.constexpr_function
@@ -181,8 +182,6 @@ def matmul_rows(
     tile = tl.program_id(0) * TILES
     words = weight.to(tl.pointer_type(tl.int32)) + tile.to(tl.int64) * (COUNT * WORDS)
     scales += tile * (K // GROUP * 16)
-    request(words, TILES * COUNT * WORDS * 4)
-    request(scales, TILES * (K // GROUP * 32))
     begin()
     sums = ()
     for i in tl.static_range(ROWS * TILES):
@@ -207,7 +206,6 @@ def matmul_f16_rows(x, weight, y, num_rows, K: tl.constexpr, N: tl.constexpr, RO
     tile = tl.program_id(0)
     row = tl.arange(0, 16)[None, :]
     weight += tile.to(tl.int64) * (K * 16)
-    request(weight, K * 32)
     begin()
     sum0 = tl.zeros([CHUNKS, 16], tl.float32)
     sum1 = tl.zeros([CHUNKS, 16], tl.float32)
@@ -238,18 +236,39 @@ def _stack(a, b, c, d):
 
 
 @triton.jit
-def _block(words, scales, chunk, feature, inside, STORAGE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+def _block(words, scales, num_rows, start, feature, STORAGE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+           GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPREAD: tl.constexpr,
            BACKEND: tl.constexpr):  # fmt: skip
-    """Weights of the chunks [C, 1] and output features [1, BLOCK_N] as float16 [C * FEATURES, BLOCK_N]."""
+    """Weights of input features [start, start + BLOCK_K) and output features [1, BLOCK_N] as float16 [BLOCK_K, BLOCK_N].
+
+    SPREAD: column 4 a + b is at b * BLOCK_N / 4 + a; `matmul_blocks` says why.
+    """
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
     WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16
-    C: tl.constexpr = chunk.shape[0]
-    BLOCK_N: tl.constexpr = feature.shape[1]
+    TILES: tl.constexpr = (N + 15) // 16
+    C: tl.constexpr = BLOCK_K // FEATURES
+    IS_WHOLE: tl.constexpr = K % BLOCK_K == 0 and TILES * 16 % BLOCK_N == 0
     tile = feature // 16
     row = feature % 16
-    values = _unpack(words, (tile * (K // FEATURES) + chunk) * WORDS + row, inside, STORAGE, BACKEND)
-    at = (tile * (K // GROUP) + chunk * FEATURES // GROUP) * 16 + row
-    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+    chunk = start // FEATURES + tl.arange(0, C)[:, None]
+    inside = None if IS_WHOLE else (feature < TILES * 16) & (chunk < K // FEATURES)
+    zero: tl.constexpr = None if IS_WHOLE else 0.0
+    at = (tile * (K // FEATURES) + chunk) * WORDS + row
+    if IS_WHOLE and GROUP % BLOCK_K == 0:
+        scale = tl.load(scales + (tile * (K // GROUP) + start // GROUP) * 16 + row)
+    else:
+        scale = tl.load(scales + (tile * (K // GROUP) + chunk * FEATURES // GROUP) * 16 + row, mask=inside, other=zero)
+    if STORAGE == "q4" and BACKEND == CUDA:
+        word, scale = tl.broadcast(tl.load(words + at, mask=inside, other=None if IS_WHOLE else 0), scale)
+        h0, h1, h2, h3, h4, h5, h6, h7 = unpack_q4_half(word, scale, num_rows)
+        halves = tl.join(_stack(h0, h1, h2, h3), _stack(h4, h5, h6, h7))
+        if SPREAD:
+            halves = halves.reshape((C, BLOCK_N // 4, 4, 2, 2, 2)).permute((0, 5, 3, 4, 2, 1))
+        else:
+            halves = halves.permute((0, 4, 2, 3, 1))
+        return halves.reshape((BLOCK_K, BLOCK_N))
+    values = _unpack(words, at, inside, STORAGE, BACKEND)
+    scale = scale.to(tl.float32)
     m = scale * factor(STORAGE, BACKEND)
     o = scale * offset(STORAGE, BACKEND)
     # Each feature is one fused multiply-add: exact but for one rounding, and then the rounding to float16.
@@ -294,28 +313,23 @@ def matmul_blocks(
     BACKEND: tl.constexpr,
 ):
     """Like `matmul_rows` for any number of rows; a program per BLOCK_M rows (axis 0) and BLOCK_N output features (axis 1)."""
-    FEATURES: tl.constexpr = features_per_chunk(STORAGE)
-    WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16
-    TILES: tl.constexpr = (N + 15) // 16
+    # Threads load 16 bytes, a word of four output features. On NVIDIA's chips they then write to shared memory what the matrix
+    # units read there, rows of one output feature: of those beside each other, not of every fourth, for the sake of its banks.
+    SPREAD: tl.constexpr = STORAGE == "q4" and BACKEND == CUDA and BLOCK_M >= 64
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     first = tl.program_id(1) * BLOCK_N
     feature = first + tl.arange(0, BLOCK_N)[None, :]
     words = weight.to(tl.pointer_type(tl.int32))
-    if BLOCK_M <= 16:
-        for i in tl.static_range(BLOCK_N // 16):
-            tile = tl.minimum(first // 16 + i, TILES - 1)
-            request(words + tile.to(tl.int64) * (K // FEATURES * WORDS), K // FEATURES * WORDS * 4)
-            request(scales + tile * (K // GROUP * 16), K // GROUP * 32)
     begin()
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        chunk = start // FEATURES + tl.arange(0, BLOCK_K // FEATURES)[:, None]
-        inside = (feature < TILES * 16) & (chunk < K // FEATURES)
-        w = _block(words, scales, chunk, feature, inside, STORAGE, K, GROUP, BACKEND)
-        there = (token < num_rows) & (start + k < K)
+        w = _block(words, scales, num_rows, start, feature, STORAGE, K, N, GROUP, BLOCK_N, BLOCK_K, SPREAD, BACKEND)
+        there = (token < num_rows) if K % BLOCK_K == 0 else (token < num_rows) & (start + k < K)
         tokens = tl.load(x + token.to(tl.int64) * K + (start + k), mask=there, other=0.0)
         total = tl.dot(tokens, w, total)
+    if SPREAD:
+        total = total.reshape((BLOCK_M, 4, BLOCK_N // 4)).permute((0, 2, 1)).reshape((BLOCK_M, BLOCK_N))
     tl.store(y + token.to(tl.int64) * N + feature, saturate(total, y), mask=(token < num_rows) & (feature < N))
 
 
@@ -335,10 +349,6 @@ def matmul_f16_blocks(
     TILES: tl.constexpr = (N + 15) // 16
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    if BLOCK_M <= 16:
-        for i in tl.static_range(BLOCK_N // 16):
-            tile = tl.minimum(tl.program_id(1) * (BLOCK_N // 16) + i, TILES - 1)
-            request(weight + tile.to(tl.int64) * (K * 16), K * 32)
     begin()
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
