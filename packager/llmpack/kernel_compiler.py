@@ -50,7 +50,9 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+    spec = spec.instead.get(arch, spec)
     module, _, name = spec.function.partition(".")
     function = getattr(importlib.import_module(f"llmpack_kernels.{module}"), name)
     decode = importlib.import_module("llmpack_kernels.decode")
@@ -62,7 +64,8 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
         raise AssertionError(f"{spec.function} has the parameters {names}, the plan {[*spec.types, *constexprs]}")
     kept = [n for n in names if n in spec.types]
     warp_size = 64 if arch.startswith("gfx9") else 32
-    source = ASTSource(
+    kind = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
+    source = kind(
         function,
         {n: spec.types.get(n, "constexpr") for n in names},
         {(names.index(n),): v for n, v in constexprs.items()},

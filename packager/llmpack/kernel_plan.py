@@ -17,6 +17,7 @@ from llmrun.artifact import IncompatibleError, ModelConfig
 # Rows that a variant of a product serves; 0: any number. Up to 4 rows the weights are multiplied where they are unpacked,
 # beyond that on the matrix units.
 ROWS = (1, 4, 16, 64, 0)
+HOPPER = (128, 128, 256, 6)  # `_on_hopper`
 TOP_K = 64  # likeliest tokens that a step gives beside the logits
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
 FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
@@ -32,7 +33,7 @@ class KernelSpec:
     """A function to compile.
 
     `constants` are what the launcher chooses by; `constexprs` what the function is compiled with; `types` are the parameters of
-    the function that stay, in order. `threads` are those of one program. What a grid is made of is the same on every chip.
+    the function that stay, in order. `threads` are those of one program.
     """
 
     op: str
@@ -45,6 +46,8 @@ class KernelSpec:
     stages: int = 2
     # Constexprs, "stages" and "buffer_ops" (AMD's, default 1) that differ on chips whose name starts like this.
     chips: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    # Chips with a function of their own, which takes the same parameters: its specification.
+    instead: dict[str, KernelSpec] = dataclasses.field(default_factory=dict)
 
     def on(self, chip: str) -> dict[str, int]:
         """Return what differs on a chip."""
@@ -125,7 +128,20 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
     # With 128 input features at a time sm_120 needs a stack for q6.
     chips = {"sm_120": {"BLOCK_K": min(64, int(constexprs["BLOCK_K"]))}} if (storage, max_rows) == ("q6", 16) else {}
     function = f"matmul.{name}_blocks"
-    return KernelSpec(f"matmul_{storage}", constants, function, constexprs, types, grid, threads, stages, chips)
+    spec = KernelSpec(f"matmul_{storage}", constants, function, constexprs, types, grid, threads, stages, chips)
+    if storage == "q4" and max_rows == 0 and group_size % 64 == 0:
+        spec.instead["sm_90"] = _on_hopper(spec, n)
+    return spec
+
+
+def _on_hopper(spec: KernelSpec, n: int) -> KernelSpec:
+    """Tokens, output features, threads and stages of `hopper.matmul_q4`; accumulators take half or more of the registers."""
+    block_m, block_n, threads, stages = HOPPER
+    constexprs = {name: v for name, v in spec.constexprs.items() if name not in ("STORAGE", "BACKEND")}
+    constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "STAGES": stages}
+    grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)
+    own = {"function": "hopper.matmul_q4", "constexprs": constexprs, "grid": grid, "threads": threads}
+    return dataclasses.replace(spec, **own, chips={}, instead={})
 
 
 def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
