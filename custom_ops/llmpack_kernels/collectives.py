@@ -20,7 +20,7 @@ import triton.language as tl
 from llmpack_kernels.decode import INTERPRETED
 from llmpack_kernels.elementwise import normalise
 from llmpack_kernels.matmul import saturate
-from llmpack_kernels.overlap import begin, request
+from llmpack_kernels.overlap import begin
 
 FLAG_STRIDE = tl.constexpr(32)  # int32: one flag for every 128 bytes, so that ranks do not share lines
 
@@ -93,7 +93,6 @@ def all_reduce_add_rms_norm(
     DRAIN: tl.constexpr,
 ):
     """Residual += sum of the ranks' x, y = norm(residual): x float16 [rows, H]; a program per row."""
-    request(weight, H * 4)
     begin()
     row = tl.program_id(0)
     start = row.to(tl.int64) * H

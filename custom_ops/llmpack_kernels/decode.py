@@ -131,7 +131,7 @@ def _float_of(quad, k: tl.constexpr):
 
 @triton.jit
 def _step_of(value, inverse, i: tl.constexpr):
-    """The number of steps, as byte i."""
+    """Return the number of steps, as byte i."""
     return ((value * inverse + ROUND).to(tl.int32, bitcast=True) & 0xFF) << (8 * i)
 
 
@@ -145,7 +145,9 @@ def quantize_8(low, high, AS_Q4: tl.constexpr):
         f0, f1, f2, f3 = _float_of(low, 0), _float_of(low, 1), _float_of(low, 2), _float_of(low, 3)
         f4, f5, f6, f7 = _float_of(high, 0), _float_of(high, 1), _float_of(high, 2), _float_of(high, 3)
         every: tl.constexpr = tl.PropagateNan.ALL
-        largest = tl.maximum(tl.maximum(tl.abs(f0), tl.abs(f1), every), tl.maximum(tl.abs(f2), tl.abs(f3), every), every)
+        largest = tl.maximum(
+            tl.maximum(tl.abs(f0), tl.abs(f1), every), tl.maximum(tl.abs(f2), tl.abs(f3), every), every
+        )
         other = tl.maximum(tl.maximum(tl.abs(f4), tl.abs(f5), every), tl.maximum(tl.abs(f6), tl.abs(f7), every), every)
         largest = tl.maximum(largest, other, every)
         inverse = 127.0 / tl.where(largest == 0, 1.0, largest)
@@ -160,7 +162,12 @@ def quantize_8(low, high, AS_Q4: tl.constexpr):
         )
     else:
         return tl.inline_asm_elementwise(
-            _QUANTIZE_IN_ORDER, "=r,=r,=f,l,l", [low, high], dtype=(tl.int32, tl.int32, tl.float32), is_pure=True, pack=1
+            _QUANTIZE_IN_ORDER,
+            "=r,=r,=f,l,l",
+            [low, high],
+            dtype=(tl.int32, tl.int32, tl.float32),
+            is_pure=True,
+            pack=1,
         )
 
 

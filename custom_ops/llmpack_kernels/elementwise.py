@@ -5,7 +5,7 @@ import triton.language as tl
 
 from llmpack_kernels.decode import PLAIN, offset, unpack_q6, unpack_q8
 from llmpack_kernels.matmul import saturate
-from llmpack_kernels.overlap import begin, request
+from llmpack_kernels.overlap import begin
 
 
 @triton.jit
@@ -19,7 +19,6 @@ def normalise(value, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def rms_norm(x, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
     """X float32 [rows, H], weight float32 [H], y float16 [rows, H]."""
-    request(weight, H * 4)
     begin()
     start = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)
@@ -31,7 +30,6 @@ def rms_norm(x, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def add_rms_norm(x, residual, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
     """Residual += x, y = norm(residual): x float16 [rows, H], residual float32, weight float32 [H], y float16."""
-    request(weight, H * 4)
     begin()
     start = tl.program_id(0).to(tl.int64) * H
     column = tl.arange(0, BLOCK)

@@ -25,7 +25,7 @@ from llmpack_kernels.decode import (
     unpack_q6,
     unpack_q8,
 )
-from llmpack_kernels.overlap import begin
+from llmpack_kernels.overlap import release, wait
 
 
 @triton.constexpr_function
@@ -97,14 +97,16 @@ def _products(levels_a, levels_b, x):
     """Return sums over eight input features: [chunks, 16], of levels times x."""
     a, b, step, start = x
     shape: tl.constexpr = levels_a.shape
-    total = dp4a(levels_a, tl.broadcast_to(a, shape), dp4a(levels_b, tl.broadcast_to(b, shape), tl.broadcast_to(start, shape)))
+    total = dp4a(
+        levels_a, tl.broadcast_to(a, shape), dp4a(levels_b, tl.broadcast_to(b, shape), tl.broadcast_to(start, shape))
+    )
     return (total.to(tl.float32, bitcast=True) - ROUND) * step
 
 
 @triton.jit
 def _integer_rows(x, words, scales, num_rows, chunk, mask, sums, STORAGE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                   GROUP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
-    """Add to the sums, [chunks, 16] of each tile's tokens, what the chunks give; x quantized to 8 bits, eight features at a time."""
+    """Add to the sums, [chunks, 16] of each tile's tokens, what the chunks give; x in 8 bits, eight features at a time."""
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
     COUNT: tl.constexpr = K // FEATURES
     row = tl.arange(0, 16)[None, :]
@@ -114,7 +116,10 @@ def _integer_rows(x, words, scales, num_rows, chunk, mask, sums, STORAGE: tl.con
         if STORAGE == "q4":
             quantized = quantized + (_quantized_x(x + r * K, chunk, inside, 0, STORAGE),)
         else:
-            halves = _quantized_x(x + r * K, chunk, inside, 0, STORAGE), _quantized_x(x + r * K, chunk, inside, 1, STORAGE)
+            halves = (
+                _quantized_x(x + r * K, chunk, inside, 0, STORAGE),
+                _quantized_x(x + r * K, chunk, inside, 1, STORAGE),
+            )
             quantized = quantized + (halves,)
     other = None if mask is None else 0
     result = ()
@@ -154,7 +159,9 @@ def _float_rows(x, words, scales, num_rows, chunk, mask, sums, STORAGE: tl.const
         scale = tl.load(scales + at, mask=mask, other=zero).to(tl.float32)
         for r in tl.static_range(ROWS):
             inside = mask if r == 0 else chunk < _limit(num_rows, r, COUNT)
-            result = result + (sums[t * ROWS + r] + _partial(values, x + r * K, chunk, inside, STORAGE, BACKEND) * scale,)
+            result = result + (
+                sums[t * ROWS + r] + _partial(values, x + r * K, chunk, inside, STORAGE, BACKEND) * scale,
+            )
     return result
 
 
@@ -182,9 +189,9 @@ def matmul_rows(
     tile = tl.program_id(0) * TILES
     words = weight.to(tl.pointer_type(tl.int32)) + tile.to(tl.int64) * (COUNT * WORDS)
     scales += tile * (K // GROUP * 16)
-    begin()
+    wait()
     sums = ()
-    for i in tl.static_range(ROWS * TILES):
+    for _ in tl.static_range(ROWS * TILES):
         sums = sums + (tl.zeros([CHUNKS, 16], tl.float32),)
     for start in tl.range(0, COUNT, CHUNKS, loop_unroll_factor=UNROLL):
         chunk = start + tl.arange(0, CHUNKS)[:, None]
@@ -192,7 +199,10 @@ def matmul_rows(
         if BACKEND == CUDA and STORAGE != "q8":
             sums = _integer_rows(x, words, scales, num_rows, chunk, inside, sums, STORAGE, K, N, GROUP, ROWS, TILES)
         else:
-            sums = _float_rows(x, words, scales, num_rows, chunk, inside, sums, STORAGE, K, N, GROUP, ROWS, TILES, BACKEND)
+            sums = _float_rows(
+                x, words, scales, num_rows, chunk, inside, sums, STORAGE, K, N, GROUP, ROWS, TILES, BACKEND
+            )
+    release()
     for t in tl.static_range(TILES):
         feature = (tile + t) * 16 + tl.arange(0, 16)
         for r in tl.static_range(ROWS):
@@ -206,7 +216,7 @@ def matmul_f16_rows(x, weight, y, num_rows, K: tl.constexpr, N: tl.constexpr, RO
     tile = tl.program_id(0)
     row = tl.arange(0, 16)[None, :]
     weight += tile.to(tl.int64) * (K * 16)
-    begin()
+    wait()
     sum0 = tl.zeros([CHUNKS, 16], tl.float32)
     sum1 = tl.zeros([CHUNKS, 16], tl.float32)
     sum2 = tl.zeros([CHUNKS, 16], tl.float32)
@@ -220,6 +230,7 @@ def matmul_f16_rows(x, weight, y, num_rows, K: tl.constexpr, N: tl.constexpr, RO
         if ROWS > 2:
             sum2 += w * tl.load(x + 2 * K + k, mask=k < _limit(num_rows, 2, K), other=0.0).to(tl.float32)
             sum3 += w * tl.load(x + 3 * K + k, mask=k < _limit(num_rows, 3, K), other=0.0).to(tl.float32)
+    release()
     feature = tile * 16 + tl.arange(0, 16)
     tl.store(y + feature, saturate(tl.sum(sum0, 0), y), mask=feature < N)
     if ROWS > 1:
@@ -247,7 +258,8 @@ def _block(words, scales, num_rows, start, feature, STORAGE: tl.constexpr, K: tl
     WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16
     TILES: tl.constexpr = (N + 15) // 16
     C: tl.constexpr = BLOCK_K // FEATURES
-    IS_WHOLE: tl.constexpr = K % BLOCK_K == 0 and TILES * 16 % BLOCK_N == 0
+    # Of q6 the same spills registers on sm_86 and sm_89.
+    IS_WHOLE: tl.constexpr = STORAGE != "q6" and K % BLOCK_K == 0 and TILES * 16 % BLOCK_N == 0
     tile = feature // 16
     row = feature % 16
     chunk = start // FEATURES + tl.arange(0, C)[:, None]
@@ -320,7 +332,7 @@ def matmul_blocks(
     first = tl.program_id(1) * BLOCK_N
     feature = first + tl.arange(0, BLOCK_N)[None, :]
     words = weight.to(tl.pointer_type(tl.int32))
-    begin()
+    wait()
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -328,6 +340,7 @@ def matmul_blocks(
         there = (token < num_rows) if K % BLOCK_K == 0 else (token < num_rows) & (start + k < K)
         tokens = tl.load(x + token.to(tl.int64) * K + (start + k), mask=there, other=0.0)
         total = tl.dot(tokens, w, total)
+    release()
     if SPREAD:
         total = total.reshape((BLOCK_M, 4, BLOCK_N // 4)).permute((0, 2, 1)).reshape((BLOCK_M, BLOCK_N))
     tl.store(y + token.to(tl.int64) * N + feature, saturate(total, y), mask=(token < num_rows) & (feature < N))
@@ -349,7 +362,7 @@ def matmul_f16_blocks(
     TILES: tl.constexpr = (N + 15) // 16
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    begin()
+    wait()
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -358,4 +371,5 @@ def matmul_f16_blocks(
         there = (token < num_rows) & (k[None, :] < K)
         tokens = tl.load(x + token.to(tl.int64) * K + k[None, :], mask=there, other=0.0)
         total = tl.dot(tokens, w, total)
+    release()
     tl.store(y + token.to(tl.int64) * N + feature, saturate(total, y), mask=(token < num_rows) & (feature < N))

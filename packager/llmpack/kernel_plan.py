@@ -17,7 +17,9 @@ from llmrun.artifact import IncompatibleError, ModelConfig
 # Rows that a variant of a product serves; 0: any number. Up to 4 rows the weights are multiplied where they are unpacked,
 # beyond that on the matrix units.
 ROWS = (1, 4, 16, 64, 0)
-HOPPER = (128, 128, 256, 6)  # `_on_hopper`
+FEW_TILES, MOST_UNROLLED = 300, 11  # of `matmul_rows`
+# `_on_hopper`: tokens, output features, threads, stages. With few output features half as many programs fill no chip.
+HOPPER, HOPPER_WIDE, HOPPER_WIDE_FROM = (128, 128, 256, 6), (256, 128, 256, 6), 8192
 TOP_K = 64  # likeliest tokens that a step gives beside the logits
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
 FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
@@ -110,14 +112,23 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
     name = "matmul_f16" if is_f16 else "matmul"
     if 0 < max_rows <= 4:
         # 16 bytes a thread: four words, or eight float16, of the 16 rows of a tile.
-        chunks, share = (128, 8) if is_f16 else (64, 4)
-        chunks = min(chunks, _power_of_two(k // FEATURES_PER_CHUNK.get(storage, 1)))
+        tiles, count = -(-n // 16), k // FEATURES_PER_CHUNK.get(storage, 1)
+        # Few tiles: more threads for each.
+        chunks, share = (128, 8) if is_f16 else (128 if tiles < FEW_TILES and max_rows == 1 else 64, 4)
+        chunks = min(chunks, _power_of_two(count))
         constexprs |= {"ROWS": max_rows, "CHUNKS": chunks}
+        together, chips = 1, {}
         if not is_f16:
-            constexprs |= {"TILES": 1, "UNROLL": 2}
-        grid = (GridAxis(factor=-(-n // 16)), _ONE, _ONE)
-        threads = _clamp(chunks * 16 // share, 32, 256)
-        return KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_rows", constexprs, types, grid, threads)
+            # One token: all weights are asked for at once. More: what is unpacked serves them all, and two tiles share a token.
+            together = 2 if max_rows > 1 and tiles % 2 == 0 else 1
+            constexprs |= {"TILES": together, "UNROLL": 2}
+            if max_rows == 1 and storage != "q8":
+                constexprs["UNROLL"] = min(-(-count // chunks), MOST_UNROLLED)
+                chips = {"gfx": {"UNROLL": 2}}
+        grid = (GridAxis(factor=tiles // together), _ONE, _ONE)
+        threads = _clamp(chunks * 16 // share, 32, 512)
+        function = f"matmul.{name}_rows"
+        return KernelSpec(f"matmul_{storage}", constants, function, constexprs, types, grid, threads, chips=chips)
     block_m, block_n, block_k, threads, stages = {
         16: (16, 32, 128, 128, 4),
         64: (64, 64, 64, 128, 3),
@@ -136,7 +147,7 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
 
 def _on_hopper(spec: KernelSpec, n: int) -> KernelSpec:
     """Tokens, output features, threads and stages of `hopper.matmul_q4`; accumulators take half or more of the registers."""
-    block_m, block_n, threads, stages = HOPPER
+    block_m, block_n, threads, stages = HOPPER_WIDE if n >= HOPPER_WIDE_FROM else HOPPER
     constexprs = {name: v for name, v in spec.constexprs.items() if name not in ("STORAGE", "BACKEND")}
     constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "STAGES": stages}
     grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)

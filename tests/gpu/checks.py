@@ -16,8 +16,8 @@ from executor import MiniOrt
 
 from llmpack.kernel_plan import KernelSpec
 from llmpack.weights import Quantization, plan_rank
-from llmrun.manifest import ModelConfig
 from llmpack_ops import reference
+from llmrun.manifest import ModelConfig
 
 ELEMENT = {np.dtype(d): i for d, i in ((np.float32, 1), (np.uint8, 2), (np.int32, 6), (np.int64, 7), (np.float16, 10))}
 N, K, VOCABULARY = 256, 512, 512

@@ -46,10 +46,21 @@ def test_every_launch_of_compiled_code_is_allowed(
     target, chip, compiled, standins: Path, operators: Path, tmp_path: Path
 ):
     from llmpack import kernel_file
+    from llmpack.kernels import SHARED_MEMORY
 
     (tmp_path / "k.bin").write_bytes(kernel_file.to_bytes(compiled[target]))
     mini, is_hip = standins / "libmini_ort.so", target.startswith("gfx")
-    done = standin.run(standins, CODE, operators, mini, tmp_path / "k.bin", tmp_path, is_hip, chip=chip)
+    done = standin.run(
+        standins,
+        CODE,
+        operators,
+        mini,
+        tmp_path / "k.bin",
+        tmp_path,
+        is_hip,
+        chip=chip,
+        shared=SHARED_MEMORY.get(chip, 99 << 10),
+    )
     assert done.returncode == 0, done.stderr
     violations, launches, early, *report = done.stdout.split(maxsplit=3)
     assert int(violations) == 0, report

@@ -26,7 +26,16 @@ def test_the_program_runs_dry(chip, tmp_path):
     assert rows["two ranks on one GPU: collectives"] == "right"
     assert {name for name in rows if name.startswith("operators")} == {
         f"operators: {name}"
-        for name in ("products", "real_products", "norms", "swiglu", "embeddings", "attention", "real_attention", "top_k")
+        for name in (
+            "products",
+            "real_products",
+            "norms",
+            "swiglu",
+            "embeddings",
+            "attention",
+            "real_attention",
+            "top_k",
+        )
     }
     assert {"model dry: decode, graph", "model dry: prefill 16, graph"} <= set(rows)
     assert float(rows["demo model against float64"]) < 1e-2
