@@ -84,94 +84,6 @@ def v_perm(high, low, selector):
 
 
 @triton.jit
-def _signed_byte(word, i: tl.constexpr):
-    return (word >> (8 * i)).to(tl.int8).to(tl.int32)
-
-
-@triton.jit
-def dp4a(a, b, total):
-    """NVIDIA's dot product of four signed bytes, and a sum: int32."""
-    if INTERPRETED:
-        for i in tl.static_range(4):
-            total += _signed_byte(a, i) * _signed_byte(b, i)
-        return total
-    else:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-# Eight float16 in two 64-bit words -> eight signed bytes in two words, and what one of their steps is worth. The bytes are
-# picked from float32 numbers that ROUND has brought to where a step is one unit of the last place. NaN makes the step NaN.
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
-ROUND_BITS = tl.constexpr(0x4B400000)
-_QUANTIZE = (
-    "{{ .reg .b16 h<8>; .reg .f32 f<8>, a<8>, m, i; .reg .b32 b<8>, p, q;"
-    " mov.b64 {{h0, h1, h2, h3}}, $3; mov.b64 {{h4, h5, h6, h7}}, $4;"
-    + "".join(f" cvt.f32.f16 f{k}, h{k}; abs.f32 a{k}, f{k};" for k in range(8))
-    + "".join(f" max.NaN.f32 a{k}, a{k}, a{k + step};" for step in (4, 2, 1) for k in range(step))
-    + " mov.f32 m, a0; rcp.approx.ftz.f32 i, m; mul.f32 i, i, 0f42FE0000;"  # 127 / largest
-    + "".join(f" fma.rn.f32 f{k}, f{k}, i, 0f4B400000; mov.b32 b{k}, f{k};" for k in range(8))
-    + "".join(
-        f" prmt.b32 p, b{{{4 * out}}}, b{{{4 * out + 1}}}, 0x0040; prmt.b32 q, b{{{4 * out + 2}}}, b{{{4 * out + 3}}}, 0x0040;"
-        f" prmt.b32 ${out}, p, q, 0x5410;"
-        for out in range(2)
-    )
-    + " mul.f32 $2, m, 0f3C010204; }}"  # 1 / 127
-)
-_QUANTIZE_IN_ORDER = tl.constexpr(_QUANTIZE.format(0, 1, 2, 3, 4, 5, 6, 7))
-_QUANTIZE_AS_Q4 = tl.constexpr(_QUANTIZE.format(0, 4, 1, 5, 2, 6, 3, 7))
-
-
-@triton.jit
-def _float_of(quad, k: tl.constexpr):
-    """Float16 k of the four in a 64-bit word."""
-    return (quad >> (16 * k)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _step_of(value, inverse, i: tl.constexpr):
-    """Return the number of steps, as byte i."""
-    return ((value * inverse + ROUND).to(tl.int32, bitcast=True) & 0xFF) << (8 * i)
-
-
-@triton.jit
-def quantize_8(low, high, AS_Q4: tl.constexpr):
-    """Quantize eight float16 (two int64) by their largest: (int32 of 4 signed bytes, int32 of 4 more, float32 step).
-
-    AS_Q4: the bytes are those of the features 0 4 1 5 and 2 6 3 7, as `byte_levels` has them of q4; else in order.
-    """
-    if INTERPRETED:
-        f0, f1, f2, f3 = _float_of(low, 0), _float_of(low, 1), _float_of(low, 2), _float_of(low, 3)
-        f4, f5, f6, f7 = _float_of(high, 0), _float_of(high, 1), _float_of(high, 2), _float_of(high, 3)
-        every: tl.constexpr = tl.PropagateNan.ALL
-        largest = tl.maximum(
-            tl.maximum(tl.abs(f0), tl.abs(f1), every), tl.maximum(tl.abs(f2), tl.abs(f3), every), every
-        )
-        other = tl.maximum(tl.maximum(tl.abs(f4), tl.abs(f5), every), tl.maximum(tl.abs(f6), tl.abs(f7), every), every)
-        largest = tl.maximum(largest, other, every)
-        inverse = 127.0 / tl.where(largest == 0, 1.0, largest)
-        if AS_Q4:
-            f1, f2, f3, f4, f5, f6 = f4, f1, f5, f2, f6, f3
-        a = _step_of(f0, inverse, 0) | _step_of(f1, inverse, 1) | _step_of(f2, inverse, 2) | _step_of(f3, inverse, 3)
-        b = _step_of(f4, inverse, 0) | _step_of(f5, inverse, 1) | _step_of(f6, inverse, 2) | _step_of(f7, inverse, 3)
-        return a, b, largest / 127.0
-    elif AS_Q4:
-        return tl.inline_asm_elementwise(
-            _QUANTIZE_AS_Q4, "=r,=r,=f,l,l", [low, high], dtype=(tl.int32, tl.int32, tl.float32), is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            _QUANTIZE_IN_ORDER,
-            "=r,=r,=f,l,l",
-            [low, high],
-            dtype=(tl.int32, tl.int32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
 def _lookup_cuda(word):
     """Nibbles 0..3 of `word` -> four bytes 0x80 | level + 64.
 
@@ -202,19 +114,6 @@ def _unit_float(bytes, i: tl.constexpr):
 def _byte_float(bytes, i: tl.constexpr):
     """Byte i, unsigned; one instruction on AMD (v_cvt_f32_ubyte)."""
     return ((bytes >> (8 * i)) & 0xFF).to(tl.float32)
-
-
-@triton.jit
-def byte_levels_q4(word):
-    """NVIDIA: one word -> the signed bytes level - 64 of the features 0 4 1 5, and of 2 6 3 7."""
-    return _lookup_cuda(word), _lookup_cuda(word >> 16)
-
-
-@triton.jit
-def byte_levels_q6(word0, word1, word2):
-    """Three words -> the bytes level + 32 of four input features each, in order."""
-    fourth = ((word0 >> 6) & 0x03030303) | ((word1 >> 4) & 0x0C0C0C0C) | ((word2 >> 2) & 0x30303030)
-    return word0 & 0x3F3F3F3F, word1 & 0x3F3F3F3F, word2 & 0x3F3F3F3F, fourth
 
 
 @triton.jit
@@ -349,7 +248,8 @@ def _six_bits(bytes, i: tl.constexpr, BACKEND: tl.constexpr):
 @triton.jit
 def unpack_q6(word0, word1, word2, BACKEND: tl.constexpr):
     """Three words -> 16 input features."""
-    word0, word1, word2, fourth = byte_levels_q6(word0, word1, word2)
+    fourth = ((word0 >> 6) & 0x03030303) | ((word1 >> 4) & 0x0C0C0C0C) | ((word2 >> 2) & 0x30303030)
+    word0, word1, word2 = word0 & 0x3F3F3F3F, word1 & 0x3F3F3F3F, word2 & 0x3F3F3F3F
     if BACKEND == CUDA:
         sign = _constant(word0, _SIGN_BITS)
         word0, word1, word2, fourth = word0 | sign, word1 | sign, word2 | sign, fourth | sign

@@ -10,21 +10,7 @@ multiply on the float32 units: unpacking costs less than the memory takes, and n
 import triton
 import triton.language as tl
 
-from llmpack_kernels.decode import (
-    CUDA,
-    ROUND,
-    ROUND_BITS,
-    byte_levels_q4,
-    byte_levels_q6,
-    dp4a,
-    factor,
-    offset,
-    quantize_8,
-    unpack_q4,
-    unpack_q4_half,
-    unpack_q6,
-    unpack_q8,
-)
+from llmpack_kernels.decode import CUDA, factor, offset, unpack_q4, unpack_q4_half, unpack_q6, unpack_q8
 from llmpack_kernels.overlap import release, wait
 
 
@@ -81,91 +67,6 @@ def _partial(values, x, chunk, mask, STORAGE: tl.constexpr, BACKEND: tl.constexp
 
 
 @triton.jit
-def _quantized_x(x, chunk, mask, HALF: tl.constexpr, STORAGE: tl.constexpr):
-    """Eight features of each chunk: their bytes in two words, their step, and what a sum of products starts with."""
-    quads = x.to(tl.pointer_type(tl.int64)) + chunk * (features_per_chunk(STORAGE) // 4) + 2 * HALF
-    other = None if mask is None else 0
-    low, high = tl.load(quads, mask=mask, other=other), tl.load(quads + 1, mask=mask, other=other)
-    a, b, step = quantize_8(low, high, STORAGE == "q4")
-    zero_points = tl.full(a.shape, 0x40404040 if STORAGE == "q4" else -0x1F1F1F20, tl.int32)  # 64 and -32, four times
-    start = dp4a(zero_points, a, dp4a(zero_points, b, tl.full(a.shape, ROUND_BITS, tl.int32)))
-    return a, b, step, start
-
-
-@triton.jit
-def _products(levels_a, levels_b, x):
-    """Return sums over eight input features: [chunks, 16], of levels times x."""
-    a, b, step, start = x
-    shape: tl.constexpr = levels_a.shape
-    total = dp4a(
-        levels_a, tl.broadcast_to(a, shape), dp4a(levels_b, tl.broadcast_to(b, shape), tl.broadcast_to(start, shape))
-    )
-    return (total.to(tl.float32, bitcast=True) - ROUND) * step
-
-
-@triton.jit
-def _integer_rows(x, words, scales, num_rows, chunk, mask, sums, STORAGE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-                  GROUP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
-    """Add to the sums, [chunks, 16] of each tile's tokens, what the chunks give; x in 8 bits, eight features at a time."""
-    FEATURES: tl.constexpr = features_per_chunk(STORAGE)
-    COUNT: tl.constexpr = K // FEATURES
-    row = tl.arange(0, 16)[None, :]
-    quantized = ()
-    for r in tl.static_range(ROWS):
-        inside = mask if r == 0 else chunk < _limit(num_rows, r, COUNT)
-        if STORAGE == "q4":
-            quantized = quantized + (_quantized_x(x + r * K, chunk, inside, 0, STORAGE),)
-        else:
-            halves = (
-                _quantized_x(x + r * K, chunk, inside, 0, STORAGE),
-                _quantized_x(x + r * K, chunk, inside, 1, STORAGE),
-            )
-            quantized = quantized + (halves,)
-    other = None if mask is None else 0
-    result = ()
-    for t in tl.static_range(TILES):
-        at = scales + t * (K // GROUP * 16) + chunk * FEATURES // GROUP * 16 + row
-        if STORAGE == "q4":
-            word = tl.load(words + t * (COUNT * 16) + chunk * 16 + row, mask=mask, other=other)
-            scale = tl.load(at, mask=mask, other=other).to(tl.float32)
-            a, b = byte_levels_q4(word)
-            for r in tl.static_range(ROWS):
-                result = result + (sums[t * ROWS + r] + _products(a, b, quantized[r]) * scale,)
-        else:
-            part = words + t * (COUNT * 48) + chunk * 48 + row
-            word0, word1 = tl.load(part, mask=mask, other=other), tl.load(part + 16, mask=mask, other=other)
-            word2 = tl.load(part + 32, mask=mask, other=other)
-            scale = tl.load(at, mask=mask, other=other).to(tl.float32)
-            a, b, c, d = byte_levels_q6(word0, word1, word2)
-            for r in tl.static_range(ROWS):
-                product = _products(a, b, quantized[r][0]) + _products(c, d, quantized[r][1])
-                result = result + (sums[t * ROWS + r] + product * scale,)
-    return result
-
-
-@triton.jit
-def _float_rows(x, words, scales, num_rows, chunk, mask, sums, STORAGE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-                GROUP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, BACKEND: tl.constexpr):  # fmt: skip
-    """Do the same with x as it is."""
-    FEATURES: tl.constexpr = features_per_chunk(STORAGE)
-    WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16  # of all rows of one chunk
-    COUNT: tl.constexpr = K // FEATURES
-    row = tl.arange(0, 16)[None, :]
-    zero = None if mask is None else 0.0
-    result = ()
-    for t in tl.static_range(TILES):
-        values = _unpack(words + t * (COUNT * WORDS), chunk * WORDS + row, mask, STORAGE, BACKEND)
-        at = t * (K // GROUP * 16) + chunk * FEATURES // GROUP * 16 + row
-        scale = tl.load(scales + at, mask=mask, other=zero).to(tl.float32)
-        for r in tl.static_range(ROWS):
-            inside = mask if r == 0 else chunk < _limit(num_rows, r, COUNT)
-            result = result + (
-                sums[t * ROWS + r] + _partial(values, x + r * K, chunk, inside, STORAGE, BACKEND) * scale,
-            )
-    return result
-
-
-@triton.jit
 def matmul_rows(
     x,
     weight,
@@ -178,36 +79,41 @@ def matmul_rows(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    TILES: tl.constexpr,
-    UNROLL: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """X float16 [num_rows <= ROWS <= 4, K], weight and scales of FORMAT.md 4.3, y [num_rows, N]; a program per TILES tiles."""
+    """X float16 [num_rows <= ROWS <= 4, K], weight and scales of FORMAT.md 4.3, y [num_rows, N]; a program per tile."""
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
     WORDS: tl.constexpr = 48 if STORAGE == "q6" else 16  # of all rows of one chunk
     COUNT: tl.constexpr = K // FEATURES
-    tile = tl.program_id(0) * TILES
+    tile = tl.program_id(0)
+    row = tl.arange(0, 16)[None, :]
     words = weight.to(tl.pointer_type(tl.int32)) + tile.to(tl.int64) * (COUNT * WORDS)
     scales += tile * (K // GROUP * 16)
     wait()
-    sums = ()
-    for _ in tl.static_range(ROWS * TILES):
-        sums = sums + (tl.zeros([CHUNKS, 16], tl.float32),)
-    for start in tl.range(0, COUNT, CHUNKS, loop_unroll_factor=UNROLL):
+    sum0 = tl.zeros([CHUNKS, 16], tl.float32)
+    sum1 = tl.zeros([CHUNKS, 16], tl.float32)
+    sum2 = tl.zeros([CHUNKS, 16], tl.float32)
+    sum3 = tl.zeros([CHUNKS, 16], tl.float32)
+    for start in tl.range(0, COUNT, CHUNKS, loop_unroll_factor=2):
         chunk = start + tl.arange(0, CHUNKS)[:, None]
         inside = (chunk < COUNT) if COUNT % CHUNKS else None
-        if BACKEND == CUDA and STORAGE != "q8":
-            sums = _integer_rows(x, words, scales, num_rows, chunk, inside, sums, STORAGE, K, N, GROUP, ROWS, TILES)
-        else:
-            sums = _float_rows(
-                x, words, scales, num_rows, chunk, inside, sums, STORAGE, K, N, GROUP, ROWS, TILES, BACKEND
-            )
+        values = _unpack(words, chunk * WORDS + row, inside, STORAGE, BACKEND)
+        zero = 0.0 if COUNT % CHUNKS else None
+        scale = tl.load(scales + chunk * FEATURES // GROUP * 16 + row, mask=inside, other=zero).to(tl.float32)
+        sum0 += _partial(values, x, chunk, inside, STORAGE, BACKEND) * scale
+        if ROWS > 1:
+            sum1 += _partial(values, x + K, chunk, chunk < _limit(num_rows, 1, COUNT), STORAGE, BACKEND) * scale
+        if ROWS > 2:
+            sum2 += _partial(values, x + 2 * K, chunk, chunk < _limit(num_rows, 2, COUNT), STORAGE, BACKEND) * scale
+            sum3 += _partial(values, x + 3 * K, chunk, chunk < _limit(num_rows, 3, COUNT), STORAGE, BACKEND) * scale
     release()
-    for t in tl.static_range(TILES):
-        feature = (tile + t) * 16 + tl.arange(0, 16)
-        for r in tl.static_range(ROWS):
-            there = feature < (N if r == 0 else _limit(num_rows, r, N))
-            tl.store(y + r * N + feature, saturate(tl.sum(sums[t * ROWS + r], 0), y), mask=there)
+    feature = tile * 16 + tl.arange(0, 16)
+    tl.store(y + feature, saturate(tl.sum(sum0, 0), y), mask=feature < N)
+    if ROWS > 1:
+        tl.store(y + N + feature, saturate(tl.sum(sum1, 0), y), mask=feature < _limit(num_rows, 1, N))
+    if ROWS > 2:
+        tl.store(y + 2 * N + feature, saturate(tl.sum(sum2, 0), y), mask=feature < _limit(num_rows, 2, N))
+        tl.store(y + 3 * N + feature, saturate(tl.sum(sum3, 0), y), mask=feature < _limit(num_rows, 3, N))
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-    spec = spec.instead.get(arch, spec)
+    spec = spec.of(arch) or spec
     module, _, name = spec.function.partition(".")
     function = getattr(importlib.import_module(f"llmpack_kernels.{module}"), name)
     decode = importlib.import_module("llmpack_kernels.decode")

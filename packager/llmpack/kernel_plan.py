@@ -15,9 +15,9 @@ from llmpack.weights import RankWeight, heads_per_rank
 from llmrun.artifact import IncompatibleError, ModelConfig
 
 # Rows that a variant of a product serves; 0: any number. Up to 4 rows the weights are multiplied where they are unpacked,
-# beyond that on the matrix units.
-ROWS = (1, 4, 16, 64, 0)
-FEW_TILES, MOST_UNROLLED = 300, 11  # of `matmul_rows`
+# beyond that on the matrix units; q4 on NVIDIA's chips always on these, up to 8 and up to 16 rows by `_for_few`.
+ROWS, ROWS_OF_Q4 = (1, 4, 16, 64, 0), (1, 4, 8, 16, 64, 0)
+FEW = {8: (2, 128, 2), 16: (2, 128, 2)}  # by max_rows: tiles of a program, its threads, units asked for ahead
 # `_on_hopper`: tokens, output features, threads, stages. With few output features half as many programs fill no chip.
 HOPPER, HOPPER_WIDE, HOPPER_WIDE_FROM = (128, 128, 256, 6), (256, 128, 256, 6), 8192
 TOP_K = 64  # likeliest tokens that a step gives beside the logits
@@ -48,8 +48,13 @@ class KernelSpec:
     stages: int = 2
     # Constexprs, "stages" and "buffer_ops" (AMD's, default 1) that differ on chips whose name starts like this.
     chips: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    # Chips with a function of their own, which takes the same parameters: its specification.
-    instead: dict[str, KernelSpec] = dataclasses.field(default_factory=dict)
+    # Chips whose name starts like this have a function of their own, which takes the same parameters: its specification.
+    # None: nothing; the kernel for more rows serves them.
+    instead: dict[str, KernelSpec | None] = dataclasses.field(default_factory=dict)
+
+    def of(self, chip: str) -> KernelSpec | None:
+        """Return what a chip has of this operation."""
+        return next((own for prefix, own in self.instead.items() if chip.startswith(prefix)), self)
 
     def on(self, chip: str) -> dict[str, int]:
         """Return what differs on a chip."""
@@ -95,7 +100,7 @@ def _products(weights: list[RankWeight]) -> Iterator[KernelSpec]:
         if w.row.role in ("linear", "head")
     }
     for storage, out_features, in_features, group_size, y_bits in sorted(matrices):
-        for max_rows in ROWS:
+        for max_rows in ROWS_OF_Q4 if storage == "q4" else ROWS:
             yield product(storage, out_features, in_features, group_size, y_bits, max_rows)
 
 
@@ -112,24 +117,17 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
     name = "matmul_f16" if is_f16 else "matmul"
     if 0 < max_rows <= 4:
         # 16 bytes a thread: four words, or eight float16, of the 16 rows of a tile.
-        tiles, count = -(-n // 16), k // FEATURES_PER_CHUNK.get(storage, 1)
-        # Few tiles: more threads for each.
-        chunks, share = (128, 8) if is_f16 else (128 if tiles < FEW_TILES and max_rows == 1 else 64, 4)
-        chunks = min(chunks, _power_of_two(count))
+        chunks, share = (128, 8) if is_f16 else (64, 4)
+        chunks = min(chunks, _power_of_two(k // FEATURES_PER_CHUNK.get(storage, 1)))
         constexprs |= {"ROWS": max_rows, "CHUNKS": chunks}
-        together, chips = 1, {}
-        if not is_f16:
-            # One token: all weights are asked for at once. More: what is unpacked serves them all, and two tiles share a token.
-            together = 2 if max_rows > 1 and tiles % 2 == 0 else 1
-            constexprs |= {"TILES": together, "UNROLL": 2}
-            if max_rows == 1 and storage != "q8":
-                constexprs["UNROLL"] = min(-(-count // chunks), MOST_UNROLLED)
-                chips = {"gfx": {"UNROLL": 2}}
-        grid = (GridAxis(factor=tiles // together), _ONE, _ONE)
-        threads = _clamp(chunks * 16 // share, 32, 512)
-        function = f"matmul.{name}_rows"
-        return KernelSpec(f"matmul_{storage}", constants, function, constexprs, types, grid, threads, chips=chips)
+        grid = (GridAxis(factor=-(-n // 16)), _ONE, _ONE)
+        threads = _clamp(chunks * 16 // share, 32, 256)
+        spec = KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_rows", constexprs, types, grid, threads)
+        if storage == "q4":
+            spec.instead["sm_"] = None
+        return spec
     block_m, block_n, block_k, threads, stages = {
+        8: (16, 32, 128, 128, 4),
         16: (16, 32, 128, 128, 4),
         64: (64, 64, 64, 128, 3),
         0: (128, 128, 64, 256, 3),
@@ -142,7 +140,26 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
     spec = KernelSpec(f"matmul_{storage}", constants, function, constexprs, types, grid, threads, stages, chips)
     if storage == "q4" and max_rows == 0 and group_size % 64 == 0:
         spec.instead["sm_90"] = _on_hopper(spec, n)
+    elif storage == "q4" and max_rows in FEW:
+        spec.instead["sm_"] = _for_few(spec, n, k, group_size)
+    if max_rows == 8:
+        spec.instead["gfx"] = None
     return spec
+
+
+def _for_few(spec: KernelSpec, n: int, k: int, group_size: int) -> KernelSpec:
+    """Tiles of a program of `few.matmul_q4`, its threads, and how many of its units a warp asks for ahead."""
+    max_rows = spec.constants["max_rows"]
+    tiles, threads, depth = FEW[max_rows]
+    tiles_in_all, units = -(-n // 16), k // min(group_size, 64)
+    tiles = min(tiles, 1 << tiles_in_all.bit_length() - 1)
+    threads = min(threads, 32 << units.bit_length() - 1)
+    depth = min(depth, -(-units * 32 // threads))
+    constexprs: dict[str, int | str] = {"K": k, "N": n, "GROUP": group_size, "TOKENS": max_rows}
+    constexprs |= {"TILES": tiles, "DEPTH": depth}
+    grid = (GridAxis(factor=-(-tiles_in_all // tiles)), _ONE, _ONE)
+    own = {"function": "few.matmul_q4", "constexprs": constexprs, "grid": grid, "threads": threads}
+    return dataclasses.replace(spec, **own, chips={}, instead={})
 
 
 def _on_hopper(spec: KernelSpec, n: int) -> KernelSpec:

@@ -104,14 +104,16 @@ def build(
     done: dict[tuple[str, int], dict[str, Kernel]] = {}
     missing = []
     sources = _sources()
+    wanted = {chip: [i for i, spec in enumerate(specs) if spec.of(chip) is not None] for chip in chips}
     for chip in chips:
-        for index, spec in enumerate(specs):
+        for index in wanted[chip]:
+            spec = specs[index]
             path = _cache_path(sources, spec, chip)
             if (found := _read_cache(path)) is not None:
                 done[chip, index] = found
             else:
                 missing.append((chip, index, path))
-    total = len(chips) * len(specs)
+    total = sum(map(len, wanted.values()))
     on_progress(len(done), total)
     if missing:
         with tempfile.TemporaryDirectory(prefix="llmpack-triton-") as scratch:
@@ -135,9 +137,9 @@ def build(
     files = {}
     for target in targets:
         kind = "hsaco" if _backend(target) == "hip" else "cubin"
-        files[target] = _file(target, target, kind, [done[target, i][kind] for i in range(len(specs))])
+        files[target] = _file(target, target, kind, [done[target, i][kind] for i in wanted[target]])
     if PTX_CHIP in chips:
-        files[PTX_TARGET] = _file(PTX_TARGET, PTX_CHIP, "ptx", [done[PTX_CHIP, i]["ptx"] for i in range(len(specs))])
+        files[PTX_TARGET] = _file(PTX_TARGET, PTX_CHIP, "ptx", [done[PTX_CHIP, i]["ptx"] for i in wanted[PTX_CHIP]])
     return files
 
 
