@@ -96,7 +96,7 @@ def _saturate(value, pointer):
 
 @gluon.jit
 def _unit_of(warp, turn, IS_LAST: gl.constexpr, COUNT: gl.constexpr):
-    """The unit of each warp at a turn; at one beyond the end any that is there."""
+    """Return the unit of each warp at a turn; at one beyond the end any that is there."""
     unit = warp + turn * gl.num_warps()
     if IS_LAST:
         unit = gl.minimum(unit, COUNT - 1)
@@ -105,7 +105,7 @@ def _unit_of(warp, turn, IS_LAST: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def _words(words, scales, unit, K: gl.constexpr, GROUP: gl.constexpr, UNIT: gl.constexpr, TILES: gl.constexpr):
-    """A thread's scales and words of a unit, for each tile."""
+    """Ask for a thread's scales and words of a unit, for each tile."""
     found = ()
     for t in gl.static_range(TILES):
         found = found + (gl.load(scales + (t * (K // GROUP) + unit * UNIT // GROUP) * 8),)
@@ -116,7 +116,7 @@ def _words(words, scales, unit, K: gl.constexpr, GROUP: gl.constexpr, UNIT: gl.c
 
 @gluon.jit
 def _tokens(quads, unit, UNIT: gl.constexpr, PARTS: gl.constexpr):
-    """A thread's x of a unit."""
+    """Ask for a thread's x of a unit."""
     found = ()
     for step in gl.static_range(UNIT // 32):
         for part in gl.static_range(PARTS):
@@ -187,7 +187,7 @@ def matmul_q4(
     lasting = (_kept(num_rows, zero, LOW), _kept(num_rows, zero, HIGH), _kept(num_rows, zero, EXPONENTS))
     lasting = lasting + (_kept(num_rows, zero, ONE), _kept(num_rows, zero, UPPER))
     sums = ()
-    for n in gl.static_range(TILES):
+    for _ in gl.static_range(TILES):
         sums = sums + (gl.zeros([32 * WARPS, SUMS], gl.float32, S),)
     stages = ()
     for j in gl.static_range(DEPTH):

@@ -17,7 +17,11 @@ from llmrun.artifact import IncompatibleError, ModelConfig
 # Rows that a variant of a product serves; 0: any number. Up to 4 rows the weights are multiplied where they are unpacked,
 # beyond that on the matrix units; q4 on NVIDIA's chips always on these, up to 8 and up to 16 rows by `_for_few`.
 ROWS, ROWS_OF_Q4 = (1, 4, 16, 64, 0), (1, 4, 8, 16, 64, 0)
-FEW = {8: (2, 128, 2), 16: (2, 128, 2)}  # by max_rows: tiles of a program, its threads, units asked for ahead
+# `_for_few`, by max_rows: (at so many tiles or more, tiles of a program, its threads, units asked for ahead).
+FEW = {
+    8: ((640, 2, 256, 2), (300, 1, 256, 4), (0, 1, 512, 2)),
+    16: ((0, 2, 128, 2),),
+}
 # `_on_hopper`: tokens, output features, threads, stages. With few output features half as many programs fill no chip.
 HOPPER, HOPPER_WIDE, HOPPER_WIDE_FROM = (128, 128, 256, 6), (256, 128, 256, 6), 8192
 TOP_K = 64  # likeliest tokens that a step gives beside the logits
@@ -150,8 +154,8 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
 def _for_few(spec: KernelSpec, n: int, k: int, group_size: int) -> KernelSpec:
     """Tiles of a program of `few.matmul_q4`, its threads, and how many of its units a warp asks for ahead."""
     max_rows = spec.constants["max_rows"]
-    tiles, threads, depth = FEW[max_rows]
     tiles_in_all, units = -(-n // 16), k // min(group_size, 64)
+    tiles, threads, depth = next(own for least, *own in FEW[max_rows] if tiles_in_all >= least)
     tiles = min(tiles, 1 << tiles_in_all.bit_length() - 1)
     threads = min(threads, 32 << units.bit_length() - 1)
     depth = min(depth, -(-units * 32 // threads))
