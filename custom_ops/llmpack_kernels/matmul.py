@@ -5,6 +5,7 @@ x is float16, sums are float32. The weights are read once, in the order in which
 `matmul_rows`: a program per tile of 16 output features; its threads share the input features, four rows of the tile each, and
 multiply on the float32 units: unpacking costs less than the memory takes, and no word has to change threads.
 `matmul_blocks`: weights become float16 in the shape that the matrix units take, rounded once, as level * scale.
+On NVIDIA's chips q4 has `few.py` for up to 16 rows, and on sm_90 `hopper.py` for more than 64.
 """
 
 import triton

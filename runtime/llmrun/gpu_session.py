@@ -4,7 +4,7 @@ In: a verified gpu.onnx, the operator library with its launcher open. Out: of ea
 device, and whole rows of logits where the plan asks for them. Each rank holds its own columns of the logits: what it has found
 there, or the columns themselves, meet on rank 0's host, once per step. A step sends the inputs that have changed. Decode steps
 run as captured graphs, one for each number of sequences; their block tables have room for the longest sequence, so that a graph
-stays right while sequences grow. Not yet run on hardware.
+stays right while sequences grow. Run on one NVIDIA GPU (tests/benchmarks/LOG.md); not yet on AMD's.
 """
 
 from __future__ import annotations
