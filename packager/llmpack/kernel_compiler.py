@@ -55,7 +55,9 @@ def compile_kernel(spec: KernelSpec, backend: str, arch: str) -> dict[str, Kerne
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-    spec = spec.of(arch) or spec
+    if (own := spec.of(arch)) is None:
+        raise AssertionError(f"{spec.op} {spec.constants}: there is none for {arch}")
+    spec = own
     module, _, name = spec.function.partition(".")
     function = getattr(importlib.import_module(f"llmpack_kernels.{module}"), name)
     decode = importlib.import_module("llmpack_kernels.decode")

@@ -72,14 +72,17 @@ def main() -> int:
         kernel_compiler.prepare_worker(scratch)
         for chip in args.chips.split(","):
             spec = product(args.storage, N, K, 64, 16, args.rows)
+            spec = spec.of(chip) or product(args.storage, N, K, 64, 16, 8).of(chip) or spec  # eight rows serve fewer
             backend = "hip" if chip.startswith("gfx") else "cuda"
             kernels = kernel_compiler.compile_kernel(spec, backend, chip)
             assembly = next((p.read_text() for p in Path(scratch).rglob("*.amdgcn") if chip in p.read_text()), "")
             kernel = kernels["hsaco" if backend == "hip" else "cubin"]
             loop = loop_of(chip, kernel.code, assembly)
-            # The loop is unrolled twice; a program of `threads` shares 16 rows of CHUNKS chunks.
-            chunks = int(spec.constexprs["CHUNKS"])
-            weights = 2 * chunks * FEATURES_PER_CHUNK[args.storage] * 16 / spec.threads
+            if "CHUNKS" in spec.constexprs:
+                # The loop is unrolled twice; a program of `threads` shares 16 rows of CHUNKS chunks.
+                weights = 2 * int(spec.constexprs["CHUNKS"]) * FEATURES_PER_CHUNK[args.storage] * 16 / spec.threads
+            else:  # few.matmul_q4: each warp 64 input features of 16 rows
+                weights = int(spec.constexprs["DEPTH"]) * int(spec.constexprs["TILES"]) * 64 * 16 / 32
             name, units, lanes, clock, bandwidth = CHIPS[chip]
             budget = units * lanes * clock / (bandwidth / (BITS[args.storage] / 8))
             per_weight = len(loop) / weights

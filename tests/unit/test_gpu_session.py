@@ -112,6 +112,7 @@ def make(monkeypatch):
         SessionOptions=Options,
         RunOptions=Options,
         GraphOptimizationLevel=SimpleNamespace(ORT_DISABLE_ALL=0),
+        set_default_logger_severity=lambda severity: None,
         preload_dlls=lambda: Session.preloads.append("cuda"),
         InferenceSession=Session,
         OrtValue=SimpleNamespace(ortvalue_from_shape_and_type=lambda shape, dtype, *_: Value(shape, dtype)),
