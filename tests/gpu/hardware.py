@@ -58,7 +58,7 @@ def all_specs(models: tuple[str, ...]) -> list[KernelSpec]:
         shards_run = (1, 2) if model == "dry" else (1, 2, 4)
         for shards in shards_run:
             for spec in shapes.specs_of(shapes.config_of(model, 1), shards):
-                is_wanted = spec.op == "matmul_q4" and spec.constants["max_rows"] in (1, 0)
+                is_wanted = spec.op == "matmul_q4" and spec.constants["max_rows"] in (1, 8, 0)  # 8: q4 on NVIDIA
                 is_collective = spec.op.startswith("all_") and model in ("7b", "dry") and shards == 2
                 if (shards == 1 and model != "34b") or is_wanted or is_collective:
                     specs[spec.op, *sorted(spec.constants.items())] = spec

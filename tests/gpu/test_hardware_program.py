@@ -68,6 +68,19 @@ def test_code_that_was_prepared_before_a_change_of_the_kernels_is_not_run(tmp_pa
     assert len(builds) == 2
 
 
+@pytest.mark.parametrize("chip", ["sm_90", "gfx1100"])
+def test_what_is_timed_with_one_token_is_not_the_kernel_for_many(chip, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    import hardware
+    import shapes
+
+    specs = [spec for spec in hardware.all_specs(("7b",)) if spec.op == "matmul_q4" and spec.of(chip) is not None]
+    for shards in (1, 2, 4):
+        for n, k in shapes.products("7b", shards).values():
+            own = [s.constants for s in specs if (s.constants["out_features"], s.constants["in_features"]) == (n, k)]
+            assert any(0 < constants["max_rows"] <= 8 for constants in own), (shards, n, k)
+
+
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     (tmp_path / "libcuda.so.1").write_text("no library")
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
