@@ -19,11 +19,11 @@ CUDA = tl.constexpr(1)
 HIP = tl.constexpr(2)
 
 # LEVELS[q] + 64, four to a word, q = 0 in the lowest byte; with bit 7 set for CUDA.
-_LEVELS_0 = tl.constexpr(0x20160C00)
-_LEVELS_4 = tl.constexpr(0x3B352E28)
-_LEVELS_8 = tl.constexpr(0x534C4640)
-_LEVELS_12 = tl.constexpr(0x786C625A)
-_SIGN_BITS = tl.constexpr(0x80808080)
+LEVELS_0 = tl.constexpr(0x20160C00)
+LEVELS_4 = tl.constexpr(0x3B352E28)
+LEVELS_8 = tl.constexpr(0x534C4640)
+LEVELS_12 = tl.constexpr(0x786C625A)
+SIGN_BITS = tl.constexpr(0x80808080)
 
 
 @triton.jit
@@ -90,17 +90,17 @@ def _lookup_cuda(word):
     Both halves of the table are looked up by the whole nibble. Where its top bit asks for the other half, the byte is all ones,
     because every byte of the table is negative: so `&` joins them.
     """
-    low = prmt(_constant(word, _LEVELS_0 | _SIGN_BITS), _constant(word, _LEVELS_4 | _SIGN_BITS), word)
+    low = prmt(_constant(word, LEVELS_0 | SIGN_BITS), _constant(word, LEVELS_4 | SIGN_BITS), word)
     flipped = word ^ _constant(word, 0x88888888)
-    return low & prmt(_constant(word, _LEVELS_8 | _SIGN_BITS), _constant(word, _LEVELS_12 | _SIGN_BITS), flipped)
+    return low & prmt(_constant(word, LEVELS_8 | SIGN_BITS), _constant(word, LEVELS_12 | SIGN_BITS), flipped)
 
 
 @triton.jit
 def _lookup_hip(word):
     """Low nibbles of the four bytes of `word` -> four bytes level + 64."""
     index = word & 0x07070707
-    low = v_perm(_constant(word, _LEVELS_4), _constant(word, _LEVELS_0), index)
-    high = v_perm(_constant(word, _LEVELS_12), _constant(word, _LEVELS_8), index)
+    low = v_perm(_constant(word, LEVELS_4), _constant(word, LEVELS_0), index)
+    high = v_perm(_constant(word, LEVELS_12), _constant(word, LEVELS_8), index)
     return v_perm(high, low, ((word >> 1) & 0x04040404) | 0x03020100)
 
 
@@ -119,7 +119,7 @@ def _byte_float(bytes, i: tl.constexpr):
 @triton.jit
 def _level_of(q):
     """q4 by selection, for PLAIN."""
-    byte = tl.where(q < 4, _LEVELS_0, tl.where(q < 8, _LEVELS_4, tl.where(q < 12, _LEVELS_8, _LEVELS_12)))
+    byte = tl.where(q < 4, LEVELS_0, tl.where(q < 8, LEVELS_4, tl.where(q < 12, LEVELS_8, LEVELS_12)))
     return ((byte >> ((q & 3) * 8)) & 0xFF).to(tl.float32)
 
 
@@ -165,20 +165,43 @@ def unpack_q4(word, BACKEND: tl.constexpr):
         )
 
 
+# $2, which ptxas does not know and so keeps in a register: known constants it moves there before every `prmt`, 24 instructions
+# for 32 weights. $1 is never negative.
+KEPT = tl.constexpr("{ .reg .b32 t; mov.u32 t, %laneid; add.s32 t, t, $1; shr.u32 t, t, 31; add.u32 $0, t, $2; }")
+
+
 @triton.jit
 def kept(value: tl.constexpr, num_rows):
-    """Return a 32-bit pattern that ptxas does not know, and so keeps in a register; num_rows is never negative.
-
-    Known constants it moves into a register before every `prmt`: 24 instructions for 32 weights.
-    """
+    """Return a 32-bit pattern by KEPT."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 t; mov.u32 t, %laneid; add.s32 t, t, $1; shr.u32 t, t, 31; add.u32 $0, t, $2; }",
+        KEPT,
         "=r,r,r",
         [num_rows, value if value < 0x80000000 else value - 0x100000000],
         dtype=tl.int32,
         is_pure=True,
         pack=1,
     )
+
+
+def with_levels(text):
+    """Put the two parts of the table that assembly has as constants into it, negative as `_lookup_cuda` wants them."""
+    return text.replace("LEVELS_4", str(LEVELS_4.value | SIGN_BITS.value)).replace(
+        "LEVELS_12", str(LEVELS_12.value | SIGN_BITS.value)
+    )
+
+
+_UNPACK_HALF = tl.constexpr(
+    with_levels("""{ .reg .b32 a, b, c, d, s, z;
+    mov.b32 s, {$9, $9}; mov.b32 z, 0x64C064C0;
+    xor.b32 c, $8, 0x88888888;
+    prmt.b32 a, $10, LEVELS_4, $8; prmt.b32 b, $11, LEVELS_12, c; and.b32 a, a, b;
+    shr.u32 d, $8, 16; shr.u32 c, c, 16;
+    prmt.b32 d, $10, LEVELS_4, d; prmt.b32 b, $11, LEVELS_12, c; and.b32 d, d, b;
+    prmt.b32 b, a, 0x64646464, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$0, $1}, b;
+    prmt.b32 b, d, 0x64646464, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$2, $3}, b;
+    prmt.b32 b, a, 0x64646464, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$4, $5}, b;
+    prmt.b32 b, d, 0x64646464, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$6, $7}, b; }""")
+)
 
 
 @triton.jit
@@ -203,22 +226,13 @@ def unpack_q4_half(word, scale, num_rows):
         )
     else:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, c, d, s, z;
-            mov.b32 s, {$9, $9}; mov.b32 z, 0x64C064C0;
-            xor.b32 c, $8, 0x88888888;
-            prmt.b32 a, $10, 0xBBB5AEA8, $8; prmt.b32 b, $11, 0xF8ECE2DA, c; and.b32 a, a, b;
-            shr.u32 d, $8, 16; shr.u32 c, c, 16;
-            prmt.b32 d, $10, 0xBBB5AEA8, d; prmt.b32 b, $11, 0xF8ECE2DA, c; and.b32 d, d, b;
-            prmt.b32 b, a, 0x64646464, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$0, $1}, b;
-            prmt.b32 b, d, 0x64646464, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$2, $3}, b;
-            prmt.b32 b, a, 0x64646464, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$4, $5}, b;
-            prmt.b32 b, d, 0x64646464, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$6, $7}, b; }""",
+            _UNPACK_HALF,
             "=h,=h,=h,=h,=h,=h,=h,=h,r,h,r,r,r,r",
             [
                 word,
                 scale,
-                kept(_LEVELS_0 | _SIGN_BITS, num_rows),
-                kept(_LEVELS_8 | _SIGN_BITS, num_rows),
+                kept(LEVELS_0 | SIGN_BITS, num_rows),
+                kept(LEVELS_8 | SIGN_BITS, num_rows),
                 kept(0x4240, num_rows),
                 kept(0x4341, num_rows),
             ],
@@ -251,7 +265,7 @@ def unpack_q6(word0, word1, word2, BACKEND: tl.constexpr):
     fourth = ((word0 >> 6) & 0x03030303) | ((word1 >> 4) & 0x0C0C0C0C) | ((word2 >> 2) & 0x30303030)
     word0, word1, word2 = word0 & 0x3F3F3F3F, word1 & 0x3F3F3F3F, word2 & 0x3F3F3F3F
     if BACKEND == CUDA:
-        sign = _constant(word0, _SIGN_BITS)
+        sign = _constant(word0, SIGN_BITS)
         word0, word1, word2, fourth = word0 | sign, word1 | sign, word2 | sign, fourth | sign
     return (
         _six_bits(word0, 0, BACKEND),

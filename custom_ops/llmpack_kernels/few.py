@@ -9,25 +9,24 @@ through shared memory but the sums of the warps, which share the input features,
 Levels and x are exact; the scale multiplies the sum of a group.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import CachePolicy
 
+from llmpack_kernels.decode import KEPT, LEVELS_0, LEVELS_4, LEVELS_8, LEVELS_12
+from llmpack_kernels.matmul import saturate
 from llmpack_kernels.overlap import begin
 
 STREAM = gl.constexpr(CachePolicy(l1="no_allocate"))  # words are read once: the first-level cache is for x
-# $2, which ptxas does not know and so keeps in a register, instead of moving it there before every use; $1 is never negative.
-KEPT = gl.constexpr("{ .reg .b32 t; mov.u32 t, %laneid; add.s32 t, t, $1; shr.u32 t, t, 31; add.u32 $0, t, $2; }")
-# For KEPT: levels 0 to 3 and 8 to 11 of the table, level + 64 (decode.py); four times 0x64; 1; what picks the upper half.
-LOW, HIGH, EXPONENTS, ONE, UPPER = (gl.constexpr(v) for v in (0x20160C00, 0x534C4640, 0x64646464, 1, 0x0100))
+# For `kept`, with two of the table's words: four times 0x64; 1; what picks the upper half.
+EXPONENTS, ONE, UPPER = (gl.constexpr(v) for v in (0x64646464, 1, 0x0100))
 
 
 @gluon.constexpr_function
 def multiply(outputs, inputs):
     """PTX that adds one unit, 32 or 64 input features of a tile, to a thread's sums, 4 for each 8 tokens.
 
-    In: the sums; what KEPT gives of its five constants; the scales of the two rows; for each 32 input features the two words;
+    In: the sums; what `kept` gives of its five constants; the scales of the two rows; for each 32 input features the two words;
     for each of those and each 8 tokens 8 input features of x.
 
     Bytes are picked as in decode.py. Where the pipe of additions and logic would limit, it is the one of multiplications that
@@ -51,7 +50,7 @@ def multiply(outputs, inputs):
                 if half:
                     text.append(f"dp2a.lo.u32.u32 {w}, {w}, {upper}, 0; dp2a.lo.u32.u32 f, f, {upper}, 0;")
                 # A table gives 0 for the nibbles of the other.
-                text.append(f"prmt.b32 l, {low}, 0x3B352E28, {w}; prmt.b32 h, {high}, 0x786C625A, f;")
+                text.append(f"prmt.b32 l, {low}, {LEVELS_4.value}, {w}; prmt.b32 h, {high}, {LEVELS_12.value}, f;")
                 text.append(f"mad.lo.u32 l, l, {one}, h;")
                 # Input features 0 1 and 4 5, then 2 3 and 6 7: a byte below 0x64 is the float16 1088 + level.
                 for odd in range(2):
@@ -79,19 +78,11 @@ def _kinds(num_sums, num_words_and_x):
 
 
 @gluon.jit
-def _kept(num_rows, zero, value: gl.constexpr):
+def kept(num_rows, zero, value: gl.constexpr):
+    """Return a 32-bit pattern by KEPT, in the layout of `zero`."""
     return gl.inline_asm_elementwise(
         KEPT, "=r,r,r", [zero + num_rows, zero + value], dtype=gl.int32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def _saturate(value, pointer):
-    """`matmul.saturate`."""
-    if pointer.dtype.element_ty == gl.float16:
-        every: gl.constexpr = tl.PropagateNan.ALL
-        value = gl.minimum(gl.maximum(value, -65504.0, every), 65504.0, every)
-    return value.to(pointer.dtype.element_ty)
 
 
 @gluon.jit
@@ -184,8 +175,8 @@ def matmul_q4(
         token = gl.where(g + 8 * part < num_rows, g + 8 * part, 0)
         quads = quads + (x.to(gl.pointer_type(gl.int64), bitcast=True) + quad + (token * (K // 4))[:, None],)
     zero = gl.full([32 * WARPS], 0, gl.int32, gl.SliceLayout(1, X))
-    lasting = (_kept(num_rows, zero, LOW), _kept(num_rows, zero, HIGH), _kept(num_rows, zero, EXPONENTS))
-    lasting = lasting + (_kept(num_rows, zero, ONE), _kept(num_rows, zero, UPPER))
+    lasting = (kept(num_rows, zero, LEVELS_0), kept(num_rows, zero, LEVELS_8), kept(num_rows, zero, EXPONENTS))
+    lasting = lasting + (kept(num_rows, zero, ONE), kept(num_rows, zero, UPPER))
     sums = ()
     for _ in gl.static_range(TILES):
         sums = sums + (gl.zeros([32 * WARPS, SUMS], gl.float32, S),)
@@ -226,4 +217,4 @@ def matmul_q4(
     total = gl.sum(buffer.reshape((WARPS, TOKENS * WIDTH)).load(Y), 0)
     place = gl.arange(0, TOKENS * WIDTH, gl.SliceLayout(0, Y))
     token, feature = place // WIDTH, tile * 16 + place % WIDTH
-    gl.store(y + token * N + feature, _saturate(total, y), mask=(token < num_rows) & (feature < N))
+    gl.store(y + token * N + feature, saturate(total, y), mask=(token < num_rows) & (feature < N))

@@ -8,7 +8,6 @@ Unpacked, a thread holds two input features of eight, of every chunk of its rows
 words, keep their nibbles and look them up eight at a time. Tiles are copied STAGES - 2 ahead.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -19,29 +18,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from llmpack_kernels.decode import LEVELS_0, LEVELS_8, SIGN_BITS, with_levels
+from llmpack_kernels.few import kept
+from llmpack_kernels.matmul import saturate
+
 # Words of chunks 0 to 3 of a row ($4, $6, $8, $10), its scale twice ($12) -> this thread's two input features of each, float16.
 # $16 and $24: which bytes and which nibbles are this thread's. $32 to $56: halves of the table (decode.py), selectors.
 # A byte 0x80 | level + 64 below 0x64 is the float16 1216 + level.
-UNPACK = gl.constexpr("""{ .reg .b32 a, b, c, d, y, z;
+UNPACK = gl.constexpr(
+    with_levels("""{ .reg .b32 a, b, c, d, y, z;
 mov.b32 z, 0x64C064C0;
 prmt.b32 a, $4, $6, $16; prmt.b32 b, $8, $10, $16;
 shr.u32 a, a, $24; sub.u32 c, 4, $24; shl.b32 b, b, c;
 lop3.b32 y, a, b, 0x0F0F0F0F, 0xE4;
 xor.b32 c, y, 0x88888888;
-prmt.b32 a, $32, 0xBBB5AEA8, y; prmt.b32 b, $40, 0xF8ECE2DA, c; and.b32 a, a, b;
+prmt.b32 a, $32, LEVELS_4, y; prmt.b32 b, $40, LEVELS_12, c; and.b32 a, a, b;
 shr.u32 d, y, 16; shr.u32 c, c, 16;
-prmt.b32 d, $32, 0xBBB5AEA8, d; prmt.b32 b, $40, 0xF8ECE2DA, c; and.b32 d, d, b;
+prmt.b32 d, $32, LEVELS_4, d; prmt.b32 b, $40, LEVELS_12, c; and.b32 d, d, b;
 prmt.b32 b, a, 0x64646464, $48; sub.f16x2 b, b, z; mul.f16x2 $0, b, $12;
 prmt.b32 b, d, 0x64646464, $48; sub.f16x2 b, b, z; mul.f16x2 $1, b, $12;
 prmt.b32 b, a, 0x64646464, $56; sub.f16x2 b, b, z; mul.f16x2 $2, b, $12;
 prmt.b32 b, d, 0x64646464, $56; sub.f16x2 b, b, z; mul.f16x2 $3, b, $12; }""")
+)
 CONSTRAINTS = gl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 60)
 BYTES = gl.constexpr("{ .reg .b32 t; mov.u32 t, %laneid; and.b32 t, t, 1; mad.lo.s32 $0, t, 0x2222, 0x5410; }")
 NIBBLES = gl.constexpr("{ .reg .b32 t; mov.u32 t, %laneid; shl.b32 t, t, 1; and.b32 $0, t, 4; }")
-# $2, which ptxas does not know and so keeps in a register, instead of moving it there before every use; $1 is never negative.
-KEPT = gl.constexpr("{ .reg .b32 t; mov.u32 t, %laneid; add.s32 t, t, $1; shr.u32 t, t, 31; add.u32 $0, t, $2; }")
-# For KEPT, as int32: levels 0 to 3 and 8 to 11 of the table, bytes 0 and 2, bytes 1 and 3.
-LOW, HIGH, EVEN, ODD = (gl.constexpr(v) for v in (0xA0968C80 - (1 << 32), 0xD3CCC6C0 - (1 << 32), 0x4240, 0x4341))
+# For `kept`, as int32: levels 0 to 3 and 8 to 11 of the table, bytes 0 and 2, bytes 1 and 3.
+LOW, HIGH = (gl.constexpr((v.value | SIGN_BITS.value) - (1 << 32)) for v in (LEVELS_0, LEVELS_8))
+EVEN, ODD = gl.constexpr(0x4240), gl.constexpr(0x4341)
 
 
 @gluon.constexpr_function
@@ -52,13 +56,6 @@ def _fragment(features, warps):
     lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     of_warps = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
     return gl.DistributedLinearLayout(registers, lanes, of_warps, [], [features, 8, 8])
-
-
-@gluon.jit
-def _kept(zero, num_rows, value: gl.constexpr):
-    return gl.inline_asm_elementwise(
-        KEPT, "=r,r,r", [zero + num_rows, zero + value], dtype=gl.int32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -128,8 +125,8 @@ def matmul_q4(
     zero = gl.full([BLOCK_N, 8, 8], 0, gl.int32, P)
     which = gl.inline_asm_elementwise(BYTES, "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1)
     nibbles = gl.inline_asm_elementwise(NIBBLES, "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1)
-    low, high = _kept(zero, num_rows, LOW), _kept(zero, num_rows, HIGH)
-    even, odd = _kept(zero, num_rows, EVEN), _kept(zero, num_rows, ODD)
+    low, high = kept(num_rows, zero, LOW), kept(num_rows, zero, HIGH)
+    even, odd = kept(num_rows, zero, EVEN), kept(num_rows, zero, ODD)
     for i in gl.static_range(STAGES - 2):
         _copy(x, words, scales, xs, ws, ss, i, i, num_rows, K, N, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     async_copy.wait_group(STAGES - 3)
@@ -158,11 +155,8 @@ def matmul_q4(
             w = _unpack(word, scale, which, nibbles, low, high, even, odd, A, BLOCK_N, BLOCK_K)
             stage = following
     total, idle = warpgroup_mma_wait(0, deps=[total, idle])
-    if y.dtype.element_ty == gl.float16:
-        every: gl.constexpr = tl.PropagateNan.ALL
-        total = gl.minimum(gl.maximum(total, -65504.0, every), 65504.0, every)
     Y: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
-    result = gl.convert_layout(total.to(y.dtype.element_ty), Y)
+    result = gl.convert_layout(saturate(total, y), Y)
     token = gl.program_id(0) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     feature = gl.program_id(1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     gl.store(y + token.to(gl.int64) * N + feature, result, mask=(token < num_rows) & (feature < N))

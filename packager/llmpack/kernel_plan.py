@@ -131,11 +131,10 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
             spec.instead["sm_"] = None
         return spec
     block_m, block_n, block_k, threads, stages = {
-        8: (16, 32, 128, 128, 4),
         16: (16, 32, 128, 128, 4),
         64: (64, 64, 64, 128, 3),
         0: (128, 128, 64, 256, 3),
-    }[max_rows]
+    }[16 if max_rows == 8 else max_rows]
     constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, _power_of_two(k)))}
     grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)
     # With 128 input features at a time sm_120 needs a stack for q6.

@@ -12,6 +12,7 @@ from helpers import layout_q4
 
 from llmpack import kernel_plan
 from llmpack_kernels import hopper
+from llmpack_kernels.decode import KEPT
 from llmpack_ops.reference import LEVELS
 
 MASK = 0xFFFFFFFF
@@ -76,7 +77,7 @@ def test_every_lane_unpacks_its_input_features() -> None:
             16: run(hopper.BYTES.value, lane=lane)["$0"],
             24: run(hopper.NIBBLES.value, lane=lane)["$0"],
             **{
-                32 + 8 * i: run(hopper.KEPT.value, lane=lane, o1=2048, o2=value.value & MASK)["$0"]
+                32 + 8 * i: run(KEPT.value, lane=lane, o1=2048, o2=value.value & MASK)["$0"]
                 for i, value in enumerate((hopper.LOW, hopper.HIGH, hopper.EVEN, hopper.ODD))
             },
         }
