@@ -141,7 +141,7 @@ bytes: q4 at {LINEAR_BITS:g} bits a weight, the head as q6 at {HEAD_BITS:g}, and
 Once a token: {ONCE_PER_TOKEN[0]} to {ONCE_PER_TOKEN[1]} us. Where the ranges come from:
 
 * fraction: MLC's own figures imply 0.76 to 0.81 on one RTX 4090; counted instructions (LOG.md) leave the q4 product bound by
-  memory on the 4090 and the 7900 XTX, but with nothing to spare on the A100, hence its wide range;
+  memory on the 4090 and the 7900 XTX, and on the A100 with half of its issue slots;
 * all-reduce: the aim is 15 us; two PCIe round trips and 16 KB each way are 5 us at best;
 * gap: common figures for captured CUDA graphs; AMD's are larger and MLC ran without graphs there too.
 
