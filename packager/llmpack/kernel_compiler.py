@@ -7,7 +7,6 @@ fused multiply-add is pinned.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import os
@@ -31,8 +30,6 @@ ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1",
 def prepare_worker(cache_directory: str) -> None:
     """Set what Triton reads from the environment, before it is imported."""
     os.environ.update(ENVIRONMENT, TRITON_CACHE_DIR=cache_directory)
-    # What Triton has made in Gluon lives to the end, and an interpreter that ends says so on stderr, function by function.
-    atexit.register(os._exit, 0)
     for name in [n for n in os.environ if n.startswith(("TRITON_", "MLIR_", "LLVM_")) and n not in ENVIRONMENT]:
         if name != "TRITON_CACHE_DIR":
             del os.environ[name]

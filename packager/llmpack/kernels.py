@@ -9,6 +9,7 @@ The cache holds one small kernel file per kernel and chip under `$LLMPACK_CACHE`
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -119,7 +120,7 @@ def build(
         with tempfile.TemporaryDirectory(prefix="llmpack-triton-") as scratch:
             context = multiprocessing.get_context("spawn")
             workers = min(num_processes or os.cpu_count() or 1, len(missing))
-            with ProcessPoolExecutor(workers, context, prepare_worker, (scratch,)) as pool:
+            with ProcessPoolExecutor(workers, context, _begin_worker, (scratch,)) as pool:
                 futures = {pool.submit(compile_kernel, specs[i], _backend(chip), chip): (chip, i, path)
                            for chip, i, path in missing}  # fmt: skip
                 try:
@@ -141,6 +142,12 @@ def build(
     if PTX_CHIP in chips:
         files[PTX_TARGET] = _file(PTX_TARGET, PTX_CHIP, "ptx", [done[PTX_CHIP, i]["ptx"] for i in wanted[PTX_CHIP]])
     return files
+
+
+def _begin_worker(scratch: str) -> None:
+    prepare_worker(scratch)
+    # What Triton has made in Gluon lives to the end, and an interpreter that ends says so on stderr, function by function.
+    atexit.register(os._exit, 0)
 
 
 def _file(target: str, arch: str, kind: str, kernels: list[Kernel]) -> KernelFile:

@@ -6,11 +6,13 @@ The rest is checked by compiling (test_compile.py), and on a GPU (`make test-gpu
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import layout_q4
 
-from llmpack import kernel_plan
+from llmpack import kernel_plan, kernels
 from llmpack_kernels import hopper
 from llmpack_kernels.decode import KEPT
 from llmpack_ops.reference import LEVELS
@@ -90,6 +92,15 @@ def test_every_lane_unpacks_its_input_features() -> None:
                     k = 8 * (first + c) + 2 * (lane % 4)
                     exact = LEVELS["q4"][q[row, k : k + 2]].astype(np.float64) * np.float64(scale)
                     np.testing.assert_array_equal(_halves(found[f"${c}"]), exact.astype(np.float16))
+
+
+@pytest.mark.slow
+def test_compiling_it_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMPACK_CACHE", str(tmp_path))
+    kernels.build([kernel_plan.product("q4", 128, 128, 64, 16, 0)], ["sm_90"])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_stands_in_on_its_chip_only_where_a_group_fills_its_blocks() -> None:
