@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from llmpack import __version__, kernel_file, kernels, report
-from llmpack.checkpoint import open_checkpoint
+from llmpack.checkpoint import Checkpoint, open_checkpoint
 from llmpack.cpu_graph import cpu_graph
 from llmpack.export import export, rope_frequencies
-from llmpack.generation import read_generation
+from llmpack.generation import Generation, read_generation
 from llmpack.gpu_graph import gpu_graph
-from llmpack.kernel_plan import plan_kernels
+from llmpack.kernel_plan import KernelSpec, plan_kernels
 from llmpack.selfcheck import PackedRank, selfcheck
 from llmpack.split import split
 from llmpack.store import write_weights
@@ -31,6 +31,7 @@ from llmpack.weights import (
     EMBEDDING,
     HEAD,
     Quantization,
+    RankWeight,
     check_options,
     check_split,
     choose_group_size,
@@ -47,6 +48,7 @@ from llmrun.artifact import (
     IncompatibleError,
     IntegrityError,
     KvCacheSpec,
+    ModelConfig,
     UsageError,
     canonical_json,
 )
@@ -93,104 +95,176 @@ def pack(
     quantization = check_options(options.scheme, options.group_size, options.shards)
     staging = None if target is None else Staging(target, force=options.force, model_dir=model_dir)
     targets = kernels.parse_targets(options.targets)
-    if has_gpu := len(targets) > 1:
+    if len(targets) > 1:
         kernels.check_compiler()
     if options.kv_dtype is not None and options.kv_dtype not in KV_DTYPES:
         raise UsageError(f"--kv-dtype {options.kv_dtype}: expected one of {', '.join(KV_DTYPES)}.")
     with open_checkpoint(model_dir) as checkpoint:
-        config = checkpoint.config
-        try:
-            names = resolve_sources(config, {name: info.shape for name, info in checkpoint.tensors.items()})
-        except IntegrityError as error:
-            raise IntegrityError(f"{model_dir}: {error}", code=error.code) from None
-        notes = list(checkpoint.notes)
-        tied = names[f"{EMBEDDING}.weight"], names[f"{HEAD}.weight"]
-        if config.tie_word_embeddings and not checkpoint.are_equal(*tied):
-            config = dataclasses.replace(config, tie_word_embeddings=False)
-            notes.append(
-                f"tie_word_embeddings is true, but {tied[1]} is not {tied[0]}; both are used, as by transformers 5"
-            )
-        if options.group_size is None:
-            quantization = choose_group_size(config, quantization, options.shards)
-        check_split(config, quantization, options.shards, is_default=options.group_size is None)
-        max_seq_len = config.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
-        if not 1 <= max_seq_len <= config.max_position_embeddings:
-            raise UsageError(
-                f"--max-seq-len {max_seq_len}: expected 1 to max_position_embeddings {config.max_position_embeddings}."
-            )
-        plans = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]
-        kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
-        specs = plan_kernels(config, plans[0], options.shards, BLOCK_SIZE) if has_gpu else []
-        if has_gpu and kv_dtype != "float16":
-            raise IncompatibleError(
-                "GPU kernels read a float16 cache: choose --targets cpu, or leave out --kv-dtype f32."
-            )
-        kv_heads = heads_per_rank(config, options.shards)[1]
-        kv_cache = KvCacheSpec(kv_dtype, BLOCK_SIZE, config.num_hidden_layers, kv_heads, config.head_dim)
-        summary = report.summarise(
-            config, quantization, plans, kv_cache, max_seq_len, is_group_size_default=options.group_size is None
+        job = _decide(checkpoint, model_dir, options, quantization, targets)
+        if staging is not None:
+            _write(job, checkpoint, staging, on_progress)
+    return job.summary
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is decided before a byte is written.
+
+    Attributes:
+        config: the checkpoint's, as it is packed.
+        quantization: of all roles.
+        names: the checkpoint's tensor for each of the model's (`resolve_sources`).
+        ranks: the plan of each.
+        max_seq_len: in positions.
+        kv_cache: of one rank.
+        targets: of `kernels.parse_targets`, the CPU first.
+        specs: the GPU kernels; none without a GPU among the targets.
+        tokenizer: None: ids in, ids out.
+        generation: defaults for sampling.
+        summary: the figures of the artifact.
+    """
+
+    config: ModelConfig
+    quantization: Quantization
+    names: dict[str, str]
+    ranks: list[list[RankWeight]]
+    max_seq_len: int
+    kv_cache: KvCacheSpec
+    targets: tuple[str, ...]
+    specs: list[KernelSpec]
+    tokenizer: TokenizerFiles | None
+    generation: Generation
+    summary: dict[str, Any]
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether there are graphs and kernels for GPUs."""
+        return len(self.targets) > 1
+
+    @property
+    def used(self) -> set[str]:
+        """Files of the model beside config and weights that are packed."""
+        return {*self.generation.sources, *(self.tokenizer.sources if self.tokenizer else ())}
+
+
+def _decide(
+    checkpoint: Checkpoint, model_dir: Path, options: Options, quantization: Quantization, targets: tuple[str, ...]
+) -> _Job:
+    """Read all but the weights, choose what was left open, and refuse what cannot be packed."""
+    config = checkpoint.config
+    try:
+        names = resolve_sources(config, {name: info.shape for name, info in checkpoint.tensors.items()})
+    except IntegrityError as error:
+        raise IntegrityError(f"{model_dir}: {error}", code=error.code) from None
+    notes = list(checkpoint.notes)
+    tied = names[f"{EMBEDDING}.weight"], names[f"{HEAD}.weight"]
+    if config.tie_word_embeddings and not checkpoint.are_equal(*tied):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        notes.append(
+            f"tie_word_embeddings is true, but {tied[1]} is not {tied[0]}; both are used, as by transformers 5"
         )
-        tokenizer = read_tokenizer(model_dir, config.vocab_size)
-        generation = read_generation(model_dir, config.vocab_size)
-        summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else ()), *generation.notes]
-        if staging is None:
-            return summary
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(staging)
-            background, stopped = stack.enter_context(ThreadPoolExecutor(1)), threading.Event()
-            stack.callback(stopped.set)  # an error does not wait until gigabytes are hashed
-            staging.check_room(sum(rank["weight_bytes"] for rank in summary["ranks"]) + _ROOM_FOR_SMALL_FILES)
-            used = {*generation.sources, *(tokenizer.sources if tokenizer else ())}
-            sources = background.submit(checkpoint.hash_sources, used, stopped.is_set)
-            logical = export(config, kv_dtype, BLOCK_SIZE)
-            for rank, plan in enumerate(plans):
-                graph = split(logical, config, plan, rank, options.shards, "weights.bin")
-                staging.add(f"rank-{rank}/cpu.onnx", cpu_graph(graph).SerializeToString(deterministic=True))
-                if has_gpu:
-                    graph = gpu_graph(graph, kv_cache)
-                    staging.add(f"rank-{rank}/gpu.onnx", graph.SerializeToString(deterministic=True))
-            code = (
-                kernels.build(specs, targets, lambda done, total: on_progress("kernels", done, total))
-                if has_gpu
-                else {}
-            )
-            for name, file in code.items():
-                staging.add(kernels.file_name(name), kernel_file.to_bytes(file))
-            write_weights(checkpoint, names, plans, staging, on_progress)
-            on_progress("self-check", 0, 1)
-            with contextlib.ExitStack() as files:
-                packed = [
-                    files.enter_context(PackedRank(staging.partial / f"rank-{r}/weights.bin", plan))
-                    for r, plan in enumerate(plans)
-                ]
-                check = selfcheck(
-                    config, packed, quantization.scheme, kv_dtype, rope_frequencies(config), min(8, max_seq_len)
-                )
-            staging.add("selfcheck.json", canonical_json(check))
-            members = {
-                "format": FORMAT_NAME,
-                "format_version": list(FORMAT_VERSION),
-                "producer": {"name": "llmpack", "version": __version__},
-                "ops": {"domain": OPS_DOMAIN, "version": OPS_VERSION},
-                "model": dataclasses.asdict(config),
-                "max_seq_len": max_seq_len,
-                "quantization": _describe(quantization, summary),
-                "kv_cache": dataclasses.asdict(kv_cache),
-                "shards": options.shards,
-                "targets": list(targets),
-                "ranks": [_describe_rank(rank, has_gpu) for rank in summary["ranks"]],
-                "tokenizer": _add_tokenizer(tokenizer, staging),
-                "eos_token_ids": list(tokenizer.eos_token_ids if tokenizer else generation.eos_token_ids),
-                "generation": dataclasses.asdict(generation.defaults),
-                "selfcheck": "selfcheck.json",
-                "source": [dataclasses.asdict(entry) for entry in sources.result()],
-            }
-            if has_gpu:
-                members["kernels"] = {name: kernels.file_name(name) for name in code}
-            checkpoint.check_unchanged(used)
-            on_progress("publish", 0, 1)
-            staging.publish(members)
-    return summary
+    is_default = options.group_size is None
+    if is_default:
+        quantization = choose_group_size(config, quantization, options.shards)
+    check_split(config, quantization, options.shards, is_default=is_default)
+    max_seq_len = config.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
+    if not 1 <= max_seq_len <= config.max_position_embeddings:
+        raise UsageError(
+            f"--max-seq-len {max_seq_len}: expected 1 to max_position_embeddings {config.max_position_embeddings}."
+        )
+    ranks = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]
+    kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
+    has_gpu = len(targets) > 1
+    specs = plan_kernels(config, ranks[0], options.shards, BLOCK_SIZE) if has_gpu else []
+    if has_gpu and kv_dtype != "float16":
+        raise IncompatibleError("GPU kernels read a float16 cache: choose --targets cpu, or leave out --kv-dtype f32.")
+    kv_heads = heads_per_rank(config, options.shards)[1]
+    kv_cache = KvCacheSpec(kv_dtype, BLOCK_SIZE, config.num_hidden_layers, kv_heads, config.head_dim)
+    summary = report.summarise(config, quantization, ranks, kv_cache, max_seq_len, is_group_size_default=is_default)
+    tokenizer = read_tokenizer(model_dir, config.vocab_size)
+    generation = read_generation(model_dir, config.vocab_size)
+    summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else ()), *generation.notes]
+    return _Job(
+        config, quantization, names, ranks, max_seq_len, kv_cache, targets, specs, tokenizer, generation, summary
+    )
+
+
+def _write(job: _Job, checkpoint: Checkpoint, staging: Staging, on_progress: Progress) -> None:
+    """Write the artifact and publish it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(staging)
+        background, stopped = stack.enter_context(ThreadPoolExecutor(1)), threading.Event()
+        stack.callback(stopped.set)  # an error does not wait until gigabytes are hashed
+        staging.check_room(sum(rank["weight_bytes"] for rank in job.summary["ranks"]) + _ROOM_FOR_SMALL_FILES)
+        sources = background.submit(checkpoint.hash_sources, job.used, stopped.is_set)
+        _add_graphs(job, staging)
+        code = _add_kernels(job, staging, on_progress)
+        write_weights(checkpoint, job.names, job.ranks, staging, on_progress)
+        on_progress("self-check", 0, 1)
+        staging.add("selfcheck.json", canonical_json(_selfcheck(job, staging)))
+        tokenizer = _add_tokenizer(job.tokenizer, staging)
+        members = _members(job, tokenizer, code, [dataclasses.asdict(entry) for entry in sources.result()])
+        checkpoint.check_unchanged(job.used)
+        on_progress("publish", 0, 1)
+        staging.publish(members)
+
+
+def _add_graphs(job: _Job, staging: Staging) -> None:
+    logical = export(job.config, job.kv_cache.dtype, BLOCK_SIZE)
+    for rank, plan in enumerate(job.ranks):
+        graph = split(logical, job.config, plan, rank, len(job.ranks), "weights.bin")
+        staging.add(f"rank-{rank}/cpu.onnx", cpu_graph(graph).SerializeToString(deterministic=True))
+        if job.has_gpu:
+            graph = gpu_graph(graph, job.kv_cache)
+            staging.add(f"rank-{rank}/gpu.onnx", graph.SerializeToString(deterministic=True))
+
+
+def _add_kernels(job: _Job, staging: Staging, on_progress: Progress) -> dict[str, str]:
+    """Compile for every GPU among the targets; return the file of each."""
+    if not job.has_gpu:
+        return {}
+    code = kernels.build(job.specs, job.targets, lambda done, total: on_progress("kernels", done, total))
+    for name, file in code.items():
+        staging.add(kernels.file_name(name), kernel_file.to_bytes(file))
+    return {name: kernels.file_name(name) for name in code}
+
+
+def _selfcheck(job: _Job, staging: Staging) -> dict[str, Any]:
+    with contextlib.ExitStack() as files:
+        packed = [
+            files.enter_context(PackedRank(staging.partial / f"rank-{rank}/weights.bin", plan))
+            for rank, plan in enumerate(job.ranks)
+        ]
+        num_tokens = min(8, job.max_seq_len)
+        frequencies = rope_frequencies(job.config)
+        return selfcheck(job.config, packed, job.quantization.scheme, job.kv_cache.dtype, frequencies, num_tokens)
+
+
+def _members(
+    job: _Job, tokenizer: dict[str, Any] | None, code: dict[str, str], sources: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the manifest, but for its digests."""
+    members = {
+        "format": FORMAT_NAME,
+        "format_version": list(FORMAT_VERSION),
+        "producer": {"name": "llmpack", "version": __version__},
+        "ops": {"domain": OPS_DOMAIN, "version": OPS_VERSION},
+        "model": dataclasses.asdict(job.config),
+        "max_seq_len": job.max_seq_len,
+        "quantization": _describe(job.quantization, job.summary),
+        "kv_cache": dataclasses.asdict(job.kv_cache),
+        "shards": len(job.ranks),
+        "targets": list(job.targets),
+        "ranks": [_describe_rank(rank, job.has_gpu) for rank in job.summary["ranks"]],
+        "tokenizer": tokenizer,
+        "eos_token_ids": list(job.tokenizer.eos_token_ids if job.tokenizer else job.generation.eos_token_ids),
+        "generation": dataclasses.asdict(job.generation.defaults),
+        "selfcheck": "selfcheck.json",
+        "source": sources,
+    }
+    if job.has_gpu:
+        members["kernels"] = code
+    return members
 
 
 def _describe(quantization: Quantization, summary: dict[str, Any]) -> dict[str, Any]:

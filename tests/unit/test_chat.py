@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_makers import byte_level_spec, make_artifact, train_byte_level, train_sentencepiece
 
-from llmrun import chat
+from llmrun import template_sandbox
 from llmrun.chat import encode_chat, render_chat
 from llmrun.errors import UsageError
 from llmrun.tokenizer import load_tokenizer
@@ -217,7 +217,7 @@ def test_the_names_that_templates_expect():
         ([{"role": [], "content": "x"}], "role is"),
         ([*SHORT, {"role": "user", "content": None}], "message 1: content is NoneType"),
         ([{"role": "user", "content": ["x"]}], "content is list"),
-        ([{"role": "user", "content": "x" * (chat.MAX_CHAT_CHARS + 1)}], "at most"),
+        ([{"role": "user", "content": "x" * (template_sandbox.MAX_CHARS + 1)}], "at most"),
     ],
 )
 def test_malformed_messages_are_refused(messages, expected):
@@ -275,13 +275,13 @@ HOSTILE = {
     "unknown name": "{{ nothing.at.all }}",
     "division by zero": "{{ 1 // 0 }}",
     "deep nesting": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
-    "too long": "a" * (chat.MAX_CHAT_CHARS + 1),
+    "too long": "a" * (template_sandbox.MAX_CHARS + 1),
 }
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_hostile_templates_are_refused_in_time(name, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_RENDER_S", 0.5)
+    monkeypatch.setattr(template_sandbox, "MAX_RENDER_S", 0.5)
     start = time.monotonic()
     with pytest.raises(UsageError, match=r"^chat: the template"):
         render_chat(_Plain(HOSTILE[name]), SHORT)
@@ -289,7 +289,7 @@ def test_hostile_templates_are_refused_in_time(name, monkeypatch):
 
 
 def test_a_stopped_template_leaves_the_next_one_alone(monkeypatch):
-    monkeypatch.setattr(chat, "MAX_RENDER_S", 0.2)
+    monkeypatch.setattr(template_sandbox, "MAX_RENDER_S", 0.2)
     for _ in range(2):
         with pytest.raises(UsageError, match=r"more than 0\.2 s"):
             render_chat(_Plain(HOSTILE["silent loop"]), SHORT)
@@ -302,6 +302,6 @@ def test_a_busy_machine_stops_no_template(monkeypatch):
             time.sleep(0.3)
             yield "text"
 
-    monkeypatch.setattr(chat, "MAX_RENDER_S", 0.1)
-    monkeypatch.setattr(chat, "_compile", lambda _source: Waiting())
+    monkeypatch.setattr(template_sandbox, "MAX_RENDER_S", 0.1)
+    monkeypatch.setattr(template_sandbox, "_compile", lambda _source: Waiting())
     assert render_chat(_Plain("{{ messages[0].content }}"), SHORT) == "text"
