@@ -107,7 +107,7 @@ class Core:
         prompt: Prompt,
         *,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
@@ -131,7 +131,8 @@ class Core:
             if value is not None and not is_whole(value, 0, vocab_size):
                 raise UsageError(f"{name} {value!r}: expected a whole number from 0 to {vocab_size}.")
         speculate = self._speculate if speculate is None else check_speculate(speculate)
-        if stop and self.tokenizer is None:
+        stops = (stop,) if isinstance(stop, str) else stop or ()
+        if stops and self.tokenizer is None:
             raise UsageError("stop texts need a tokenizer, and the artifact has none.", code="E205")
         self._scheduler.check(len(prompt_ids), max_tokens)
         if is_continuation is None:
@@ -149,7 +150,7 @@ class Core:
             sequence,
             prompt_ids,
             sampler,
-            TextStream(self.tokenizer, stop, is_continuation=is_continuation) if self.tokenizer else None,
+            TextStream(self.tokenizer, stops, is_continuation=is_continuation) if self.tokenizer else None,
             frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
             constraint,
             TokenHistory(prompt_ids) if sampler.needs_history else None,

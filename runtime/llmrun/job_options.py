@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmrun.errors import UsageError
+from llmrun.requests import is_whole
 from llmrun.step_budget import DEFAULT_TOKEN_BUDGET, most_tokens
 
 VERIFY_MODES = ("auto", "full", "size", "off")
@@ -31,8 +32,8 @@ class JobOptions:
             raise UsageError(f"verify {self.verify!r}: expected one of {', '.join(VERIFY_MODES)}.")
         for name in ("threads", "max_seq_len", "max_num_seqs", "kv_cache_mb"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name.replace('_', '-')} {value}: expected 1 or more.")
+            if value is not None and not is_whole(value, 1):
+                raise UsageError(f"{name.replace('_', '-')} {value!r}: expected a whole number from 1.")
 
     @property
     def most_tokens(self) -> int:

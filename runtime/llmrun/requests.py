@@ -38,7 +38,7 @@ class RequestOptions(TypedDict, total=False):
     Attributes:
         max_tokens: tokens to sample at most; not given: 256, or what the context has room for; 0 with
             `prompt_logprobs`: the prompt alone.
-        stop: texts that end the answer and are not part of it.
+        stop: a text, or several, that ends the answer and is not part of it.
         ignore_eos: go on after the model's end token.
         logprobs: report log-probabilities, of this many alternatives beside the sampled token.
         prompt_logprobs: the same for each token of the prompt; there before the first event.
@@ -52,7 +52,7 @@ class RequestOptions(TypedDict, total=False):
     """
 
     max_tokens: int | None
-    stop: Sequence[str]
+    stop: str | Sequence[str] | None
     ignore_eos: bool
     logprobs: int | None
     prompt_logprobs: int | None

@@ -170,3 +170,19 @@ def test_bad_options_are_refused_by_name(engine: Engine, options: dict[str, Any]
     with pytest.raises(UsageError, match=message):
         engine.submit([1, 2], **options)
     assert engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads 0"),
+        ({"threads": "2"}, "threads '2'"),
+        ({"max_seq_len": 2.5}, "max-seq-len 2.5"),
+        ({"max_num_seqs": True}, "max-num-seqs True"),
+        ({"kv_cache_mb": 0.5}, "kv-cache-mb 0.5"),
+        ({"verify": "twice"}, "verify 'twice'"),
+    ],
+)
+def test_bad_options_of_an_engine_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine("anywhere", **options)

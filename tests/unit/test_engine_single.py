@@ -75,9 +75,14 @@ def test_leaving_a_generator_early_frees_its_blocks(engine: Engine) -> None:
 def test_stop_texts_end_the_answer(engine: Engine) -> None:
     whole = engine.generate_batch(["The king"], max_tokens=12, temperature=0.0, ignore_eos=True)[0].text
     assert whole is not None
-    stop = whole[5:8]
-    (cut,) = engine.generate_batch(["The king"], max_tokens=12, temperature=0.0, ignore_eos=True, stop=[stop])
-    assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+    text = whole[5:8]
+    for stop, expected in (
+        ([text], (whole[: whole.index(text)], "stop")),
+        (text, (whole[: whole.index(text)], "stop")),  # not a list of its characters
+        (None, (whole, "length")),
+    ):
+        (cut,) = engine.generate_batch(["The king"], max_tokens=12, temperature=0.0, ignore_eos=True, stop=stop)
+        assert (cut.text, cut.finish_reason) == expected
 
 
 def test_the_context_can_be_filled_exactly(engine: Engine) -> None:
