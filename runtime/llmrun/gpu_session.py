@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 Gather = Callable[[Any], "list[Any] | None"]
 _ALIGNMENT = 256  # of a layer's keys or values, as drivers align what they allocate
 _ERRORS_ONLY = 3  # ORT's log level
+# What ORT raises where a library of the GPU's provider is missing: which one, it only logs.
+_WITHOUT_GPU = "fallback to CPU EP has been explicitly disabled"
 _MOST_SHAPES = 32  # of eager steps whose memory is kept
 
 
@@ -114,9 +116,12 @@ class GpuSession:
                     str(graph), options, providers=[(PROVIDERS[placement.provider], self._provider_options(placement))]
                 )
         except Exception as error:  # ORT's exception types have no common base
-            text = " ".join(str(error.__cause__ or error).split())
+            text = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+            hint = (
+                " Its line above says which library of the provider cannot be loaded." if _WITHOUT_GPU in text else ""
+            )
             raise IncompatibleError(
-                f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.", code="E417"
+                f"{graph}: onnxruntime {self._ort.__version__} refuses it: {text}.{hint}", code="E417"
             ) from error
         self._num_columns = -(-vocab_size // size)
         self._top_width = next((node.shape[1] for node in self._session.get_outputs() if node.name == "top"), 0)
