@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from llmpack import __version__
+from llmpack.options import Options
 from llmrun.artifact import IncompatibleError, LlmpackError, ResourceError, UsageError
 
 _EXAMPLES = """examples:
@@ -40,8 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         "model_dir", metavar="MODEL_DIR", type=Path, help="directory with config.json and *.safetensors"
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="artifact to create (not with --dry-run)")
-    parser.add_argument("--shards", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
-    parser.add_argument("--quant", metavar="SCHEME", default="q4", help="q4, q8, f16 or f32 (default: q4)")
+    parser.add_argument(
+        "--shards", metavar="N", type=int, default=Options.shards, help="number of ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quant", metavar="SCHEME", default=Options.scheme, help="q4, q8, f16 or f32 (default: %(default)s)"
+    )
     parser.add_argument(
         "--group-size",
         metavar="N",
@@ -54,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--targets",
         metavar="LIST",
-        default="cpu",
+        default=",".join(Options.targets),
         help="comma-separated: cpu (always), sm_80 sm_86 sm_89 sm_90 sm_100 sm_120, gfx90a gfx942 gfx1100 gfx1201, or the names"
-        " cuda, rocm, all (default: cpu)",
+        " cuda, rocm, all (default: %(default)s)",
     )
     parser.add_argument(
         "--max-seq-len", metavar="N", type=int, help="longest sequence (default: max_position_embeddings)"
@@ -203,7 +208,7 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
     # Imported here so that --help and usage errors need neither onnx nor numpy.
     try:
         from llmpack import report
-        from llmpack.pack import Options, pack
+        from llmpack.pack import pack
     except ModuleNotFoundError as error:
         raise IncompatibleError(
             f"the module {error.name} is missing: this environment is a box's, without the packager."

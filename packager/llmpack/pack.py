@@ -23,6 +23,7 @@ from llmpack.export import export, rope_frequencies
 from llmpack.generation import Generation, read_generation
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import KernelSpec, plan_kernels
+from llmpack.options import Options
 from llmpack.selfcheck import PackedRank, selfcheck
 from llmpack.split import split
 from llmpack.store import write_weights
@@ -53,22 +54,11 @@ from llmrun.artifact import (
     canonical_json,
 )
 
+__all__ = ["Options", "pack"]
+
 BLOCK_SIZE = 16  # tokens in one block of the KV cache
 KV_DTYPES = {"f16": "float16", "f32": "float32"}
 _ROOM_FOR_SMALL_FILES = 8 << 20  # bytes: graphs, tokenizer, manifest
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line chooses; the defaults live here."""
-
-    shards: int = 1
-    scheme: str = "q4"
-    group_size: int | None = None  # None: the first of weights.DEFAULT_GROUP_SIZES that divides
-    targets: tuple[str, ...] = ("cpu",)  # names of `kernels.parse_targets`
-    max_seq_len: int | None = None
-    force: bool = False
-    kv_dtype: str | None = None  # "f16" or "f32"; None: f32 if the weights are f32, else f16
 
 
 Progress = Callable[[str, int, int], None]

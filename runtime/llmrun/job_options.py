@@ -8,6 +8,7 @@ from llmrun.errors import UsageError
 from llmrun.requests import is_whole
 from llmrun.step_budget import DEFAULT_TOKEN_BUDGET, most_tokens
 
+PROVIDER_CHOICES = ("auto", "cpu", "cuda", "rocm")
 VERIFY_MODES = ("auto", "full", "size", "off")
 # Of the CPU kernels; llmpack_ops.h says what each needs.
 ISAS = ("portable", "avx2", "avx2-vnni", "avx512", "avx512-vbmi", "neon")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmrun import console, failstop, launcher
 from llmrun.errors import PeerError, ResourceError, UsageError
-from llmrun.job_options import ISAS, VERIFY_MODES
+from llmrun.job_options import ISAS, PROVIDER_CHOICES, VERIFY_MODES, JobOptions
 from llmrun.memory import give_large_blocks_back
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_artifact(parser: argparse.ArgumentParser) -> None:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add what `Engine` takes."""
     group = parser.add_argument_group("running")
-    group.add_argument("--provider", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+    group.add_argument("--provider", choices=PROVIDER_CHOICES, default=JobOptions.provider)
     group.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU where there are too few")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
@@ -44,7 +44,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--verify",
         choices=VERIFY_MODES,
-        default="auto",
+        default=JobOptions.verify,
         help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
     )
     group.add_argument(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from llmrun import console, stdin
 from llmrun.commands import common
 from llmrun.errors import IncompatibleError, UsageError
+from llmrun.job_options import JobOptions
 from llmrun.server import limits as limits_of_server
 
 if TYPE_CHECKING:
@@ -58,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help="an origin whose pages may ask; repeatable"
     )
-    group.add_argument("--max-num-seqs", type=int, default=8, metavar="N", help="sequences that run together (8)")
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=JobOptions.max_num_seqs,
+        metavar="N",
+        help="sequences that run together (%(default)s)",
+    )
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
     limits_of_server.add_options(parser)
     common.add_engine_options(parser)
