@@ -25,6 +25,7 @@ FEW = {
 # `_on_hopper`: tokens, output features, threads, stages. With few output features half as many programs fill no chip.
 HOPPER, HOPPER_WIDE, HOPPER_WIDE_FROM = (128, 128, 256, 6), (256, 128, 256, 6), 8192
 TOP_K = 64  # likeliest tokens that a step gives beside the logits
+TOP_K_CHUNK = 2048  # columns that one program chooses them from, at most
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
 FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
 # Stands for the target's own number among compile-time constants (llmpack_kernels.decode).
@@ -256,7 +257,7 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
 
 def sampling(columns: int) -> Iterator[KernelSpec]:
     """Plan the choice of the likeliest tokens of one rank's columns of the logits."""
-    chunk = min(2048, max(TOP_K, _power_of_two(columns)))
+    chunk = min(TOP_K_CHUNK, max(TOP_K, _power_of_two(columns)))
     parts = -(-columns // chunk)
     constants = {"in_features": columns, "k": TOP_K, "chunk": chunk}
     types = {"logits": "*fp32", "keys": "*i64", "sums": "*fp32", "first_id": "i32", "num_columns": "i32"}

@@ -27,6 +27,8 @@ _TEGRA = 87  # runs no code of the desktop's chips (CUDA's programming guide, "B
 _PACKAGES = {"cuda": "onnxruntime-gpu", "rocm": "onnxruntime-rocm"}
 _JSON_BYTES = 1 << 16
 _SPARE_SHARE = 0.05  # of a GPU's free memory: allocators round up
+# What the packager lays out for the choice of the likeliest tokens (FORMAT 5.9, 8.4): how many of a row, from how many columns.
+_TOP_K, _TOP_K_CHUNK = 64, 2048
 GRAPH = "gpu"  # the key of a rank's graph for any GPU
 
 
@@ -224,9 +226,10 @@ def activation_bytes(manifest: Manifest, num_tokens: int, max_num_seqs: int) -> 
     per_token = 3 * 4 * model.hidden_size + 2 * 2 * model.hidden_size + 2 * heads
     per_token += 2 * 3 * model.intermediate_size // shards + 4 * model.head_dim
     columns = -(-model.vocab_size // shards)  # of the logits, and for the choice among them (FORMAT 8.4)
-    per_row = 4 * columns + 520 + 516 * (columns // 2048 + 1)
+    logits_and_record = 4 * columns + 8 * (_TOP_K + 1)
+    per_row = logits_and_record + (8 * _TOP_K + 4) * (columns // _TOP_K_CHUNK + 1)
     most = min(max_num_seqs, MOST_CAPTURED)
-    graphs = most * (most + 1) // 2 * (4 * columns + 520)
+    graphs = most * (most + 1) // 2 * logits_and_record
     return num_tokens * (per_token + 2 * per_row) + 2 * graphs + (64 << 20)
 
 

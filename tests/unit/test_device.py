@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmpack import kernel_plan
 from llmrun import device
 from llmrun.errors import IncompatibleError, ResourceError, UsageError
 from llmrun.manifest import KvCacheSpec
@@ -167,3 +168,7 @@ def test_many_sequences_take_memory_for_each_number_of_them():
     # Twice: ONNX Runtime's allocator takes powers of two from the driver.
     block = 16 * manifest().kv_cache.bytes_per_token
     assert (few - many) * block == pytest.approx(2 * logits, abs=block)
+
+
+def test_memory_is_planned_for_the_packagers_records_of_likeliest_tokens():
+    assert (device._TOP_K, device._TOP_K_CHUNK) == (kernel_plan.TOP_K, kernel_plan.TOP_K_CHUNK)
