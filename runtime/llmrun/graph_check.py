@@ -33,7 +33,7 @@ _OPERATORS = {
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
 }
-_OPSET = 21  # version of the default domain
+_OPSETS = (20, 21)  # versions of the default domain
 # Field numbers of onnx.proto3.
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 14, 20, 25
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
@@ -88,9 +88,10 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int, ops_version: 
             " mixed: copy the artifact again.",
             code="E418",
         )
-    if versions != (expected := [("", _OPSET), (OPS_DOMAIN, ops_version)]):
+    if versions not in [[("", opset), (OPS_DOMAIN, ops_version)] for opset in _OPSETS]:
+        expected = f"ONNX {' or '.join(map(str, _OPSETS))} and {OPS_DOMAIN} {ops_version}"
         raise IncompatibleError(
-            f"{path}: its operators are those of {versions!r:.300}, expected {expected!r}. Pack the model again.",
+            f"{path}: its operators are those of {versions!r:.300}, expected those of {expected}. Pack the model again.",
             code="E419",
         )
     if strange := sorted(f"{domain}.{op}" for domain, op in operators if op not in _OPERATORS.get(domain, ())):

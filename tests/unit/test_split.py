@@ -9,9 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from llmpack.checkpoint import open_checkpoint
+from llmpack.export import export
+from llmpack.gpu_graph import gpu_graph
 from llmpack.layout import untile_rows
+from llmpack.split import split
 from llmpack.weights import Quantization, check_split, plan_rank, weight_rows
-from llmrun.artifact import IntegrityError, ModelConfig, UsageError, open_artifact
+from llmrun.artifact import IntegrityError, KvCacheSpec, ModelConfig, UsageError, open_artifact
 from models import TINY, make_checkpoint
 
 ALLOWED = {
@@ -240,3 +243,27 @@ def test_missing_and_unknown_tensors_are_both_listed(tmp_path, tiny_checkpoint):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(IntegrityError, match=r"missing: model\.norm\.weight; .*q_norm"):
         pack(tmp_path, None, Options())
+
+
+# The newest version of each that the last onnxruntime for ROCm has (1.22.2), and CUDA's of 1.22: one beyond stays on the CPU.
+ON_GPUS = {"Cast": 19, "Unsqueeze": 13, "Gather": 13, "Concat": 13, "Mul": 14, "Add": 14, "Cos": 7, "Sin": 7}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_every_gpu_provider_has_the_standard_operators_of_a_gpu_graph(biased_checkpoint, shards):
+    with open_checkpoint(biased_checkpoint) as checkpoint:
+        config = checkpoint.config
+    logical = export(config, "float16", 16)
+    plan = plan_rank(config, Quantization("q8", 32), shards, 0)
+    kv_cache = KvCacheSpec(
+        "float16", 16, config.num_hidden_layers, config.num_key_value_heads // shards, config.head_dim
+    )
+    model = gpu_graph(split(logical, config, plan, 0, shards, "weights.bin"), kv_cache)
+    (opset,) = (entry.version for entry in model.opset_import if not entry.domain)
+    used = {
+        node.op_type: onnx.defs.get_schema(node.op_type, opset).since_version
+        for node in model.graph.node
+        if not node.domain
+    }
+    assert used.items() <= ON_GPUS.items()
+    assert {"Cast", "Unsqueeze", "Add"} <= used.keys()
