@@ -7,7 +7,9 @@ sequence are cut into S equal parts, a program each, so that a long context fill
 `attention_combine` joins the parts.
 
 Keys and queries are held as two halves: element j is rotated with j + D / 2, and a score is the sum of two products.
-Queries are rotated in float32 and rounded to float16 for the matrix units. Exponents are of base 2.
+Queries are rotated in float32 and rounded to float16 for the matrix units. Exponents are of base 2. Exponentials are LIFT
+higher than softmax's, sums of them too, so that those of keys far below the maximum are normal numbers of float16: the matrix
+units of MI200 take smaller ones for 0 (AMD's "MI200 MFMA behavior specifics"), and the sum of many is not.
 """
 
 import triton
@@ -17,6 +19,7 @@ from llmpack_kernels.matmul import saturate
 from llmpack_kernels.overlap import begin
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LIFT = tl.constexpr(8.0)  # in base 2: the largest exponential is 256
 
 
 @triton.jit
@@ -84,7 +87,7 @@ def _pass_over(
 ):
     """Attend to positions begin to end: rows of q0, q1 see those up to `last` [rows].
 
-    Returns: weighted values [rows, WIDTH] not yet divided, maxima [rows] in base 2, sums [rows].
+    Returns: weighted values [rows, WIDTH] not yet divided, maxima [rows] in base 2, sums [rows]; values and sums lifted.
     """
     ROWS: tl.constexpr = q0.shape[0]
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -107,7 +110,7 @@ def _pass_over(
         # A row that has seen nothing yet has no maximum: 0 keeps the exponents finite.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink = tl.exp2(top - base)
-        p = tl.exp2(scores - base[:, None])
+        p = tl.exp2(scores - (base - LIFT)[:, None])
         norm = norm * shrink + tl.sum(p, 1)
         v = tl.load(value_cache + slot[:, None] + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0.0)
         total = total * shrink[:, None]

@@ -146,3 +146,29 @@ def test_large_scores_do_not_overflow() -> None:
         qkv[:, : 3 * 16] *= 30  # queries and keys; scores of thousands, one key takes all
     inputs = world.step([(0, 0, 20)])
     assert np.isfinite(inputs).all()
+
+
+def test_many_keys_far_below_the_maximum_where_the_matrix_unit_flushes_subnormals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MI200's: 2,000 keys whose exponentials are e^-10 of the first one's have a twelfth of the answer."""
+    from triton.runtime import interpreter
+
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def flush(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        is_subnormal = np.abs(handle.data) < np.finfo(np.float16).smallest_normal
+        return interpreter.TensorHandle(np.where(is_subnormal, np.float16(0), handle.data), handle.dtype)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, flush(a), flush(b), *rest)
+    )
+    count, d = 2000, 16
+    world = World(1, 1, d, 16, [count + 1])
+    world.cos_sin[:] = [1.0] * (d // 2) + [0.0] * (d // 2)
+    world.qkv[0][:] = 0
+    world.qkv[0][count] = [d**0.5] + [0] * (d - 1) + [0] * d + [1] * d  # its query, its key, its value
+    world.keys[:], world.values[:] = 0, 1
+    world.keys[world.blocks[0][0], 0, 0, 0], world.values[world.blocks[0][0], 0] = 10, 0
+    out = world.step([(0, count, count + 1)])
+    np.testing.assert_allclose(out, count / (count + np.exp(10)), rtol=0, atol=TOLERANCE)
