@@ -199,7 +199,8 @@ class Engine:
     def logits(self, ids: Sequence[int], *, chunk: int | None = None) -> NDArray[np.float32]:
         """Return the logits after each of `ids`: [len(ids), vocab_size], float32.
 
-        `chunk`: tokens in one step at most; None: 512, which a GPU never exceeds. The result does not depend on it.
+        `chunk`: tokens in one step at most; None: 512, which a GPU never exceeds. The result does not depend on it (on a GPU
+        its last bits do).
         """
         return self.logits_batch([ids], chunk=chunk)[0]
 
