@@ -167,7 +167,11 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
     if not os.path.isdir(model_dir):
         found = "not a directory" if os.path.exists(model_dir) else "no such directory"
         raise UsageError(f"{model_dir}: {found}; expected a Hugging Face model directory.", code="E202")
-    stamps = {name: _stamp(model_dir / name) for name in os.listdir(model_dir)}
+    try:
+        names = os.listdir(model_dir)
+    except OSError as error:
+        raise UsageError(f"{model_dir}: cannot be read: {error.strerror}.", code="E202") from None
+    stamps = {name: _stamp(model_dir / name) for name in names}
     config = read_config(model_dir)
     tensors: dict[str, TensorInfo] = {}
     for name in _weight_files(model_dir):

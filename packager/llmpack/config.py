@@ -18,8 +18,6 @@ from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, Usag
 # Keys that change what a Llama computes when they differ from these values; everything else in config.json is ignored.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
     "partial_rotary_factor": (1.0, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -111,6 +109,15 @@ def read_config(model_dir: Path) -> ModelConfig:
             raise IncompatibleError(
                 f"{path}: {key} is {raw[key]!r}, which is not supported; supported: {allowed[0]!r}."
             )
+    if (quantization := raw.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise IncompatibleError(
+            f"{path}: has a quantization_config (quant_method {method!r}); llmpack packs f32, f16 and bf16 weights: take the"
+            " model that it was made from."
+        )
+    window = raw.get("sliding_window")
+    if window is not None and raw.get("use_sliding_window") is not False:
+        raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise IncompatibleError(f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' only.")
@@ -148,12 +155,12 @@ def read_config(model_dir: Path) -> ModelConfig:
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
         attention_bias=reader.flag("attention_bias"),
         mlp_bias=reader.flag("mlp_bias"),
-        rope=_read_rope(reader),
+        rope=_read_rope(reader, max_position_embeddings),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
 
 
-def _read_rope(reader: _Reader) -> dict[str, Any]:
+def _read_rope(reader: _Reader, max_position_embeddings: int) -> dict[str, Any]:
     """Return {"rope_type", "rope_theta", ...the type's numbers}, whichever spelling config.json uses."""
     raw, path = reader.raw, reader.path
     spellings = []
@@ -175,11 +182,18 @@ def _read_rope(reader: _Reader) -> dict[str, Any]:
         rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
         for number in _ROPE_NUMBERS[kind]:
             outside = raw.get(number) if number == _OUTSIDE else None
-            rope[number] = inner.positive(number, outside)
+            default = outside or max_position_embeddings if number == _OUTSIDE else None  # as transformers 5
+            rope[number] = inner.positive(number, default)
             if outside not in (None, rope[number]):
                 raise IncompatibleError(
                     f"{path}: {key}.{number} {given[number]} and {number} {outside!r} contradict each other."
                 )
+        if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+            raise IntegrityError(
+                f"{path}: {key}.high_freq_factor is {rope['high_freq_factor']:g}; expected more than low_freq_factor"
+                f" {rope['low_freq_factor']:g}.",
+                code="E310",
+            )
         spellings.append(rope)
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         raise IncompatibleError(

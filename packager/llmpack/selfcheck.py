@@ -229,7 +229,7 @@ def selfcheck(
         IncompatibleError: as `forward`, or logits are beyond what a reader takes.
     """
     is_rounded = scheme in ("q8", "q4")
-    length = num_ids // 2 if is_rounded else num_ids
+    length = max(1, num_ids // 2) if is_rounded else num_ids
     ids = (np.arange(1, length + 1, dtype=np.int64) * 2654435761) % config.vocab_size
     rows = forward(config, ranks, kv_dtype, frequencies, ids, has_rounded=is_rounded)
     logits = rows[length - 1]

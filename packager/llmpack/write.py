@@ -86,7 +86,7 @@ class Staging:
     def _discard(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        _remove(self.partial)
 
     def _check_apart_from(self, model_dir: Path) -> None:
         """Refuse to replace the model, or to write into its directory, by whatever name."""
@@ -140,7 +140,7 @@ class Staging:
                     if path.name.endswith(_OLD):
                         _put_back_or_remove(path, self.target)
                     else:
-                        shutil.rmtree(path, ignore_errors=True)
+                        _remove(path)
                 finally:
                     os.close(descriptor)
 
@@ -293,7 +293,19 @@ def _put_back_or_remove(old: Path, target: Path) -> None:
         os.rename(old, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours; those in it that nobody may write to (a shipped artifact's, made read-only) as well."""
+    with contextlib.suppress(OSError):
+        folder.chmod(0o700)
+    for where, names, _ in os.walk(folder):
+        for path in (os.path.join(where, name) for name in names):
+            if not os.path.islink(path):
+                with contextlib.suppress(OSError):
+                    os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Blocks:

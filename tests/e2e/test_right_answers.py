@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from llmpack.pack import Options, pack
 from llmrun import Engine
 from llmrun.job_options import ISAS
 from models import DEMO, make_checkpoint, store_a_head
@@ -190,6 +191,14 @@ def test_greedy_text_equals_transformers(one_rank, tiny_checkpoint):
 @pytest.mark.parametrize("quant", ["f32", "f16", "q8", "q4"])
 def test_selfcheck_agrees(quant, packed, tiny_checkpoint):
     with Engine(packed(tiny_checkpoint, 1, quant)) as engine:
+        difference, tolerance = engine.selfcheck()
+        assert difference <= tolerance
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "q8", "q4"])
+def test_selfcheck_of_one_position(quant, tmp_path, tiny_checkpoint):
+    pack(tiny_checkpoint, tmp_path / "a", Options(scheme=quant, max_seq_len=1))
+    with Engine(tmp_path / "a") as engine:
         difference, tolerance = engine.selfcheck()
         assert difference <= tolerance
 

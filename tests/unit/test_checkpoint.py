@@ -150,6 +150,15 @@ def test_integer_weights_are_refused(model_dir):
         open_checkpoint(model_dir)
 
 
+def test_a_folder_that_may_not_be_listed_is_named(model_dir, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("llmpack.checkpoint.os.listdir", refuse)
+    with pytest.raises(UsageError, match=f"{model_dir}: cannot be read: Permission denied"):
+        open_checkpoint(model_dir)
+
+
 def test_pickles_are_refused(model_dir):
     (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
     with pytest.raises(UsageError, match="pickled"):

@@ -54,6 +54,7 @@ def test_defaults_are_transformers_defaults(tmp_path):
         {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
         {"rope_theta": 500000.0, "rope_scaling": LLAMA3_OUTSIDE, "original_max_position_embeddings": 32},
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3_OUTSIDE, "max_position_embeddings": 128},
     ],
     ids=[
         "none",
@@ -65,6 +66,7 @@ def test_defaults_are_transformers_defaults(tmp_path):
         "parameters-linear",
         "parameters-llama3",
         "outside",
+        "original-is-max",
     ],
 )
 def test_frequencies_equal_transformers(tmp_path, changes):
@@ -114,6 +116,10 @@ def test_head_dim_need_not_be_hidden_size_by_heads(tmp_path):
         read(tmp_path, hidden_size=66)
 
 
+def test_a_window_that_is_not_used_by_its_own_words_is_none(tmp_path):
+    assert read(tmp_path, sliding_window=4096, use_sliding_window=False) == read(tmp_path)
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_both_spellings_of_the_data_type(tmp_path, key):
     assert read(tmp_path, **{key: "bfloat16"}).dtype == "bfloat16"
@@ -126,8 +132,9 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq", "ignore": ["x"] * 999}}, r"\(quant_method 'gptq'\); .{,99}$"),
         ({"sliding_window": 4096}, "sliding_window"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
         ({"rope_scaling": {"rope_type": [1], "factor": 2.0}}, r"rope_scaling.rope_type is \[1\]"),
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\]"),
         ({"layer_types": 5}, "layer_types is 5"),
@@ -164,6 +171,7 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor is 1; .* low_freq_factor 1"),
     ],
 )
 def test_impossible_numbers_are_named(tmp_path, changes, words):

@@ -1,6 +1,7 @@
 """What the packager may create or replace, and what it refuses to touch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,21 @@ def test_an_existing_artifact_needs_force_and_is_then_swapped(tmp_path, tiny_che
     pack(tiny_checkpoint, out, Options(scheme="q8", force=True))
     assert open_artifact(out).manifest.quantization["scheme"] == "q8"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_read_only_artifact_is_replaced_and_nothing_of_it_stays(tmp_path, tiny_checkpoint):
+    command = [*PACK, str(tiny_checkpoint), "-o", str(tmp_path / "a"), "--force"]
+    if os.geteuid() == 0:  # root as an ordinary owner
+        if shutil.which("setpriv") is None:
+            pytest.skip("root, and no setpriv")
+        command[:0] = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner,-chown"]
+    for _ in range(2):
+        subprocess.run(command, check=True, capture_output=True)
+        for path in [tmp_path / "a", *(tmp_path / "a").rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    for path in [tmp_path / "a", *(tmp_path / "a").rglob("*")]:
+        path.chmod(0o755)
 
 
 @pytest.mark.parametrize("name", ["a", "a/b"])
