@@ -14,6 +14,7 @@ import numpy as np
 
 from llmrun.constraint import Constraint
 from llmrun.errors import InternalError, LlmpackError, NumericError, UsageError
+from llmrun.interrupts import InterruptsLater
 from llmrun.kv_cache import BlockPool
 from llmrun.logprobs import TokenLogprobs, token_logprobs
 from llmrun.lookup import PromptLookup
@@ -77,6 +78,11 @@ class Core:
         self._left: list[Request] = []
         self._num_prompt_tokens = self._num_generated = self._num_drafts = self._num_accepted = self._num_steps = 0
         self._last_step_s = 0.0
+
+    @property
+    def turn(self) -> threading.RLock:
+        """Held by the thread whose step it is."""
+        return self._turn
 
     @property
     def has_work(self) -> bool:
@@ -163,19 +169,20 @@ class Core:
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request."""
-        with self._turn:
+        with InterruptsLater(), self._turn:
             self._enqueue(request)
 
     def step(self) -> list[Event]:
         """Run one step of whatever is queued, if anything is; return what it added.
 
         The error of a request that failed is in its last event, NumericError where a logit is NaN or infinite: nothing is
-        sampled from it. Events also wait at the requests that somebody reads one by one.
+        sampled from it. Events also wait at the requests that somebody reads one by one. Ctrl-C raises after the step, whose
+        tokens the requests then have.
 
         Raises:
             LlmpackError: the step failed, and with it every request.
         """
-        with self._turn:
+        with InterruptsLater(), self._turn:
             self._is_inside = True
             try:
                 events = self._step() if self._scheduler.has_work else []
@@ -188,7 +195,7 @@ class Core:
 
     def cancel(self, request: Request) -> None:
         """End a request, whatever its state, and free its cache blocks; one that has ended stays as it is."""
-        with self._turn:
+        with InterruptsLater(), self._turn:
             if self._is_inside:
                 self._left.append(request)
             else:
@@ -255,22 +262,26 @@ class Core:
             raise UsageError("logits: other requests are still running.")
         budget = chunk or DEFAULT_TOKEN_BUDGET
         is_on_gpu = self._job.placement.gpu is not None
-        self._scheduler = self._new_scheduler(min(budget, DEFAULT_TOKEN_BUDGET) if is_on_gpu else budget)
         requests: list[Request] = []
         try:
+            self._scheduler = self._new_scheduler(min(budget, DEFAULT_TOKEN_BUDGET) if is_on_gpu else budget)
             for ids in sequences:
                 checked = check_ids(ids, self.manifest.model.vocab_size)
                 self._scheduler.check(len(checked), 0, least_tokens=0)
                 request = Request(RunningSequence(-1, list(checked), len(checked), 0, num_rows_taken=0), checked)
                 requests.append(request)
-                self._enqueue(request)
+                with InterruptsLater():
+                    self._enqueue(request)
             while any(request.finish_reason is None for request in requests):
-                if errors := [event.error for event in self._step() if event.error is not None]:
+                with InterruptsLater():
+                    events = self._step()
+                if errors := [event.error for event in events if event.error is not None]:
                     raise errors[0]
         finally:
-            for request in requests:
-                self._cancel(request)
-            self._scheduler = previous
+            with InterruptsLater():
+                for request in requests:
+                    self._cancel(request)
+                self._scheduler = previous
         return [np.concatenate(request.rows) for request in requests]
 
     def completion(self, request: Request, load_ms: float) -> Completion:

@@ -20,6 +20,7 @@ import numpy as np
 from llmrun import failstop
 from llmrun.core import Core
 from llmrun.errors import LlmpackError, UsageError
+from llmrun.interrupts import InterruptsLater
 from llmrun.job import Job
 from llmrun.job_options import JobOptions
 from llmrun.mirror import Mirror
@@ -148,8 +149,7 @@ class Engine:
         def pieces() -> Iterator[str]:
             if self.tokenizer is None:
                 raise UsageError("the artifact has no tokenizer: use generate_ids (--ids).", code="E205")
-            request = self.submit(prompt, **options)
-            yield from (event.text for event in self._run(request) if event.text)
+            yield from (event.text for event in self._run(self._core.prepare(prompt, **options)) if event.text)
 
         return self._mirror.iterate(pieces)
 
@@ -157,8 +157,8 @@ class Engine:
         """Like `generate`, but yield token ids; needs no tokenizer if the prompt is ids."""
 
         def ids() -> Iterator[int]:
-            request = self.submit(prompt, **options)
-            yield from (event.token_id for event in self._run(request) if event.token_id is not None)
+            events = self._run(self._core.prepare(prompt, **options))
+            yield from (event.token_id for event in events if event.token_id is not None)
 
         return self._mirror.iterate(ids)
 
@@ -184,14 +184,17 @@ class Engine:
         def completions() -> Iterator[list[Completion]]:
             requests: list[Request] = []
             try:
-                requests += (self.submit(prompt, **options) for prompt in prompts)
+                for prompt in prompts:
+                    requests.append(self._core.prepare(prompt, **options))
+                    self._core.enqueue(requests[-1])
                 while any(request.finish_reason is None for request in requests):
                     self._core.step()
                     if errors := [request.error for request in requests if request.error is not None]:
                         raise errors[0]
             finally:
-                for request in requests:
-                    self.cancel(request)
+                with InterruptsLater():
+                    for request in requests:
+                        self.cancel(request)
             yield [self.completion(request) for request in requests]
 
         return self._mirror.result(completions)
@@ -286,15 +289,17 @@ class Engine:
     def close(self, exit_code: int = 0) -> None:
         """End the job in order: rank 0 tells the others, which follow until then. The second call does nothing.
 
-        Nor does one in a child process that was forked: the job is its parent's.
+        Nor does one in a child process that was forked: the job is its parent's. Another thread's step is waited for, and its
+        next one is refused.
         """
         _open_jobs.discard(self)
         _open_alone.discard(self)
         if self._closed or self._mirror.is_over or self._pid != os.getpid():
             return
         if self.rank == 0:
-            self._closed = True
-            self._job.close(exit_code)
+            with self._core.turn:  # another thread may be in the midst of a step
+                self._closed = True
+                self._job.close(exit_code)
         else:
             self.follow()
 
@@ -319,9 +324,10 @@ class Engine:
             prepare(self)
 
     def _run(self, request: Request) -> Iterator[Event]:
-        """Step until a request ends, yielding its events; those of other requests wait for whoever runs them."""
+        """Queue a request and step until it ends, yielding its events; those of others wait for whoever runs them."""
         events = request.events = collections.deque()
         try:
+            self._core.enqueue(request)
             while True:
                 if not events:  # what another thread's step has ended has its events when that step is over
                     has_ended = request.finish_reason is not None

@@ -59,6 +59,7 @@ class Job:
             failstop.take_along(lambda: others)
             watchdog.watch_the_end(self.rank, self.comm.peers, deadline_s)
         self.is_broken = False  # a step failed midway: other ranks may be inside a collective
+        self.is_closed = False  # the ranks have parted: nobody receives, and MPI may be gone
         self.watchdog = watchdog.Watchdog(self.rank, self.comm.peers, deadline_s)
         self.watchdog.start()
         self._ops: Operators | None = None
@@ -152,6 +153,7 @@ class Job:
 
     def close(self, exit_code: int = 0) -> None:
         """Leave in order, and free the session's memory: rank 0 tells the others to, with the exit code of the job."""
+        self.is_closed = True
         if self.is_broken:
             self.watchdog.close()
             failstop.leave(exit_code)

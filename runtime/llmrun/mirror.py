@@ -5,6 +5,7 @@ Only for scripts that run under mpirun; the command line's other ranks follow wi
 
 from __future__ import annotations
 
+import builtins
 import pickle
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmrun import errors
-from llmrun.errors import LlmpackError, PeerError
+from llmrun.errors import InternalError, LlmpackError, PeerError
 from llmrun.step_plan import MessageKind
 
 if TYPE_CHECKING:
@@ -55,8 +56,13 @@ class Mirror:
         except LlmpackError as error:
             ending = ("error", (type(error).__name__, str(error), error.code))
             raise
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            ending = ("error", (type(error).__name__, str(error), None))
+            raise
         finally:
-            if not self._job.is_broken:
+            if not (self._job.is_broken or self._job.is_closed):  # a generator may outlive its engine
                 self._send(ending)
 
     def _follow(self) -> Iterator[Any]:
@@ -67,11 +73,10 @@ class Mirror:
                 if tag == "end":
                     return
                 if tag == "error":
-                    name, message, code = value
-                    raise getattr(errors, name)(message, code=code)
+                    raise _error_of(*value)
                 yield value
         finally:  # the caller has stopped early, rank 0 has not
-            while tag == "item":
+            while tag == "item" and not self._job.is_closed:
                 tag, _ = self._receive()
 
     def _receive(self) -> tuple[str, Any]:
@@ -87,3 +92,16 @@ class Mirror:
         padded = np.frombuffer(data.ljust(-(-len(data) // 4) * 4, b"\0"), np.int32)
         header = np.array([MessageKind.MIRROR, len(data)], np.int32)
         self._job.comm.send(np.concatenate([header, padded]).data)
+
+
+def _error_of(name: str, message: str, code: str | None) -> BaseException:
+    """Return rank 0's error: one of ours, or one of Python's, of the same type if that takes a text."""
+    if code is not None:
+        return getattr(errors, name)(message, code=code)
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, (Exception, KeyboardInterrupt)):
+        try:
+            return kind(message)
+        except TypeError:  # it takes more than a text
+            pass
+    return InternalError(f"{name}: {message}")

@@ -186,6 +186,7 @@ class RankSession:
 
     def _bind_step(self, plan: StepPlan) -> None:
         """Bind memory for the plan's shape; decode steps of a sequence mostly share one."""
+        self._shape = ()  # until all of it is bound: a step that fails here may be followed by others
         message = np.array(plan.message, np.int32)
         self._message = message.data
         self._logits = np.empty((plan.num_rows, self._vocab_size), np.float32)

@@ -275,6 +275,44 @@ def test_another_ranks_stopping_early_disturbs_nobody(packed_tiny: Packed, tmp_p
     assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
 
 
+@pytest.mark.parametrize("ends", ["in order", "at its end"])
+def test_a_generator_that_is_left_open_outlives_its_engine(ends: str, packed_tiny: Packed, tmp_path: Path) -> None:
+    opening = "with Engine(sys.argv[1]) as engine:" if ends == "in order" else "engine = Engine(sys.argv[1])\nif True:"
+    outcome = run_script(
+        f"import os, sys\nfrom llmrun import Engine\n{opening}\n"
+        "    pieces = engine.generate('The king', max_tokens=50, ignore_eos=True)\n"
+        "    os.write(1, f'{len(next(pieces)) > 0}\\n'.encode())\n",
+        tmp_path,
+        packed_tiny(2, "f32"),
+    )
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (0, "True\nTrue\n", "")
+
+
+def test_other_errors_of_rank_0_than_ours_are_those_of_every_rank(packed_tiny: Packed, tmp_path: Path) -> None:
+    outcome = run_script(
+        "import os, sys\nfrom llmrun import Engine\nwith Engine(sys.argv[1]) as engine:\n"
+        "    prepare = engine.core.prepare\n"
+        "    for error in (ZeroDivisionError('mine'), KeyboardInterrupt('mine'), UnicodeDecodeError('a', b'', 0, 1, 'mine')):\n"
+        "        def fail(*_, **__): raise error\n"
+        "        engine.core.prepare = fail\n"
+        "        try: engine.complete([1])\n"
+        "        except BaseException as found: os.write(1, f'{type(found).__name__} {found}\\n'.encode())\n"
+        "    engine.core.prepare = prepare\n"
+        "    os.write(1, f'{engine.complete([1], max_tokens=3, temperature=0).ids}\\n'.encode())\n",
+        tmp_path,
+        packed_tiny(2, "f32"),
+    )
+    assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
+    lines = sorted(outcome.stdout.splitlines())
+    assert [line for line in lines if line[0] in "KZ"] == 2 * ["KeyboardInterrupt mine"] + 2 * [
+        "ZeroDivisionError mine"
+    ]
+    assert [line.split()[0] for line in lines if line[0] in "IU"] == ["InternalError", "UnicodeDecodeError"]
+    ids = [line for line in lines if line[0] == "["]
+    assert len(ids) == 2
+    assert ids[0] == ids[1]
+
+
 def test_a_forked_child_of_a_rank_leaves_mpi_to_its_parent(packed_tiny: Packed, tmp_path: Path) -> None:
     outcome = run_script(
         "import os, sys\nfrom llmrun import Engine\nengine = Engine(sys.argv[1])\n"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llmrun import AsyncEngine, Engine, EngineLoop, Event
+from llmrun.core import Core
 from llmrun.errors import InternalError, LlmpackError, NumericError, PeerError, ResourceError, UsageError
 
 Packed = Callable[..., Path]
@@ -208,7 +209,11 @@ def test_tasks_share_an_engine(packed_tiny: Packed, expected: dict[str, str]) ->
     asyncio.run(main())
 
 
-def test_leaving_a_loop_cancels(packed_tiny: Packed) -> None:
+def test_leaving_a_loop_cancels(packed_tiny: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Core.step
+    # Slow enough for a busy machine to cancel in time.
+    monkeypatch.setattr(Core, "step", lambda self: (time.sleep(0.005), step(self))[1])
+
     async def main() -> None:
         async with AsyncEngine(packed_tiny(1, "f32")) as engine:
             async with contextlib.aclosing(engine.generate("The king", **LONG)) as pieces:
