@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -31,6 +32,8 @@ class AsyncEngine:
         self._engine = Engine(path, is_mirroring=False, **options)
         self.rank, self.tokenizer = self._engine.rank, self._engine.tokenizer
         self._loop = EngineLoop(self._engine) if self.rank == 0 else None
+        if self._loop is not None:  # whose thread would keep itself, and the model, for ever
+            weakref.finalize(self, self._loop.close).atexit = False
 
     async def __aenter__(self) -> AsyncEngine:
         """Return the engine."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,3 +266,18 @@ def test_a_chat_is_its_template(packed_demo: Packed) -> None:
         ids = encode_chat(engine.tokenizer, messages)
         assert "".join(engine.chat(messages, **SHORT)) == engine.complete(ids, **SHORT).text
         assert engine.complete(messages, **SHORT).prompt_ids == ids
+
+
+def test_an_engine_that_nothing_refers_to_is_collected_with_its_thread(packed_tiny: Packed) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        engine = AsyncEngine(packed_tiny(1, "f32"))
+        asyncio.run(engine.complete("The king", **SHORT))
+        session_was = weakref.ref(engine._engine.job.session)
+        del engine
+        gc.collect()
+        until = time.monotonic() + 10  # the watchdog's thread ends at its next look
+        while (session_was() is not None or threading.active_count() > before) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert session_was() is None
+        assert threading.active_count() <= before
