@@ -72,7 +72,7 @@ class Engine:
 
         Args:
             path: the artifact's directory.
-            provider: "cpu", "cuda", "rocm", or "auto": a GPU that the artifact holds code for, else the CPU.
+            provider: "cpu", "cuda", "rocm", or "auto": a GPU that the artifact holds code for, on every rank, else the CPU.
             threads: threads a rank; None: this rank's share of the host's cores.
             max_seq_len: positions of one sequence at most; None: as packed.
             max_num_seqs: sequences that run at the same time.

@@ -69,6 +69,7 @@ class Job:
         self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
         self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
         self._shake_hands(facts)
+        self.placement = self._place()
         is_first = local_ranks(self.comm.peers, self.rank)[0] == self.rank
         self._files = RankFiles(self.artifact, self.rank, is_first_of_host=is_first, mode=options.verify)
         self.manifest = self.artifact.manifest
@@ -194,29 +195,17 @@ class Job:
         ops = self._ops = Operators()
         self.isa = ops.choose_isa(self.options.isa)
         ort = session.import_onnxruntime()
+        self._ort_providers = ort.get_available_providers()
         try:
             str(path).encode()
         except UnicodeEncodeError:
             raise errors.UsageError(f"{path}: the path is not UTF-8, and ONNX Runtime opens no other.") from None
-        local = local_ranks(self.comm.peers, self.rank)
-        self.placement = device.place(
-            self.options.provider,
-            artifact.manifest,
-            ops.functions,
-            ort.get_available_providers(),
-            local_rank=local.index(self.rank),
-            local_size=len(local),
-            share_gpu=self.options.share_gpu,
-        )
-        if self.placement.why_not_gpu and self.rank == 0:
-            console.say(f"llmrun: this runs on the CPU, not on a GPU. {self.placement.why_not_gpu}")
         return artifact, {
             "manifest": artifact.digest,
             "world size": self.size,
             "llmrun": llmrun.__version__,
             "onnxruntime": ort.__version__,
             "operators": ops.version,
-            "provider": self.placement.provider,
             "kv_cache": artifact.manifest.kv_cache.dtype,
             "options": repr(self.options),
         }
@@ -227,15 +216,35 @@ class Job:
         self._affinities = [rank_status.read_cores(status.pop("cores")) for status in everyone]
         self._quotas = [status.pop("quota") for status in everyone]
         for name in facts:
-            values = [str(status[name]) for status in everyone]
-            common = max(values, key=values.count)
-            for rank, value in enumerate(values):
-                if value != common:
-                    raise IncompatibleError(
-                        f"rank {rank} disagrees with rank {values.index(common)} about {name}: found {value},"
-                        f" expected {common}. All ranks need the same artifact, software and options.",
-                        code="E413",
-                    )
+            _expect_alike(name, [str(status[name]) for status in everyone])
+
+    def _place(self) -> device.Placement:
+        """Decide where this rank computes; where the user leaves that open, all compute on the CPU if one has to."""
+        own = self.stage("choosing a processor", self._place_alone)
+        everyone = self.comm.agree({"provider": own.provider, "why_not_gpu": rank_status.fit(own.why_not_gpu)})
+        providers = [status["provider"] for status in everyone]
+        if self.options.provider != "auto" or "cpu" not in providers:
+            _expect_alike("provider", providers)
+            return own
+        reasons = {rank: status["why_not_gpu"] for rank, status in enumerate(everyone) if status["why_not_gpu"]}
+        if not reasons and set(providers) != {"cpu"}:
+            reasons = {providers.index("cpu"): "its onnxruntime has no provider for GPUs."}
+        why = next((f"rank {rank}: {reason}" if rank else reason for rank, reason in reasons.items()), "")
+        if why and self.rank == 0:
+            console.say(f"llmrun: this runs on the CPU, not on a GPU. {why}")
+        return device.Placement("cpu", why_not_gpu=why)
+
+    def _place_alone(self) -> device.Placement:
+        local = local_ranks(self.comm.peers, self.rank)
+        return device.place(
+            self.options.provider,
+            self.artifact.manifest,
+            self.operators.functions,
+            self._ort_providers,
+            local_rank=local.index(self.rank),
+            local_size=len(local),
+            share_gpu=self.options.share_gpu,
+        )
 
     def _max_seq_len(self) -> int:
         limit, wanted = self.manifest.max_seq_len, self.options.max_seq_len
@@ -348,3 +357,15 @@ class Job:
         if self._session is None:
             raise errors.UsageError("the engine is closed. Open another one.")
         return self._session
+
+
+def _expect_alike(name: str, values: list[str]) -> None:
+    """Raise IncompatibleError for the rank that is alone with its value."""
+    common = max(values, key=values.count)
+    for rank, value in enumerate(values):
+        if value != common:
+            raise IncompatibleError(
+                f"rank {rank} disagrees with rank {values.index(common)} about {name}: found {value},"
+                f" expected {common}. All ranks need the same artifact, software and options.",
+                code="E413",
+            )

@@ -26,15 +26,15 @@ def read_cores(mask: str) -> list[int]:
     return [core for core in range(bits.bit_length()) if bits >> core & 1]
 
 
-def _fit(text: str) -> str:
-    """Cut an error's message to what a status has room for, however many bytes JSON makes of each character."""
+def fit(text: str) -> str:
+    """Cut a message to what a status has room for, however many bytes JSON makes of each character."""
     sizes = itertools.accumulate(len(json.dumps(character)) - 2 for character in text[:_MESSAGE_BYTES])
     return text[: sum(size <= _MESSAGE_BYTES for size in sizes)]
 
 
 def status_of(error: LlmpackError) -> dict[str, Any]:
     """Return an error as a status."""
-    return {"exit_code": error.exit_code, "code": error.code, "message": _fit(str(error))}
+    return {"exit_code": error.exit_code, "code": error.code, "message": fit(str(error))}
 
 
 def error_of(status: dict[str, Any], rank: int, size: int) -> LlmpackError:

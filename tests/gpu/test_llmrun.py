@@ -167,6 +167,16 @@ def test_whoever_has_a_gpu_and_computes_on_the_cpu_is_told_why(artifact, run) ->
     assert "this runs on the CPU, not on a GPU. libcuda.so.1 supports CUDA 11.4, expected" in done.stderr
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize(("taken", "who"), [(0, ""), (1, "rank 1: ")])
+def test_all_ranks_compute_on_the_cpu_if_one_has_no_gpu(taken: int, who: str, artifact, run) -> None:
+    done = run(2, "cpu", "-c", ON_THE_CPU, artifact(2), PROMPT, devices=2, taken=taken)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    reason = f"{who}using GPU {taken}: the driver says 'stand-in error 46' (error 46)."
+    assert line == f"llmrun: this runs on the CPU, not on a GPU. {reason}"
+
+
 TWO_ENGINES = """
 import sys
 from llmrun import Engine
