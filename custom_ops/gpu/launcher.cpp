@@ -79,7 +79,7 @@ Launcher::Launcher(const Settings& wanted)
     if (is_hip != (settings.vendor == Vendor::kHip) || !runs_on(file, device.chip)) {
         throw GpuError(file.path + " holds code for " + file.arch + ", and GPU " +
                        std::to_string(device.ordinal) + " (" + device.name + ") is " + device.chip +
-                       ": pack with --targets " + device.chip);
+                       ", which does not run it: copy the artifact again, or pack it again");
     }
     driver.make_current(device.ordinal);
     driver.check(driver.call.stream_create(&stream_, kNonBlockingStream), "making a stream");

@@ -27,10 +27,16 @@ from llmpack import kernel_file
 from llmpack.kernel_compiler import compile_kernel, prepare_worker, triton_version
 from llmpack.kernel_file import Kernel, KernelFile
 from llmpack.kernel_plan import KernelSpec
-from llmrun.artifact import IncompatibleError, IntegrityError, ResourceError, UsageError
+from llmrun.artifact import (
+    CUDA_TARGETS,
+    PTX_TARGET,
+    ROCM_TARGETS,
+    IncompatibleError,
+    IntegrityError,
+    ResourceError,
+    UsageError,
+)
 
-CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-ROCM_TARGETS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
 GPU_TARGETS = CUDA_TARGETS + ROCM_TARGETS
 TARGET_SETS = {"cuda": CUDA_TARGETS, "rocm": ROCM_TARGETS, "all": ("cpu", *GPU_TARGETS)}
 # Bytes of shared memory that one program may have.
@@ -38,8 +44,9 @@ SHARED_MEMORY = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,
     **dict.fromkeys(ROCM_TARGETS, 64 << 10),
 }  # fmt: skip
-PTX_CHIP = "sm_80"  # PTX for it rides along with every CUDA target: newer chips, of whatever family, take it
-PTX_TARGET = f"ptx_{PTX_CHIP.removeprefix('sm_')}"
+PTX_CHIP = (
+    f"sm_{PTX_TARGET.removeprefix('ptx_')}"  # rides along with every CUDA target: newer chips, of any family, take it
+)
 
 
 def parse_targets(names: Iterable[str]) -> tuple[str, ...]:

@@ -33,12 +33,15 @@ from llmrun.errors import (
 )
 from llmrun.manifest import (
     CHUNK_BYTES,
+    CUDA_TARGETS,
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     OPS_DOMAIN,
     OPS_VERSION,
+    PTX_TARGET,
+    ROCM_TARGETS,
     ROW_TILE,
     WEIGHT_ALIGNMENT,
     FileEntry,
@@ -60,12 +63,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 __all__ = [
     "CHUNK_BYTES",
+    "CUDA_TARGETS",
     "FORMAT_NAME",
     "FORMAT_VERSION",
     "LARGEST_LOGIT",
     "MANIFEST_NAME",
     "OPS_DOMAIN",
     "OPS_VERSION",
+    "PTX_TARGET",
+    "ROCM_TARGETS",
     "ROW_TILE",
     "WEIGHT_ALIGNMENT",
     "Artifact",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmrun.errors import IncompatibleError, InternalError, ResourceError, UsageError
+from llmrun.manifest import CUDA_TARGETS, PTX_TARGET, ROCM_TARGETS
 
 if TYPE_CHECKING:
     from llmrun.manifest import Manifest
@@ -103,14 +104,15 @@ def _last_error(ops: ctypes.CDLL) -> str:
     return text.partition(": ")[2] or text  # without the function's name
 
 
-def choose_kernels(chip: str, kernels: Mapping[str, str]) -> str | None:
-    """Return which of the targets in `kernels` runs on a chip; None: no one does (FORMAT 8.1).
+def choose_kernels(chip: str, targets: Iterable[str]) -> str | None:
+    """Return which of the targets runs on a chip; None: no one does (FORMAT 8.1).
 
-    >>> choose_kernels("sm_89", {"sm_86": "", "sm_80": "", "ptx_80": ""})
+    >>> choose_kernels("sm_89", ["sm_86", "sm_80", "ptx_80"])
     'sm_86'
-    >>> choose_kernels("sm_121", {"sm_120": "", "ptx_80": ""})
+    >>> choose_kernels("sm_121", ["sm_120", "ptx_80"])
     'ptx_80'
     """
+    kernels = list(targets)
     if chip in kernels:
         return chip
     if not chip.startswith("sm_"):
@@ -123,6 +125,11 @@ def choose_kernels(chip: str, kernels: Mapping[str, str]) -> str | None:
     texts = [int(name.removeprefix("ptx_")) for name in kernels if name.startswith("ptx_")]
     usable = [n for n in texts if n <= number]
     return f"ptx_{max(usable)}" if usable else None
+
+
+def best_target(chip: str) -> str | None:
+    """Return which of all targets that can be packed runs on a chip; None: llmpack has no code for it."""
+    return choose_kernels(chip, (*CUDA_TARGETS, *ROCM_TARGETS, PTX_TARGET))
 
 
 def place(
@@ -196,9 +203,11 @@ def _place_on_gpu(
     gpu = gpus[local_rank % len(gpus)]
     target = choose_kernels(gpu.chip, manifest.kernels)
     if target is None:
+        best = best_target(gpu.chip)
+        advice = f"Pack with --targets {'cuda' if best == PTX_TARGET else best}."
         raise IncompatibleError(
             f"--provider {provider}: no code for GPU {gpu.ordinal} ({gpu.name}, {gpu.chip}); the artifact holds"
-            f" {_targets(manifest)}. Pack with --targets {gpu.chip}.",
+            f" {_targets(manifest)}. {advice if best else f'llmpack has none for {gpu.chip}: use --provider cpu.'}",
             code="E422",
         )
     sharers = sum(rank % len(gpus) == local_rank % len(gpus) for rank in range(local_size))

@@ -271,10 +271,10 @@ class Job:
         self.verify([name])
         if self.placement.kernels.startswith("ptx_") and self.rank == 0:
             assert self.placement.gpu is not None
-            console.say(
-                f"llmrun: no code for {self.placement.gpu.chip} in the artifact: the driver compiles its"
-                f" {self.placement.kernels} now. Pack with --targets {self.placement.gpu.chip} for a faster start."
-            )
+            chip, used = self.placement.gpu.chip, self.placement.kernels
+            better = device.best_target(chip)
+            advice = "" if better == used else f" Pack with --targets {better} for a faster start."
+            console.say(f"llmrun: no code for {chip} in the artifact: the driver compiles its {used} now.{advice}")
         path = os.fsencode(self.artifact.resolve(name))
         most = (self.options.max_num_seqs, self.options.most_tokens)
         device.open_gpu(self.operators.functions, self.placement, path, *most, user=self.watchdog)

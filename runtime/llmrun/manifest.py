@@ -27,6 +27,10 @@ MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 64 << 20
 ROW_TILE = 16  # output features side by side in a weight tile (FORMAT 4.3)
 WEIGHT_ALIGNMENT = 64  # bytes (FORMAT 4.1)
+# The GPU targets that the packager compiles for, and the PTX that it adds to any of CUDA's (FORMAT 8.1).
+CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ROCM_TARGETS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
+PTX_TARGET = "ptx_80"
 
 MAX_MANIFEST_BYTES = 4 << 20
 _MAX_FILES = 4096

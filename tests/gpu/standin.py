@@ -69,8 +69,10 @@ def write_kernels(path: Path, specs: list[KernelSpec], arch: str = "sm_89", **ch
 def kernels_of(
     specs: list[KernelSpec], arch: str, shared_bytes: int = 0, waiting: Container[str] = (), **changes: Any
 ) -> KernelFile:
-    """Return a kernel file with the plan's records, and code that is the function's name."""
+    """Return a kernel file with the plan's records, and code that is the function's name; "ptx_80" is for sm_80."""
     backend, kind = ("hip", "hsaco") if arch.startswith("gfx") else ("cuda", "cubin")
+    if arch.startswith("ptx_"):
+        arch, kind = arch.replace("ptx_", "sm_"), "ptx"
     warp_size = 64 if arch.startswith("gfx9") else 32
     kernels = []
     for spec in specs:
@@ -80,7 +82,7 @@ def kernels_of(
                 op=spec.op,
                 constants=spec.constants,
                 function=function_name(spec),
-                code=b"\x7fELF" + function_name(spec).encode(),
+                code=_code(function_name(spec), kind),
                 num_warps=max(1, spec.threads // warp_size),
                 shared_bytes=shared_bytes,
                 grid=spec.grid,
@@ -90,6 +92,10 @@ def kernels_of(
             )
         )
     return KernelFile(backend, arch, kind, warp_size, tuple(kernels))
+
+
+def _code(name: str, kind: str) -> bytes:
+    return f".version 8.0 // {name}\0".encode() if kind == "ptx" else b"\x7fELF" + name.encode()
 
 
 def _parameter(name: str, kind: str) -> Parameter:

@@ -67,7 +67,9 @@ def test_a_driver_that_is_too_old(run, kernels):
 
 def test_code_for_another_chip(run, kernels):
     said = run(kernels, chip="sm_120")
-    assert "holds code for sm_89, and GPU 0 (stand-in 0) is sm_120: pack with --targets sm_120." in said
+    assert (
+        "holds code for sm_89, and GPU 0 (stand-in 0) is sm_120, which does not run it: copy the artifact again" in said
+    )
 
 
 def test_code_for_another_vendor(run, specs, tmp_path):

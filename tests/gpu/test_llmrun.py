@@ -30,7 +30,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """The demo model with code that is a name."""
 
     def build(specs: Any, targets: Any, *_: Any) -> dict[str, Any]:
-        return {target: standin.kernels_of(specs, target) for target in targets if target != "cpu"}
+        names = [*(target for target in targets if target != "cpu"), kernels.PTX_TARGET]
+        return {target: standin.kernels_of(specs, target) for target in names}
 
     folder = tmp_path_factory.mktemp("for-standins")
 
@@ -150,6 +151,17 @@ def test_a_rank_uses_no_gpu_but_its_own(artifact, run) -> None:
     options = ["-p", PROMPT, "-n", 1, "--provider", "cuda"]
     done = run(1, "cuda", "-m", "llmrun", "generate", artifact(1), *options, devices=2, taken=1)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("chip", "advice"), [("sm_121", ""), ("sm_90", " Pack with --targets sm_90 for a faster start.")]
+)
+def test_a_chip_that_takes_ptx_is_told_of_no_target_but_one_that_can_be_packed(chip, advice, artifact, run) -> None:
+    done = run(
+        1, "cuda", "-m", "llmrun", "generate", artifact(1), "-p", PROMPT, "-n", 1, "--provider", "cuda", chip=chip
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"llmrun: no code for {chip} in the artifact: the driver compiles its ptx_80 now.{advice}\n"
 
 
 ON_THE_CPU = """

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmpack import kernel_plan
+from llmpack import kernel_plan, kernels
 from llmrun import device
 from llmrun.errors import IncompatibleError, ResourceError, UsageError
 from llmrun.manifest import KvCacheSpec
@@ -74,7 +74,26 @@ def place(provider, held, ops, available=ALL, rank=0, size=1, **options):
     ],
 )
 def test_the_code_for_a_chip(chip, held, taken):
-    assert device.choose_kernels(chip, dict.fromkeys(held, "")) == taken
+    assert device.choose_kernels(chip, held) == taken
+
+
+@pytest.mark.parametrize(
+    ("provider", "chip", "held", "advice"),
+    [
+        ("cuda", "sm_75", "sm_89", "llmpack has none for sm_75: use --provider cpu."),
+        ("rocm", "gfx1101", "gfx1100", "llmpack has none for gfx1101: use --provider cpu."),
+        ("rocm", "gfx1100", "gfx1201", "Pack with --targets gfx1100."),
+        ("cuda", "sm_89", "sm_90", "Pack with --targets sm_89."),
+        ("cuda", "sm_88", "sm_90", "Pack with --targets sm_86."),
+        ("cuda", "sm_121", "sm_90", "Pack with --targets cuda."),
+    ],
+)
+def test_the_targets_that_are_recommended_can_be_packed(provider, chip, held, advice):
+    with pytest.raises(IncompatibleError) as caught:
+        place(provider, manifest("cpu", held), FakeOps([chip]))
+    assert str(caught.value).endswith(f"the artifact holds cpu, {held}. {advice}")
+    if "--targets" in advice:
+        kernels.parse_targets([advice.removesuffix(".").split()[-1]])
 
 
 def test_auto_takes_the_gpu_that_the_artifact_has_code_for():
