@@ -95,7 +95,8 @@ class NodeInfo {
     // Throws OpError unless it is from 1 to kMaxSize.
     int64_t size_attribute(const char* name) const;
     // Throws OpError if input `index`, into which the operator writes, is an initializer: that is read-only,
-    // or other nodes and later runs take it for a constant.
+    // or other nodes and later runs take it for a constant. Of an initializer that is an input of the graph
+    // as well, or lies behind an Unsqueeze, ONNX Runtime says nothing: llmrun's graph_check.py refuses those.
     void expect_no_constant(size_t index) const;
     // Input `index` if it is an initializer: the memory that each call will get.
     std::optional<Tensor> constant_input(size_t index) const;

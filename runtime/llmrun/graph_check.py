@@ -1,9 +1,10 @@
-"""A rank's graph before it runs: whose it is, which operators it has, where its weights lie.
+"""A rank's graph before it runs: whose it is, which operators it has, where its weights lie, what they write into.
 
 In: the bytes of a verified `cpu.onnx`, then ONNX Runtime's session. Digests say that a file is the packager's, not that
-the packager is honest, nor that nobody mixed two artifacts and wrote a manifest for the mixture (FORMAT 3.1, 3.4, 3.5).
-ONNX Runtime runs any operator it knows, and old releases follow external data out of the directory. Standard library
-only: reads the few fields of onnx.proto that matter, and refuses protobuf that two readers could read differently.
+the packager is honest, nor that nobody mixed two artifacts and wrote a manifest for the mixture (FORMAT 3.1, 3.4, 3.5, 5.5).
+ONNX Runtime runs any operator it knows, lets an operator write into whatever its inputs are, and old releases follow
+external data out of the directory. Standard library only: reads the few fields of onnx.proto that matter, and refuses
+protobuf that two readers could read differently.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ _OPSETS = (20, 21)  # versions of the default domain
 # Field numbers of onnx.proto3.
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 14, 20, 25
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
-_NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
+_NODE_INPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 4, 5, 7
+_INPUT_NAME = 1
 _ATTRIBUTE_HOLDS_MORE = {5, 6, 10, 11, 22, 23}  # tensors and graphs
 _TENSOR_SHAPE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_LOCATION = 1, 2, 8, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _STORED_TYPES = {1: ("float32", 4), 2: ("uint8", 1), 10: ("float16", 2)}  # TensorProto.DataType: name, bytes
 _FLOAT, _INT64 = 1, 7
+_CACHES = ("key_cache.", "value_cache.")  # of a layer, inputs 2 and 3 of its PagedAttention
 
 Fields = list[tuple[int, Any]]  # (field number, bytes or int), in the order of the file
 
@@ -58,6 +61,12 @@ class StoredTensor(NamedTuple):
     num_bytes: int
 
 
+class _Node(NamedTuple):
+    domain: str
+    op: str
+    inputs: list[str]
+
+
 def check_graph(path: Path, weights: Path, rank: int, shards: int, ops_version: int) -> list[StoredTensor]:
     """Check the file of a rank's graph, whose external data must lie in `weights`; the numbers are the manifest's.
 
@@ -65,7 +74,8 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int, ops_version: 
         what lies there.
     Raises:
         IntegrityError: not an ONNX model, or its weights are elsewhere.
-        IncompatibleError: another rank's graph, an operator that no graph of this format has, or other versions of them.
+        IncompatibleError: another rank's graph, an operator that no graph of this format has, other versions of them, or one
+            that would write into something else than its layer's cache.
     """
     try:
         model = _fields(path.read_bytes())
@@ -74,8 +84,9 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int, ops_version: 
         graph = _fields(_only(model, _MODEL_GRAPH))
         metadata = [_entry(value) for number, value in model if number == _MODEL_METADATA]
         versions = sorted(_opset(value) for number, value in model if number == _MODEL_OPSET)
-        operators = {_operator(value) for number, value in graph if number == _GRAPH_NODE}
-        stored = list(_stored_tensors(graph, weights))
+        nodes = [_node(value) for number, value in graph if number == _GRAPH_NODE]
+        inputs = [_text(_only(_fields(value), _INPUT_NAME)) for number, value in graph if number == _GRAPH_INPUT]
+        stored = list(_stored_tensors(graph, weights, set(inputs)))
     except (ValueError, OSError) as error:
         raise IntegrityError(
             f"{path}: not a graph made by `pack`: {error}. Pack the model again.", code="E320"
@@ -94,9 +105,16 @@ def check_graph(path: Path, weights: Path, rank: int, shards: int, ops_version: 
             f"{path}: its operators are those of {versions!r:.300}, expected those of {expected}. Pack the model again.",
             code="E419",
         )
-    if strange := sorted(f"{domain}.{op}" for domain, op in operators if op not in _OPERATORS.get(domain, ())):
+    if strange := sorted(
+        f"{node.domain}.{node.op}" for node in nodes if node.op not in _OPERATORS.get(node.domain, ())
+    ):
         raise IncompatibleError(
             f"{path}: has the operator {strange[0]!r}, which no graph of this format has. Pack the model again.",
+            code="E419",
+        )
+    if not _writes_into_caches(nodes, inputs):
+        raise IncompatibleError(
+            f"{path}: its attention writes into something else than the cache of its layer. Pack the model again.",
             code="E419",
         )
     return stored
@@ -124,7 +142,19 @@ def check_session(path: Path, session: Any, kv_cache: KvCacheSpec, widths: dict[
         )
 
 
-def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
+def _writes_into_caches(nodes: list[_Node], inputs: list[str]) -> bool:
+    """Whether layer i's PagedAttention has `key_cache.i` and `value_cache.i`, inputs of the graph that nothing else reads.
+
+    Any other value might lie in the weights, which are mapped read-only: ONNX Runtime's Unsqueeze copies nothing.
+    """
+    written = [node.inputs[2:4] for node in nodes if node.op == "PagedAttention"]
+    expected = [[f"{cache}{layer}" for cache in _CACHES] for layer in range(len(written))]
+    read = sorted(name for node in nodes for name in node.inputs if name.startswith(_CACHES))
+    caches = sorted(name for pair in expected for name in pair)
+    return written == expected and read == caches and set(caches) <= set(inputs)
+
+
+def _stored_tensors(graph: Fields, weights: Path, inputs: set[str]) -> Iterator[StoredTensor]:
     size = weights.stat().st_size
     for number, value in graph:
         if number == _GRAPH_SPARSE:
@@ -134,6 +164,8 @@ def _stored_tensors(graph: Fields, weights: Path) -> Iterator[StoredTensor]:
         tensor = _fields(value)
         entries = [_entry(item) for number, item in tensor if number == _TENSOR_EXTERNAL_DATA]
         name, shape = _text(_only(tensor, _TENSOR_NAME)), tuple(_numbers(tensor, _TENSOR_SHAPE))
+        if name in inputs:
+            raise ValueError(f"{name!r:.100} is a weight and an input too")
         data_type = next(_numbers(tensor, _TENSOR_TYPE), 0)
         if not entries and all(number != _TENSOR_LOCATION for number, _ in tensor):
             is_axis = data_type == _INT64 and len(shape) == 1
@@ -167,14 +199,16 @@ def _opset(data: bytes) -> tuple[str, int]:
     return _text(_only(fields, _OPSET_DOMAIN)) if has_domain else "", versions[0]
 
 
-def _operator(node: bytes) -> tuple[str, str]:
-    """Return (domain, type) of a node; its attributes must be plain values."""
+def _node(node: bytes) -> _Node:
+    """Return what a NodeProto computes of which values; its attributes must be plain values."""
     fields = _fields(node)
     for number, value in fields:
         if number == _NODE_ATTRIBUTE and _ATTRIBUTE_HOLDS_MORE & {number for number, _ in _fields(value)}:
             raise ValueError("an attribute holds a tensor or a graph")
     has_domain = any(number == _NODE_DOMAIN for number, _ in fields)
-    return _text(_only(fields, _NODE_DOMAIN)) if has_domain else "", _text(_only(fields, _NODE_OP_TYPE))
+    domain = _text(_only(fields, _NODE_DOMAIN)) if has_domain else ""
+    inputs = [_text(value) for number, value in fields if number == _NODE_INPUT]
+    return _Node(domain, _text(_only(fields, _NODE_OP_TYPE)), inputs)
 
 
 def _entry(data: bytes) -> tuple[str, str]:
@@ -204,6 +238,8 @@ def _numbers(fields: Fields, wanted: int) -> Iterator[int]:
 
 
 def _text(data: bytes) -> str:
+    if not isinstance(data, bytes):
+        raise ValueError("a number stands where a text is expected")  # noqa: TRY004
     return data.decode("utf-8")
 
 

@@ -1,11 +1,12 @@
 """Artifacts whose digests are all right and whose parts do not belong together, or were not made by `pack` (FORMAT section 3).
 
-What a digest cannot find, the graph says: whose it is (3.4), which operators it has (3.5), where its weights lie (3.1). Two
-things no file says, and `verify --deep` finds by computing: weights swapped without their graphs, and the folder of another
-model of the same shape.
+What a digest cannot find, the graph says: whose it is (3.4), which operators it has (3.5), where its weights lie (3.1), what
+its attention writes into (5.5). Two things no file says, and `verify --deep` finds by computing: weights swapped without
+their graphs, and the folder of another model of the same shape.
 """
 
 import json
+import math
 import random
 import shutil
 
@@ -178,6 +179,85 @@ def test_3_5_llmrun_refuses_with_one_sentence(single, case):
     arguments, attributes = STRANGE_NODES[case]
     change_graph(single, lambda model: add_node(model, *arguments, **attributes))
     assert_refused(run_alone(single, *ASK), 3 if case == "loop" else 4)
+
+
+# 5.5: what attention writes into
+
+
+def cache_in_weights(model, name, shape):
+    """Add an initializer that lies where weights.bin begins, for layer 0's PagedAttention to write into."""
+    length = 2 * math.prod(shape)
+    tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT16, dims=shape, data_location=1)
+    for key, value in (("location", "weights.bin"), ("offset", "0"), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    model.graph.initializer.append(tensor)
+
+
+def attention_inputs(model, layer=0):
+    return [node for node in model.graph.node if node.op_type == "PagedAttention"][layer].input
+
+
+def weights_that_are_inputs(model):
+    for place, name in ((2, "k"), (3, "v")):
+        cache = next(value for value in model.graph.input if value.name == attention_inputs(model)[place])
+        shape = [4, *(size.dim_value for size in cache.type.tensor_type.shape.dim[1:])]
+        cache_in_weights(model, name, shape)
+        model.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, shape))
+        attention_inputs(model)[place] = name
+
+
+def weights_behind_unsqueeze(model):
+    model.graph.initializer.append(helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [0]))
+    for place, name in ((2, "k"), (3, "v")):
+        cache = next(value for value in model.graph.input if value.name == attention_inputs(model)[place])
+        shape = [size.dim_value for size in cache.type.tensor_type.shape.dim[1:]]
+        cache_in_weights(model, name, shape)
+        attention_inputs(model)[place] = f"{name}4"
+        model.graph.value_info.append(helper.make_tensor_value_info(f"{name}4", onnx.TensorProto.FLOAT16, [1, *shape]))
+        model.graph.node.insert(0, helper.make_node("Unsqueeze", [name, "axes"], [f"{name}4"]))
+
+
+def cache_of_another_layer(model):
+    attention_inputs(model, 1)[2] = "key_cache.0"
+
+
+def cache_that_another_node_reads(model):
+    model.graph.initializer.append(helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [0]))
+    add_node(model, "Unsqueeze", ["key_cache.0", "axes"], ["z"])
+
+
+def keys_for_values(model):
+    attention_inputs(model)[2:4] = attention_inputs(model)[3:1:-1]
+
+
+def cache_that_is_no_input(model):
+    del model.graph.input[[value.name for value in model.graph.input].index("key_cache.0")]
+
+
+WRITTEN = [
+    weights_behind_unsqueeze, cache_of_another_layer, cache_that_another_node_reads, keys_for_values,
+    cache_that_is_no_input,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRITTEN, ids=lambda change: change.__name__)
+def test_5_5_attention_that_writes_elsewhere(artifact, change):
+    change_graph(artifact, change)
+    error = graph_refusal(artifact)
+    assert (type(error), error.code) == (IncompatibleError, "E419")
+
+
+def test_3_1_weights_that_are_inputs_too(artifact):
+    change_graph(artifact, weights_that_are_inputs)
+    assert graph_refusal(artifact).code == "E320"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [(weights_that_are_inputs, 3), (weights_behind_unsqueeze, 4)], ids=["inputs", "unsqueeze"]
+)
+def test_5_5_llmrun_refuses_with_one_sentence(single, change, code):
+    change_graph(single, change)
+    assert_refused(run_alone(single, *ASK), code, "rank-0/cpu.onnx")
 
 
 # 3.1: weights
