@@ -110,8 +110,46 @@ def test_signals_are_for_the_host_programs_threads(library: ctypes.CDLL, project
     blocked = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:")), 16)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         assert blocked >> (number - 1) & 1
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS):
+        assert not blocked >> (number - 1) & 1
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
     del made
+
+
+# What a disk that fails does to mapped weights: their last eighth, which is in the last thread's part, is gone.
+FAULT = """
+import faulthandler, os, sys
+from pathlib import Path
+import helpers, numpy, onnxruntime
+helpers.LIBRARY_PATH = Path(sys.argv[1])
+faulthandler.enable()
+x, node = helpers.random_x(1, 1024), helpers.random_projection("q4", 4096, 1024).node(helpers.random_x(1, 1024))
+stored = node.inputs["weight"]
+stored.tofile(sys.argv[2])
+weight = numpy.memmap(sys.argv[2], stored.dtype, "r", shape=stored.shape)
+node.initializers = ("scales",)
+session = helpers.session(node.model(), int(sys.argv[3]))
+binding = session.io_binding()
+binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
+binding.bind_input("weight", "cpu", 0, stored.dtype, stored.shape, weight.ctypes.data)
+binding.bind_output("y")
+session.run_with_iobinding(binding)
+print("ran", flush=True)
+os.truncate(sys.argv[2], stored.nbytes // 8 * 7)
+session.run_with_iobinding(binding)
+"""
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer reports faults itself")
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_fault_in_any_thread_reaches_the_host_programs_handler(
+    library_path: Path, tmp_path: Path, threads: int
+) -> None:
+    command = [sys.executable, "-c", FAULT, library_path, tmp_path / "weight", str(threads)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, timeout=60)
+    assert (run.returncode, run.stdout) == (-signal.SIGBUS, "ran\n"), run.stderr
+    assert "Fatal Python error: Bus error" in run.stderr
+    assert "most recent call first" in run.stderr
 
 
 def test_two_callers_at_once_get_what_each_asked_for(library: ctypes.CDLL, projection: Projection) -> None:
