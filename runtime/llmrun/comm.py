@@ -208,8 +208,12 @@ class _mpi_errors:
             raise PeerError(f"MPI failed: {error}. Another rank or the connection to it is lost.") from error
 
 
-def _need_no_network(environment: MutableMapping[str, str]) -> None:
-    """Spare MPICH, which is not loaded yet, what only ranks on several hosts need; what the user has set stays."""
+def _set_up_transport(environment: MutableMapping[str, str]) -> None:
+    """Tell MPICH's transport, which is not loaded yet, to warn on standard error, and to spare what one host does not need.
+
+    What the user has set stays.
+    """
+    environment.setdefault("UCX_LOG_FILE", "stderr")
     if launcher.is_on_one_host(environment):
         for name, value in _ONE_HOST.items():
             environment.setdefault(name, value)
@@ -268,7 +272,7 @@ def connect() -> Communicator:
     if expected == 1:
         return SingleRank()
     launcher.check_launcher()
-    _need_no_network(os.environ)
+    _set_up_transport(os.environ)
     _expect_shared_memory(os.environ)
     MPI = load_mpi()
     is_ours = _initialize(MPI)

@@ -58,6 +58,16 @@ def test_standard_input_is_left_alone_when_nobody_reads_it(packed_tiny: Packed) 
     assert outcome.stdout == "for the next command"
 
 
+@pytest.mark.parametrize("start", [run_alone, lambda *a, **k: run_ranks(2, *a, **k)], ids=["alone", "mpirun"])
+def test_what_mpi_warns_of_is_no_part_of_the_output(
+    start: Callable[..., Outcome], packed_tiny: Packed, golden: str
+) -> None:
+    outcome = start(packed_tiny(2, "f32"), "-p", "The king", *GREEDY, environment={"UCX_TLZ": "1"})  # no such variable
+    assert json.loads(outcome.stdout)["text"] == golden
+    if launcher.library_family() == launcher.MPICH:
+        assert "UCX_TLZ" in outcome.stderr
+
+
 def test_arguments_reach_the_ranks_whatever_they_hold(packed_tiny: Packed, golden: str, tmp_path: Path) -> None:
     """To mpirun a lone colon is the end of a program's arguments; a file's name may be any bytes."""
     prompt = tmp_path / "prompt\udcff"

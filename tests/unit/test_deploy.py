@@ -24,6 +24,11 @@ def test_the_units_command_line_is_understood() -> None:
     assert set(map(int, codes.split())) == {kind.exit_code for kind in staying}
 
 
+def test_the_unit_allows_the_sockets_that_serving_and_mpi_take() -> None:
+    (families,) = re.findall(r"^RestrictAddressFamilies=(.*)$", (DEPLOY / "llmrun@.service").read_text(), re.MULTILINE)
+    assert set(families.split()) == {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"}
+
+
 def test_what_the_image_copies_and_runs_exists() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     sources = [word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in line.split()[:-1]]

@@ -35,8 +35,9 @@ def test_launchers_are_known_by_their_environment(
 def test_only_ranks_of_one_host_do_without_a_network(environment: dict[str, str], is_on_one: bool) -> None:
     assert launcher.is_on_one_host(environment) == is_on_one
     given = {**environment, "UCX_TLS": "the user's"}
-    comm._need_no_network(given)
+    comm._set_up_transport(given)
     assert given.pop("UCX_TLS") == "the user's"
+    assert given.pop("UCX_LOG_FILE") == "stderr"
     assert given == {**environment, **({"UCX_MEM_EVENTS": "no"} if is_on_one else {})}
 
 
