@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmrun import launch, launcher, stdin
+from llmrun import console, launch, launcher, stdin
 
 Message = dict[str, Any]
 _LEAVING_S = 10.0
@@ -87,11 +87,8 @@ class ChatJob:
         Raises:
             RanksEndedError: nobody is there any more.
         """
-        data = memoryview((json.dumps(message) + "\n").encode())
         try:
-            sink = self._open_sink()
-            while data:
-                data = data[os.write(sink, data) :]
+            console.write_all(self._open_sink(), (json.dumps(message) + "\n").encode())
         except BrokenPipeError:
             self._raise_ended()
 

@@ -244,10 +244,9 @@ class _Terminal:
         console.say(dim + console.harmless(text) + plain)
 
     def _write(self, text: str) -> None:
-        data = memoryview((console.harmless(text) if self._is_answer_shown else text).encode("utf-8", "replace"))
+        shown = console.harmless(text) if self._is_answer_shown else text
         try:
-            while data:
-                data = data[os.write(self._answer_stream, data) :]
+            console.write_all(self._answer_stream, shown.encode("utf-8", "replace"))
         except BrokenPipeError:
             raise
         except OSError as error:

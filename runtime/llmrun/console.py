@@ -1,4 +1,4 @@
-"""Standard error and terminals: one-line errors, progress, and what a rank under mpirun may believe about its streams.
+"""Output and terminals: whole writes, one-line errors, progress, and what a rank under mpirun may believe about its streams.
 
 `isatty()` is wrong under mpirun (Open MPI: stdout always, MPICH: never; stdin never), so the launching `llmrun`
 passes what it saw in LLMRUN_TTY, and without that a rank takes no stream for a terminal.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 from collections.abc import Mapping
 
@@ -53,6 +54,18 @@ def say(text: str) -> None:
         os.write(2, (text + "\n").encode("utf-8", "backslashreplace"))
     except (OSError, ValueError, AttributeError):  # closed: nobody is listening
         pass
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`, waiting for room even if writing does not block: another program that shares a pipe decides that."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(descriptor, rest) :]
+        except BlockingIOError:
+            poller = select.poll()
+            poller.register(descriptor, select.POLLOUT)
+            poller.poll()
 
 
 def error_line(error: BaseException) -> str:

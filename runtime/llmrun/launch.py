@@ -243,9 +243,7 @@ class OutputPump:
                     return
                 if not data and events:  # the writer has closed, or not yet opened
                     self._is_over.wait(0.1)
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
+                console.write_all(self._descriptor, data)
         except BrokenPipeError:
             pass
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -129,6 +130,24 @@ def test_standard_input_that_does_not_block_is_waited_for(shards: int, packed_ti
     outcome = job.finish()
     assert (outcome.code, outcome.stderr) == (0, "")
     assert json.loads(outcome.stdout)["text"] == golden
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_standard_output_that_does_not_block_is_waited_for(shards: int, packed_tiny: Packed) -> None:
+    program = "import os, sys; os.set_blocking(1, False); os.execv(sys.argv[1], sys.argv[1:])"
+    command = llmrun_command(packed_tiny(shards, "f32"), "-p", "The king", "-n", 40, "--temperature", 0, "--ignore-eos")
+    text = RunningJob(command).finish().stdout
+    job = RunningJob([sys.executable, "-c", program, *command])
+    assert job.process.stdout is not None
+    fcntl.fcntl(job.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    filler = os.open(f"/proc/{os.getpid()}/fd/{job.process.stdout.fileno()}", os.O_WRONLY | os.O_NONBLOCK)
+    assert os.write(filler, b" " * 4096) == 4096  # no room
+    os.close(filler)
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.process.wait(4)
+    outcome = job.finish()
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert outcome.stdout.lstrip(" ") == text.lstrip(" ")
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -92,10 +92,8 @@ def write(text: str) -> None:
     """Write to standard output at once, in UTF-8 whatever the locale."""
     if sys.stdout is not None:  # the interpreter's name for a closed one
         sys.stdout.flush()
-    data = memoryview(text.encode("utf-8", "replace"))
     try:
-        while data:
-            data = data[os.write(1, data) :]
+        console.write_all(1, text.encode("utf-8", "replace"))
     except BrokenPipeError:
         raise
     except OSError as error:
