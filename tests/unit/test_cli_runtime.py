@@ -120,6 +120,22 @@ def test_the_prompt_may_come_from_anywhere(packed_tiny: Packed, tmp_path: Path) 
     assert len(outputs) == 1
 
 
+def test_texts_of_the_command_line_are_utf8_whatever_the_locale(packed_tiny: Packed) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    arguments = (packed_tiny(1, "f32"), "-p", "König", "-n", 1, "--json")
+    found = [json.loads(llmrun(*arguments, **locale).stdout)["prompt_ids"] for locale in ({}, plain)]
+    assert found[0] == found[1]
+    program = (
+        "import sys\n"
+        "from llmrun.cli import build_parser\n"
+        "chosen = build_parser().parse_args(sys.argv[1:])\n"
+        "print(ascii([chosen.stop, chosen.system]))"
+    )
+    command = [sys.executable, "-c", program, "chat", "A", "--stop", "König", "--system", "König"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **plain})
+    assert done.stdout == ascii([["König"], "König"]) + "\n"
+
+
 def test_a_seed_repeats_and_another_does_not(packed_tiny: Packed) -> None:
     path = packed_tiny(1, "f32")
     runs = [llmrun(path, "-p", "a", "-n", 20, "--temperature", 1, "--seed", seed).stdout for seed in (1, 1, 2)]
@@ -148,7 +164,8 @@ def test_ids_in_ids_out_without_a_tokenizer(packed: Packed, tiny_checkpoint: Pat
         (["-p", "a", "-n", "0"], b"", 2, "expected 1 or more"),
         (["-p", "a", "--top-p", "2"], b"", 2, "top_p"),
         (["-p", "a", "--stop", ""], b"", 2, "stop"),
-        (["-p", "a\udcff"], b"", 2, "not UTF-8: byte 0xff at offset 1"),
+        (["-p", "a\udcff"], b"", 2, "-p: not UTF-8: byte 0xff at offset 1"),
+        (["-p", "a", "--stop", "\udcff"], b"", 2, "--stop: not UTF-8: byte 0xff at offset 0"),
         ([], b"abc\xe2\x82", 2, "not UTF-8: byte 0xe2 at offset 3"),
         (["-f", "/nonexistent"], b"", 2, "/nonexistent"),
         (["--ids", "-p", "[1, 99999]"], b"", 2, "99999 is not in the vocabulary"),

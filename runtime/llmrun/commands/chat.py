@@ -34,14 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a chat."""
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--system", type=common.text_of("--system"), metavar="TEXT", help="the system message")
     parser.add_argument("--no-history", action="store_true", help="neither read nor write the history of your lines")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer turn after turn."""
-    if arguments.system is not None:
-        arguments.system = stdin.decode_utf8(os.fsencode(arguments.system), "--system")
     if arguments.max_tokens is not None or any(value is not None for value in common.sampling_of(arguments).values()):
         common.check_sampling(arguments)  # imports numpy, 0.1 s of a terminal's start
     command = _Chat(arguments)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llmrun import console, failstop, launcher
+from llmrun import console, failstop, launcher, stdin
 from llmrun.errors import PeerError, ResourceError, UsageError
 from llmrun.job_options import ISAS, PROVIDER_CHOICES, VERIFY_MODES, JobOptions
 from llmrun.memory import give_large_blocks_back
@@ -66,8 +66,23 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--repeat-penalty", type=float, metavar="R", help="divide the logits of tokens seen before by R")
     group.add_argument("--seed", type=int, metavar="S", help="make sampling repeatable")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    group.add_argument(
+        "--stop",
+        type=text_of("--stop"),
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT; may be repeated",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+
+
+def text_of(option: str) -> Callable[[str], str]:
+    """Return what argparse makes an option's text with: UTF-8 whatever the locale, as standard input and files are.
+
+    It raises UsageError where that is no UTF-8.
+    """
+    return lambda typed: stdin.decode_utf8(os.fsencode(typed), option)
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:

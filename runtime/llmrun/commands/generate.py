@@ -6,7 +6,6 @@ The prompt comes from -p, -f or standard input. On a terminal without any of the
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from llmrun import console, stdin
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     common.add_artifact(parser)
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to complete")
+    parser.add_argument("-p", "--prompt", type=common.text_of("-p"), metavar="TEXT", help="the text to complete")
     parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from FILE")
     parser.add_argument("--ids", action="store_true", help="the prompt is a JSON list of token ids")
     parser.set_defaults(system=None, no_history=False)
@@ -38,8 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("--ids: give the list with -p, -f or on standard input; a chat has none.")
         return chat.run(arguments)
     common.check_sampling(arguments)
-    if arguments.prompt is not None:
-        stdin.decode_utf8(os.fsencode(arguments.prompt), "-p")
     command = _Generate(arguments)
     return common.run_on_ranks(arguments, common.RankWork(command.generate, command.prepare))
 
