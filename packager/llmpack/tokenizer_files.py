@@ -6,9 +6,10 @@ file itself goes into the artifact verbatim; nothing is converted.
 Which file. A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too,
 transformers 5 takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds
 the rules of the sentencepiece model: then `tokenizer.model` is the one that gives its ids. Of any other class
-(PreTrainedTokenizerFast: Llama 3) it uses `tokenizer.json`, and so do we, and also when there are added
-tokens that are not special, or swallow the white space beside them: a `tokenizer.model` cannot hold them. With
-a `tokenizer.model` alone, all added tokens are taken as special, and those that swallow are refused.
+(PreTrainedTokenizerFast: Llama 3) it uses `tokenizer.json`, and so do we, and also when there are added tokens
+that are not special, or swallow the white space beside them, or where tokenizer_config.json says otherwise
+where a space is put before a word (`legacy`, `add_prefix_space`): a `tokenizer.model` cannot hold that. With a
+`tokenizer.model` alone, all added tokens are taken as special, and the rest of these is refused.
 
 Which ids. EOS: generation_config.json, else config.json, else the tokenizer's files. BOS: the tokenizer's
 files, by post-processor or by name, else generation_config.json, else config.json, since transformers'
@@ -64,6 +65,13 @@ GOLDEN_TEXTS = (
 )
 
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+_SAVE_ONE = "Let transformers write one: AutoTokenizer's save_pretrained."
+# What tokenizer_config.json may say of the space before words, and no tokenizer.model knows: {key: (the value with which it
+# does, what a tokenizer.json's Metaspace calls that, in words)}. The first that is said counts.
+_PREFIXES = {
+    "add_prefix_space": (False, "never", "can put no space before a text"),
+    "legacy": (True, "always", "can put a space after every special token"),
+}
 
 
 @dataclass(frozen=True)
@@ -182,29 +190,56 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
 
 
 def _open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library | None:
-    has_model, has_json = files.exists("tokenizer.model"), files.exists("tokenizer.json")
-    path = files.model_dir / "tokenizer.model"
+    path, has_json = files.model_dir / "tokenizer.model", files.exists("tokenizer.json")
+    config = files.json("tokenizer_config.json")
+    if not files.exists("tokenizer.model"):
+        return _open_json(files, added, vocab_size) if has_json else None
+    are_special = all(special for _, special in added.values())
+    if has_json and (config.get("tokenizer_class") not in _LLAMA_CLASSES or not are_special):
+        return _open_json(files, added, vocab_size)
     swallowing = [text for text in added if any(text in tokens for tokens in _swallowing_tokens(files))]
-    if has_json:
-        kind = files.json("tokenizer_config.json").get("tokenizer_class")
-        can_hold = not swallowing and all(special for _, special in added.values())
-        if not has_model or kind not in _LLAMA_CLASSES or not can_hold:
-            return _open_json(files, added, vocab_size)
-    if not has_model:
-        return None
     if swallowing:
+        if has_json:
+            return _open_json(files, added, vocab_size)
         raise IncompatibleError(
             f"{path}: {_some(swallowing)}: found lstrip or rstrip in tokenizer_config.json, expected a tokenizer.json, which "
-            "can say that a token swallows white space. Let transformers write one: AutoTokenizer's save_pretrained."
+            f"can say that a token swallows white space. {_SAVE_ONE}"
         )
     try:
-        return open_sentencepiece(path, files.bytes("tokenizer.model"), added, vocab_size)
+        library = open_sentencepiece(path, files.bytes("tokenizer.model"), added, vocab_size)
     except IntegrityError:
         # Meta's Llama 3 has a tokenizer.model of another format, a list of base64 words, beside
         # tokenizer.json.
         if has_json:
             return _open_json(files, added, vocab_size)
         raise
+    said = next(((key, *of_key) for key, of_key in _PREFIXES.items() if config.get(key) is of_key[0]), None)
+    if said is None:
+        return library
+    key, value, prefix, says = said
+    if prefix == "never" and not (library.text(library.encode("a")[0]) or "").startswith("\u2581"):
+        return library
+    if has_json:
+        in_json = _open_json(files, added, vocab_size)
+        if _prefix(files.json("tokenizer.json")) == prefix:
+            return in_json
+    raise IncompatibleError(
+        f"{path}: tokenizer_config.json: {key}: found {value!r}, expected a tokenizer.json, which {says}. {_SAVE_ONE}"
+    )
+
+
+def _prefix(document: dict[str, Any]) -> str:
+    """Return where a tokenizer.json puts a space of its own before text: "always", "first" (where a text begins), "never"."""
+    steps = []
+    for name, several in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        step = document.get(name) or {}
+        steps += step.get(several, []) if step.get("type") == "Sequence" else [step]
+    for step in steps:
+        if step.get("type") == "Prepend":
+            return "always"
+        if step.get("type") == "Metaspace":
+            return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    return "never"
 
 
 def _added_tokens(files: ModelFiles) -> dict[str, tuple[int, bool]]:
@@ -237,7 +272,7 @@ def _open_json(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_size
     if other:
         raise IncompatibleError(
             f"{path}: {_some(other)}: found otherwise in tokenizer_config.json or added_tokens.json, expected the same among"
-            " added_tokens. Let transformers write it: AutoTokenizer's save_pretrained."
+            f" added_tokens. {_SAVE_ONE}"
         )
     return open_tokenizers(path, files.bytes("tokenizer.json"), document, vocab_size)
 

@@ -104,6 +104,52 @@ def test_of_both_files_the_one_that_gives_transformers_ids_is_taken(sp):
     assert read_tokenizer(sp, 420).kind == "tokenizers"
 
 
+@pytest.mark.parametrize("config", [{"legacy": True}, {"add_prefix_space": False}], ids=str)
+def test_a_space_before_words_that_no_tokenizer_model_knows_needs_tokenizer_json(config, sp):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    theirs.from_pretrained(sp).backend_tokenizer.save(str(sp / "first.json"))
+    edit_json(sp, "tokenizer_config.json", **config)
+    ((key, value),) = config.items()
+    refusal = (
+        rf"tokenizer\.model: tokenizer_config\.json: {key}: found {value}, expected a tokenizer\.json.*save_pretrained"
+    )
+    with pytest.raises(IncompatibleError, match=refusal):
+        read_tokenizer(sp, 420)
+    (sp / "first.json").rename(sp / "tokenizer.json")  # which puts the space elsewhere
+    with pytest.raises(IncompatibleError, match=refusal):
+        read_tokenizer(sp, 420)
+    theirs.from_pretrained(sp).backend_tokenizer.save(str(sp / "tokenizer.json"))
+    files = read_tokenizer(sp, 420)
+    assert files.source_file.name == "tokenizer.json"
+    for text in ["the house", "[INST] a [/INST] b </s><s>c", "a</s>b"]:
+        assert load_files(files).encode(text, parse_special=True) == theirs.from_pretrained(sp).encode(text)
+
+
+def test_a_tokenizer_json_as_transformers_4_wrote_it_puts_the_space_of_legacy(sp):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    theirs.from_pretrained(sp).backend_tokenizer.save(str(sp / "tokenizer.json"))
+    spaces = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    edit_json(sp, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": spaces}, pre_tokenizer=None)
+    text = "<s>[INST] a [/INST] b </s><s>[INST] c"
+    for legacy, name in [(None, "tokenizer.model"), (False, "tokenizer.model"), (True, "tokenizer.json")]:
+        edit_json(sp, "tokenizer_config.json", legacy=legacy)
+        files = read_tokenizer(sp, 420)
+        assert files.source_file.name == name
+        ids = load_files(files).encode(text, add_bos=False, parse_special=True)
+        assert ids == theirs.from_pretrained(sp).encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_model_that_puts_no_space_before_words_may_say_so(tmp_path):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    train_sentencepiece(tmp_path, add_dummy_prefix=False)
+    edit_json(tmp_path, "tokenizer_config.json", add_prefix_space=False)
+    ours, text = load_files(read_tokenizer(tmp_path, 420)), "the house</s>a"
+    assert ours.encode(text, parse_special=True) == theirs.from_pretrained(tmp_path).encode(text)
+
+
 def test_added_tokens_that_are_not_special_need_tokenizer_json(sp):
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(sp)
     theirs.add_tokens(["<tool>"])
