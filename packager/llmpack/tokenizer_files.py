@@ -17,7 +17,8 @@ tokenizer puts its own BOS before a prompt. What only the config files name is a
 what the tokenizer says is (transformers writes the ids 1 and 2 for every Llama, whatever they stand for).
 
 Added tokens beyond the model's vocabulary are left out, as if the files did not have them: the model cannot
-read them, so they are ordinary text.
+read them, so they are ordinary text. Special tokens that the tokenizer's config lists and the tokenizer lacks
+are those that transformers would add: beyond the vocabulary they are left out too, within it they are refused.
 
 Golden vectors are computed with the tokenizer libraries directly, not with llmrun, so that they check it.
 """
@@ -25,6 +26,7 @@ Golden vectors are computed with the tokenizer libraries directly, not with llmr
 # ruff: noqa: RUF001 - golden texts hold characters that look like others on purpose
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,14 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
     eos_token = _named_token(files, library, "eos_token")
     special = dict(library.special_tokens)
     special.update((text, library.id(text)) for text in (bos_token, eos_token) if text is not None)
+    next_id = max(size, *(token_id + 1 for token_id, _ in added.values()), 0)
+    for text in _extra_tokens(files):
+        # transformers adds what the tokenizer does not have, behind all that it has.
+        if text not in beyond and library.find(text) is None and next_id >= vocab_size:
+            beyond.append(text)
+            next_id += 1
+        elif text not in added:
+            special[text] = library.id(text)
     for text, token_id in sorted(special.items()):
         # llmrun keeps a special id out of a prompt by cutting the token's text, which a character does not allow.
         if len(text) == 1 and token_id != library.unknown_id and token_id in library.encode(text):
@@ -269,12 +279,14 @@ def _open_json(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_size
     sides, sides_in_config = _swallowing_tokens(files)
     other = [text for text in added if text not in listed]
     other += [text for text in in_config if text in listed and sides.get(text) != sides_in_config.get(text)]
+    library = open_tokenizers(path, files.bytes("tokenizer.json"), document, vocab_size)
+    other += [text for text in _extra_tokens(files) if text not in added and library.find(text) is not None]
     if other:
         raise IncompatibleError(
             f"{path}: {_some(other)}: found otherwise in tokenizer_config.json or added_tokens.json, expected the same among"
             f" added_tokens. {_SAVE_ONE}"
         )
-    return open_tokenizers(path, files.bytes("tokenizer.json"), document, vocab_size)
+    return library
 
 
 def _swallowing_tokens(files: ModelFiles) -> list[dict[str, tuple[bool, bool]]]:
@@ -300,11 +312,32 @@ def _named_token(files: ModelFiles, library: Library, key: str) -> str | None:
         config = files.json(name)
         if key in config:
             value = config[key]
-            text = value.get("content") if isinstance(value, dict) else value
+            text = _text(value)
             if text is not None and not isinstance(text, str):
                 raise IncompatibleError(f"{files.model_dir / name}: {key}: found {value!r}, expected text.")
             return text
     return library.own.get(key)
+
+
+def _extra_tokens(files: ModelFiles) -> list[str]:
+    """Return the texts of the special tokens that have no name of their own in transformers."""
+    names = ["tokenizer_config.json"]
+    if "added_tokens_decoder" not in files.json(names[0]):
+        names.append("special_tokens_map.json")  # as transformers has it
+    for name, key in itertools.product(names, ("extra_special_tokens", "additional_special_tokens")):
+        value = files.json(name).get(key)
+        if value:
+            entries = list(value.values()) if isinstance(value, dict) else value
+            texts = [_text(entry) for entry in entries] if isinstance(entries, list) else [None]
+            if not all(isinstance(text, str) and text for text in texts):
+                raise IncompatibleError(f"{files.model_dir / name}: {key}: found {value!r}, expected texts of tokens.")
+            return [str(text) for text in dict.fromkeys(texts)]
+    return []
+
+
+def _text(entry: Any) -> Any:
+    """Return what a file gives as a token's text: it is a string, or in an object."""
+    return entry.get("content") if isinstance(entry, dict) else entry
 
 
 def _chat_template(files: ModelFiles) -> str | None:

@@ -39,9 +39,13 @@ class Library:
     own: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token that the file itself names
     special_tokens: dict[str, int] = field(default_factory=dict)
 
+    def find(self, text: str) -> int | None:
+        """Return the id of a token, None if there is none."""
+        return self.special_tokens.get(text, self.id_of(text))
+
     def id(self, text: str) -> int:
         """Return the id of a token that must be there."""
-        token_id = self.special_tokens.get(text, self.id_of(text))
+        token_id = self.find(text)
         if token_id is None:
             raise IncompatibleError(
                 f"{self.path}: token {text!r}, which tokenizer_config.json names: found none within the model's "

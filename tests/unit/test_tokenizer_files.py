@@ -213,6 +213,44 @@ def test_added_tokens_beyond_the_model_are_text(kind, request):
         assert ours.decode(ours.encode_segments([ours.bos_token_id, text])) == text
 
 
+EXTRA_TOKENS = [
+    {"additional_special_tokens": ["<|x|>", {"__type": "AddedToken", "content": "<|y|>"}]},
+    {"extra_special_tokens": ["<|x|>", "<|y|>"]},
+    {"extra_special_tokens": {"x_token": "<|x|>", "y_token": "<|y|>"}},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRA_TOKENS, ids=str)
+@pytest.mark.parametrize("kind", ["sp", "bl"])
+def test_special_tokens_that_only_a_list_of_them_names_are_refused_or_noted(kind, extra, request):
+    folder = request.getfixturevalue(kind)
+    before = read_tokenizer(folder, 500)
+    edit_json(folder, "tokenizer_config.json", **extra)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    size = before.vocab_size
+    assert theirs.convert_tokens_to_ids(["<|x|>", "<|y|>"]) == [size, size + 1]
+    with pytest.raises(
+        IncompatibleError, match=r"token '<\|x\|>', which tokenizer_config\.json names: found none within"
+    ):
+        read_tokenizer(folder, size + 1)
+    files = read_tokenizer(folder, size)
+    assert files.notes == (f"'<|x|>', '<|y|>': added beyond vocab_size {size}, therefore left out",)
+    assert dataclasses.replace(files, notes=()) == before
+    theirs.save_pretrained(folder)
+    assert load_files(read_tokenizer(folder, size + 2)).encode("a<|y|>", parse_special=True)[-1] == size + 1
+
+
+def test_pieces_that_only_a_list_of_special_tokens_names_are_special(sp):
+    edit_json(sp, "tokenizer_config.json", additional_special_tokens=["</s>", "st"])
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(sp)
+    files = read_tokenizer(sp, 420)
+    assert "st" in files.special_tokens
+    ours, text = load_files(files), "the first street</s>stand"
+    ids = theirs.encode(text)
+    assert ours.encode(text, parse_special=True) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("side", ["lstrip", "rstrip"])
 def test_tokens_that_swallow_white_space_do_so_in_every_turn(side, sp):
     transformers = pytest.importorskip("transformers")
@@ -251,15 +289,16 @@ def test_tokens_that_swallow_white_space_do_so_in_every_turn(side, sp):
         ("added_tokens.json", {"<new>": 405}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"405": {"content": "<new>", "special": True}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"401": {"content": "<|eot_id|>", "rstrip": True}}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["st"]}),  # a piece of the vocabulary
     ],
 )
 def test_added_tokens_that_tokenizer_json_does_not_know_so_are_refused(name, changes, bl):
-    theirs, text = pytest.importorskip("transformers").AutoTokenizer, "a<new><|eot_id|> b"
+    theirs, text = pytest.importorskip("transformers").AutoTokenizer, "a<new><|eot_id|> b first"
     before = theirs.from_pretrained(bl).encode(text)
     edit_json(bl, name, **changes)
     assert theirs.from_pretrained(bl).encode(text) != before
     with pytest.raises(
-        IncompatibleError, match=r"tokenizer\.json: '<(new|\|eot_id\|)>': found otherwise.*save_pretrained"
+        IncompatibleError, match=r"tokenizer\.json: '(<new>|<\|eot_id\|>|st)': found otherwise.*save_pretrained"
     ):
         read_tokenizer(bl, 500)
     theirs.from_pretrained(bl).save_pretrained(bl)
@@ -413,6 +452,9 @@ def test_a_damaged_tokenizer_model_is_refused(sp, data):
         {"chat_template": [{"name": "default", "template": 5}]},
         {"chat_template": {"default": "x"}},
         {"add_bos_token": "yes"},
+        {"extra_special_tokens": "<x>"},
+        {"additional_special_tokens": ["</s>", 5]},
+        {"extra_special_tokens": {"x_token": None}},
     ],
     ids=str,
 )
