@@ -68,6 +68,8 @@ GOLDEN_TEXTS = (
 
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _SAVE_ONE = "Let transformers write one: AutoTokenizer's save_pretrained."
+# Whatever tokens have these names in tokenizer_config.json are special, whether they are marked so or not.
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tokenizer_config.json may say of the space before words, and no tokenizer.model knows: {key: (the value with which it
 # does, what a tokenizer.json's Metaspace calls that, in words)}. The first that is said counts.
 _PREFIXES = {
@@ -272,13 +274,19 @@ def _added_tokens(files: ModelFiles) -> dict[str, tuple[int, bool]]:
 def _open_json(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_size: int) -> Library:
     """Open tokenizer.json, if it has the added tokens that the other files have: nothing is added to it."""
     path, document = files.model_dir / "tokenizer.json", files.json("tokenizer.json")
-    listed = {entry["content"] for entry in document.get("added_tokens", [])}
-    in_config = [
-        entry["content"] for entry in files.json("tokenizer_config.json").get("added_tokens_decoder", {}).values()
-    ]
+    config = files.json("tokenizer_config.json")
+    listed = {entry["content"]: bool(entry.get("special")) for entry in document.get("added_tokens", [])}
+    in_config = {
+        entry["content"]: bool(entry.get("special")) for entry in config.get("added_tokens_decoder", {}).values()
+    }
+    in_config.update((text, True) for text in map(_text, map(config.get, _NAMES)) if text in tuple(in_config))
     sides, sides_in_config = _swallowing_tokens(files)
     other = [text for text in added if text not in listed]
-    other += [text for text in in_config if text in listed and sides.get(text) != sides_in_config.get(text)]
+    other += [
+        text
+        for text, special in in_config.items()
+        if text in listed and (special, sides_in_config.get(text)) != (listed[text], sides.get(text))
+    ]
     library = open_tokenizers(path, files.bytes("tokenizer.json"), document, vocab_size)
     other += [text for text in _extra_tokens(files) if text not in added and library.find(text) is not None]
     if other:

@@ -308,6 +308,28 @@ def test_added_tokens_that_tokenizer_json_does_not_know_so_are_refused(name, cha
     )
 
 
+def _mark(folder, text, special):
+    """Say in tokenizer_config.json whether an added token is special; return transformers' word on it."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    token_id = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(text)
+    edit_json(folder, "tokenizer_config.json", added_tokens_decoder={token_id: {"content": text, "special": special}})
+    return transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder[token_id].special
+
+
+@pytest.mark.parametrize(("text", "special"), [("<tool>", True), ("<|start_header_id|>", False)])
+def test_a_token_that_one_file_alone_calls_special_is_refused(text, special, bl):
+    assert _mark(bl, text, special) == special
+    with pytest.raises(IncompatibleError, match=rf"{text[1:-1].replace('|', '.')}.*found otherwise.*save_pretrained"):
+        read_tokenizer(bl, 500)
+    pytest.importorskip("transformers").AutoTokenizer.from_pretrained(bl).save_pretrained(bl)
+    assert (text in read_tokenizer(bl, 500).special_tokens) == special
+
+
+def test_a_token_that_has_a_name_is_special_whether_it_is_marked_so_or_not(bl):
+    assert _mark(bl, "<|eot_id|>", special=False)
+    assert "<|eot_id|>" in read_tokenizer(bl, 500).special_tokens
+
+
 def test_a_user_defined_piece_that_is_not_special_stays_text(tmp_path):
     theirs = pytest.importorskip("transformers").AutoTokenizer
     newline = train_sentencepiece(tmp_path, user_defined_symbols=["\n"]).piece_to_id("\n")
