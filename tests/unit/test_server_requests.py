@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,14 @@ def test_what_json_allows_and_we_do_not(data: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse_json(data, max_depth=64)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+def test_a_key_that_occurs_twice_among_many_is_found_at_once() -> None:
+    body = json.dumps({f"k{i}": 0 for i in range(200_000)}).replace("k199999", "k199998").encode()
+    started = time.monotonic()
+    with pytest.raises(ApiError, match="'k199998' occurs twice"):
+        parse_json(body, max_depth=64)
+    assert time.monotonic() - started < 2  # a search for each key took minutes
 
 
 def test_the_deepest_json_that_is_allowed() -> None:
