@@ -62,6 +62,7 @@ Collectives::~Collectives() {
     if (communicator_ != nullptr) nccl_->abandon(communicator_);
     for (const DevicePointer memory : opened_) launcher_.driver.call.ipc_close(memory);
     if (is_registered_) launcher_.driver.call.host_unregister(segment_.get());
+    launcher_.driver.forget_error();
 }
 
 void Collectives::see_places(MpiTransport& mpi) {
@@ -243,6 +244,7 @@ void Collectives::join_nccl(MpiTransport& mpi) {
         }
         why_not = agree_on(mpi, trouble);
     }
+    launcher_.driver.forget_error();  // that of a library that could not join
     const char* others = meetings_.empty() ? "; all" : "; more";
     if (why_not.empty()) {
         description += others + std::string(" through ") + nccl_->library + " " +

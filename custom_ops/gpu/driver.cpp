@@ -114,8 +114,13 @@ void Driver::check(int code, const std::string& what) const {
     } else if (call.hip_error_text != nullptr) {
         text = call.hip_error_text(code);
     }
+    forget_error();
     throw GpuError(what + ": the driver says '" + (text != nullptr ? text : "nothing more") + "' (error " +
                    std::to_string(code) + ")");
+}
+
+void Driver::forget_error() const {
+    if (call.take_last_error != nullptr) call.take_last_error();
 }
 
 int Driver::device_count() const {
@@ -199,6 +204,7 @@ bool Driver::open_peer_access(int ordinal, int peer) const {
         make_current(ordinal);
         code = call.context_peer(context, 0);
     }
+    forget_error();
     return code == 0 || code == kPeerAccessAlreadyEnabled;
 }
 

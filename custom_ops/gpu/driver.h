@@ -126,7 +126,8 @@ struct IpcHandle {  // CUipcMemHandle and hipIpcMemHandle_t, passed by value
     X(set_device, "hipSetDevice", (int device))                                                     \
     X(allocate_as, "hipExtMallocWithFlags", (DevicePointer * memory, size_t bytes, unsigned flags)) \
     X(device_peer, "hipDeviceEnablePeerAccess", (int peer, unsigned flags))                         \
-    X(properties, "hipGetDevicePropertiesR0600", (void* properties, int device))
+    X(properties, "hipGetDevicePropertiesR0600", (void* properties, int device))                    \
+    X(take_last_error, "hipGetLastError", (void))
 
 struct Functions {
 #define LLMPACK_GPU_MEMBER(name, cuda, hip, parameters) int(*name) parameters = nullptr;
@@ -171,8 +172,11 @@ class Driver {
     // Whether kernels may begin before the one before them has ended, in a captured stream too.
     bool can_overlap() const;
 
-    // Throws "`what`: the driver says `text` (error `code`)".
+    // Throws "`what`: the driver says `text` (error `code`)"; nobody else finds the error then.
     void check(int code, const std::string& what) const;
+    // HIP keeps a thread's last error for whoever asks next, from HIP 7 on whatever succeeds in between, and
+    // ONNX Runtime asks after every node: call it wherever a code is not checked.
+    void forget_error() const;
 
     const Vendor vendor;
     std::string library;  // the name under which it was found

@@ -58,6 +58,7 @@ class Bench {
         if (second != 0) driver_.call.release(second);
         if (first != 0) driver_.call.release(first);
         driver_.call.host_unregister(host_.get());
+        driver_.forget_error();
     }
     // Bytes a second: the best of several, after one that warms up.
     template <class Copy>

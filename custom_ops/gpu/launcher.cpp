@@ -96,6 +96,7 @@ Launcher::~Launcher() {
     if (workspace_ != 0) driver.call.release(workspace_);
     for (const auto& [offset, module] : modules_) driver.call.module_unload(module);
     if (stream_ != nullptr) driver.call.stream_destroy(stream_);
+    driver.forget_error();
 }
 
 Function Launcher::function_of(const KernelRecord& record) {

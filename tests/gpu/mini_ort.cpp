@@ -139,6 +139,17 @@ struct Plan {
     std::vector<Call> calls;
 };
 
+// The thread's last error of HIP: the provider for ROCm asks after every node, and takes any for the node's.
+int hip_error() {
+    using Ask = int (*)();
+    static const Ask ask = [] {
+        void* library = dlopen("libamdhip64.so.7", RTLD_NOW | RTLD_NOLOAD);
+        if (library == nullptr) library = dlopen("libamdhip64.so.6", RTLD_NOW | RTLD_NOLOAD);
+        return library == nullptr ? nullptr : reinterpret_cast<Ask>(dlsym(library, "hipGetLastError"));
+    }();
+    return ask == nullptr ? 0 : ask();
+}
+
 int failed(OrtStatus* status) {
     if (status == nullptr) return 0;
     error = status->message;
@@ -218,6 +229,10 @@ EXPORT int mini_plan_run(Plan* plan, int first, int last, void* stream) {
         Plan::Call& call = plan->calls[static_cast<size_t>(i)];
         call.context.stream = stream;
         if (failed(call.node->op->KernelComputeV2(call.node->kernel, &call.context)) != 0) return -1;
+        if (const int code = hip_error()) {
+            error = call.node->info.name + ": HIP error " + std::to_string(code);
+            return -1;
+        }
     }
     return 0;
 }

@@ -84,6 +84,13 @@ static const char* setting(const char* name, const char* otherwise) {
 static int device_count(void) { return atoi(setting("STANDIN_DEVICES", "1")); }
 static size_t device_bytes(void) { return strtoull(setting("STANDIN_BYTES", "8589934592"), NULL, 10); }
 
+// As HIP 7 keeps it: until somebody asks, whatever succeeds in between.
+static __thread int last_error;
+static int failed(int code) {
+    if (code != OK) last_error = code;
+    return code;
+}
+
 static int wrong(int code, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -94,7 +101,7 @@ static int wrong(int code, const char* format, ...) {
     }
     va_end(arguments);
     violations++;
-    return code;
+    return failed(code);
 }
 #define CONTEXT_NEEDED                                                                           \
     if (!is_initialized) return wrong(NOT_INITIALIZED, "%s before initialisation", __func__);    \
@@ -150,7 +157,7 @@ EXPORT void standin_declare(const char* function, const char* parameters) {
 // Start and devices.
 EXPORT int NAME(cuInit, hipInit)(unsigned flags) {
     if (flags != 0) return wrong(INVALID_VALUE, "init with flags %u", flags);
-    if (device_count() == 0) return 100;
+    if (device_count() == 0) return failed(100);
     is_initialized = 1;
     return OK;
 }
@@ -164,12 +171,12 @@ EXPORT int NAME(cuDeviceGetCount, hipGetDeviceCount)(int* count) {
     return OK;
 }
 EXPORT int NAME(cuDeviceGet, hipDeviceGet)(int* device, int ordinal) {
-    if (ordinal < 0 || ordinal >= device_count()) return INVALID_DEVICE;
+    if (ordinal < 0 || ordinal >= device_count()) return failed(INVALID_DEVICE);
     *device = ordinal;
     return OK;
 }
 EXPORT int NAME(cuDeviceGetName, hipDeviceGetName)(char* name, int size, int device) {
-    if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+    if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);
     snprintf(name, (size_t)size, "stand-in %d", device);
     return OK;
 }
@@ -178,7 +185,7 @@ EXPORT int NAME(cuDeviceGetPCIBusId, hipDeviceGetPCIBusId)(char* id, int size, i
     return OK;
 }
 EXPORT int NAME(cuDeviceGetAttribute, hipDeviceGetAttribute)(int* value, int attribute, int device) {
-    if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+    if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);
     const char* chip = setting("STANDIN_CHIP", "sm_89");
     const int number = atoi(chip + 3);
     switch (attribute) {
@@ -189,12 +196,12 @@ EXPORT int NAME(cuDeviceGetAttribute, hipDeviceGetAttribute)(int* value, int att
     }
 }
 EXPORT int NAME(cuDeviceCanAccessPeer, hipDeviceCanAccessPeer)(int* can, int device, int peer) {
-    if (device == peer || device >= device_count() || peer >= device_count()) return INVALID_DEVICE;
+    if (device == peer || device >= device_count() || peer >= device_count()) return failed(INVALID_DEVICE);
     *can = atoi(setting("STANDIN_PEER", "0")) != 0;
     return OK;
 }
 EXPORT int NAME(cuDeviceTotalMem_v2, hipDeviceTotalMem)(size_t* bytes, int device) {
-    if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+    if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);
     *bytes = device_bytes();
     return OK;
 }
@@ -202,22 +209,27 @@ EXPORT int NAME(cuDeviceTotalMem_v2, hipDeviceTotalMem)(size_t* bytes, int devic
 static int is_taken(int device) { return device == atoi(setting("STANDIN_TAKEN", "-1")); }
 #ifdef STANDIN_HIP
 EXPORT int hipGetDevicePropertiesR0600(void* properties, int device) {
-    if (device < 0 || device >= device_count()) return INVALID_DEVICE;
+    if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);
     memset(properties, 0, 1472);
     strcpy(properties, "stand-in gfx");  // a name that must not be taken for the chip
     snprintf((char*)properties + 1160, 256, "%s:sramecc+:xnack-", setting("STANDIN_CHIP", "gfx1100"));
     return OK;
 }
 EXPORT int hipSetDevice(int device) {
-    if (device < 0 || device >= device_count()) return INVALID_DEVICE;
-    if (is_taken(device)) return DEVICE_UNAVAILABLE;
+    if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);
+    if (is_taken(device)) return failed(DEVICE_UNAVAILABLE);
     contexts[device].kind = CONTEXT, contexts[device].is_live = 1, contexts[device].device = device;
     current = &contexts[device];
     return OK;
 }
 EXPORT int hipDeviceEnablePeerAccess(int peer, unsigned flags) {
     CONTEXT_NEEDED;
-    return flags != 0 || peer == current->device || atoi(setting("STANDIN_PEER", "0")) < 2 ? 217 : OK;
+    return flags != 0 || peer == current->device || atoi(setting("STANDIN_PEER", "0")) < 2 ? failed(217) : OK;
+}
+EXPORT int hipGetLastError(void) {
+    const int error = last_error;
+    last_error = OK;
+    return error;
 }
 EXPORT const char* hipGetErrorString(int error) {
     static char text[64];
@@ -226,8 +238,8 @@ EXPORT const char* hipGetErrorString(int error) {
 }
 #else
 EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
-    if (device < 0 || device >= device_count()) return INVALID_DEVICE;
-    if (is_taken(device)) return DEVICE_UNAVAILABLE;
+    if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);
+    if (is_taken(device)) return failed(DEVICE_UNAVAILABLE);
     contexts[device].kind = CONTEXT, contexts[device].is_live = 1, contexts[device].device = device;
     *context = &contexts[device];
     return OK;
@@ -241,13 +253,13 @@ EXPORT int cuCtxEnablePeerAccess(void* peer, unsigned flags) {
     CONTEXT_NEEDED;
     if (!is_live(peer, CONTEXT) || flags != 0) return wrong(INVALID_CONTEXT, "peer access to no context");
     // 0: none; 1: claimed, but refused when opened; 2: there
-    return peer == (void*)current || atoi(setting("STANDIN_PEER", "0")) < 2 ? 217 : OK;
+    return peer == (void*)current || atoi(setting("STANDIN_PEER", "0")) < 2 ? failed(217) : OK;
 }
 EXPORT int cuFuncSetAttribute(Object* function, int attribute, int value) {
     CONTEXT_NEEDED;
     if (!is_live(function, FUNCTION)) return wrong(INVALID_HANDLE, "attribute of no function");
     if (attribute != 8) return wrong(INVALID_VALUE, "function attribute %d is not of the slice", attribute);
-    if (value > atoi(setting("STANDIN_SHARED", "101376"))) return INVALID_VALUE;
+    if (value > atoi(setting("STANDIN_SHARED", "101376"))) return failed(INVALID_VALUE);
     function->max_dynamic_shared = value;
     return OK;
 }
@@ -277,7 +289,7 @@ EXPORT int NAME(cuMemAlloc_v2, hipMalloc)(Pointer* memory, size_t bytes) {
     CONTEXT_NEEDED;
     QUIET_NEEDED;
     if (bytes == 0) return wrong(INVALID_VALUE, "an allocation of 0 bytes");
-    if (used_bytes[current->device] + bytes > device_bytes()) return OUT_OF_MEMORY;
+    if (used_bytes[current->device] + bytes > device_bytes()) return failed(OUT_OF_MEMORY);
     const size_t unit = bytes < 4096 ? 256 : 4096;  // whole pages can be shared with another process
     char* begin = aligned_alloc(unit, (bytes + 2 * unit - 1) / unit * unit);
     memset(begin, 0xFF, bytes);  // NaN in every float type: reading what nobody wrote shows
@@ -301,7 +313,7 @@ EXPORT int NAME(cuIpcGetMemHandle, hipIpcGetMemHandle)(Handle* handle, Pointer m
     if (m == NULL || m->begin != HOST(memory) || m->bytes < 4096) return wrong(INVALID_VALUE, "a handle of no allocation");
     const size_t bytes = (m->bytes + 4095) / 4096 * 4096;
     const int file = memfd_create("stand-in", 0);
-    if (file < 0 || ftruncate(file, (off_t)bytes) != 0 || pwrite(file, m->begin, m->bytes, 0) != (ssize_t)m->bytes) return 999;
+    if (file < 0 || ftruncate(file, (off_t)bytes) != 0 || pwrite(file, m->begin, m->bytes, 0) != (ssize_t)m->bytes) return failed(999);
     mmap(m->begin, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0);
     memset(handle, 0, sizeof(*handle));
     *handle = (Handle){getpid(), file, m->device, 0, bytes, {0}};
@@ -312,7 +324,7 @@ EXPORT int NAME(cuIpcOpenMemHandle_v2, hipIpcOpenMemHandle)(Pointer* memory, Han
     QUIET_NEEDED;
     const int peer = atoi(setting("STANDIN_PEER", "0"));
     if (flags != 1) return wrong(INVALID_VALUE, "memory opened with flags %u", flags);
-    if (peer < 2) return 217;
+    if (peer < 2) return failed(217);
     char path[64];
     snprintf(path, sizeof(path), "/proc/%d/fd/%d", handle.pid, handle.file);
     const int file = open(path, O_RDWR);
@@ -349,7 +361,7 @@ EXPORT int NAME(cuMemHostRegister_v2, hipHostRegister)(void* memory, size_t byte
     QUIET_NEEDED;
     if (flags != 3) return wrong(INVALID_VALUE, "host memory registered with flags %u", flags);
     if ((uintptr_t)memory % 4096 != 0 || bytes % 4096 != 0) return wrong(INVALID_VALUE, "host memory that is not whole pages");
-    if (atoi(setting("STANDIN_REGISTER", "1")) == 0) return 801;
+    if (atoi(setting("STANDIN_REGISTER", "1")) == 0) return failed(801);
     remember(memory, bytes, 1);
     counts[REGISTRATIONS]++;
     return OK;
@@ -514,7 +526,7 @@ EXPORT int NAME(cuModuleLoadData, hipModuleLoadData)(Object** module, const void
     QUIET_NEEDED;
     const int is_elf = memcmp(image, "\177ELF", 4) == 0;
     const int is_ptx = NAME(strstr(image, ".version") != NULL, 0);
-    if (!is_elf && !is_ptx) return INVALID_IMAGE;
+    if (!is_elf && !is_ptx) return failed(INVALID_IMAGE);
     *module = make(MODULE);
     counts[LOADS]++;
     return OK;
@@ -539,7 +551,7 @@ EXPORT int NAME(cuModuleGetFunction, hipModuleGetFunction)(Object** function, Ob
         (*function)->max_dynamic_shared = 48 * 1024;
         return OK;
     }
-    return NOT_FOUND;
+    return failed(NOT_FOUND);
 }
 static int launch_kernel(Object* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                          unsigned shared, Object* stream, void** parameters, void** extra, int is_early) {

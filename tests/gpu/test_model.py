@@ -86,6 +86,7 @@ def test_two_gpus_give_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpo
     ("peer", "hip", "says"),
     [
         (1, False, "mapped host memory (rank 0: reaching the memory of rank 1's GPU: the driver says"),
+        (1, True, "mapped host memory (rank 0: reaching the memory of rank 1's GPU: the driver says"),
         (2, False, "one-shot through the GPUs' own memory"),
         (2, True, "one-shot through the GPUs' own memory"),
         (
@@ -94,7 +95,7 @@ def test_two_gpus_give_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpo
             "mapped host memory (rank 0: the memory of rank 1's GPU is open and does not hold what was written there)",
         ),
     ],
-    ids=["refused", "there", "there_on_rocm", "loses_data"],
+    ids=["refused", "refused_on_rocm", "there", "there_on_rocm", "loses_data"],
 )
 def test_peer_memory_is_used_where_it_holds_what_is_written(peer, hip, says, gpu_artifact, tiny_checkpoint, run_ranks):
     scenario, chip = ("logits-hip", "gfx1100") if hip else ("logits", "sm_89")
