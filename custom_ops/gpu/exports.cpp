@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -35,30 +36,28 @@ void give(const std::string& json, char* to, int64_t size) {
     std::memcpy(to, json.c_str(), json.size() + 1);
 }
 
-// Pinned pages, a device buffer, a stream and two events, given back at the end.
+// Pinned pages, device buffers, a stream and two events, given back at the end.
 class Bench {
   public:
     Bench(const Driver& driver, int device, size_t bytes) : driver_(driver), bytes_(bytes) {
-        driver_.make_current(device);
+        const auto& call = driver.call;
+        driver.make_current(device);
+        undo_.steps.push_back([&driver] { driver.forget_error(); });
         host_.reset(std::aligned_alloc(4096, bytes));
         if (host_ == nullptr) throw GpuError("no memory for a measurement");
         std::memset(host_.get(), 1, bytes);
-        driver_.check(driver_.call.host_register(host_.get(), bytes, kHostPortableMapped),
-                      "pinning host memory");
-        driver_.check(driver_.call.allocate(&first, bytes), "allocating GPU memory");
-        driver_.check(driver_.call.allocate(&second, bytes), "allocating GPU memory");
-        driver_.check(driver_.call.stream_create(&stream, kNonBlockingStream), "making a stream");
-        driver_.check(driver_.call.event_create(&start_, kTimingEvent), "making an event");
-        driver_.check(driver_.call.event_create(&end_, kTimingEvent), "making an event");
-    }
-    ~Bench() {
-        if (end_ != nullptr) driver_.call.event_destroy(end_);
-        if (start_ != nullptr) driver_.call.event_destroy(start_);
-        if (stream != nullptr) driver_.call.stream_destroy(stream);
-        if (second != 0) driver_.call.release(second);
-        if (first != 0) driver_.call.release(first);
-        driver_.call.host_unregister(host_.get());
-        driver_.forget_error();
+        driver.check(call.host_register(host_.get(), bytes, kHostPortableMapped), "pinning host memory");
+        undo_.steps.push_back([this, &call] { call.host_unregister(host_.get()); });
+        for (DevicePointer* memory : {&first, &second}) {
+            driver.check(call.allocate(memory, bytes), "allocating GPU memory");
+            undo_.steps.push_back([memory, &call] { call.release(*memory); });
+        }
+        driver.check(call.stream_create(&stream, kNonBlockingStream), "making a stream");
+        undo_.steps.push_back([this, &call] { call.stream_destroy(stream); });
+        for (Event* event : {&start_, &end_}) {
+            driver.check(call.event_create(event, kTimingEvent), "making an event");
+            undo_.steps.push_back([event, &call] { call.event_destroy(*event); });
+        }
     }
     // Bytes a second: the best of several, after one that warms up.
     template <class Copy>
@@ -89,6 +88,13 @@ class Bench {
     const size_t bytes_;
     std::unique_ptr<void, Free> host_;
     Event start_ = nullptr, end_ = nullptr;
+    // A member, and the last: it undoes what was made where the constructor throws, too.
+    struct Undo {
+        std::vector<std::function<void()>> steps;
+        ~Undo() {
+            for (; !steps.empty(); steps.pop_back()) steps.back()();
+        }
+    } undo_;
 };
 
 std::string measure(Vendor vendor, int device, int peer) {

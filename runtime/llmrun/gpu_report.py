@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmrun.job import Job
 
 _ABSENT = ("no NVIDIA ", "no AMD ")  # how the operator library begins where there is no driver, or no GPU
+_ROOM = 256 << 20  # bytes of a GPU's memory; measuring takes half of them
 _REPEATS = 500
 _ROWS = (1, 8)  # a token, and eight sequences' tokens
 
@@ -28,35 +29,57 @@ def describe(available: Sequence[str]) -> str:
     Args:
         available: ONNX Runtime's execution providers.
     Raises:
-        IncompatibleError: there are GPUs, and their driver cannot be used.
+        IncompatibleError: a driver or a GPU cannot be used; says what was found of the others, too.
     """
     ops = Operators().functions
-    found, missing = [], []
+    found: list[str] = []
+    is_faulty = False
     for provider in ("cuda", "rocm"):
         try:
             version, gpus = device.probe(ops, provider)
         except IncompatibleError as error:
-            missing.append(str(error))
-            if not missing[-1].startswith(_ABSENT):
-                raise
+            if not str(error).startswith(_ABSENT):
+                found.append(_reason(error))
+                is_faulty = True
             continue
-        found += [_one(ops, provider, version, gpus, gpu) for gpu in gpus]
+        for gpu in gpus:
+            name = f"GPU {gpu.ordinal} {gpu.name} ({gpu.chip}, {version})"
+            try:
+                found.append(f"{name}, {_one(ops, provider, gpus, gpu)}")
+            except IncompatibleError as error:
+                found.append(f"{name}: not usable: {_reason(error)}")
+                is_faulty = True
         if gpus and device.PROVIDERS[provider] not in available:
             found.append(f'onnxruntime has no provider for them: `pip install "llmpack[{provider}]"`')
+    if is_faulty:
+        raise IncompatibleError("; ".join(found), code="E421")
     return "; ".join(found) if found else "none: no NVIDIA and no AMD GPU with its driver; llmrun computes on the CPU"
 
 
-def _one(ops: ctypes.CDLL, provider: str, version: str, gpus: list[device.Gpu], gpu: device.Gpu) -> str:
-    text = f"GPU {gpu.ordinal} {gpu.name} ({gpu.chip}, {version}), {device.free_bytes(ops, provider, gpu) / 1e9:.1f} GB free"
+def _reason(error: IncompatibleError) -> str:
+    return str(error).removesuffix(".")
+
+
+def _one(ops: ctypes.CDLL, provider: str, gpus: list[device.Gpu], gpu: device.Gpu) -> str:
+    free = device.free_bytes(ops, provider, gpu)
+    text = f"{free / 1e9:.1f} GB free"
+    if free < _ROOM:
+        return f"{text}, too little to measure its links"
     figures = device.measure(ops, provider, gpu.ordinal)
     to_host, to_device = (figures[f"{way}_bytes_per_s"] / 1e9 for way in ("device_to_host", "host_to_device"))
     text += f", pinned memory {to_device:.1f} GB/s in and {to_host:.1f} out"
     text += f", copies within {figures['copy_bytes_per_s'] / 1e9:.0f} GB/s"
     for peer in gpus[gpu.ordinal + 1 :]:
-        link = device.measure(ops, provider, gpu.ordinal, peer.ordinal)
-        rate = f"{link['peer_bytes_per_s'] / 1e9:.1f} GB/s"
-        text += f", to GPU {peer.ordinal} {rate if link['peer_access'] else 'no access (host memory is used)'}"
+        text += f", to GPU {peer.ordinal} {_link(ops, provider, gpu, peer)}"
     return text
+
+
+def _link(ops: ctypes.CDLL, provider: str, gpu: device.Gpu, peer: device.Gpu) -> str:
+    try:
+        link = device.measure(ops, provider, gpu.ordinal, peer.ordinal)
+    except IncompatibleError as error:  # what is said of the peer itself shows whether it is at fault
+        return f"not measured ({_reason(error)})"
+    return f"{link['peer_bytes_per_s'] / 1e9:.1f} GB/s" if link["peer_access"] else "no access (host memory is used)"
 
 
 def time_collectives(job: Job) -> str:

@@ -18,6 +18,47 @@ def test_access_that_is_claimed_and_refused_is_no_access(peer, says, standins):
     assert 'pip install "llmpack[cuda]"' in line
 
 
+def test_a_gpu_that_cannot_be_used_hides_no_other(standins):
+    done = standin.run(standins, CODE, devices=3, taken=1)
+    line = next(line for line in done.stdout.splitlines() if " gpus " in line)
+    healthy, taken, last = line.split("; ")[:3]
+    assert "E421: GPU 0 stand-in 0 (sm_89" in healthy
+    assert "copies within" in healthy
+    assert "to GPU 1 not measured (using GPU 1: " in healthy
+    assert taken.startswith(
+        "GPU 1 stand-in 1 (sm_89, libcuda.so.1, CUDA 12.9): not usable: using GPU 1: the driver says"
+    )
+    assert "GPU 2 stand-in 2" in last
+    assert "copies within" in last
+    assert done.returncode == 4
+
+
+def test_a_gpu_that_is_full_is_no_fault(standins):
+    done = standin.run(standins, CODE, bytes=100 << 20)
+    assert "0.1 GB free, too little to measure its links" in done.stdout
+    assert done.returncode == 0
+
+
+LEFT_OVER = """
+import ctypes
+from llmrun import device
+from llmrun.errors import IncompatibleError
+from llmrun.operators import Operators
+try:
+    device.measure(Operators().functions, "cuda", 0)
+except IncompatibleError as error:
+    driver = ctypes.CDLL("libcuda.so.1")
+    print(error, driver.standin_live_memories(), driver.standin_violations())
+"""
+
+
+def test_a_measurement_that_fails_leaves_nothing(standins):
+    """Neither GPU memory nor pages that are pinned still when they are freed."""
+    done = standin.run(standins, LEFT_OVER, bytes=100 << 20)
+    assert done.stdout.startswith("allocating GPU memory: the driver says")
+    assert done.stdout.endswith(" 0 0\n")
+
+
 def test_a_driver_that_is_too_old_is_a_finding(standins):
     done = standin.run(standins, CODE, version=11040)
     assert "BAD  gpus" in done.stdout
