@@ -194,24 +194,30 @@ def _place_on_gpu(
     _, gpus = probe(ops, provider)
     if not gpus:
         raise IncompatibleError(f"--provider {provider}: the driver shows no GPU.", code="E421")
-    if local_size > len(gpus) and not share_gpu:
+    usable = [gpu for gpu in gpus if choose_kernels(gpu.chip, manifest.kernels)]
+    if not usable:
+        raise _no_code(provider, manifest, gpus[local_rank % len(gpus)])
+    if local_size > len(usable) and not share_gpu:
+        which = " that the artifact has code for" if len(usable) < len(gpus) else ""
         raise UsageError(
-            f"--provider {provider}: {local_size} ranks and {len(gpus)} GPU{'s' * (len(gpus) > 1)} on this host. Pack for"
-            f" --shards {len(gpus)}, or let them share with --share-gpu (slow).",
+            f"--provider {provider}: {local_size} ranks and {len(usable)} GPU{'s' * (len(usable) > 1)} on this host{which}."
+            f" Pack for --shards {len(usable)}, or let them share with --share-gpu (slow).",
             code="E209",
         )
-    gpu = gpus[local_rank % len(gpus)]
+    gpu = usable[local_rank % len(usable)]
     target = choose_kernels(gpu.chip, manifest.kernels)
-    if target is None:
-        best = best_target(gpu.chip)
-        advice = f"Pack with --targets {'cuda' if best == PTX_TARGET else best}."
-        raise IncompatibleError(
-            f"--provider {provider}: no code for GPU {gpu.ordinal} ({gpu.name}, {gpu.chip}); the artifact holds"
-            f" {_targets(manifest)}. {advice if best else f'llmpack has none for {gpu.chip}: use --provider cpu.'}",
-            code="E422",
-        )
-    sharers = sum(rank % len(gpus) == local_rank % len(gpus) for rank in range(local_size))
+    sharers = sum(rank % len(usable) == local_rank % len(usable) for rank in range(local_size))
     return Placement(provider, gpu, target, sharers, free_bytes(ops, provider, gpu))
+
+
+def _no_code(provider: str, manifest: Manifest, gpu: Gpu) -> IncompatibleError:
+    best = best_target(gpu.chip)
+    advice = f"Pack with --targets {'cuda' if best == PTX_TARGET else best}."
+    return IncompatibleError(
+        f"--provider {provider}: no code for GPU {gpu.ordinal} ({gpu.name}, {gpu.chip}); the artifact holds"
+        f" {_targets(manifest)}. {advice if best else f'llmpack has none for {gpu.chip}: use --provider cpu.'}",
+        code="E422",
+    )
 
 
 def _holds(manifest: Manifest, provider: str) -> bool:

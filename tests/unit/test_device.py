@@ -150,6 +150,17 @@ def test_each_local_rank_has_its_own_gpu():
     assert [(p.gpu.ordinal, p.sharers) for p in placements if p.gpu] == [(0, 1), (1, 1)]
 
 
+def test_a_gpu_without_code_is_passed_over():
+    """A processor's own graphics beside a card."""
+    held = manifest("cpu", "gfx1100")
+    for provider in ("auto", "rocm"):
+        placement = place(provider, held, FakeOps(["gfx1036", "gfx1100"]))
+        assert placement.gpu is not None
+        assert (placement.gpu.ordinal, placement.kernels, placement.sharers) == (1, "gfx1100", 1)
+    with pytest.raises(UsageError, match="2 ranks and 1 GPU on this host that the artifact has code for"):
+        place("rocm", held, FakeOps(["gfx1036", "gfx1100"]), size=2)
+
+
 def test_the_memory_plan_names_need_and_room():
     placement = place("cuda", manifest(), FakeOps(["sm_89"], free=17_200_000_000))
     with pytest.raises(ResourceError, match=r"rank 0 needs 1\d\.\d GB .*GPU 0 has 17\.2 GB free") as caught:
