@@ -6,9 +6,10 @@ user asked for. Out: a `Placement`, or one sentence that says what is missing. O
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,44 @@ def best_target(chip: str) -> str | None:
     return choose_kernels(chip, (*CUDA_TARGETS, *ROCM_TARGETS, PTX_TARGET))
 
 
+def shown_gpus(provider: str, manifest: Manifest, ops: ctypes.CDLL, available: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of the GPUs that this process is shown and the artifact has code for, by provider.
+
+    What keeps it from a provider's GPUs is said by `place`.
+    """
+    wanted = _wanted(manifest, available) if provider == "auto" else [provider] if provider in _VENDORS else []
+    found: dict[str, list[str]] = {}
+    for name in wanted:
+        with contextlib.suppress(IncompatibleError):
+            named = _by_name(probe(ops, name)[1])
+            found[name] = [own for own, gpu in named.items() if choose_kernels(gpu.chip, manifest.kernels)]
+    return found
+
+
+def _by_name(gpus: Sequence[Gpu]) -> dict[str, Gpu]:
+    """Name GPUs as every process of the host would: by PCI id, and the parts of one that is split by number, too."""
+    ids = [gpu.pci_id for gpu in gpus]
+    parts = [ids[:place].count(pci_id) for place, pci_id in enumerate(ids)]
+    return {pci_id + f"#{part}" * (part > 0): gpu for pci_id, part, gpu in zip(ids, parts, gpus, strict=True)}
+
+
+def share_out(shown: Sequence[Sequence[str]]) -> list[str]:
+    """Return which GPU each rank of a host takes, of those that it is shown; "" for one that is shown none.
+
+    A scheduler shows each rank one of its own, or all ranks all. Who has the least choice chooses first, and takes the one
+    that the fewest have taken.
+
+    >>> share_out([["a", "b"], ["a", "b"], ["a", "b"]])
+    ['a', 'b', 'a']
+    >>> share_out([["a", "b"], ["a"]])
+    ['b', 'a']
+    """
+    taken = [""] * len(shown)
+    for rank in sorted(range(len(shown)), key=lambda rank: len(shown[rank])):
+        taken[rank] = min(shown[rank], key=taken.count, default="")
+    return taken
+
+
 def place(
     provider: str,
     manifest: Manifest,
@@ -139,7 +178,7 @@ def place(
     available: Sequence[str],
     *,
     local_rank: int,
-    local_size: int,
+    shown: Sequence[Mapping[str, Sequence[str]]],
     share_gpu: bool = False,
 ) -> Placement:
     """Decide where a rank computes.
@@ -150,7 +189,7 @@ def place(
         ops: the operator library.
         available: ONNX Runtime's execution providers.
         local_rank: number of this rank among those of its host.
-        local_size: how many those are.
+        shown: what `shown_gpus` says on each of those.
         share_gpu: let ranks share a GPU where there are too few.
 
     Raises:
@@ -159,10 +198,9 @@ def place(
     """
     reasons: list[str] = []
     if provider == "auto":
-        wanted = [name for name in ("cuda", "rocm") if PROVIDERS[name] in available and _holds(manifest, name)]
-        for name in wanted:
+        for name in _wanted(manifest, available):
             try:
-                return _place_on_gpu(name, manifest, ops, local_rank, local_size, share_gpu)
+                return _place_on_gpu(name, manifest, ops, local_rank, shown, share_gpu)
             except (IncompatibleError, UsageError) as error:
                 if "cpu" not in manifest.targets:
                     raise
@@ -178,7 +216,7 @@ def place(
             f" --targets {provider}.",
             code="E415",
         )
-    placement = _place_on_gpu(provider, manifest, ops, local_rank, local_size, share_gpu)
+    placement = _place_on_gpu(provider, manifest, ops, local_rank, shown, share_gpu)
     if PROVIDERS[provider] not in available:
         raise IncompatibleError(
             f"--provider {provider}: the installed onnxruntime has {', '.join(available)} only. Uninstall it and"
@@ -189,25 +227,31 @@ def place(
 
 
 def _place_on_gpu(
-    provider: str, manifest: Manifest, ops: ctypes.CDLL, local_rank: int, local_size: int, share_gpu: bool
+    provider: str,
+    manifest: Manifest,
+    ops: ctypes.CDLL,
+    local_rank: int,
+    shown: Sequence[Mapping[str, Sequence[str]]],
+    share_gpu: bool,
 ) -> Placement:
     _, gpus = probe(ops, provider)
     if not gpus:
         raise IncompatibleError(f"--provider {provider}: the driver shows no GPU.", code="E421")
-    usable = [gpu for gpu in gpus if choose_kernels(gpu.chip, manifest.kernels)]
-    if not usable:
+    taken = share_out([own.get(provider, ()) for own in shown])
+    if not taken[local_rank]:
         raise _no_code(provider, manifest, gpus[local_rank % len(gpus)])
-    if local_size > len(usable) and not share_gpu:
-        which = " that the artifact has code for" if len(usable) < len(gpus) else ""
+    named = _by_name(gpus)
+    ranks, num_gpus = len(taken) - taken.count(""), len({*taken} - {""})
+    if ranks > num_gpus and not share_gpu:
+        which = " that the artifact has code for" if any(name not in taken for name in named) else ""
         raise UsageError(
-            f"--provider {provider}: {local_size} ranks and {len(usable)} GPU{'s' * (len(usable) > 1)} on this host{which}."
-            f" Pack for --shards {len(usable)}, or let them share with --share-gpu (slow).",
+            f"--provider {provider}: {ranks} ranks and {num_gpus} GPU{'s' * (num_gpus > 1)} on this host{which}. Pack for"
+            f" --shards {num_gpus}, or let them share with --share-gpu (slow).",
             code="E209",
         )
-    gpu = usable[local_rank % len(usable)]
+    gpu = named[taken[local_rank]]
     target = choose_kernels(gpu.chip, manifest.kernels)
-    sharers = sum(rank % len(usable) == local_rank % len(usable) for rank in range(local_size))
-    return Placement(provider, gpu, target, sharers, free_bytes(ops, provider, gpu))
+    return Placement(provider, gpu, target, taken.count(taken[local_rank]), free_bytes(ops, provider, gpu))
 
 
 def _no_code(provider: str, manifest: Manifest, gpu: Gpu) -> IncompatibleError:
@@ -218,6 +262,11 @@ def _no_code(provider: str, manifest: Manifest, gpu: Gpu) -> IncompatibleError:
         f" {_targets(manifest)}. {advice if best else f'llmpack has none for {gpu.chip}: use --provider cpu.'}",
         code="E422",
     )
+
+
+def _wanted(manifest: Manifest, available: Sequence[str]) -> list[str]:
+    """Return the providers of GPUs that "auto" tries, in order."""
+    return [name for name in _VENDORS if PROVIDERS[name] in available and _holds(manifest, name)]
 
 
 def _holds(manifest: Manifest, provider: str) -> bool:

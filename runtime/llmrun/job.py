@@ -220,7 +220,16 @@ class Job:
 
     def _place(self) -> device.Placement:
         """Decide where this rank computes; where the user leaves that open, all compute on the CPU if one has to."""
-        own = self.stage("choosing a processor", self._place_alone)
+        ops, manifest = self.operators.functions, self.artifact.manifest
+        what = (self.options.provider, manifest, ops, self._ort_providers)
+        found = self.stage("looking for GPUs", lambda: device.shown_gpus(*what))
+        local = local_ranks(self.comm.peers, self.rank)
+        everyone = self.comm.agree({"gpus": found})
+        shown = [everyone[rank]["gpus"] for rank in local]
+        share_gpu, number = self.options.share_gpu, local.index(self.rank)
+        own = self.stage(
+            "choosing a processor", lambda: device.place(*what, local_rank=number, shown=shown, share_gpu=share_gpu)
+        )
         everyone = self.comm.agree({"provider": own.provider, "why_not_gpu": rank_status.fit(own.why_not_gpu)})
         providers = [status["provider"] for status in everyone]
         if self.options.provider != "auto" or "cpu" not in providers:
@@ -233,18 +242,6 @@ class Job:
         if why and self.rank == 0:
             console.say(f"llmrun: this runs on the CPU, not on a GPU. {why}")
         return device.Placement("cpu", why_not_gpu=why)
-
-    def _place_alone(self) -> device.Placement:
-        local = local_ranks(self.comm.peers, self.rank)
-        return device.place(
-            self.options.provider,
-            self.artifact.manifest,
-            self.operators.functions,
-            self._ort_providers,
-            local_rank=local.index(self.rank),
-            local_size=len(local),
-            share_gpu=self.options.share_gpu,
-        )
 
     def _max_seq_len(self) -> int:
         limit, wanted = self.manifest.max_seq_len, self.options.max_seq_len

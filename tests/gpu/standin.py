@@ -44,7 +44,8 @@ def build(folder: Path, *names: str) -> Path:
 
 def environment(folder: Path, **settings: object) -> dict[str, str]:
     """Return the environment of a process on a machine with the stand-in GPUs; settings as STANDIN_*."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("STANDIN_")}
+    kept = (key for key in os.environ if not key.startswith("STANDIN_") and not key.endswith("_VISIBLE_DEVICES"))
+    inherited = {key: os.environ[key] for key in kept}
     own = {f"STANDIN_{key.upper()}": str(value) for key, value in settings.items()}
     path = os.pathsep.join([str(HERE), str(HERE.parent / "ops"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**inherited, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": path, **own}

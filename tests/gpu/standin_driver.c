@@ -81,7 +81,19 @@ static const char* setting(const char* name, const char* otherwise) {
     const char* value = getenv(name);
     return value != NULL && value[0] != 0 ? value : otherwise;
 }
-static int device_count(void) { return atoi(setting("STANDIN_DEVICES", "1")); }
+// The machine's number of a device that this program sees; -1: it sees no such device.
+static int seen(int device) {
+    const int all = atoi(setting("STANDIN_DEVICES", "1"));
+    const char* at = getenv(NAME("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"));
+    if (at == NULL) return device < all ? device : -1;
+    for (int i = 0; i < device && at != NULL; i++) at = (at = strchr(at, ',')) == NULL ? NULL : at + 1;
+    return at != NULL && *at != 0 && atoi(at) < all ? atoi(at) : -1;
+}
+static int device_count(void) {
+    int count = 0;
+    while (seen(count) >= 0) count++;
+    return count;
+}
 static size_t device_bytes(void) { return strtoull(setting("STANDIN_BYTES", "8589934592"), NULL, 10); }
 
 // As HIP 7 keeps it: until somebody asks, whatever succeeds in between.
@@ -181,7 +193,7 @@ EXPORT int NAME(cuDeviceGetName, hipDeviceGetName)(char* name, int size, int dev
     return OK;
 }
 EXPORT int NAME(cuDeviceGetPCIBusId, hipDeviceGetPCIBusId)(char* id, int size, int device) {
-    snprintf(id, (size_t)size, "0000:%02x:00.0", device + 1);
+    snprintf(id, (size_t)size, "0000:%02x:00.0", seen(device) + 1);
     return OK;
 }
 EXPORT int NAME(cuDeviceGetAttribute, hipDeviceGetAttribute)(int* value, int attribute, int device) {
@@ -206,7 +218,7 @@ EXPORT int NAME(cuDeviceTotalMem_v2, hipDeviceTotalMem)(size_t* bytes, int devic
     return OK;
 }
 // A device that another program has for itself.
-static int is_taken(int device) { return device == atoi(setting("STANDIN_TAKEN", "-1")); }
+static int is_taken(int device) { return seen(device) == atoi(setting("STANDIN_TAKEN", "-1")); }
 #ifdef STANDIN_HIP
 EXPORT int hipGetDevicePropertiesR0600(void* properties, int device) {
     if (device < 0 || device >= device_count()) return failed(INVALID_DEVICE);

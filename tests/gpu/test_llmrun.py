@@ -164,6 +164,30 @@ def test_a_chip_that_takes_ptx_is_told_of_no_target_but_one_that_can_be_packed(c
     assert done.stderr == f"llmrun: no code for {chip} in the artifact: the driver compiles its ptx_80 now.{advice}\n"
 
 
+ON_WHAT_IS_SHOWN = """
+import os, sys
+from llmrun import console
+from llmrun.cli import main
+
+os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[3].split()[console.environment_rank()]
+sys.exit(main(["generate", sys.argv[1], "-p", sys.argv[2], "-n", "2", "--provider", "cuda", *sys.argv[4:]]))
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("options", [(), ("--share-gpu",)], ids=["alone", "sharing"])
+def test_ranks_that_are_shown_a_gpu_each_have_their_own(options: tuple, artifact, run) -> None:
+    done = run(2, "cuda", "-c", ON_WHAT_IS_SHOWN, artifact(2), PROMPT, "1 0", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.mpi
+def test_ranks_that_are_shown_the_same_gpu_are_refused(artifact, run) -> None:
+    done = run(2, "cuda", "-c", ON_WHAT_IS_SHOWN, artifact(2), PROMPT, "1 1")
+    assert done.returncode == 2
+    assert "2 ranks and 1 GPU on this host. Pack for --shards 1, or" in done.stderr
+
+
 ON_THE_CPU = """
 import sys, onnxruntime
 from llmrun.cli import main

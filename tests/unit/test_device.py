@@ -18,16 +18,16 @@ CPU_ONLY = ("CPUExecutionProvider",)
 
 
 class FakeOps:
-    """An operator library whose driver shows these chips; None: there is no driver."""
+    """An operator library whose driver shows these chips, at PCI ids from `first` on; None: there is no driver."""
 
-    def __init__(self, chips=None, free=24_000_000_000):
-        self.chips, self.free = chips, free
+    def __init__(self, chips=None, free=24_000_000_000, first=0, step=1):
+        self.chips, self.free, self.first, self.step = chips, free, first, step
 
     def llmpack_ops_gpu_probe(self, vendor, text, size):
         if self.chips is None or bool(self.chips and self.chips[0].startswith("gfx")) != bool(vendor):
             return -1
         gpus = [
-            {"ordinal": i, "name": "RTX", "chip": chip, "pci_id": f"{i}", "multiprocessors": 128,
+            {"ordinal": i, "name": "RTX", "chip": chip, "pci_id": f"{self.first + i * self.step}", "multiprocessors": 128,
              "total_bytes": self.free}
             for i, chip in enumerate(self.chips)
         ]  # fmt: skip
@@ -55,7 +55,8 @@ def manifest(*targets, kernels=None, scheme_bytes=18_200_000_000):
 
 
 def place(provider, held, ops, available=ALL, rank=0, size=1, **options):
-    return device.place(provider, held, ops, available, local_rank=rank, local_size=size, **options)
+    shown = [device.shown_gpus(provider, held, ops, available)] * size
+    return device.place(provider, held, ops, available, local_rank=rank, shown=shown, **options)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,25 @@ def test_more_ranks_than_gpus():
 
 def test_each_local_rank_has_its_own_gpu():
     placements = [place("cuda", manifest(), FakeOps(["sm_89"] * 2), rank=rank, size=2) for rank in range(2)]
+    assert [(p.gpu.ordinal, p.sharers) for p in placements if p.gpu] == [(0, 1), (1, 1)]
+
+
+def test_ranks_that_are_shown_one_gpu_each_share_none():
+    """By Slurm, or by a wrapper that sets CUDA_VISIBLE_DEVICES."""
+    drivers = [FakeOps(["sm_89"], first=number) for number in (4, 5)]
+    shown = [device.shown_gpus("cuda", manifest(), ops, ALL) for ops in drivers]
+    assert shown == [{"cuda": ["4"]}, {"cuda": ["5"]}]
+    for share_gpu in (False, True):
+        for rank, ops in enumerate(drivers):
+            placement = device.place("cuda", manifest(), ops, ALL, local_rank=rank, shown=shown, share_gpu=share_gpu)
+            assert placement.gpu is not None
+            assert (placement.gpu.pci_id, placement.sharers) == (f"{4 + rank}", 1)
+
+
+def test_the_parts_of_a_split_gpu_are_gpus():
+    """Their drivers give them one PCI id."""
+    ops = FakeOps(["gfx942"] * 2, step=0)
+    placements = [place("rocm", manifest("cpu", "gfx942"), ops, rank=rank, size=2) for rank in range(2)]
     assert [(p.gpu.ordinal, p.sharers) for p in placements if p.gpu] == [(0, 1), (1, 1)]
 
 
