@@ -61,15 +61,18 @@ LLMPACK_INLINE void store_i8(int8_t* p, I32x16 a) {  // lanes in -128..127
     for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(a.v[i / 4][i % 4]);
 }
 
-// float16 to float: the exponent is rebiased by a multiplication with 2^112, which also makes subnormals
-// normal; infinity and NaN then need their full exponent back.
+// float16 to float. Subnormals are converted as integers, not as subnormal floats, which a thread may have
+// set to be flushed to zero; infinity and NaN need their full exponent back.
 LLMPACK_INLINE F32x16 load_f16(const uint16_t* p) {
     F32x16 r;
     for (int i = 0; i < 4; i++) {
         U32x4 h = {p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]};
-        F32x4 magnitude = (F32x4)((h & 0x7fffu) << 13) * 0x1p112f;
-        U32x4 special = (U32x4)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
-        r.v[i] = (F32x4)((U32x4)magnitude | special | ((h & 0x8000u) << 16));
+        I32x4 magnitude = (I32x4)(h & 0x7fffu);
+        U32x4 normal = ((U32x4)magnitude << 13) + ((127u - 15u) << 23);
+        U32x4 subnormal = (U32x4)(__builtin_convertvector(magnitude, F32x4) * 0x1p-24f);
+        U32x4 is_normal = (U32x4)(magnitude > 0x3ff), is_special = (U32x4)(magnitude > 0x7bff);
+        r.v[i] = (F32x4)((normal & is_normal) | (subnormal & ~is_normal) | (is_special & 0x7f800000u) |
+                         ((h & 0x8000u) << 16));
     }
     return r;
 }

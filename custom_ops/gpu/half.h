@@ -8,16 +8,14 @@
 
 namespace llmpack::gpu {
 
+// Subnormals are converted as integers: a thread may have set subnormal floats to be flushed to zero.
 inline float half_to_float(uint16_t half) {
-    const uint32_t shifted = static_cast<uint32_t>(half & 0x7fff) << 13;
-    float value, scale;
-    const uint32_t two_to_112 = 239u << 23;
-    std::memcpy(&value, &shifted, sizeof(value));
-    std::memcpy(&scale, &two_to_112, sizeof(scale));
+    const uint32_t magnitude = half & 0x7fff;
+    float value = static_cast<float>(magnitude) * 0x1p-24f;
     uint32_t bits;
-    value *= scale;  // exact; subnormal halves become normal
     std::memcpy(&bits, &value, sizeof(bits));
-    if ((half & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // infinity, NaN
+    if (magnitude > 0x3ff) bits = (magnitude << 13) + ((127 - 15) << 23);
+    if (magnitude > 0x7bff) bits |= 0x7f800000;  // infinity, NaN
     bits |= static_cast<uint32_t>(half & 0x8000) << 16;
     std::memcpy(&value, &bits, sizeof(value));
     return value;

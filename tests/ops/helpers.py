@@ -127,6 +127,22 @@ def session(model: bytes | str, threads: int = 1, cores: Sequence[int] = ()) -> 
 
 
 @contextlib.contextmanager
+def subnormals_flushed() -> Iterator[None]:
+    """This thread takes subnormal floats for 0, as torch.set_flush_denormal and libraries with -ffast-math make it; on x86."""
+    libm = ctypes.CDLL("libm.so.6")
+    before, flushing = (ctypes.c_uint32 * 8)(), (ctypes.c_uint32 * 8)()  # fenv_t, whose last word is MXCSR
+    libm.fegetenv(before)
+    libm.fegetenv(flushing)
+    flushing[7] |= 0x8040  # FTZ, DAZ
+    libm.fesetenv(flushing)
+    try:
+        assert np.float32(1e-40) * np.float32(1) == 0
+        yield
+    finally:
+        libm.fesetenv(before)
+
+
+@contextlib.contextmanager
 def operators_on(threads: int, cores: Sequence[int] = ()) -> Iterator[None]:
     """Sessions made meanwhile compute on that many threads; without cores they do not spin: tests share the machine."""
     library = load_library(LIBRARY_PATH)

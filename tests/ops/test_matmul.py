@@ -5,6 +5,9 @@ SwiGLU (5.10) and AddRMSNorm (5.12); with AllReduce they need ranks: collectives
 
 from __future__ import annotations
 
+import contextlib
+import platform
+
 import numpy as np
 import pytest
 from helpers import (
@@ -16,6 +19,7 @@ from helpers import (
     quantized_projection,
     random_projection,
     random_x,
+    subnormals_flushed,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,9 +32,10 @@ QUANTIZED = ("q8", "q6", "q4")
 JOINED = ("f32", "f16", "q8", "q4")
 
 
-def check(projection: Projection, x: np.ndarray, threads: int = 1) -> np.ndarray:
+def check(projection: Projection, x: np.ndarray, threads: int = 1, flushed=contextlib.nullcontext) -> np.ndarray:
     """Runs the product and compares it with the exact one; returns y."""
-    (y,) = projection.node(x).run(threads)
+    with flushed():
+        (y,) = projection.node(x).run(threads)
     exact = reference.matmul(x, projection.weight)
     assert y.shape == exact.shape
     assert y.dtype == np.float32
@@ -167,22 +172,37 @@ def test_tiny_and_huge_activations(isa: str, scheme: str, size: float) -> None:
     check(projection, x)
 
 
+FLUSHED = pytest.mark.parametrize(
+    "flushed",
+    [
+        contextlib.nullcontext,
+        pytest.param(subnormals_flushed, marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="sets MXCSR")),
+    ],
+    ids=["", "flushed"],
+)
+
+
+@FLUSHED
 @pytest.mark.parametrize("scheme", QUANTIZED)
-def test_largest_and_subnormal_scales(isa: str, scheme: str) -> None:
+def test_largest_and_subnormal_scales(isa: str, scheme: str, flushed) -> None:
     low, high = RANGES[scheme]
     quantized = random_x(18, 64).view(np.uint8)[:, :64] % (high - low + 1) + low
     for scale in (65504.0, 6e-8, 0.0, -6e-8, -65504.0):
-        check(quantized_projection(scheme, quantized, np.full((18, 2), scale, np.float16)), random_x(2, 64))
+        projection = quantized_projection(scheme, quantized, np.full((18, 2), scale, np.float16))
+        check(projection, random_x(2, 64), flushed=flushed)
 
 
-def test_float16_weights_of_every_kind(isa: str) -> None:
+@FLUSHED
+def test_float16_weights_of_every_kind(isa: str, flushed) -> None:
     """Every float16 but infinities and NaN, as a weight times 1: conversion is exact."""
     bits = np.arange(65536, dtype=np.uint16)
     weight = bits[(bits & 0x7C00) != 0x7C00].view(np.float16).reshape(-1, 1)
     projection = Projection(
         "f16", weight.astype(np.float64), {"weight": layout_float(weight)}, {"out_features": len(weight)}
     )
-    (y,) = projection.node(np.ones((1, 1), np.float32)).run()
+    node = projection.node(np.ones((1, 1), np.float32))
+    with flushed():
+        (y,) = node.run()
     np.testing.assert_array_equal(y[0], weight[:, 0].astype(np.float32))
 
 
