@@ -61,7 +61,7 @@ KernelRecord read_record(const KernelFile& file, const Reader& reader, size_t at
                   "the PTX of " + record.function + " has no end");
     record.num_warps = reader.word(at + 112);
     record.shared_bytes = reader.word(at + 116);
-    reader.expect(record.num_warps >= 1 && record.num_warps * file.warp_size <= 1024,
+    reader.expect(record.num_warps >= 1 && record.num_warps <= 1024 / file.warp_size,
                   record.function + " has " + std::to_string(record.num_warps) + " warps");
     reader.expect(reader.word(at + 120) == 1, record.function + " needs clusters");
     record.is_cooperative = (reader.word(at + 124) & kCooperative) != 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,12 @@ print(changes)
     assert refused == cut
     assert changed > 0
     assert len(whole) > 1000
+
+
+@pytest.mark.parametrize("num_warps", [0, 33, 1 << 27, 1 << 31])
+def test_a_kernel_of_no_or_too_many_threads_is_refused(run, kernels, num_warps):
+    """As many that 32 bits do not hold them as well."""
+    data = bytearray(kernels.read_bytes())
+    struct.pack_into("<I", data, 64 + 112, num_warps)  # FORMAT 8.2, of the first kernel
+    kernels.write_bytes(data)
+    assert f" has {num_warps} warps" in run(kernels)
