@@ -11,12 +11,12 @@ demo: $(VENV)/.run
 	$(BIN)/pack tests/checkpoints/demo -o $(DEMO) --shards 2 --quant q4 --force
 	$(BIN)/mpirun -n 2 $(BIN)/llmrun $(DEMO) -p "In the evening the prince" --max-tokens 80 --seed 7
 
-test: $(VENV)/.test .venv-ort122/.done lint
-	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest -m "not extended" $(ARGS)
+test: $(VENV)/.test .venv-lowest/.done lint
+	LLMPACK_LOWEST_PYTHON=$(CURDIR)/.venv-lowest/bin/python $(BIN)/pytest -m "not extended" $(ARGS)
 
 # Minutes more: tests/conftest.py says of what.
-test-all: $(VENV)/.test .venv-ort122/.done lint
-	LLMPACK_ORT122_PYTHON=$(CURDIR)/.venv-ort122/bin/python $(BIN)/pytest $(ARGS)
+test-all: $(VENV)/.test .venv-lowest/.done lint
+	LLMPACK_LOWEST_PYTHON=$(CURDIR)/.venv-lowest/bin/python $(BIN)/pytest $(ARGS)
 
 # The chat page in Debian's chromium. `make test` runs these too where chromium is on PATH.
 test-browser: $(VENV)/.test
@@ -91,7 +91,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $$(git ls-files 'custom_ops/*.cpp' 'custom_ops/*.h')
 
 clean:
-	rm -rf .venv .venv-clients .venv-openmpi .venv-ort122 .venv-peers .build
+	rm -rf .venv .venv-clients .venv-openmpi .venv-lowest .venv-peers .build
 
 # The environments are made anew when what they hold has changed. The library is part of the wheel: installing builds it.
 SOURCES := pyproject.toml $(shell find custom_ops -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
@@ -121,9 +121,10 @@ $(VENV)/.test: $(SOURCES)
 	.venv-clients/bin/python -m pip install -q 'lm-eval[api]==0.4.*' transformers sentencepiece protobuf
 	touch $@
 
-# The oldest supported ONNX Runtime, the last one with a ROCm provider.
-.venv-ort122/.done: Makefile
-	$(PYTHON) -m venv .venv-ort122
-	.venv-ort122/bin/python -m pip install -q --upgrade pip
-	.venv-ort122/bin/python -m pip install -q 'onnxruntime==1.22.*' onnx numpy
+# The lowest versions that pyproject.toml allows; ONNX Runtime's is the last one with a ROCm provider.
+.venv-lowest/.done: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q --upgrade pip
+	.venv-lowest/bin/python tests/lowest.py > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install -q --only-binary :all: -r .venv-lowest/requirements.txt
 	touch $@

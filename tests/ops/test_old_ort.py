@@ -23,7 +23,7 @@ def test_every_operator_runs_in_this_onnxruntime(library_path: Path) -> None:
 
 
 def test_every_operator_runs_in_onnxruntime_1_22(library_path: Path) -> None:
-    python = os.environ.get("LLMPACK_ORT122_PYTHON")
+    python = os.environ.get("LLMPACK_LOWEST_PYTHON")
     if not python:
-        pytest.skip("LLMPACK_ORT122_PYTHON names no interpreter with onnxruntime 1.22")
+        pytest.skip("LLMPACK_LOWEST_PYTHON names no interpreter with onnxruntime 1.22")
     assert run_smoke(python, library_path).startswith("onnxruntime 1.22.")
