@@ -86,8 +86,10 @@ class Rank:
         data = (folder / entry["weights"]).read_bytes()
         metadata = {prop.key: prop.value for prop in self.model.metadata_props}
         assert {"rank": str(rank), "shards": str(manifest["shards"])}.items() <= metadata.items()  # 3.4
-        opsets = {(opset.domain, opset.version) for opset in self.model.opset_import}
-        assert opsets == {("", 21), ("ai.llmpack", manifest["ops"]["version"])}  # 3.1
+        opsets = {opset.domain: opset.version for opset in self.model.opset_import}
+        assert opsets.keys() == {"", "ai.llmpack"}  # 3.1
+        assert opsets[""] in (20, 21)
+        assert opsets["ai.llmpack"] == manifest["ops"]["version"]
         assert entry["weight_bytes"] == len(data)
         self.tensors: dict[str, Array] = {}
         is_used = np.zeros(len(data), bool)
