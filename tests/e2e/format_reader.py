@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import sentencepiece
+import tokenizers
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -205,6 +207,25 @@ def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[st
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     return np.einsum("hqk,khd->qhd", shares, values).reshape(len(qkv), num_heads * dim)
+
+
+def encode_golden(folder: Path, manifest: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Return the ids of each golden text, and those that the tokenizer's file gives it (6.2)."""
+    tokenizer = manifest["tokenizer"]
+    vectors = json.loads((folder / tokenizer["golden"]).read_text())
+    file = str(folder / tokenizer["file"])
+    if tokenizer["kind"] == "sentencepiece":
+        found = [sentencepiece.SentencePieceProcessor(model_file=file).encode(vector["text"]) for vector in vectors]
+    else:
+        library = tokenizers.Tokenizer.from_file(file)
+        library.encode_special_tokens = True
+        library.no_truncation()
+        library.no_padding()
+        found = [library.encode(vector["text"], add_special_tokens=False).ids for vector in vectors]
+    for vector in vectors:
+        assert vector.keys() == {"text", "ids"}
+        assert not set(tokenizer["special_tokens"].values()) & set(vector["ids"])
+    return [(vector["ids"], ids) for vector, ids in zip(vectors, found, strict=True)]
 
 
 DEFAULT_DOMAIN: dict[str, Callable[..., Array]] = {

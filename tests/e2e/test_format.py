@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from e2e.format_reader import Rank, compute, read_manifest, stitch
+from e2e.format_reader import Rank, compute, encode_golden, read_manifest, stitch
 from llmrun import Engine
-from models import make_checkpoint
+from models import DEMO, make_checkpoint
+from unit.tokenizer_makers import train_byte_level
 
 Packed = Callable[..., Path]
 MODELS: dict[str, dict[str, Any]] = {
@@ -62,3 +63,18 @@ def test_a_reader_of_the_specification_finds_the_model(
         with Engine(folder) as engine:
             difference = np.abs(engine.logits(expected["ids"]) - logits).max()
         assert difference <= (2e-4 if quant == "f32" else expected["tolerance"])
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_a_reader_of_the_specification_gives_the_golden_ids(kind: str, packed: Packed, tmp_path: Path) -> None:
+    checkpoint = DEMO
+    if kind == "tokenizers":
+        train_byte_level(tmp_path)
+        checkpoint = make_checkpoint(tmp_path, vocab_size=500)
+    folder = packed(checkpoint)
+    manifest = read_manifest(folder)
+    assert (manifest["tokenizer"]["kind"], manifest["tokenizer"]["add_bos_token"]) == (kind, True)
+    vectors = encode_golden(folder, manifest)
+    assert len(vectors) > 20
+    for golden, found in vectors:
+        assert golden == found
