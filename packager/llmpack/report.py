@@ -42,7 +42,10 @@ def bytes_by_role(plan: list[RankWeight]) -> dict[str, int]:
 
 
 def bytes_per_token(plan: list[RankWeight]) -> int:
-    """Return the bytes of weights that a rank reads to decode one token: all but the embedding, of which it reads a row."""
+    """Return the bytes of weights that a rank reads to decode one token.
+
+    Of an embedding it reads a row, unless that is the head too.
+    """
     return sum(item.num_bytes for w in plan if w.row.role != "embedding" for item in w.initializers)
 
 

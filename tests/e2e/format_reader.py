@@ -105,7 +105,9 @@ class Rank:
             self.tensors[tensor.name] = values.reshape(tensor.dims)
             is_used[start : start + size] = True
             assert start % 64 == 0  # 4.1
+        assert len(data) % 64 == 0
         assert sum(entry["weight_bytes_by_role"].values()) == is_used.sum()
+        assert entry["weight_bytes_per_token"] == is_used.sum() - self._bytes_of_embedding_alone()  # 2.5
         assert not np.frombuffer(data, np.uint8)[~is_used].any()
         self.matrices = {}
         for node in self.nodes:
@@ -115,6 +117,17 @@ class Rank:
                 num_rows = sizes.get("out_features", sizes.get("num_embeddings"))
                 tiles = self.tensors[node.input[1]]
                 self.matrices[node.input[1]] = untile(found[1], tiles, scales, num_rows, sizes.get("group_size"))
+
+    def _bytes_of_embedding_alone(self) -> int:
+        """Return the size of an embedding that no product reads."""
+        looked_up = {name for node in self.nodes if reads_embedding(node) for name in node.input}
+        others = {name for node in self.nodes if not reads_embedding(node) for name in node.input}
+        return sum(self.tensors[name].nbytes for name in looked_up - others if name in self.tensors)
+
+
+def reads_embedding(node: onnx.NodeProto) -> bool:
+    """Tell whether a node looks rows of the embedding up (4.5)."""
+    return node.op_type.startswith("Embedding") or "model.embed_tokens.weight" in node.input[:1]
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -65,6 +65,14 @@ def test_a_reader_of_the_specification_finds_the_model(
         assert difference <= (2e-4 if quant == "f32" else expected["tolerance"])
 
 
+def test_a_file_of_weights_ends_where_another_weight_could_begin(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(
+        tmp_path, vocab_size=259, hidden_size=96, head_dim=48
+    )  # the last scales are 1,632 bytes
+    folder = packed(checkpoint, 1, "q8", group_size=32)
+    Rank(folder, read_manifest(folder), 0)
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
 def test_a_reader_of_the_specification_gives_the_golden_ids(kind: str, packed: Packed, tmp_path: Path) -> None:
     checkpoint = DEMO
