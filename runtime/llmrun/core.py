@@ -128,7 +128,13 @@ class Core:
         vocab_size = self.manifest.model.vocab_size
         least_tokens = 1 if prompt_logprobs is None else 0
         prompt_ids, max_tokens = check_prompt(
-            prompt, max_tokens, self.tokenizer, vocab_size, self.max_seq_len, least_tokens=least_tokens
+            prompt,
+            max_tokens,
+            self.tokenizer,
+            vocab_size,
+            self.max_seq_len,
+            self.manifest.max_seq_len,
+            least_tokens=least_tokens,
         )
         params = self.sampling_params(**sampling)
         if logit_bias:

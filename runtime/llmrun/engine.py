@@ -268,8 +268,8 @@ class Engine:
         Raises:
             UsageError: the prompt is empty, holds an id that is not in the vocabulary, or leaves no room.
         """
-        vocab_size = self.manifest.model.vocab_size
-        return check_prompt(prompt, max_tokens, self.tokenizer, vocab_size, self.max_seq_len)
+        vocab_size, packed = self.manifest.model.vocab_size, self.manifest.max_seq_len
+        return check_prompt(prompt, max_tokens, self.tokenizer, vocab_size, self.max_seq_len, packed)
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """Return the given parameters (None: not given), completed with the artifact's defaults."""

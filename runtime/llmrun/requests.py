@@ -176,12 +176,20 @@ def check_prompt(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     max_seq_len: int,
+    packed_seq_len: int,
     *,
     least_tokens: int = 1,
 ) -> tuple[list[int], int]:
     """Return the prompt's ids, and how many tokens to sample at most.
 
-    `least_tokens`: 0 where a request may be about its prompt alone.
+    Args:
+        prompt: a text, ids, or the messages of a chat.
+        max_tokens: None: 256, or what there is room for.
+        tokenizer: None: ids only.
+        vocab_size: of the model.
+        max_seq_len: positions of one sequence at most.
+        packed_seq_len: what the user may raise that to.
+        least_tokens: 0 where a request may be about its prompt alone.
 
     Raises:
         UsageError: the prompt is empty, holds an id that is not in the vocabulary, or leaves no room.
@@ -201,9 +209,12 @@ def check_prompt(
         raise UsageError("the prompt is empty.", code="E203")
     room = max_seq_len - len(ids)
     if room < least_tokens:
+        is_cut = max_seq_len < packed_seq_len
+        longer = (
+            f"give a larger --max-seq-len (at most {packed_seq_len})" if is_cut else "pack with a longer --max-seq-len"
+        )
         raise UsageError(
-            f"the prompt has {len(ids)} tokens and fills the context of {max_seq_len}. Shorten it, or pack with a"
-            " longer --max-seq-len.",
+            f"the prompt has {len(ids)} tokens and fills the context of {max_seq_len}. Shorten it, or {longer}.",
             code="E204",
         )
     wanted = min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens

@@ -237,6 +237,6 @@ def test_optimized_python_refuses_as_well(artifact):
 
 def test_control_without_the_check_an_id_beyond_the_vocabulary_passes(monkeypatch):
     with pytest.raises(UsageError):
-        check_prompt([1, 99], 1, None, 50, 10)
+        check_prompt([1, 99], 1, None, 50, 10, 10)
     monkeypatch.setattr(llmrun.requests, "check_ids", lambda ids, _: list(ids))
-    assert check_prompt([1, 99], 1, None, 50, 10) == ([1, 99], 1)
+    assert check_prompt([1, 99], 1, None, 50, 10, 10) == ([1, 99], 1)

@@ -95,6 +95,15 @@ def test_the_context_can_be_filled_exactly(engine: Engine) -> None:
         engine.generate_batch([[1] * engine.max_seq_len])
 
 
+def test_whoever_cut_the_context_is_told_how_long_it_may_be(packed_tiny: Packed) -> None:
+    with Engine(packed_tiny(1), max_seq_len=20) as engine:
+        packed = engine.manifest.max_seq_len
+        with pytest.raises(UsageError, match=rf"context of 20\. .*or give a larger --max-seq-len \(at most {packed}\)"):
+            engine.complete([1] * 20)
+    with Engine(packed_tiny(1)) as engine, pytest.raises(UsageError, match="or pack with a longer --max-seq-len"):
+        engine.complete([1] * packed)
+
+
 @pytest.mark.parametrize("prompt", ["", []])
 def test_an_empty_prompt_is_refused(engine: Engine, prompt: str | list[int]) -> None:
     with pytest.raises(UsageError, match="empty"):
