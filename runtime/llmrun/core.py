@@ -69,7 +69,7 @@ class Core:
         self._speculate = speculate
         identity = f"{job.artifact.digest} {self.manifest.kv_cache.dtype}".encode()
         self._pool = BlockPool(num_blocks or job.num_blocks, self.manifest.kv_cache.block_size, identity)
-        self._scheduler = self._new_scheduler(DEFAULT_TOKEN_BUDGET)
+        self._scheduler = self._new_scheduler(DEFAULT_TOKEN_BUDGET, max_num_seqs)
         self._requests: dict[int, Request] = {}
         # Threads take turns. A request may also be cancelled in the midst of a step, by the thread itself: a generator
         # that is collected then.
@@ -267,10 +267,12 @@ class Core:
         if previous.has_work:
             raise UsageError("logits: other requests are still running.")
         budget = chunk or DEFAULT_TOKEN_BUDGET
-        is_on_gpu = self._job.placement.gpu is not None
+        if self._job.placement.gpu is not None:
+            budget = min(budget, DEFAULT_TOKEN_BUDGET)
         requests: list[Request] = []
         try:
-            self._scheduler = self._new_scheduler(min(budget, DEFAULT_TOKEN_BUDGET) if is_on_gpu else budget)
+            # No more sequences than tokens: the scheduler would take one of each, whatever the budget.
+            self._scheduler = self._new_scheduler(budget, min(self._max_num_seqs, budget))
             for ids in sequences:
                 checked = check_ids(ids, self.manifest.model.vocab_size)
                 self._scheduler.check(len(checked), 0, least_tokens=0)
@@ -317,11 +319,11 @@ class Core:
             raise UsageError(f"sampling: there is no parameter {min(unknown)!r}.")
         return SamplingParams(**{**vars(self.manifest.generation), **wanted})
 
-    def _new_scheduler(self, token_budget: int) -> Scheduler:
+    def _new_scheduler(self, token_budget: int, max_num_seqs: int) -> Scheduler:
         return Scheduler(
             self._pool,
             max_seq_len=self.max_seq_len,
-            max_num_seqs=min(self._max_num_seqs, token_budget),
+            max_num_seqs=max_num_seqs,
             token_budget=token_budget,
             max_rows=max(1, _MAX_ROW_BYTES // (4 * self.manifest.model.vocab_size)),
         )

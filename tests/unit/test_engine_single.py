@@ -131,6 +131,16 @@ def test_an_end_token_ends_without_being_text(engine: Engine, monkeypatch: pytes
     assert (completion.ids, completion.finish_reason) == (ids[: ids.index(ids[3])], "stop")
 
 
+def test_as_many_sequences_run_together_as_were_asked_for(packed_tiny: Packed) -> None:
+    """More than a step has tokens otherwise."""
+    with Engine(packed_tiny(1, "f32"), max_num_seqs=520, max_seq_len=32) as engine:
+        options: Any = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True, "reuse_prefix": False}
+        requests = [engine.submit([3 + i % 5], **options) for i in range(520)]
+        assert [len(engine.step()) for _ in range(2)] == [520, 520]
+        assert [request.ids for request in requests] == [requests[i % 5].ids for i in range(520)]
+        assert engine.complete([3], **options).ids == requests[0].ids
+
+
 def test_nothing_is_sampled_from_nan(packed_tiny: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmrun import faults
 
