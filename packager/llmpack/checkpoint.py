@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 
 from llmpack.config import open_regular, read_config, read_json, refuse_pointer
+from llmpack.model_files import list_names
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -168,7 +169,7 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
         found = "not a directory" if os.path.exists(model_dir) else "no such directory"
         raise UsageError(f"{model_dir}: {found}; expected a Hugging Face model directory.", code="E202")
     try:
-        names = os.listdir(model_dir)
+        names = list_names(model_dir)
     except OSError as error:
         raise UsageError(f"{model_dir}: cannot be read: {error.strerror}.", code="E202") from None
     stamps = {name: _stamp(model_dir / name) for name in names}

@@ -9,6 +9,15 @@ from typing import Any
 from llmpack.config import read_file, read_json
 from llmrun.artifact import IncompatibleError
 
+_MORE_TEMPLATES = "additional_chat_templates"
+
+
+def list_names(model_dir: Path) -> list[str]:
+    """Return the names of the directory's files, and those of the one folder in it that has something for us."""
+    folder = model_dir / _MORE_TEMPLATES
+    more = [f"{_MORE_TEMPLATES}/{name}" for name in os.listdir(folder)] if folder.is_dir() else []
+    return sorted([*os.listdir(model_dir), *more])
+
 
 class ModelFiles:
     """The directory's files, each read once; a missing JSON file is an empty object."""
@@ -37,6 +46,11 @@ class ModelFiles:
         """Return a file's bytes."""
         self._read.setdefault(name, None)
         return read_file(self.model_dir / name)
+
+    def more_templates(self) -> list[str]:
+        """Return the names of the files that hold chat templates beside the one that has none."""
+        names = list_names(self.model_dir)
+        return [name for name in names if name.startswith(f"{_MORE_TEMPLATES}/") and name.endswith(".jinja")]
 
     def ids(self, name: str, key: str) -> tuple[int, ...]:
         """Return the token ids that a JSON file gives under key: none, one or a list.

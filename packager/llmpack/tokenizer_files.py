@@ -1,4 +1,4 @@
-"""Find a checkpoint's tokenizer and chat template.
+"""Find a checkpoint's tokenizer.
 
 In: a Hugging Face model directory. Out: `TokenizerFiles`, all that an artifact says about the tokenizer. The tokenizer's
 file itself goes into the artifact verbatim; nothing is converted.
@@ -31,11 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmpack.chat_template import read_chat_template
 from llmpack.generation import read_eos_ids
 from llmpack.model_files import ModelFiles
 from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
 from llmrun.artifact import IncompatibleError, IntegrityError
-from llmrun.template_tags import template_extensions
 
 __all__ = ["GOLDEN_TEXTS", "TokenizerFiles", "read_tokenizer"]
 
@@ -184,6 +184,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
         notes.append(
             f"{library.text(library.last_id)!r}: left out, which {path.name} puts after every text: an answer goes on"
         )
+    template, template_notes = read_chat_template(files)
     return TokenizerFiles(
         kind=library.kind,
         source_file=path,
@@ -194,10 +195,10 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
         special_tokens=dict(sorted(special.items())),
         bos_token=bos_token,
         eos_token=eos_token,
-        chat_template=_chat_template(files),
+        chat_template=template,
         golden=_golden(library, set(special.values()) - {library.unknown_id}),
         sources=files.names(path.name),
-        notes=tuple(notes),
+        notes=(*notes, *template_notes),
     )
 
 
@@ -346,36 +347,6 @@ def _extra_tokens(files: ModelFiles) -> list[str]:
 def _text(entry: Any) -> Any:
     """Return what a file gives as a token's text: it is a string, or in an object."""
     return entry.get("content") if isinstance(entry, dict) else entry
-
-
-def _chat_template(files: ModelFiles) -> str | None:
-    name = "chat_template.jinja"
-    if files.exists(name):
-        try:
-            template = files.bytes(name).decode()
-        except UnicodeDecodeError as error:
-            raise IntegrityError(f"{files.model_dir / name}: not UTF-8: {error}.") from error
-    else:
-        name = "tokenizer_config.json"
-        template = files.json(name).get("chat_template")
-        if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-    if template is None:
-        return None
-    if not isinstance(template, str):
-        raise IncompatibleError(
-            f"{files.model_dir / name}: chat_template: found {type(template).__name__}, expected text."
-        )
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(extensions=template_extensions())
-    try:
-        environment.parse(template)
-    except (TemplateError, RecursionError) as error:
-        raise IncompatibleError(f"{files.model_dir / name}: chat template: {error}.") from error
-    return template
 
 
 def _golden(library: Library, never_from_text: set[int]) -> list[dict[str, Any]]:

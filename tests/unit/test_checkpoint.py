@@ -103,6 +103,18 @@ def test_stumps_are_refused(model_dir, size):
         open_checkpoint(model_dir)
 
 
+def test_a_chat_template_in_its_folder_is_a_file_of_the_checkpoint(model_dir):
+    (model_dir / "additional_chat_templates").mkdir()
+    name = "additional_chat_templates/tool_use.jinja"
+    (model_dir / name).write_text("{{ tools }}")
+    with open_checkpoint(model_dir) as checkpoint:
+        checkpoint.check_unchanged([name])
+        assert name in [entry.path for entry in checkpoint.hash_sources([name])]
+        (model_dir / name).write_text("{{ tools }} ")
+        with pytest.raises(IntegrityError, match=rf"{name}: changed while"):
+            checkpoint.check_unchanged([name])
+
+
 def test_file_shortened_while_packing_names_the_tensor(model_dir):
     with open_checkpoint(model_dir) as checkpoint:
         name = max(checkpoint.tensors, key=lambda n: checkpoint.tensors[n].offset)

@@ -372,35 +372,6 @@ def test_a_link_to_nothing_is_not_the_absence_of_a_file(sp, name):
         read_tokenizer(sp, 420)
 
 
-def test_chat_template_from_each_place(sp):
-    edit_json(sp, "tokenizer_config.json", chat_template="{{ 'config' }}")
-    assert read_tokenizer(sp, 420).chat_template == "{{ 'config' }}"
-    several = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
-    edit_json(sp, "tokenizer_config.json", chat_template=several)
-    assert read_tokenizer(sp, 420).chat_template == "d"
-    (sp / "chat_template.jinja").write_text("{{ 'é' }}{% for m in messages %}{% break %}{% endfor %}", "utf-8")
-    files = read_tokenizer(sp, 420)
-    assert files.chat_template.startswith("{{ 'é' }}")
-    assert "chat_template.jinja" in files.sources
-    (sp / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% endfor %}"
-    )
-    assert "{% generation %}" in read_tokenizer(sp, 420).chat_template
-
-
-@pytest.mark.parametrize("template", ["{% if %}", "{{ x", "{% nosuchtag %}", "{{ " + "(" * 5000 + "}}"])
-def test_a_template_that_does_not_parse_is_refused(sp, template):
-    (sp / "chat_template.jinja").write_text(template)
-    with pytest.raises(IncompatibleError, match=r"chat_template.jinja: chat template"):
-        read_tokenizer(sp, 420)
-
-
-def test_a_template_of_another_type_is_refused(sp):
-    edit_json(sp, "tokenizer_config.json", chat_template=5)
-    with pytest.raises(IncompatibleError, match=r"chat_template: found int"):
-        read_tokenizer(sp, 420)
-
-
 @pytest.mark.parametrize("kind", ["sp", "bl"])
 def test_ids_beyond_the_model_are_refused(kind, request):
     with pytest.raises(IncompatibleError, match=r"tokenizer\.(model|json): found ids up to .*vocab_size is 300.*Use"):
