@@ -58,6 +58,7 @@ __all__ = ["Options", "pack"]
 
 BLOCK_SIZE = 16  # tokens in one block of the KV cache
 KV_DTYPES = {"f16": "float16", "f32": "float32"}
+_NO_TOKENIZER = "no tokenizer: llmrun takes token ids only"
 _ROOM_FOR_SMALL_FILES = 8 << 20  # bytes: graphs, tokenizer, manifest
 
 
@@ -173,7 +174,7 @@ def _decide(
     summary = report.summarise(config, quantization, ranks, kv_cache, max_seq_len, is_group_size_default=is_default)
     tokenizer = read_tokenizer(model_dir, config.vocab_size)
     generation = read_generation(model_dir, config.vocab_size)
-    summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else ()), *generation.notes]
+    summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else (_NO_TOKENIZER,)), *generation.notes]
     return _Job(
         config, quantization, names, ranks, max_seq_len, kv_cache, targets, specs, tokenizer, generation, summary
     )

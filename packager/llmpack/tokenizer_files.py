@@ -27,13 +27,15 @@ Golden vectors are computed with the tokenizer libraries directly, not with llmr
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from llmpack.chat_template import read_chat_template
 from llmpack.generation import read_eos_ids
-from llmpack.model_files import ModelFiles
+from llmpack.model_files import ModelFiles, list_names
 from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
 from llmrun.artifact import IncompatibleError, IntegrityError
 
@@ -68,6 +70,9 @@ GOLDEN_TEXTS = (
 
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _SAVE_ONE = "Let transformers write one: AutoTokenizer's save_pretrained."
+# Files of tokenizers that are neither; vocab.json without merges.txt may be anything.
+_OTHER_KINDS = ("merges.txt", "tekken.json", "*.tiktoken", "tiktoken.model", "*spiece*.model", "tokenizer.model.v*")
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\s")
 # Whatever tokens have these names in tokenizer_config.json are special, whether they are marked so or not.
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tokenizer_config.json may say of the space before words, and no tokenizer.model knows: {key: (the value with which it
@@ -206,7 +211,15 @@ def _open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_s
     path, has_json = files.model_dir / "tokenizer.model", files.exists("tokenizer.json")
     config = files.json("tokenizer_config.json")
     if not files.exists("tokenizer.model"):
-        return _open_json(files, added, vocab_size) if has_json else None
+        if has_json:
+            return _open_json(files, added, vocab_size)
+        others = [name for name in list_names(files.model_dir) if any(fnmatchcase(name, kind) for kind in _OTHER_KINDS)]
+        if others:
+            raise IncompatibleError(
+                f"{files.model_dir}: found {_some(others)}, expected a tokenizer.json, or sentencepiece's tokenizer.model. "
+                f"{_SAVE_ONE}"
+            )
+        return None
     are_special = all(special for _, special in added.values())
     if has_json and (config.get("tokenizer_class") not in _LLAMA_CLASSES or not are_special):
         return _open_json(files, added, vocab_size)
@@ -225,6 +238,10 @@ def _open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_s
         # tokenizer.json.
         if has_json:
             return _open_json(files, added, vocab_size)
+        if _TIKTOKEN.match(files.bytes(path.name)):
+            raise IncompatibleError(
+                f"{path}: found words in base64 (tiktoken), expected sentencepiece's format, or a tokenizer.json. {_SAVE_ONE}"
+            ) from None
         raise
     said = next(((key, *of_key) for key, of_key in _PREFIXES.items() if config.get(key) is of_key[0]), None)
     if said is None:

@@ -17,6 +17,8 @@ from llmpack.pack import Options, pack
 from llmrun.artifact import IncompatibleError, IntegrityError, LlmpackError, UsageError, open_artifact
 from models import make_checkpoint
 
+NO_TOKENIZER = "no tokenizer: llmrun takes token ids only"
+
 
 @pytest.fixture
 def model_dir(tmp_path, tiny_checkpoint):
@@ -68,7 +70,8 @@ def test_model_safetensors_wins_over_an_index_as_in_transformers(tmp_path, tiny_
     assert np.array_equal(ours, LlamaForCausalLM.from_pretrained(folder).lm_head.weight.detach().numpy())
     assert sources == ["config.json", "model.safetensors"]
     assert pack(folder, None, Options())["notes"] == [
-        "model.safetensors.index.json is ignored, as by transformers: model.safetensors is there"
+        "model.safetensors.index.json is ignored, as by transformers: model.safetensors is there",
+        NO_TOKENIZER,
     ]
 
 
@@ -79,7 +82,7 @@ def test_an_index_that_is_used_is_a_source(tmp_path, tiny_checkpoint):
     with open_checkpoint(tmp_path / "m") as checkpoint:
         sources = {entry.path for entry in checkpoint.hash_sources([])}
     assert sources == {path.name for path in (tmp_path / "m").iterdir()} - {"generation_config.json"}
-    assert pack(tmp_path / "m", None, Options())["notes"] == []
+    assert pack(tmp_path / "m", None, Options())["notes"] == [NO_TOKENIZER]
 
 
 def test_truncated_file_names_the_first_tensor_it_does_not_hold(model_dir):
@@ -306,7 +309,7 @@ def test_a_head_stored_beside_the_embedding_is_tied_only_if_it_equals_it(tmp_pat
     assert not open_artifact(tmp_path / "a").manifest.model.tie_word_embeddings
     held = summary["ranks"][0]["weight_bytes_by_role"]
     assert held["head"] == held["embedding"] > 0
-    (note,) = summary["notes"]
+    (note, _) = summary["notes"]
     assert "lm_head.weight" in note
 
 

@@ -101,6 +101,8 @@ def test_what_was_not_done_as_the_files_say_is_told(tmp_path):
     result = run(folder, "--dry-run")
     assert "note: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight" in result.stdout
     assert json.loads(run(folder, "--dry-run", "--json").stdout)["notes"][0] in result.stdout
+    assert "note: no tokenizer: llmrun takes token ids only\n" in result.stdout
+    assert "no tokenizer" not in run(DEMO, "--dry-run").stdout
 
 
 def test_json_is_all_there_is_on_stdout_and_nothing_on_stderr(tmp_path):

@@ -165,6 +165,35 @@ def test_a_tokenizer_model_that_is_not_sentencepiece_s_gives_way_to_tokenizer_js
     assert read_tokenizer(bl, 500).kind == "tokenizers"
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("merges.txt", "vocab.json"),
+        ("tekken.json",),
+        ("qwen.tiktoken",),
+        ("tiktoken.model",),
+        ("spiece.model",),
+        ("tokenizer.model.v3",),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_of_another_kind_is_refused(names, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(IncompatibleError, match=rf"found '{names[0]}', expected a tokenizer\.json.*save_pretrained"):
+        read_tokenizer(tmp_path, 100)
+    train_byte_level(tmp_path)
+    assert read_tokenizer(tmp_path, 500).kind == "tokenizers"
+
+
+def test_a_lone_tokenizer_model_of_tiktoken_is_refused_as_such(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(
+        IncompatibleError, match=r"tokenizer\.model: found words in base64 \(tiktoken\).*save_pretrained"
+    ):
+        read_tokenizer(tmp_path, 500)
+
+
 def test_added_tokens_of_sentencepiece_get_ids_after_its_pieces(sp):
     added = {"420": {"content": "<|im_end|>", "special": True}, "421": {"content": "<|im_start|>", "special": True}}
     edit_json(sp, "tokenizer_config.json", added_tokens_decoder=added, eos_token={"content": "<|im_end|>"})
