@@ -11,9 +11,9 @@ that are not special, or swallow the white space beside them, or where tokenizer
 where a space is put before a word (`legacy`, `add_prefix_space`): a `tokenizer.model` cannot hold that. With a
 `tokenizer.model` alone, all added tokens are taken as special, and the rest of these is refused.
 
-Which ids. EOS: generation_config.json, else config.json, else the tokenizer's files. BOS: the tokenizer's
-files, by post-processor or by name, else generation_config.json, else config.json, since transformers'
-tokenizer puts its own BOS before a prompt. What only the config files name is an id and no more: special is
+Which ids. EOS: those of generation_config.json, else of config.json, and the tokenizer's own beside them. BOS: the
+tokenizer's files, by post-processor or by name, else generation_config.json, else config.json, since
+transformers' tokenizer puts its own BOS before a prompt. What only the config files name is an id and no more: special is
 what the tokenizer says is (transformers writes the ids 1 and 2 for every Llama, whatever they stand for).
 
 Added tokens beyond the model's vocabulary are left out, as if the files did not have them: the model cannot
@@ -161,9 +161,9 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
                 "tokenizer_config.json."
             )
     texts = {token_id: text for text, token_id in special.items()}
-    eos_ids = read_eos_ids(files, vocab_size)
-    if not eos_ids and eos_token is not None:
-        eos_ids = (special[eos_token],)
+    in_config = eos_ids = read_eos_ids(files, vocab_size)
+    if eos_token is not None and special[eos_token] not in eos_ids:
+        eos_ids = (*eos_ids, special[eos_token])
     if eos_token is None and eos_ids:
         eos_token = texts.get(eos_ids[0])
 
@@ -185,6 +185,11 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
     if bos_token is None and bos_id is not None:
         bos_token = texts.get(bos_id)
     notes = [f"{_some(beyond)}: added beyond vocab_size {vocab_size}, therefore left out"] if beyond else []
+    if in_config and in_config != eos_ids:
+        notes.append(
+            f"{eos_token!r} (id {eos_ids[-1]}), the tokenizer's eos_token: ends answers too, beside the ids that the "
+            f"configuration names ({', '.join(map(str, in_config))})"
+        )
     if library.last_id is not None:
         notes.append(
             f"{library.text(library.last_id)!r}: left out, which {path.name} puts after every text: an answer goes on"

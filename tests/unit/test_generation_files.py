@@ -24,7 +24,7 @@ def test_the_artifact_ends_answers_at_the_tokenizer_s_eos_where_no_config_names_
 
     assert ends() == [theirs.eos_token_id]
     edit_json(folder, "config.json", eos_token_id=[7, 9])
-    assert ends() == [7, 9]
+    assert ends() == [7, 9, theirs.eos_token_id]
 
 
 def test_what_was_left_out_is_told(tiny_text_checkpoint, tmp_path):

@@ -370,18 +370,30 @@ def test_a_user_defined_piece_that_is_not_special_stays_text(tmp_path):
     assert ours.decode(ours.encode(text)) == text
 
 
-def test_eos_comes_from_the_first_file_that_names_it(sp):
+def test_eos_is_what_the_first_file_names_and_the_tokenizer_s_own(sp):
     def eos():
-        assert read_generation(sp, 420).eos_token_ids in ((), read_tokenizer(sp, 420).eos_token_ids)
-        return read_tokenizer(sp, 420).eos_token_ids
+        in_files = read_generation(sp, 420).eos_token_ids
+        found = read_tokenizer(sp, 420)
+        assert found.eos_token == "</s>"
+        assert found.eos_token_ids[: len(in_files)] == in_files
+        return found.eos_token_ids, found.notes
 
-    assert eos() == (2,)
+    assert eos() == ((2,), ())
     edit_json(sp, "config.json", eos_token_id=7)
-    assert eos() == (7,)
+    assert eos() == (
+        (7, 2),
+        (
+            "'</s>' (id 2), the tokenizer's eos_token: ends answers too, beside the ids that the configuration names (7)",
+        ),
+    )
     edit_json(sp, "generation_config.json", eos_token_id=[9, 2, 9])
-    assert eos() == (9, 2)
+    assert eos() == ((9, 2), ())
+    edit_json(sp, "generation_config.json", eos_token_id=[9, 5])
+    assert eos()[0] == (9, 5, 2)
     edit_json(sp, "generation_config.json", eos_token_id=None)
-    assert eos() == (7,)
+    assert eos()[0] == (7, 2)
+    edit_json(sp, "tokenizer_config.json", eos_token=None)
+    assert read_tokenizer(sp, 420).eos_token_ids == (7,)
 
 
 def test_bos_of_the_tokenizer_comes_before_that_of_the_configs(bl):
