@@ -3,27 +3,33 @@
 In: the files of a Hugging Face model directory. Out: one Jinja text, and notes.
 
 transformers has one template or several with names: of these it takes `tool_use` if a conversation has a list of tools, be
-it empty, else `default`. An artifact has one template: of two with these names it is made one that chooses likewise.
+it empty, else `default`. An artifact has one template: of two with these names it is made one that chooses likewise. llmrun
+gives a template the texts of the BOS and EOS tokens; others that it asks for are set at its beginning.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmpack.model_files import ModelFiles
 from llmrun.artifact import IncompatibleError, IntegrityError
-from llmrun.template_tags import template_extensions
+from llmrun.template_tags import FILTERS, template_extensions
 
 __all__ = ["read_chat_template"]
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 
 
-def read_chat_template(files: ModelFiles) -> tuple[str | None, tuple[str, ...]]:
+def read_chat_template(files: ModelFiles, tokens: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
     """Return the chat template, None if there is none, and what was left out, for a person.
 
+    Args:
+        files: of the checkpoint.
+        tokens: the texts of the tokens that have a name in the tokenizer's files, by that.
     Raises:
         IncompatibleError: a template that does not parse, or is no text.
         IntegrityError: a file is not UTF-8.
@@ -33,15 +39,23 @@ def read_chat_template(files: ModelFiles) -> tuple[str | None, tuple[str, ...]]:
         return None, ()
     if _DEFAULT not in found:
         return None, (f"chat templates {_names(found)}: left out, as none is named {_DEFAULT}: chats need one",)
+    filters: set[str] = set()
+    asked: set[str] = set()
     for name in (_DEFAULT, _TOOL_USE):
         if name in found:
-            _check(*found[name])
+            filters_here, asked_here = _examine(*found[name])
+            filters |= filters_here
+            asked |= asked_here
     others = sorted(found.keys() - {_DEFAULT, _TOOL_USE})
-    notes = (f"chat templates {_names(others)}: left out: {_DEFAULT} and {_TOOL_USE} are used",) if others else ()
+    notes = [f"chat templates {_names(others)}: left out: {_DEFAULT} and {_TOOL_USE} are used"] if others else []
+    if unknown := sorted(filters - FILTERS):
+        notes.append(f"chat template: filters {_names(unknown)}: not supported: chats that come to them fail")
     template = found[_DEFAULT][1]
     if _TOOL_USE in found and found[_TOOL_USE][1] != template:
         template = _choose(found[_TOOL_USE][1], template)
-    return template, notes
+    to_set = sorted((asked & tokens.keys()) - {"bos_token", "eos_token"})
+    lines = [f"{{% set {name} = {json.dumps(tokens[name], ensure_ascii=False)} %}}\n" for name in to_set]
+    return "".join(lines) + template, tuple(notes)
 
 
 def _find(files: ModelFiles) -> dict[str, tuple[Path, Any]]:
@@ -63,15 +77,19 @@ def _find(files: ModelFiles) -> dict[str, tuple[Path, Any]]:
     return {} if template is None else {_DEFAULT: (path, template)}
 
 
-def _check(path: Path, template: Any) -> None:
+def _examine(path: Path, template: Any) -> tuple[set[str], set[str]]:
+    """Return the names of the filters that a template uses, and of the variables that it asks for."""
     if not isinstance(template, str):
         raise IncompatibleError(f"{path}: chat_template: found {type(template).__name__}, expected text.")
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, meta, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(extensions=template_extensions())
     try:
-        environment.parse(template)
+        tree = environment.parse(template)
+        filters = {node.name for node in tree.find_all(nodes.Filter)}
+        environment.filters.update(dict.fromkeys(filters, str))  # Jinja looks for no variables where it misses one
+        return filters, meta.find_undeclared_variables(tree)
     except (TemplateError, RecursionError) as error:
         raise IncompatibleError(f"{path}: chat template: {error}.") from error
 
@@ -86,5 +104,5 @@ def _choose(with_tools: str, without: str) -> str:
     return "{% if tools is not none %}\n" + first + "{%+ else %}\n" + second + "{%+ endif %}"
 
 
-def _names(names: Any) -> str:
+def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))

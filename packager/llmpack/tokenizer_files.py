@@ -194,7 +194,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
         notes.append(
             f"{library.text(library.last_id)!r}: left out, which {path.name} puts after every text: an answer goes on"
         )
-    template, template_notes = read_chat_template(files)
+    template, template_notes = read_chat_template(files, _named_tokens(files))
     return TokenizerFiles(
         kind=library.kind,
         source_file=path,
@@ -352,10 +352,7 @@ def _named_token(files: ModelFiles, library: Library, key: str) -> str | None:
 
 def _extra_tokens(files: ModelFiles) -> list[str]:
     """Return the texts of the special tokens that have no name of their own in transformers."""
-    names = ["tokenizer_config.json"]
-    if "added_tokens_decoder" not in files.json(names[0]):
-        names.append("special_tokens_map.json")  # as transformers has it
-    for name, key in itertools.product(names, ("extra_special_tokens", "additional_special_tokens")):
+    for name, key in itertools.product(_token_files(files), ("extra_special_tokens", "additional_special_tokens")):
         value = files.json(name).get(key)
         if value:
             entries = list(value.values()) if isinstance(value, dict) else value
@@ -364,6 +361,23 @@ def _extra_tokens(files: ModelFiles) -> list[str]:
                 raise IncompatibleError(f"{files.model_dir / name}: {key}: found {value!r}, expected texts of tokens.")
             return [str(text) for text in dict.fromkeys(texts)]
     return []
+
+
+def _named_tokens(files: ModelFiles) -> dict[str, str]:
+    """Return the texts of all tokens that have a name, as chat templates know them, by that."""
+    found: dict[str, Any] = {}
+    for name in _token_files(files):
+        members = files.json(name)
+        extra = members.get("extra_special_tokens")
+        found |= {key: value for key, value in members.items() if key.endswith("_token")}
+        found |= extra if isinstance(extra, dict) else {}
+    return {key: text for key, value in found.items() if isinstance(text := _text(value), str)}
+
+
+def _token_files(files: ModelFiles) -> tuple[str, ...]:
+    """Return the names of the files that name tokens, as transformers reads them."""
+    name = "tokenizer_config.json"
+    return (name,) if "added_tokens_decoder" in files.json(name) else (name, "special_tokens_map.json")
 
 
 def _text(entry: Any) -> Any:

@@ -31,7 +31,7 @@ from jinja2.filters import do_indent
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrun.errors import UsageError
-from llmrun.template_tags import template_extensions
+from llmrun.template_tags import FILTERS, template_extensions
 
 __all__ = ["MAX_CHARS", "MAX_RENDER_S", "render"]
 
@@ -39,16 +39,6 @@ MAX_CHARS = 1 << 20  # of a template, of anything that it builds, and of what it
 MAX_RENDER_S = 2.0
 _MAX_INDENT = 100
 _MAX_BITS = 4096  # of an integer that a template computes
-# Jinja's filters without those that build much from little, reach attributes by name, or have no business in
-# a prompt.
-_FILTERS = frozenset(
-    (
-        *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby"),
-        *("int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr"),
-        *("reverse", "round", "safe", "select", "selectattr", "sort", "string", "title", "trim", "truncate"),
-        *("unique", "upper"),
-    )
-)
 _PADDING = frozenset(["center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"])
 _WIDTH = re.compile(r"\d{4}|\*")
 
@@ -118,7 +108,7 @@ def _compile(source: str) -> Template:
 def _environment() -> _Environment:
     # Folding constants would run a template's operations while it is compiled.
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=template_extensions(), optimized=False)
-    environment.filters = {name: environment.filters[name] for name in _FILTERS}
+    environment.filters = {name: environment.filters[name] for name in FILTERS}
     environment.filters.update(join=_join, replace=_replace, indent=_indent, tojson=_tojson)
     for name in ("lipsum", "cycler", "joiner"):
         environment.globals.pop(name)

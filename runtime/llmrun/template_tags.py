@@ -1,6 +1,6 @@
-"""The tags that a chat template may have beside Jinja's own: those of transformers' `apply_chat_template`.
+"""What a chat template may have: tags beside Jinja's own, those of transformers' `apply_chat_template`, and filters.
 
-Out: extensions for a Jinja environment. The packager, which parses a template, and the runtime, which renders
+Out: extensions for a Jinja environment, and names. The packager, which parses a template, and the runtime, which renders
 it, take them from here, so that what was packed can be rendered. jinja2 is imported when they are asked for.
 """
 
@@ -9,7 +9,18 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-__all__ = ["template_extensions"]
+__all__ = ["FILTERS", "template_extensions"]
+
+# Jinja's filters without those that build much from little, reach attributes by name, or have no business in
+# a prompt.
+FILTERS = frozenset(
+    (
+        *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby"),
+        *("indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject"),
+        *("rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title"),
+        *("tojson", "trim", "truncate", "unique", "upper"),
+    )
+)
 
 
 @functools.cache

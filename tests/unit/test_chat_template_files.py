@@ -6,6 +6,7 @@ from tokenizer_makers import edit_json, load_files, train_byte_level
 from llmpack.tokenizer_files import read_tokenizer
 from llmrun.artifact import IncompatibleError
 from llmrun.chat import render_chat
+from llmrun.errors import UsageError
 from llmrun.server.tools import tool_form
 
 MESSAGES = [{"role": "user", "content": "Where is the house?"}]
@@ -22,6 +23,7 @@ def model(tmp_path):
 
 def _in_config(model, **templates):
     several = [{"name": name, "template": template} for name, template in templates.items()]
+    (model / "chat_template.jinja").unlink(missing_ok=True)  # `load_files` leaves one
     edit_json(model, "tokenizer_config.json", chat_template=several)
 
 
@@ -38,6 +40,7 @@ def test_chat_template_from_each_place(model):
     edit_json(model, "tokenizer_config.json", chat_template="{{ 'config' }}")
     assert read_tokenizer(model, 500).chat_template == "{{ 'config' }}"
     several = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
+    (model / "chat_template.jinja").unlink(missing_ok=True)  # `load_files` leaves one
     edit_json(model, "tokenizer_config.json", chat_template=several)
     assert read_tokenizer(model, 500).chat_template == "d"
     (model / "chat_template.jinja").write_text("{{ 'é' }}{% for m in messages %}{% break %}{% endfor %}", "utf-8")
@@ -67,8 +70,9 @@ def test_a_template_of_another_type_is_refused(model):
 @pytest.mark.parametrize("write", [_in_config, _in_files])
 def test_a_template_for_tools_is_used_where_transformers_uses_it(write, tools, model):
     write(model, default=PLAIN, tool_use=WITH_TOOLS)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(model)
     files = read_tokenizer(model, 500)
-    ours, theirs = load_files(files), pytest.importorskip("transformers").AutoTokenizer.from_pretrained(model)
+    ours = load_files(files)
     assert render_chat(ours, MESSAGES, tools=tools) == theirs.apply_chat_template(
         MESSAGES, tools=tools, tokenize=False, add_generation_prompt=True
     )
@@ -78,7 +82,7 @@ def test_a_template_for_tools_is_used_where_transformers_uses_it(write, tools, m
 
 
 @pytest.mark.parametrize(
-    "ours", ["", "\n", "a\r\n", "  ", " {% if 1 %}\n {% endif %}\n\n", "x\n  {#- c #}\n", "{{ 1 }}\n \n"]
+    "ours", ["{# c #}", "\n", "a\r\n", "  ", " {% if 1 %}\n {% endif %}\n\n", "x\n  {#- c #}\n", "{{ 1 }}\n \n"]
 )
 @pytest.mark.parametrize("other", ["\n  y", " {% set z = 1 %}\n{{ z }}"])
 def test_white_space_at_the_seams_stays_what_it_was(ours, other, model):
@@ -111,3 +115,45 @@ def test_a_template_for_tools_that_does_not_parse_is_refused(model):
     _in_files(model, default="d", tool_use="{% if %}")
     with pytest.raises(IncompatibleError, match=r"additional_chat_templates/tool_use\.jinja: chat template"):
         read_tokenizer(model, 500)
+
+
+def test_tokens_with_names_are_those_of_transformers(model):
+    asked = "{{ bos_token }}{{ pad_token }}{{ unk_token }}{{ boi_token }}{{ eoi_token }}{{ im }}{{ nosuch_token }}"
+    tokens = {
+        "pad_token": "<|eot_id|>",
+        "unk_token": {"__type": "AddedToken", "content": "<tool>"},
+        "boi_token": "<tool>",
+    }
+    extra = {"eoi_token": "<|eot_id|>", "im": "<|end_header_id|>"}
+    edit_json(model, "tokenizer_config.json", **tokens, extra_special_tokens=extra, chat_template=f"  {asked}\n ")
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(model)
+    files = read_tokenizer(model, 500)
+    assert render_chat(load_files(files), MESSAGES) == theirs.apply_chat_template(MESSAGES, tokenize=False)
+    assert files.chat_template.count("{% set ") == 5
+
+
+def test_what_a_template_sets_itself_is_not_set(model):
+    template = "{{ bos_token }}{% set pad_token = 1 %}{{ pad_token }}{{ sep_token }}"
+    edit_json(model, "tokenizer_config.json", pad_token="<tool>", chat_template=template)
+    assert read_tokenizer(model, 500).chat_template == template
+
+
+@pytest.mark.parametrize("text", ['a"b', "%}{{ 1 }}", "\\n'", "\n\t\x01", "é\u2028🦙"], ids=ascii)
+def test_the_text_of_a_token_is_text_to_the_template(text, model):
+    edit_json(model, "tokenizer_config.json", pad_token=text, chat_template="{{ pad_token }}")
+    assert render_chat(load_files(read_tokenizer(model, 500)), MESSAGES) == text
+
+
+def test_filters_that_the_runtime_does_not_have_are_noted(model):
+    template = "{% if tools %}{{ [1] | sum }}{{ 'x' | nosuch(5) }}{% endif %}{{ 'ok' | trim | replace('o', 'O') }}"
+    edit_json(model, "tokenizer_config.json", chat_template=template)
+    files = read_tokenizer(model, 500)
+    assert files.notes == ("chat template: filters 'nosuch', 'sum': not supported: chats that come to them fail",)
+    assert render_chat(load_files(files), MESSAGES) == "Ok"
+    with pytest.raises(UsageError, match="No filter named 'sum'"):
+        render_chat(load_files(files), MESSAGES, tools=TOOLS)
+
+
+def test_a_filter_that_nobody_has_hides_no_token(model):
+    edit_json(model, "tokenizer_config.json", chat_template="{{ 'x' | nosuch }}{{ pad_token }}", pad_token="<tool>")
+    assert read_tokenizer(model, 500).chat_template.startswith('{% set pad_token = "<tool>" %}')
