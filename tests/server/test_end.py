@@ -56,6 +56,54 @@ def test_a_drain_that_takes_too_long_ends_with_an_error_event(packed_demo: Packe
     assert got[-1]["error"]["code"] == "shutting_down"
 
 
+BUSY = """
+import time
+
+import llmrun.server.grammar as grammar
+import llmrun.server.json_body as json_body
+
+parse_json, compile_grammar = json_body.parse_json, grammar.Grammars._compile
+
+
+def parse_slowly(data, **options):
+    time.sleep(60 if b"parse slowly" in data else 0)
+    return parse_json(data, **options)
+
+
+def compile_slowly(self, grammar):
+    time.sleep(60 if "compile slowly" in grammar else 0)
+    return compile_grammar(self, grammar)
+
+
+json_body.parse_json, grammar.Grammars._compile = parse_slowly, compile_slowly
+"""
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("fields", [{"user": "parse slowly"}, {"structured_outputs": {"choice": ["compile slowly"]}}])
+def test_no_work_for_a_request_outlasts_the_server(
+    fields: dict[str, Any], num_ranks: int, packed_demo: Packed, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BUSY)
+    with Served(
+        packed_demo(num_ranks, "f32"), "--drain-timeout", 1, environment={"PYTHONPATH": str(tmp_path)}
+    ) as served:
+        answers: list[Any] = []
+        body = {"prompt": "The king", "max_tokens": 2, **fields}
+        asker = threading.Thread(target=lambda: answers.append(served.request("/v1/completions", body).status))
+        asker.daemon = True
+        asker.start()
+        time.sleep(1)
+        assert not answers  # a thread is busy
+        told = time.monotonic()
+        served.job.process.terminate()
+        served.job.process.wait(30)
+        seconds = time.monotonic() - told
+        outcome = served.wait()
+    assert (outcome.code, outcome.errors, outcome.leftovers) == (0, [], [])
+    assert seconds < 8  # a second of draining, two for the last connections
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped", "by mpirun"])
 def test_a_lost_rank_is_told_to_every_stream(how: str, packed_demo: Packed) -> None:
     launcher = mpirun_command(2) if how == "by mpirun" else None

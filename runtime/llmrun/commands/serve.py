@@ -6,9 +6,11 @@ Rank 0 listens, the others compute with it. Needs `pip install 'llmpack[serve]'`
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,10 +79,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise IncompatibleError(f"{missing[0]} is not installed: `pip install 'llmpack[serve]'`.", code="E417")
     command = _Serve(arguments)
     work = common.RankWork(command.serve, command.prepare, drains=True)
-    return common.run_on_ranks(arguments, work)
+    atexit.register(command.end)  # before anything else is, and so called last: MPI has been left by then
+    command.code = common.run_on_ranks(arguments, work)
+    return command.code
 
 
 class _Serve:
+    code: int | None = None  # the process's, once the job has ended in order
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._limits = limits_of_server.from_arguments(arguments)
@@ -137,6 +143,14 @@ class _Serve:
         if service.failure is not None:
             raise service.failure
         return 0
+
+    def end(self) -> None:
+        """Leave a thread that still compiles or parses where it is: it might meet an interpreter half taken down."""
+        if self.code is not None and self._service is not None and self._service.is_busy:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+            os._exit(self.code)
 
 
 def _read_keys(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -257,7 +257,7 @@ def _on_deep_stack(work: Callable[[], _Result], stack_bytes: int) -> _Result:
         except BaseException as error:
             outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, name="grammar")
+    thread = threading.Thread(target=run, name="grammar", daemon=True)
     previous = threading.stack_size(min(max(stack_bytes, _LEAST_STACK_BYTES), _MOST_STACK_BYTES))
     try:
         thread.start()

@@ -7,7 +7,6 @@ changed on the server's thread unless said otherwise.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from llmrun.server.json_body import parse_json
 from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
 from llmrun.server.schemas import Schemas
+from llmrun.server.workers import Workers
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -54,8 +54,8 @@ class Service:
         self.on_over: Callable[[], None] = lambda: None  # tells the listening server to end
         self._capacity = max_num_seqs + limits.max_queue
         self._answers: set[Answer] = set()
-        self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "worker")
-        self._compiler = concurrent.futures.ThreadPoolExecutor(1, "grammar")
+        self._workers = Workers(WORKERS, "worker")
+        self._compiler = Workers(1, "compiler")
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._progress: tuple[int, float] = (0, time.monotonic())
 
@@ -128,6 +128,11 @@ class Service:
         while self._answers and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(0.1)  # for the last bytes
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread still works for a request, which it may do for long after the server has given up on it."""
+        return self._workers.is_busy or self._compiler.is_busy
 
     def _on_server(self, action: Callable[[], None]) -> None:
         if self._asyncio is not None and not self._asyncio.is_closed():
