@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError, bad
+from llmrun.server.json_body import json_at, parse_json
+from llmrun.server.json_schema import checked_schema
 from llmrun.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"(\n[ \t]{0,24}| )?"}
 _STACK_BYTES_A_BYTE = 4096
 _LEAST_STACK_BYTES, _MOST_STACK_BYTES = 8 << 20, 4 << 30
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+\s*::=", re.MULTILINE)
+_JSON_IN_LARK = re.compile(r"%json\s*")
 _Result = TypeVar("_Result")
 
 
@@ -112,7 +115,7 @@ class Grammars:
                 if len(text) > self._limits.max_schema_bytes:
                     raise bad(f"the choices are larger than {self._limits.max_schema_bytes} bytes.", "response_format")
                 return LLMatcher.grammar_from_regex(text)
-            return LLMatcher.grammar_from_lark(_lark(source))
+            return LLMatcher.grammar_from_lark(self._checked_lark(_lark(source)))
         except ApiError:
             raise
         except Exception as error:
@@ -121,11 +124,22 @@ class Grammars:
     def _checked_schema(self, source: Any) -> Any:
         limits = self._limits
         if isinstance(source, str):
-            from llmrun.server.json_body import parse_json
-
             source = parse_json(source.encode(), max_depth=limits.max_schema_depth)
-        check_schema(source, limits)
-        return source
+        return checked_schema(source, limits)
+
+    def _checked_lark(self, source: str) -> str:
+        """Return a grammar with the schemas in it, which stand after `%json`, checked as others are."""
+        pieces, at = [], 0
+        for match in _JSON_IN_LARK.finditer(source):
+            if match.start() < at:  # within a schema
+                continue
+            try:
+                schema, end = json_at(source, match.end(), max_depth=self._limits.max_schema_depth)
+            except ApiError as error:
+                raise _refused(f"%json: {error.message}") from None
+            pieces += [source[at : match.end()], json.dumps(checked_schema(schema, self._limits))]
+            at = end
+        return "".join([*pieces, source[at:]])
 
     def _compile(self, grammar: str) -> Any:
         from llguidance import LLMatcher, LLParserLimits
@@ -212,39 +226,6 @@ class TokenConstraint:
     def is_done(self) -> bool:
         """Whether nothing can follow."""
         return self._matcher.is_stopped()
-
-
-def check_schema(schema: Any, limits: Limits, param: str = "response_format") -> None:
-    """Refuse a JSON schema that is too large, too deep, has too many enum values, or points outside of itself.
-
-    Args:
-        schema: whatever JSON holds.
-        limits: the server's.
-        param: the request's field that it came in.
-    Raises:
-        ApiError: 400.
-    """
-    size = len(json.dumps(schema, ensure_ascii=False).encode())
-    if size > limits.max_schema_bytes:
-        raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", param)
-    level, depth = [schema], 0
-    while level:
-        depth += 1
-        if depth > limits.max_schema_depth:
-            raise bad(f"the schema is nested more than {limits.max_schema_depth} deep.", param)
-        deeper: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                values = item.get("enum")
-                if isinstance(values, list) and len(values) > limits.max_enum:
-                    raise bad(f"an enum of {len(values)}: at most {limits.max_enum} are allowed.", param)
-                target = item.get("$ref")
-                if isinstance(target, str) and not target.startswith("#"):
-                    raise bad(f"$ref {target[:100]!r}: only references within the schema are allowed.", param)
-                deeper += item.values()
-            elif isinstance(item, list):
-                deeper += item
-        level = deeper
 
 
 def _on_deep_stack(work: Callable[[], _Result], stack_bytes: int) -> _Result:

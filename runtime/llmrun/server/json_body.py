@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from llmrun.server.errors import ApiError, bad
@@ -21,14 +22,28 @@ def parse_json(data: bytes, *, max_depth: int) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise bad(f"the body is not UTF-8: byte {error.start}.", code="invalid_json") from None
+    return _decoded(lambda decoder: decoder.decode(text), max_depth)
+
+
+def json_at(text: str, start: int, *, max_depth: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at `start`, and where it ends.
+
+    Raises:
+        ApiError: 400, with what is wrong with it.
+    """
+    value, end = _decoded(lambda decoder: list(decoder.raw_decode(text, start)), max_depth + 1)
+    return value, end
+
+
+def _decoded(decode: Callable[[json.JSONDecoder], Any], max_depth: int) -> Any:
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_int=lambda digits: int(_number(digits)),
+        parse_float=_float,
+        parse_constant=_constant,
+    )
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=lambda digits: int(_number(digits)),
-            parse_float=_float,
-            parse_constant=_constant,
-        )
+        value = decode(decoder)
     except RecursionError:
         raise bad("the body is nested too deeply.", code="invalid_json") from None
     except ValueError as error:

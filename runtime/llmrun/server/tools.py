@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrun.server.errors import bad
-from llmrun.server.grammar import JSON_OPTIONS, check_schema
+from llmrun.server.grammar import JSON_OPTIONS
+from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema
 from llmrun.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BETWEEN = re.compile(r"[ \t\r\n;,]*")
 MAX_CALLS = 64
-# What JSON Schema calls these holds schemas by name, or values that are no schemas.
-_MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
-_VALUES = frozenset(("const", "enum", "default", "examples"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str
             {"type": "object", "properties": properties, "required": ["name", form.key], "additionalProperties": False}
         )
     schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
-    check_schema(schema, limits, "tools")
+    schema = checked_schema(schema, limits, "tools")
     if not form.opening:
         return "json", schema
     text = json.dumps({**schema, "x-guidance": JSON_OPTIONS})
@@ -107,9 +105,9 @@ def _moved(schema: Any, root: str) -> Any:
     for name, value in schema.items():
         if name == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
             moved[name] = root + value[1:]
-        elif name in _MAPS_OF_SCHEMAS and isinstance(value, dict):
+        elif name in MAPS_OF_SCHEMAS and isinstance(value, dict):
             moved[name] = {key: _moved(item, root) for key, item in value.items()}
-        elif name in _VALUES:
+        elif name in VALUES:
             moved[name] = value
         elif name not in ("$id", "$schema"):
             moved[name] = _moved(value, root)

@@ -1,0 +1,188 @@
+"""What a client's JSON schema must keep before the grammar library gets it.
+
+The library (llguidance 1.9) reads numbers as floats and bounds of integers as 64 bits, and has no limit for what
+`multipleOf` costs. Beyond that it ends the process (integers from -1e19 to -1e19: a recursion without an end), takes all
+memory, or lets through what the schema does not. So such schemas are refused; only bounds that no value comes near are
+replaced by the farthest that it keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+from typing import Any, TypeGuard
+
+from llmrun.server.errors import bad
+from llmrun.server.limits import Limits
+
+# What JSON Schema calls these holds schemas by name, or values that are no schemas.
+MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+VALUES = frozenset(("const", "enum", "default", "examples"))
+_ANNOTATIONS = frozenset(
+    ("$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated")
+)
+_COMBINING = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
+_BOUNDS = (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1))  # inclusive, exclusive, inwards
+_EXACT = 2**53  # up to here a float is any integer
+_FARTHEST = 2**63 - 1024  # the last float below 2^63
+# The library's work: a prime of five digits takes 0.7 s and 75 MB, of eight all memory; zeros at the end cost nothing.
+_MOST_REMAINDERS = 10_000
+
+
+def checked_schema(schema: Any, limits: Limits, param: str = "response_format") -> Any:
+    """Return a JSON schema with bounds that the library keeps.
+
+    Args:
+        schema: whatever JSON holds.
+        limits: the server's.
+        param: the request's field that it came in.
+    Raises:
+        ApiError: 400: it is too large or too deep, has too many enum values, points outside of itself, or holds a number
+            that the library does not keep, or not at a bearable price.
+    """
+    size = len(json.dumps(schema, ensure_ascii=False).encode())
+    if size > limits.max_schema_bytes:
+        raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", param)
+    factors: set[Decimal] = set()
+    has_intersections = False
+    level, depth = [schema], 0
+    while level:
+        depth += 1
+        if depth > limits.max_schema_depth:
+            raise bad(f"the schema is nested more than {limits.max_schema_depth} deep.", param)
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                values = item.get("enum")
+                if isinstance(values, list) and len(values) > limits.max_enum:
+                    raise bad(f"an enum of {len(values)}: at most {limits.max_enum} are allowed.", param)
+                target = item.get("$ref")
+                if isinstance(target, str) and not target.startswith("#"):
+                    raise bad(f"$ref {target[:100]!r}: only references within the schema are allowed.", param)
+                if _is_number(factor := item.get("multipleOf")) and factor:
+                    factors.add(abs(Decimal(repr(factor))))
+                has_intersections |= _is_intersection(item)
+                deeper += item.values()
+            elif isinstance(item, list):
+                deeper += item
+        level = deeper
+    _check_factors(factors, param, has_intersections=has_intersections)
+    return _kept(schema, param)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_intersection(schema: dict[str, Any]) -> bool:
+    """Tell whether a value must be of several schemas at once."""
+    combining = schema.keys() & _COMBINING
+    several = schema.get("allOf")
+    return bool(combining) and (
+        len(combining) > 1
+        or bool(schema.keys() - _ANNOTATIONS - combining)
+        or (isinstance(several, list) and len(several) > 1)
+    )
+
+
+def _check_factors(factors: set[Decimal], param: str, *, has_intersections: bool) -> None:
+    """Bound the remainders that the library keeps apart: their sum, or their product where one number may have several."""
+    digits = [int("".join(map(str, factor.normalize().as_tuple().digits))) for factor in factors]
+    num_remainders = sum(digits)
+    if has_intersections and len(factors) > 1 and num_remainders <= _MOST_REMAINDERS:
+        places = max(-int(factor.normalize().as_tuple().exponent) for factor in factors)
+        spread = max(factor.adjusted() for factor in factors) + places
+        if spread <= 30:
+            num_remainders = math.lcm(*(int(factor.scaleb(max(places, 0))) for factor in factors))
+        else:
+            num_remainders = _MOST_REMAINDERS + 1
+    if num_remainders > _MOST_REMAINDERS:
+        raise bad(
+            f"multipleOf has too many digits: at most {_MOST_REMAINDERS} as a whole number without zeros at its end,"
+            " all of a schema together.",
+            param,
+        )
+
+
+def _kept(schema: Any, param: str) -> Any:
+    """Return a schema, or what stands in its place, with bounds that the library keeps."""
+    if isinstance(schema, list):
+        return [_kept(item, param) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in MAPS_OF_SCHEMAS and isinstance(value, dict):
+            if not all(isinstance(item, (dict, bool)) for item in value.values()):
+                raise bad(f"{name} in the schema holds something else than schemas.", param)
+            kept[name] = {key: _kept(item, param) for key, item in value.items()}
+        elif name in VALUES:
+            if name in ("const", "enum"):
+                _check_values(value, param)
+            if _kept(value, param) != value:  # a reference may point here, too
+                raise bad(f"{name} in the schema holds a schema with a number that this server cannot keep.", param)
+            kept[name] = value
+        else:
+            kept[name] = _kept(value, param)
+    _narrow(kept, param)
+    return kept
+
+
+def _check_values(value: Any, param: str) -> None:
+    """Refuse a number that the library would write with other digits, or take for the end of 64 bits."""
+    if isinstance(value, list):
+        for item in value:
+            _check_values(item, param)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _check_values(item, param)
+    elif _is_number(value) and (
+        abs(value) > _FARTHEST or (abs(value) > _EXACT and isinstance(value, int) and _as_written(value) != value)
+    ):
+        raise _inexact(value, param)
+
+
+def _as_written(number: int) -> Decimal:
+    """Return what the library writes: the fewest digits that tell the float from its neighbours."""
+    return Decimal(repr(float(number)))
+
+
+def _narrow(schema: dict[str, Any], param: str) -> None:
+    """Replace bounds that are too far away to matter, in place; refuse others that the library does not keep."""
+    for inclusive, exclusive, sign in _BOUNDS:
+        for name in (inclusive, exclusive):
+            bound = schema.get(name)
+            if not _is_number(bound):
+                continue
+            if sign * bound < -_FARTHEST:
+                del schema[name]
+                schema.setdefault(inclusive, -sign * _FARTHEST)
+            elif (
+                sign * bound > _FARTHEST
+                or (abs(bound) > _EXACT and bound != float(bound))
+                or (name == exclusive and abs(bound) >= _EXACT)  # it would be rounded after one has been added
+            ):
+                raise _inexact(bound, param)
+    if schema.get("type") == "integer":
+        return
+    for (inclusive, exclusive, sign), opposite in zip(_BOUNDS, reversed(_BOUNDS), strict=True):
+        bound = schema.get(exclusive)
+        others = [sign * schema[name] for name in opposite[:2] if _is_number(schema.get(name))]
+        # Between 0 and 0.5, say: the library takes the 0.
+        if (
+            _is_number(bound)
+            and others
+            and bound == int(bound)
+            and sign * bound >= 0
+            and min(others) < sign * bound + 1
+        ):
+            raise bad(
+                f"the schema's {exclusive} {bound} with another bound less than 1 away:"
+                f" this server cannot keep {bound} itself out. Use {inclusive}.",
+                param,
+            )
+
+
+def _inexact(number: float, param: str) -> Exception:
+    return bad(f"the schema holds {str(number)[:70]}, a number that this server cannot keep exactly.", param)
