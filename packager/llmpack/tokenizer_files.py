@@ -3,13 +3,13 @@
 In: a Hugging Face model directory. Out: `TokenizerFiles`, all that an artifact says about the tokenizer. The tokenizer's
 file itself goes into the artifact verbatim; nothing is converted.
 
-Which file. A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too,
-transformers 5 takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds
-the rules of the sentencepiece model: then `tokenizer.model` is the one that gives its ids. Of any other class
-(PreTrainedTokenizerFast: Llama 3) it uses `tokenizer.json`, and so do we, and also when there are added tokens
-that are not special, or swallow the white space beside them, or where tokenizer_config.json says otherwise
-where a space is put before a word (`legacy`, `add_prefix_space`): a `tokenizer.model` cannot hold that. With a
-`tokenizer.model` alone, all added tokens are taken as special, and the rest of these is refused.
+Which file. A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too, transformers 5
+takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds the rules of the
+sentencepiece model: then `tokenizer.model` is the one that gives its ids. Of any other class (PreTrainedTokenizerFast:
+Llama 3) it uses `tokenizer.json`, and so do we, and also when the vocabulary of `tokenizer.model` is another (it was
+left from the base model), and when it cannot hold what the other files say: added tokens that are not special or
+swallow the white space beside them, a space put elsewhere than sentencepiece puts it (`legacy`, `add_prefix_space`).
+With a `tokenizer.model` alone, all added tokens are taken as special, and the rest of these is refused.
 
 Which ids. EOS: those of generation_config.json, else of config.json, and the tokenizer's own beside them. BOS: the
 tokenizer's files, by post-processor or by name, else generation_config.json, else config.json, since
@@ -248,6 +248,8 @@ def _open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_s
                 f"{path}: found words in base64 (tiktoken), expected sentencepiece's format, or a tokenizer.json. {_SAVE_ONE}"
             ) from None
         raise
+    if has_json and not _has_pieces(files.json("tokenizer.json"), library):
+        return _open_json(files, added, vocab_size)
     said = next(((key, *of_key) for key, of_key in _PREFIXES.items() if config.get(key) is of_key[0]), None)
     if said is None:
         return library
@@ -261,6 +263,18 @@ def _open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_s
     raise IncompatibleError(
         f"{path}: tokenizer_config.json: {key}: found {value!r}, expected a tokenizer.json, which {says}. {_SAVE_ONE}"
     )
+
+
+def _has_pieces(document: dict[str, Any], library: Library) -> bool:
+    """Tell whether the vocabulary of a tokenizer.json is that of a tokenizer.model: texts, ids and number."""
+    model = document.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # of a Unigram model: [text, score]
+        vocab = {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    if not isinstance(vocab, dict) or len(vocab) <= library.highest_id:
+        return False
+    # A token that was added may be there too, and is unknown to the library if the model has no id for it.
+    return all(library.find(text) in (i, None if i >= library.vocab_size else i) for text, i in vocab.items())
 
 
 def _prefix(document: dict[str, Any]) -> str:

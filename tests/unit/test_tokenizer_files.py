@@ -1,6 +1,7 @@
 """What the packager finds in a model directory, and what it refuses."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -157,6 +158,30 @@ def test_added_tokens_that_are_not_special_need_tokenizer_json(sp):
     files = read_tokenizer(sp, 421)
     assert files.kind == "tokenizers"
     assert "<tool>" not in files.special_tokens
+
+
+@pytest.mark.parametrize("vocab_size", [380, 440])
+def test_a_tokenizer_model_of_another_vocabulary_gives_way_to_tokenizer_json(vocab_size, sp):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    before = theirs.from_pretrained(sp).encode("the house")
+    theirs.from_pretrained(sp).backend_tokenizer.save(str(sp / "tokenizer.json"))
+    (sp / "other").mkdir()
+    train_sentencepiece(sp / "other", vocab_size=vocab_size, user_defined_symbols=["\n"])
+    shutil.copy(sp / "other/tokenizer.model", sp)
+    files = read_tokenizer(sp, 440)
+    assert files.source_file.name == "tokenizer.json"
+    assert load_files(files).encode("the house") == theirs.from_pretrained(sp).encode("the house") == before
+
+
+def test_a_byte_level_tokenizer_json_goes_before_the_tokenizer_model_that_it_replaced(sp):
+    train_byte_level(sp)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(sp)
+    before = theirs.encode("the house")
+    document = json.loads((sp / "tokenizer.json").read_text("utf-8"))
+    added = [token for token in document["added_tokens"] if token["special"]]
+    edit_json(sp, "tokenizer.json", added_tokens=added)
+    edit_json(sp, "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    assert load_files(read_tokenizer(sp, 500)).encode("the house") == before
 
 
 def test_a_tokenizer_model_that_is_not_sentencepiece_s_gives_way_to_tokenizer_json(bl):
