@@ -27,6 +27,7 @@ from llmrun import console, stdin
 from llmrun.errors import ResourceError
 from llmrun.launcher import (
     LAUNCH_VARIABLE,
+    MPICH,
     die_with_parent,
     find_mpirun,
     mpirun_environment,
@@ -69,12 +70,33 @@ def rank_command(num_ranks: int) -> list[str]:
 
     Raises:
         IncompatibleError: there is no mpirun of this environment.
+        ResourceError: it could not enter the working folder.
     """
     command = [sys.executable, "-P", "-m", "llmrun"]  # -P: no modules of the folder that we happen to be in
     if num_ranks == 1:
         return command
     mpirun, family = find_mpirun()
+    _expect_working_folder(family)
     return [mpirun, *mpirun_options(family, num_ranks), *command]
+
+
+def _expect_working_folder(family: str) -> None:
+    """Refuse a folder that was left to us, by `sudo` say, and that mpirun, which enters it by its name, cannot enter.
+
+    Raises:
+        ResourceError: this user may not enter it, or it was deleted and mpirun is Open MPI's; MPICH's does without.
+    """
+    try:
+        os.stat(os.path.join(os.getcwd(), "."))
+    except FileNotFoundError:
+        if family == MPICH:
+            return
+        what = "was deleted"
+    except PermissionError:
+        what = "may not be entered by this user"
+    else:
+        return
+    raise ResourceError(f"the working folder {what}, and mpirun must enter it. `cd` to another one.", code="E508")
 
 
 def start_ranks(
@@ -200,7 +222,8 @@ def job_exit_code(code: int, note: Path, log: Path) -> int:
         pass
     number = -code if code < 0 else code - 128 if code > 128 else code
     if not 0 <= code < 8 and number in _FATAL_SIGNALS:
-        what = f"a rank was killed by {signal.Signals(number).name} (out of memory, or somebody's kill)"
+        by_whom = " (out of memory, or somebody's kill)" if number in (signal.SIGKILL, signal.SIGTERM) else ""
+        what = f"a rank was killed by {signal.Signals(number).name}{by_whom}"
     elif (note.parent / "started").exists():
         what = "a rank left before the work was done"
     else:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,25 @@ def test_a_system_without_a_temporary_folder_is_told_what_to_do(packed_tiny: Pac
     outcome = RunningJob(command).finish()
     assert (outcome.code, outcome.stdout, len(outcome.errors)) == (5, "", 1)
     assert "Set TMPDIR" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("is_gone", [False, True], ids=["forbidden", "deleted"])
+def test_a_working_folder_that_mpirun_cannot_enter(is_gone: bool, packed_tiny: Packed, tmp_path: Path) -> None:
+    leave = "os.rmdir(sys.argv[1])" if is_gone else "os.chmod(sys.argv[1], 0)"
+    program = f"import os, sys; os.chdir(sys.argv[1]); {leave}; os.execvp(sys.argv[2], sys.argv[2:])"
+    command = llmrun_command(packed_tiny(2, "f32"), "-p", "a", "-n", 1)
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may enter every folder, and there is no setpriv to take that away")
+        command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    outcome = RunningJob([sys.executable, "-c", program, str(folder), *command]).finish()
+    if is_gone and launcher.library_family() == launcher.MPICH:
+        assert (outcome.code, outcome.errors) == (0, [])
+    else:
+        assert (outcome.code, len(outcome.errors), outcome.stderr.count("\n")) == (5, 1, 1)
+        assert ("was deleted" if is_gone else "may not be entered") in outcome.errors[0]
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -95,6 +95,22 @@ def test_the_jobs_own_exit_code_wins(
     assert ("unrecognized option" in err) == (mpirun_code == 213)  # mpirun's own words, if nobody explains the end
 
 
+@pytest.mark.parametrize(
+    ("mpirun_code", "words"),
+    [
+        (137, "SIGKILL (out of memory, or somebody's kill);"),
+        (-15, "SIGTERM (out of memory, or somebody's kill);"),
+        (139, "killed by SIGSEGV;"),
+        (134, "killed by SIGABRT;"),
+    ],
+)
+def test_only_a_kill_is_somebodys(
+    mpirun_code: int, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.job_exit_code(mpirun_code, tmp_path / "exit-code", tmp_path / "mpirun.log") == 6
+    assert words in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("leaves_after_s", "log"), [("60", ""), ("0.5; echo left in time", "left in time\n")])
 def test_an_mpirun_that_does_not_see_the_end_is_killed(
     leaves_after_s: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
