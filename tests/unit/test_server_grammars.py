@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from grammar_walk import walk
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError
@@ -152,6 +153,34 @@ def test_the_longest_chain_of_references_has_stack(chain: str, grammars: Grammar
 def test_a_small_limit_leaves_stack_enough(tokenizer: Tokenizer) -> None:
     grammars = Grammars(tokenizer, tokenizer.vocab_size, sorted(tokenizer.eos_token_ids), Limits(max_schema_bytes=4))
     assert np.any(grammars.constraint("choice", ["yes"]).mask([]))
+
+
+def test_a_grammar_is_converted_once_and_in_the_time_for_compiling(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(grammar_timeout=0.5)
+    service = Service(limits, ["m"], "vllm", 8)
+    service.grammars = Grammars(tokenizer, tokenizer.vocab_size, sorted(tokenizer.eos_token_ids), limits)
+    service.grammars.constraint("choice", ["ready"])
+    converted: list[str] = []
+
+    def convert(text: str) -> str:
+        converted.append(threading.current_thread().name)
+        if "slow" in text:
+            time.sleep(3)
+        return gbnf_to_lark(text)
+
+    monkeypatch.setattr("llguidance.gbnf_to_lark.gbnf_to_lark", convert)
+    source = ("grammar", 'root ::= "a" rest\nrest ::= "b"')
+    for _ in range(2):
+        asyncio.run(service.compile(source))
+        for _ in range(8):
+            service.constraint(source)
+    assert converted == ["grammar"]
+    started = time.monotonic()
+    with pytest.raises(ApiError, match="took longer"):
+        asyncio.run(service.compile(("grammar", 'root ::= "slow"')))
+    assert time.monotonic() - started < 2
 
 
 def test_the_cache_of_grammars_is_bounded(grammars: Grammars) -> None:

@@ -65,34 +65,30 @@ class Grammars:
         Raises:
             ApiError: 400, with what is wrong with the source.
         """
-        grammar = self._grammar(kind, source)
-        base = self._remembered(grammar)
+        key = _key(kind, source)
+        base = self._remembered(key)
         if base is None:
             with self._compiling:
-                base = self._remembered(grammar)  # by another thread, meanwhile
+                base = self._remembered(key)  # by another thread, meanwhile
                 if base is None:
                     stack_bytes = _STACK_BYTES_A_BYTE * self._limits.max_schema_bytes
-                    base = _on_deep_stack(lambda: self._compile(grammar), stack_bytes)
-                    self._remember(grammar, base)
+                    base = _on_deep_stack(lambda: self._compile(self._grammar(kind, source)), stack_bytes)
+                    self._remember(key, base)
         return TokenConstraint(base.deep_copy(), self._vocab_size)
 
     def is_remembered(self, kind: str, source: Any) -> bool:
-        """Tell whether `constraint` need not compile the source, and not wait for those that are compiled.
+        """Tell whether `constraint` need not compile the source, and not wait for those that are compiled."""
+        return self._remembered(_key(kind, source)) is not None
 
-        Raises:
-            ApiError: 400, as `constraint`.
-        """
-        return self._remembered(self._grammar(kind, source)) is not None
-
-    def _remembered(self, grammar: str) -> Any:
+    def _remembered(self, key: str) -> Any:
         with self._lock:
-            if grammar in self._compiled:
-                self._compiled.move_to_end(grammar)
-            return self._compiled.get(grammar)
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+            return self._compiled.get(key)
 
-    def _remember(self, grammar: str, base: Any) -> None:
+    def _remember(self, key: str, base: Any) -> None:
         with self._lock:
-            self._compiled[grammar] = base
+            self._compiled[key] = base
             if len(self._compiled) > CACHE_ENTRIES:
                 self._compiled.popitem(last=False)
 
@@ -246,6 +242,11 @@ def _on_deep_stack(work: Callable[[], _Result], stack_bytes: int) -> _Result:
         threading.stack_size(previous)
     thread.join()
     return outcome.result()
+
+
+def _key(kind: str, source: Any) -> str:
+    # Of what came, not of what is made of it: converting GBNF alone can take seconds.
+    return json.dumps([kind, source])
 
 
 def _lark(source: str) -> str:
