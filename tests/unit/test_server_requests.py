@@ -138,6 +138,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("stream_options", {"include_usage": True}),
     ("response_format", {"type": "xml"}),
     ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "text", "schema": {"type": "object"}}),
     ("structured_outputs", {"yaml": 1}),
     ("structured_outputs", {"regex": "a", "json": {}}),
     ("structured_outputs", {"choice": []}),
@@ -251,6 +252,17 @@ def test_a_null_is_as_if_not_given() -> None:
 
 def test_unknown_fields_are_named() -> None:
     assert SCHEMAS.ignored(SCHEMAS.chat, {"messages": [], "foo": 1, "user": "x"}) == ["foo"]
+    message = {"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}], "mood": 1, "audio": None}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"foo": 1}, "returns": {}}}
+    options = {"include_usage": True, "x": 1}
+    body = {"messages": [message, message], "tools": [tool], "stream_options": options, "stop": ["a"], "n": {"a": 1}}
+    assert SCHEMAS.ignored(SCHEMAS.chat, body) == [
+        "messages.content.cache",
+        "messages.mood",
+        "tools.function.returns",
+        "stream_options.x",
+    ]
+    assert SCHEMAS.ignored(SCHEMAS.chat, [body]) == []
 
 
 def test_values_of_other_servers_mean_the_same() -> None:
@@ -263,11 +275,12 @@ def test_values_of_other_servers_mean_the_same() -> None:
     "field",
     [
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": 1}, "strict": True}}},
+        {"response_format": {"type": "json_object", "schema": {"a": 1}}},
         {"structured_outputs": {"json": {"a": 1}}},
         {"guided_json": {"a": 1}},
     ],
 )
-def test_three_names_of_a_schema(field: dict[str, Any]) -> None:
+def test_the_names_of_a_schema(field: dict[str, Any]) -> None:
     assert SCHEMAS.chat_call({"messages": MESSAGES, **field}).sampled.grammar == ("json", {"a": 1})
 
 

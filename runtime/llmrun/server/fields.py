@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -228,6 +228,23 @@ class Record:
         }
         result: dict[str, Any] = {"type": "object", "properties": properties, "required": list(self.required)}
         return {**result, "additionalProperties": False} if self.closed else result
+
+
+def unknown_fields(kind: Kind, value: Any) -> Iterator[str]:
+    """Yield the fields of a value that its kind does not know, those within others as `outer.inner`; none that is null."""
+    if isinstance(kind, Record) and isinstance(value, dict):
+        for name, item in value.items():
+            if item is not None and name not in kind.fields:
+                yield name
+            elif name in kind.fields:
+                yield from (f"{name}.{inner}" for inner in unknown_fields(kind.fields[name], item))
+    elif isinstance(kind, ListOf) and isinstance(value, list):
+        for item in value:
+            yield from unknown_fields(kind.item, item)
+    elif isinstance(kind, Either):
+        for types, inner in kind.kinds:
+            if isinstance(value, types):
+                yield from unknown_fields(inner, value)
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrun.server.errors import bad
-from llmrun.server.fields import AnyObject, Anything, Either, Flag, Kind, ListOf, MapOf, Number, Only, Record, Text
+from llmrun.server.fields import (
+    AnyObject,
+    Anything,
+    Either,
+    Flag,
+    Kind,
+    ListOf,
+    MapOf,
+    Number,
+    Only,
+    Record,
+    Text,
+    unknown_fields,
+)
 from llmrun.server.limits import Limits
 from llmrun.text_stream import MAX_STOP_CHARS
 
@@ -204,8 +217,8 @@ class Schemas:
         )
 
     def ignored(self, record: Record, body: Any) -> list[str]:
-        """Return the names of a body's fields that have no effect."""
-        return [name for name in body if name not in record.fields] if isinstance(body, dict) else []
+        """Return the names of a body's fields that have no effect, each once."""
+        return list(dict.fromkeys(unknown_fields(record, body)))
 
     def _sampled(self, given: Mapping[str, Any], max_tokens: int | None) -> Sampled:
         stop = given.get("stop", [])
@@ -284,6 +297,7 @@ def _common(limits: Limits) -> dict[str, Kind]:
         "response_format": Record(
             {
                 "type": Text(choices=("text", "json_object", "json_schema")),
+                "schema": AnyObject(),  # llama.cpp's, for json_object
                 "json_schema": Record(
                     {"name": Text(64), "description": Text(4096), "schema": AnyObject(), "strict": Flag()},
                     required=("schema",),
@@ -308,7 +322,9 @@ def _grammar(given: Mapping[str, Any]) -> tuple[str, Any] | None:
     found: list[tuple[str, Any]] = []
     form = given.get("response_format", {"type": "text"})
     if form["type"] == "json_object":
-        found.append(("json", {"type": "object"}))
+        found.append(("json", form.get("schema", {"type": "object"})))
+    elif "schema" in form:
+        raise bad("response_format.schema is for json_object: others have json_schema.schema.", "response_format")
     elif form["type"] == "json_schema":
         if "json_schema" not in form:
             raise bad("response_format.json_schema is missing.", "response_format")

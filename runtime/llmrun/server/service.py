@@ -193,9 +193,14 @@ class Service:
         """
         self.check_ready()
         data = await read_body(scope, receive, self.limits)
-        body = await self.in_thread(lambda: parse_json(data, max_depth=self.limits.max_json_depth))
-        names = [name for name in self.schemas.ignored(record, body) if name.isascii() and name.isidentifier()]
-        value = ",".join(names)[:200]
+
+        def work() -> tuple[Any, list[str]]:
+            body = parse_json(data, max_depth=self.limits.max_json_depth)
+            return body, self.schemas.ignored(record, body)
+
+        body, names = await self.in_thread(work)
+        shown = (name for name in names if name.isascii() and name.replace(".", "_").isidentifier())
+        value = ",".join(shown)[:200]
         return body, {"x-llmrun-ignored": value} if value else {}
 
     def check_model(self, name: str | None) -> None:
