@@ -83,18 +83,35 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
     [
         {"role": "user"},
         {"role": "user", "content": [{"type": "image_url", "text": "x"}]},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
-        {
-            "role": "assistant",
-            "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}}],
-        },
     ],
 )
 def test_messages_that_no_template_gets(message: dict[str, Any], tokenizer: Tokenizer) -> None:
     with pytest.raises(ApiError) as caught:
         chat_ids(tokenizer, [message], max_depth=64)
     assert caught.value.status == 400
+
+
+ODD_ARGUMENTS = ["not json </s>", '{"a":', "[1]", '{"a": 1, "a": 2}', '{"a":' * 600 + "1" + "}" * 600]
+
+
+@pytest.mark.parametrize("arguments", ODD_ARGUMENTS)
+def test_arguments_that_are_no_object_go_back_as_their_text(
+    arguments: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_template(tokenizer, LLAMA_TEMPLATE.replace("arguments.city", "arguments | tojson"), monkeypatch)
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "error: no object"}]
+    ids = chat_ids(tokenizer, messages, TOOLS, max_depth=64)
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert f"weather({json.dumps(arguments)})" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("arguments", ["not json", '{"a":', "[1]"])
+def test_a_call_with_arguments_that_are_no_object_is_text(arguments: str) -> None:
+    text = json.dumps({"name": "now", "arguments": arguments})
+    assert find_calls(TOOLS, text) == (text, [])
+    _, (call,) = find_calls(TOOLS, json.dumps({"name": "now", "arguments": '{"a": 1}'}))
+    assert call["function"]["arguments"] == '{"a": 1}'
 
 
 @pytest.mark.parametrize("form", [LLAMA, HERMES])

@@ -19,10 +19,13 @@ def chat_ids(
     max_depth: int,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Return the prompt's ids; the arguments of calls, which are JSON in a text, may be nested `max_depth` deep.
+    """Return the prompt's ids.
+
+    The arguments of calls, which are JSON in a text, reach the template as an object, unless they are none or nested
+    more than `max_depth` deep: then as the text.
 
     Raises:
-        ApiError: 400: a message holds something else than text, or a call's arguments are not JSON.
+        ApiError: 400: a message holds something else than text.
         UsageError: the template refuses the messages.
     """
     flat = [_flat(message, f"messages[{i}]", max_depth) for i, message in enumerate(messages)]
@@ -30,7 +33,7 @@ def chat_ids(
 
 
 def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]:
-    """Return a message as templates expect it: content as text, arguments of calls as objects."""
+    """Return a message as templates expect it: content as text, arguments of calls as objects where they are."""
     content = message.get("content")
     if isinstance(content, list):
         texts = []
@@ -51,18 +54,17 @@ def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]
         if name in message:
             flat[name] = message[name]
     if calls:
-        flat["tool_calls"] = [_call(call, where, max_depth) for call in calls]
+        flat["tool_calls"] = [_call(call, max_depth) for call in calls]
     return flat
 
 
-def _call(call: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]:
+def _call(call: dict[str, Any], max_depth: int) -> dict[str, Any]:
     function = call["function"]
+    text = function["arguments"]
     try:
-        arguments = parse_json((function["arguments"] or "{}").encode(), max_depth=max_depth)
+        arguments = parse_json((text or "{}").encode(), max_depth=max_depth)
     except ApiError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise bad(
-            f"{where}.tool_calls: the arguments of {function['name']!r} are not a JSON object.", f"{where}.tool_calls"
-        )
+        arguments = text
+    if not isinstance(arguments, dict):  # what a model has written, which it may be told
+        arguments = text
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

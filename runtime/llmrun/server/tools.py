@@ -162,6 +162,8 @@ def _calls_at(text: str, start: int, names: set[str]) -> tuple[list[dict[str, An
             return [], end
         arguments = value.get("parameters", value.get("arguments", {}))
         if isinstance(arguments, str):
+            if not _is_object(arguments):
+                return [], end
             arguments_text = arguments
         elif isinstance(arguments, dict):
             try:
@@ -174,6 +176,13 @@ def _calls_at(text: str, start: int, names: set[str]) -> tuple[list[dict[str, An
         calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
         end = _after_space(text, end)
     return calls, end
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _after_space(text: str, at: int) -> int:
