@@ -1,12 +1,19 @@
 // Products and embeddings of a GPU's graph.
 #include "ort/gpu_operator.h"
 #include "ort/ops.h"
+#include "ort/stored_weights.h"
 
 namespace llmpack::ort {
 namespace {
 
-// How weights are stored (FORMAT.md 4.3).
-enum class Storage { kF16, kQ8, kQ6, kQ4 };
+int64_t group_size_of(const NodeInfo& node, int64_t in_features) {
+    const int64_t group_size = group_size_attribute(node);
+    if (in_features % group_size != 0) {
+        throw OpError("attribute in_features is " + std::to_string(in_features) +
+                      ", expected a multiple of group_size " + std::to_string(group_size));
+    }
+    return group_size;
+}
 
 struct EmbeddingF16 {
     static constexpr const char* kName = "EmbeddingF16";
@@ -31,28 +38,31 @@ struct EmbeddingF16 {
     Operation embed;
 };
 
-template <Storage storage>
+template <WeightType storage>
 struct EmbeddingQ {
-    static constexpr const char* kName = storage == Storage::kQ8 ? "EmbeddingQ8" : "EmbeddingQ6";
+    static constexpr const char* kName = storage == WeightType::kQ8 ? "EmbeddingQ8" : "EmbeddingQ6";
     static constexpr Port kInputs[] = {{"ids", kInt32}, {"weight", kUInt8}, {"scales", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit EmbeddingQ(const NodeInfo& node)
-        : width(node.size_attribute("in_features")),
+        : num_embeddings(node.size_attribute("num_embeddings")),
+          width(node.size_attribute("in_features")),
+          group_size(group_size_of(node, width)),
           embed(Launcher::current().operation(
-              storage == Storage::kQ8 ? "embed_q8" : "embed_q6",
-              {{"in_features", width}, {"group_size", node.int_attribute("group_size")}},
+              storage == WeightType::kQ8 ? "embed_q8" : "embed_q6",
+              {{"in_features", width}, {"group_size", group_size}},
               {{"ids", kPointer}, {"weight", kPointer}, {"scales", kPointer}, {"y", kPointer}})) {}
 
     void compute(Context& context) const {
         const Tensor ids = context.input(0), weight = context.input(1), scales = context.input(2);
         ids.expect_shape({kAnySize}, "[tokens]");
+        check_quantized(storage, weight, scales, num_embeddings, width, group_size);
         const int64_t T = ids.shape[0];
         float* y = context.output(0, {T, width});
         embed.launch({T}, {ids.data, weight.data, scales.data, y}, context.gpu_stream());
     }
 
-    int64_t width;
+    int64_t num_embeddings, width, group_size;
     Operation embed;
 };
 
@@ -77,6 +87,7 @@ struct GpuMatMulF16 {
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = context.input(1);
         x.expect_shape({kAnySize, in_features}, "[tokens, in_features]");
+        check_float(weight, out_features, in_features);
         const int64_t T = x.shape[0];
         void* y = context.output_memory(0, {T, out_features});
         matmul.launch({T}, {x.data, weight.data, y, narrow(T)}, context.gpu_stream());
@@ -86,26 +97,27 @@ struct GpuMatMulF16 {
     Operation matmul;
 };
 
-template <Storage storage, ElementType type>
+template <WeightType storage, ElementType type>
 struct GpuMatMulQ {
-    static constexpr const char* kName = type == kFloat ? (storage == Storage::kQ8   ? "MatMulQ8F32"
-                                                           : storage == Storage::kQ6 ? "MatMulQ6F32"
-                                                                                     : "MatMulQ4F32")
-                                                        : (storage == Storage::kQ8   ? "MatMulQ8"
-                                                           : storage == Storage::kQ6 ? "MatMulQ6"
-                                                                                     : "MatMulQ4");
+    static constexpr const char* kName = type == kFloat ? (storage == WeightType::kQ8   ? "MatMulQ8F32"
+                                                           : storage == WeightType::kQ6 ? "MatMulQ6F32"
+                                                                                        : "MatMulQ4F32")
+                                                        : (storage == WeightType::kQ8   ? "MatMulQ8"
+                                                           : storage == WeightType::kQ6 ? "MatMulQ6"
+                                                                                        : "MatMulQ4");
     static constexpr Port kInputs[] = {{"x", kFloat16}, {"weight", kUInt8}, {"scales", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", type}};
 
     explicit GpuMatMulQ(const NodeInfo& node)
         : in_features(node.size_attribute("in_features")),
           out_features(node.size_attribute("out_features")),
-          matmul(Launcher::current().operation(storage == Storage::kQ8   ? "matmul_q8"
-                                               : storage == Storage::kQ6 ? "matmul_q6"
-                                                                         : "matmul_q4",
+          group_size(group_size_of(node, in_features)),
+          matmul(Launcher::current().operation(storage == WeightType::kQ8   ? "matmul_q8"
+                                               : storage == WeightType::kQ6 ? "matmul_q6"
+                                                                            : "matmul_q4",
                                                {{"in_features", in_features},
                                                 {"out_features", out_features},
-                                                {"group_size", node.int_attribute("group_size")},
+                                                {"group_size", group_size},
                                                 {"y_bits", type == kFloat ? 32 : 16}},
                                                {{"x", kPointer},
                                                 {"weight", kPointer},
@@ -116,23 +128,24 @@ struct GpuMatMulQ {
     void compute(Context& context) const {
         const Tensor x = context.input(0), weight = context.input(1), scales = context.input(2);
         x.expect_shape({kAnySize, in_features}, "[tokens, in_features]");
+        check_quantized(storage, weight, scales, out_features, in_features, group_size);
         const int64_t T = x.shape[0];
         void* y = context.output_memory(0, {T, out_features});
         matmul.launch({T}, {x.data, weight.data, scales.data, y, narrow(T)}, context.gpu_stream());
     }
 
-    int64_t in_features, out_features;
+    int64_t in_features, out_features, group_size;
     Operation matmul;
 };
 
 }  // namespace
 
 std::vector<const OrtCustomOp*> gpu_matmul_ops() {
-    return gpu_ops_of<EmbeddingF16, EmbeddingQ<Storage::kQ8>, EmbeddingQ<Storage::kQ6>,
-                      GpuMatMulF16<kFloat16>, GpuMatMulF16<kFloat>, GpuMatMulQ<Storage::kQ8, kFloat16>,
-                      GpuMatMulQ<Storage::kQ8, kFloat>, GpuMatMulQ<Storage::kQ6, kFloat16>,
-                      GpuMatMulQ<Storage::kQ6, kFloat>, GpuMatMulQ<Storage::kQ4, kFloat16>,
-                      GpuMatMulQ<Storage::kQ4, kFloat>>();
+    return gpu_ops_of<EmbeddingF16, EmbeddingQ<WeightType::kQ8>, EmbeddingQ<WeightType::kQ6>,
+                      GpuMatMulF16<kFloat16>, GpuMatMulF16<kFloat>, GpuMatMulQ<WeightType::kQ8, kFloat16>,
+                      GpuMatMulQ<WeightType::kQ8, kFloat>, GpuMatMulQ<WeightType::kQ6, kFloat16>,
+                      GpuMatMulQ<WeightType::kQ6, kFloat>, GpuMatMulQ<WeightType::kQ4, kFloat16>,
+                      GpuMatMulQ<WeightType::kQ4, kFloat>>();
 }
 
 }  // namespace llmpack::ort

@@ -8,6 +8,7 @@
 #include "ort/call_collective.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
+#include "ort/stored_weights.h"
 
 namespace llmpack::ort {
 namespace {
@@ -44,8 +45,7 @@ class FloatMatrix {
         const Tensor x = context.input(0), weight = stored_weight_.of(context);
         x.expect_shape({kAnySize, kAnySize}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
-        const int64_t tiles = (N + kTileRows - 1) / kTileRows;
-        weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
+        check_float(weight, N, K);
         return {x.as<float>(), weight.data, nullptr, M, N, K, false, weight_fetch()};
     }
 
@@ -73,32 +73,6 @@ float* line_workspace(int64_t count) {
     constexpr size_t kBytes = 128;
     const float* raw = workspace<float, Tag>(static_cast<size_t>(count) + kBytes / sizeof(float));
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(raw) + kBytes - 1) / kBytes * kBytes);
-}
-
-int64_t group_size_attribute(const NodeInfo& node) {
-    const int64_t group_size = node.int_attribute("group_size");
-    if (group_size != 32 && group_size != 64 && group_size != 128) {
-        throw OpError("attribute group_size is " + std::to_string(group_size) + ", expected 32, 64 or 128");
-    }
-    return group_size;
-}
-
-// Refuses weights and scales that are not those of [N, K] (FORMAT.md 4.3).
-void check_quantized(WeightType type, const Tensor& weight, const Tensor& scales, int64_t N, int64_t K,
-                     int64_t group_size) {
-    const int64_t tiles = (N + kTileRows - 1) / kTileRows;
-    if (type == WeightType::kQ4) {
-        weight.expect_shape({tiles, K / 8, kTileRows, 4},
-                            "[ceil(out_features / 16), in_features / 8, 16, 4]");
-    } else if (type == WeightType::kQ6) {
-        weight.expect_shape({tiles, K / 16, 3, kTileRows, 4},
-                            "[ceil(out_features / 16), in_features / 16, 3, 16, 4]");
-    } else {
-        weight.expect_shape({tiles, K / 4, kTileRows, 4},
-                            "[ceil(out_features / 16), in_features / 4, 16, 4]");
-    }
-    scales.expect_shape({tiles, K / group_size, kTileRows},
-                        "[ceil(out_features / 16), in_features / group_size, 16]");
 }
 
 // What a quantized product reads: x as it came, and weight and scales as they are stored.

@@ -6,20 +6,22 @@ import dataclasses
 import struct
 from pathlib import Path
 
+import checks
 import pytest
 import shapes
 import standin
 
 CODE = """
 import sys, numpy as np, box, shapes, standin
-from checks import Checks
+from checks import Checks, extra_specs
 from device import Device
 from executor import MiniOrt
 operators, mini, kernels = sys.argv[1:4]
 library = box.load_operators(operators)
 try:
     box.open_gpu(library, kernels)
-    driver = standin.serve_launches(shapes.specs_of(shapes.config_of("dry")), waiting={waiting})
+    specs = [*shapes.specs_of(shapes.config_of("dry")), *extra_specs()]
+    driver = standin.serve_launches(specs, waiting={waiting})
     checks = Checks(MiniOrt(mini, operators), Device())
     {body}
     print(driver.standin_violations(), driver.standin_report().decode())
@@ -138,6 +140,44 @@ def test_a_wrong_shape_is_named(run, kernels):
     x, y = checks.device.allocate(4096), checks.device.allocate(4096)
     checks.ort.call(node, [(10, (1, 512), x)], [(10, (1, 512), y)], checks.device.stream)"""
     assert "SwiGLU 'act': input gate_up has shape [1, 512], expected [any, 1024]" in run(kernels, body)
+
+
+# What is stored of a matrix of another size than the attributes say, which a kernel would read beyond its end.
+STORED = [
+    ("MatMulF16", "matmul_f16", "weight", (1, 256, 16)),
+    ("MatMulQ4", "matmul_q4", "weight", (1, 32, 16, 4)),
+    ("MatMulQ4", "matmul_q4", "scales", (1, 4, 16)),
+    ("EmbeddingQ6", "embed_q6", "weight", (1, 16, 3, 16, 4)),
+    ("EmbeddingQ6", "embed_q6", "scales", (1, 2, 16)),
+]
+
+
+@pytest.mark.parametrize(("op", "kernel", "named", "wrong"), STORED, ids=[f"{case[0]}-{case[2]}" for case in STORED])
+def test_weights_of_another_size_are_named(run, kernels, specs, op, kernel, named, wrong):
+    specs = [*specs, *checks.extra_specs()]
+    standin.write_kernels(kernels, specs)
+    sizes = next(s.constants for s in specs if s.op == kernel and s.constants.get("y_bits") != 32)
+    k, group = sizes["in_features"], sizes.get("group_size", 1)
+    n = sizes.get("out_features", 320)
+    tiles = -(-n // 16)
+    right = {
+        "matmul_f16": {"weight": (10, (tiles, k, 16))},
+        "matmul_q4": {"weight": (2, (tiles, k // 8, 16, 4)), "scales": (10, (tiles, k // group, 16))},
+        "embed_q6": {"weight": (2, (tiles, k // 16, 3, 16, 4)), "scales": (10, (tiles, k // group, 16))},
+    }[kernel]
+    other = {**right, named: (right[named][0], wrong)}
+    x, y = ((6, (1,)), (1, (1, k))) if kernel == "embed_q6" else ((10, (1, k)), (10, (1, n)))
+    attributes = {"in_features": k, "out_features": n, "num_embeddings": n, "group_size": group}
+    body = f"""
+    node = checks.ort.node("{op}", name="it", **{attributes})
+    for given in {[[x, *right.values(), y], [x, *other.values(), y]]}:
+        *inputs, y = [(kind, shape, checks.device.put(np.zeros(1 << 20, np.uint8))) for kind, shape in given]
+        checks.ort.call(node, inputs, [y], checks.device.stream)
+        checks.device.synchronize()
+        print("right")"""
+    first, second, *_ = run(kernels, body).splitlines()
+    assert first == "right"
+    assert f"{op} 'it': input {named} has shape {list(wrong)}, expected {list(right[named][1])}" in second
 
 
 @pytest.mark.parametrize(("index", "name"), [(2, "key_cache"), (3, "value_cache")])

@@ -1,0 +1,46 @@
+// The shapes of matrices in row tiles (FORMAT.md 4.3), which CPUs and GPUs read alike.
+#ifndef LLMPACK_ORT_STORED_WEIGHTS_H_
+#define LLMPACK_ORT_STORED_WEIGHTS_H_
+
+#include <string>
+
+#include "cpu/isa.h"
+#include "ort/kernel.h"
+
+namespace llmpack::ort {
+
+inline int64_t group_size_attribute(const NodeInfo& node) {
+    const int64_t group_size = node.int_attribute("group_size");
+    if (group_size != 32 && group_size != 64 && group_size != 128) {
+        throw OpError("attribute group_size is " + std::to_string(group_size) + ", expected 32, 64 or 128");
+    }
+    return group_size;
+}
+
+// Refuses weights that are not those of [N, K].
+inline void check_float(const Tensor& weight, int64_t N, int64_t K) {
+    const int64_t tiles = (N + kTileRows - 1) / kTileRows;
+    weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
+}
+
+// The same of weights and scales. PRECOND: group_size divides K.
+inline void check_quantized(WeightType type, const Tensor& weight, const Tensor& scales, int64_t N, int64_t K,
+                            int64_t group_size) {
+    const int64_t tiles = (N + kTileRows - 1) / kTileRows;
+    if (type == WeightType::kQ4) {
+        weight.expect_shape({tiles, K / 8, kTileRows, 4},
+                            "[ceil(out_features / 16), in_features / 8, 16, 4]");
+    } else if (type == WeightType::kQ6) {
+        weight.expect_shape({tiles, K / 16, 3, kTileRows, 4},
+                            "[ceil(out_features / 16), in_features / 16, 3, 16, 4]");
+    } else {
+        weight.expect_shape({tiles, K / 4, kTileRows, 4},
+                            "[ceil(out_features / 16), in_features / 4, 16, 4]");
+    }
+    scales.expect_shape({tiles, K / group_size, kTileRows},
+                        "[ceil(out_features / 16), in_features / group_size, 16]");
+}
+
+}  // namespace llmpack::ort
+
+#endif  // LLMPACK_ORT_STORED_WEIGHTS_H_
