@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <set>
 
 #include "cpu/collectives_segment.h"
@@ -19,7 +20,7 @@ constexpr size_t kPage = 4096;
 
 // Which GPU of which host a rank has.
 struct Place {
-    char host[64], pci_id[32];
+    char host[256], pci_id[32];
 };
 
 struct Need {
@@ -45,6 +46,16 @@ std::set<Need> needs(const KernelFile& file, int ranks) {
     return found;
 }
 
+// Containers of one host have names of their own, and several hosts may be called localhost: a kernel's boot
+// has one id, which all its containers see. The name where there is none.
+void name_host(char* host, size_t size) {
+    host[0] = 0;
+    const std::unique_ptr<FILE, int (*)(FILE*)> id(std::fopen("/proc/sys/kernel/random/boot_id", "r"),
+                                                   std::fclose);
+    if (id != nullptr && std::fgets(host, static_cast<int>(size), id.get()) != nullptr) return;
+    if (gethostname(host, size - 1) != 0) host[0] = 0;
+}
+
 size_t whole_pages(int64_t bytes) { return (static_cast<size_t>(bytes) + kPage - 1) / kPage * kPage; }
 
 }  // namespace
@@ -67,7 +78,7 @@ Collectives::~Collectives() {
 
 void Collectives::see_places(MpiTransport& mpi) {
     Place own{};
-    if (gethostname(own.host, sizeof(own.host) - 1) != 0) own.host[0] = 0;
+    name_host(own.host, sizeof(own.host));
     std::snprintf(own.pci_id, sizeof(own.pci_id), "%s", launcher_.device.pci_id.c_str());
     std::vector<Place> places(static_cast<size_t>(size));
     mpi.allgather(&own, places.data(), sizeof(Place));

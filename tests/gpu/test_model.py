@@ -7,6 +7,7 @@ graph, every node's attributes, pointers, shapes, the order of launches and the 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,13 +26,20 @@ TOLERANCE = 6e-3
 @pytest.fixture
 def run_ranks(standins: Path, operators: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     def run(
-        scenario: str, artifact: Path, size: int = 1, folder: Path = standins, **settings: object
+        scenario: str,
+        artifact: Path,
+        size: int = 1,
+        folder: Path = standins,
+        before: Callable[[int], list[str]] = lambda rank: [],
+        **settings: object,
     ) -> list[dict[str, Any]]:
+        """`before`: what a rank's command line begins with."""
         exchange = tmp_path / "exchange"
         exchange.mkdir(exist_ok=True)
         mini = standins / "libmini_ort.so"
         commands = [
             [
+                *before(rank),
                 sys.executable,
                 str(WORKER),
                 scenario,
@@ -138,6 +146,23 @@ def test_kernels_begin_early_unless_ranks_share_a_gpu(
     for result in results:
         assert result["launches"] > 100
         assert result["early"] == (result["launches"] if is_early else 0)
+
+
+# As a container has it.
+NAMED = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
+
+
+def test_ranks_whose_hosts_names_differ_may_share_a_gpu(gpu_artifact, tiny_checkpoint, run_ranks):
+    namespace = ["unshare", "--uts", sys.executable, "-c", NAMED]
+    trial = [*namespace, "trial", sys.executable, "-c", ""]
+    if shutil.which("unshare") is None or subprocess.run(trial, check=False).returncode != 0:
+        pytest.skip("needs unshare (Debian package util-linux) and the permission to use it")
+    artifact = gpu_artifact(tiny_checkpoint, 2, "q4")
+    own = {"devices": 1, "chip": "sm_90", "before": lambda rank: [*namespace, f"container-{rank}"]}
+    for result in run_ranks("steps", artifact, 2, **own):
+        assert result["launches"] > 100
+        assert result["early"] == 0
+        assert "ranks share a GPU" in result["transport"]
 
 
 def test_all_reduces_are_timed(gpu_artifact, tiny_checkpoint, run_ranks):
