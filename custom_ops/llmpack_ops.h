@@ -113,6 +113,9 @@ typedef struct {
     const char* kernels;    // path of the kernel file (FORMAT.md 8.1) for this chip
 } LlmpackGpu;
 
+// The driver takes no such code, and may take another file's.
+#define LLMPACK_GPU_CODE_REFUSED 1
+
 // Use this GPU and this code in the sessions made from now on; one in a process. The struct is copied.
 // LLMPACK_NO_PDL=1 in the environment: no kernel begins before the one before it has ended (FORMAT.md 8.6).
 LLMPACK_EXPORT int llmpack_ops_gpu_open(const LlmpackGpu* gpu);

@@ -21,6 +21,11 @@ struct GpuError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// The driver takes no such code, and may take other: it is older than what assembled it.
+struct RefusedCode : GpuError {
+    using GpuError::GpuError;
+};
+
 enum class Vendor : int { kCuda = 0, kHip = 1 };
 
 using DevicePointer = uint64_t;

@@ -213,16 +213,23 @@ int llmpack_ops_gpu_free_bytes(int vendor, int device, int64_t* bytes) {
 }
 
 int llmpack_ops_gpu_open(const LlmpackGpu* gpu) {
-    return guarded("llmpack_ops_gpu_open", [&] {
+    bool is_refused = false;
+    const int code = guarded("llmpack_ops_gpu_open", [&] {
         if (gpu->struct_size != static_cast<int32_t>(sizeof(LlmpackGpu))) {
             throw GpuError("struct has " + std::to_string(gpu->struct_size) + " bytes, expected " +
                            std::to_string(sizeof(LlmpackGpu)));
         }
         if (gpu->max_rows < 1 || gpu->max_sequences < 1)
             throw GpuError("max_rows or max_sequences is less than 1");
-        Launcher::open(
-            {vendor_of(gpu->vendor), gpu->device, gpu->kernels, gpu->max_rows, gpu->max_sequences});
+        try {
+            Launcher::open(
+                {vendor_of(gpu->vendor), gpu->device, gpu->kernels, gpu->max_rows, gpu->max_sequences});
+        } catch (const RefusedCode&) {
+            is_refused = true;
+            throw;
+        }
     });
+    return is_refused ? LLMPACK_GPU_CODE_REFUSED : code;
 }
 
 int llmpack_ops_gpu_close(void) {

@@ -1,6 +1,7 @@
 #include "gpu/launcher.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 
@@ -29,6 +30,8 @@ bool is_overlap_wanted() {
     return no == nullptr || *no == 0 || std::strcmp(no, "0") == 0;
 }
 
+// CUDA_ERROR_INVALID_IMAGE, _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX_VERSION
+constexpr std::array<int, 3> kRefused{200, 209, 222};
 constexpr int kTegra = 87;  // runs no code of the desktop's chips
 
 // FORMAT.md 8.1: of compute capability 8.x, the cubin of a smaller 8.y runs too.
@@ -82,6 +85,8 @@ Launcher::Launcher(const Settings& wanted)
                        ", which does not run it: copy the artifact again, or pack it again");
     }
     driver.make_current(device.ordinal);
+    // A driver that is too old for the code shall refuse it here, where other code can be tried.
+    if (!file.kernels.empty()) module_of(file.kernels.front());
     driver.check(driver.call.stream_create(&stream_, kNonBlockingStream), "making a stream");
 }
 
@@ -99,14 +104,26 @@ Launcher::~Launcher() {
     driver.forget_error();
 }
 
+Module Launcher::module_of(const KernelRecord& record) {
+    Module& module = modules_[record.code_offset];
+    if (module != nullptr) return module;
+    const std::string what = "loading " + record.function + " from " + file.path +
+                             (file.kind == CodeKind::kPtx ? " (PTX, compiled by the driver)" : "");
+    const int code = driver.call.module_load(&module, file.data.data() + record.code_offset);
+    const bool is_refused =
+        driver.vendor == Vendor::kCuda && std::find(kRefused.begin(), kRefused.end(), code) != kRefused.end();
+    try {
+        driver.check(code, what);
+    } catch (const GpuError& error) {
+        if (!is_refused) throw;
+        throw RefusedCode(error.what() + std::string(": install a newer driver"));
+    }
+    return module;
+}
+
 Function Launcher::function_of(const KernelRecord& record) {
     driver.make_current(device.ordinal);
-    Module& module = modules_[record.code_offset];
-    if (module == nullptr) {
-        const std::string what = "loading " + record.function + " from " + file.path +
-                                 (file.kind == CodeKind::kPtx ? " (PTX, compiled by the driver)" : "");
-        driver.check(driver.call.module_load(&module, file.data.data() + record.code_offset), what);
-    }
+    Module module = module_of(record);
     Function function = nullptr;
     driver.check(driver.call.module_function(&function, module, record.function.c_str()),
                  "finding " + record.function + " in " + file.path);

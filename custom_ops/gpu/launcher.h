@@ -116,6 +116,7 @@ class Launcher {
 
   private:
     explicit Launcher(const Settings& settings);
+    Module module_of(const KernelRecord& record);  // loaded once
     Function function_of(const KernelRecord& record);
 
     Stream stream_ = nullptr;             // for what happens before the first step, and between steps

@@ -25,6 +25,7 @@ _VENDORS = {"cuda": 0, "rocm": 1}
 # Sequences of a decode step that is captured, at most: their logits take memory by the square, and the time of larger steps is
 # the kernels', not that of launching them.
 MOST_CAPTURED = 32
+_CODE_REFUSED = 1  # LLMPACK_GPU_CODE_REFUSED of llmpack_ops.h
 _TEGRA = 87  # runs no code of the desktop's chips (CUDA's programming guide, "Binary Compatibility")
 _PACKAGES = {"cuda": "onnxruntime-gpu", "rocm": "onnxruntime-rocm"}
 _JSON_BYTES = 1 << 16
@@ -361,12 +362,17 @@ class _Description(ctypes.Structure):
 _user: Watchdog | None = None  # of the job for which this process has opened a GPU
 
 
+class CodeRefusedError(IncompatibleError):
+    """The driver takes no such code, and may take another target's."""
+
+
 def open_gpu(
     ops: ctypes.CDLL, placement: Placement, kernels: bytes, max_sequences: int, num_tokens: int, *, user: Watchdog
 ) -> None:
     """Make the GPU and its code those of this process, until another job opens one after `user` was closed.
 
     Raises:
+        CodeRefusedError: the driver is older than what assembled the code.
         IncompatibleError: the driver or the launcher refuses; says what it found.
     """
     assert placement.gpu is not None
@@ -378,8 +384,9 @@ def open_gpu(
         _open_memories.clear()
         _user = user
     given = _Description(size, vendor, placement.gpu.ordinal, max_sequences, num_tokens, 0, kernels)
-    if ops.llmpack_ops_gpu_open(ctypes.byref(given)) != 0:
-        raise IncompatibleError(_last_error(ops), code="E422")
+    if (result := ops.llmpack_ops_gpu_open(ctypes.byref(given))) != 0:
+        kind = CodeRefusedError if result == _CODE_REFUSED else IncompatibleError
+        raise kind(_last_error(ops), code="E422")
 
 
 class Memory:

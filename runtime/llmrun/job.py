@@ -8,6 +8,7 @@ Decides nothing about tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -263,15 +264,30 @@ class Job:
         return fit_blocks(self.manifest, self.rank, free_bytes, wanted, self.max_seq_len, is_exact=is_exact)
 
     def _open_gpu(self) -> None:
-        assert self.placement.kernels is not None
-        name = self.manifest.kernels[self.placement.kernels]
-        self.verify([name])
-        if self.placement.kernels.startswith("ptx_") and self.rank == 0:
-            assert self.placement.gpu is not None
-            chip, used = self.placement.gpu.chip, self.placement.kernels
-            better = device.best_target(chip)
+        gpu, used = self.placement.gpu, self.placement.kernels
+        assert gpu is not None
+        assert used is not None
+        ptx = device.choose_kernels(gpu.chip, (name for name in self.manifest.kernels if name.startswith("ptx_")))
+        if used == ptx:
+            better = device.best_target(gpu.chip)
             advice = "" if better == used else f" Pack with --targets {better} for a faster start."
-            console.say(f"llmrun: no code for {chip} in the artifact: the driver compiles its {used} now.{advice}")
+            self._say_of_ptx(f"no code for {gpu.chip} in the artifact", used, advice)
+        try:
+            self._open_gpu_with(used)
+        except device.CodeRefusedError:
+            if ptx in (used, None):
+                raise
+            self._say_of_ptx(f"the driver is too old for the code of {used}", ptx, " Install a newer one.")
+            self.placement = dataclasses.replace(self.placement, kernels=ptx)
+            self._open_gpu_with(ptx)
+
+    def _say_of_ptx(self, why: str, ptx: str, advice: str) -> None:
+        if self.rank == 0:
+            console.say(f"llmrun: {why}: the driver compiles its {ptx} now.{advice}")
+
+    def _open_gpu_with(self, kernels: str) -> None:
+        name = self.manifest.kernels[kernels]
+        self.verify([name])
         path = os.fsencode(self.artifact.resolve(name))
         most = (self.options.max_num_seqs, self.options.most_tokens)
         device.open_gpu(self.operators.functions, self.placement, path, *most, user=self.watchdog)

@@ -539,6 +539,7 @@ EXPORT int NAME(cuModuleLoadData, hipModuleLoadData)(Object** module, const void
     const int is_elf = memcmp(image, "\177ELF", 4) == 0;
     const int is_ptx = NAME(strstr(image, ".version") != NULL, 0);
     if (!is_elf && !is_ptx) return failed(INVALID_IMAGE);
+    if (is_elf && atoi(setting("STANDIN_REFUSES", "0"))) return failed(NO_BINARY);  // assembled for newer drivers
     *module = make(MODULE);
     counts[LOADS]++;
     return OK;

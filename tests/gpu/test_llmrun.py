@@ -164,6 +164,15 @@ def test_a_chip_that_takes_ptx_is_told_of_no_target_but_one_that_can_be_packed(c
     assert done.stderr == f"llmrun: no code for {chip} in the artifact: the driver compiles its ptx_80 now.{advice}\n"
 
 
+def test_a_driver_that_is_too_old_for_the_code_compiles_its_ptx(artifact, run) -> None:
+    done = run(
+        1, "cuda", "-m", "llmrun", "generate", artifact(1), "-p", PROMPT, "-n", 1, "--provider", "cuda", refuses=1
+    )
+    assert done.returncode == 0, done.stderr
+    why, advice = "the driver is too old for the code of sm_89", "Install a newer one."
+    assert done.stderr == f"llmrun: {why}: the driver compiles its ptx_80 now. {advice}\n"
+
+
 ON_WHAT_IS_SHOWN = """
 import os, sys
 from llmrun import console
