@@ -104,6 +104,35 @@ def test_a_bad_source_is_refused(kind: str, source: Any, grammars: Grammars) -> 
     assert len(caught.value.message) < 500
 
 
+def test_a_format_that_is_not_known_is_an_annotation(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    text = {"type": "string", "maxLength": 2, "format": "path"}
+    schema = {"type": "array", "items": text, "minItems": 1, "maxItems": 1}
+    assert isinstance(json.loads(walk(grammars, tokenizer, "json", schema, 1) or ""), list)
+    dates = {walk(grammars, tokenizer, "json", {"type": "string", "format": "date"}, seed) for seed in range(5)}
+    assert all(re.fullmatch(r'"\d{4}-\d\d-\d\d"', date or "") for date in dates)
+    named = {  # as a name, and as a value
+        "type": "object",
+        "properties": {"format": {"const": {"format": "path"}}},
+        "required": ["format"],
+        "additionalProperties": False,
+    }
+    assert json.loads(walk(grammars, tokenizer, "json", named, 1) or "") == {"format": {"format": "path"}}
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (("json", {"type": "string", "pattern": "^(?!abc)x"}), "look-around"),
+        (("regex", "(a"), "unclosed group"),
+        (("json", {"type": "strange"}), "strange"),
+        (("grammar", "start: nothing"), "nothing"),
+    ],
+)
+def test_a_refusal_says_why(source: tuple[str, Any], why: str, grammars: Grammars) -> None:
+    with pytest.raises(ApiError, match=why):
+        grammars.constraint(*source)
+
+
 COSTLY: list[tuple[str, Any]] = [
     ("json", {"type": "object", "properties": {"a": {"$ref": "#"}}}),
     ("json", {"type": "string", "pattern": "(a+)+$"}),

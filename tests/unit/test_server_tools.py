@@ -189,6 +189,30 @@ def test_references_of_a_tools_schema_mean_the_schema(form: ToolForm, grammars: 
     assert seen == {"route", "tree", "other"}
 
 
+NOTES = {
+    "properties": {
+        "path": {"type": "string", "format": "path", "maxLength": 3},
+        "ids": {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "maxItems": 2},
+    },
+    "required": ["path", "ids"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+def test_what_a_grammar_cannot_express_of_a_tool_is_left_out_unless_it_is_strict(
+    form: ToolForm, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    tools = [tool("f", NOTES)]
+    text = walk(grammars, tokenizer, *call_grammar(form, tools, "required", Limits()), 3)
+    assert text is not None
+    _, (call,) = find_calls(tools, text)
+    assert json.loads(call["function"]["arguments"]).keys() == {"path", "ids"}
+    tools[0]["function"]["strict"] = True
+    with pytest.raises(ApiError, match="uniqueItems"):
+        grammars.constraint(*call_grammar(form, tools, "required", Limits()))
+
+
 @pytest.mark.parametrize("form", [LLAMA, HERMES])
 @pytest.mark.parametrize(
     ("parameters", "message"),

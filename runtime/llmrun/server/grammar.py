@@ -206,7 +206,7 @@ class TokenConstraint:
                 raise
             raise UsageError("the grammar library failed") from None
         if self._matcher.is_error():
-            raise UsageError(f"the grammar cannot go on: {_first_line(self._matcher.get_error())}")
+            raise UsageError(f"the grammar cannot go on: {_gist(self._matcher.get_error())}")
         return self._bits[0]
 
     def accept(self, token_id: int) -> None:
@@ -216,7 +216,7 @@ class TokenConstraint:
             UsageError: the grammar has become too complex here.
         """
         if not self._matcher.consume_token(token_id):
-            raise UsageError(f"the grammar cannot go on: {_first_line(self._matcher.get_error())}")
+            raise UsageError(f"the grammar cannot go on: {_gist(self._matcher.get_error())}")
 
     @property
     def is_done(self) -> bool:
@@ -264,11 +264,14 @@ def _escape(text: str) -> str:
 
 
 def _refused(why: str) -> ApiError:
-    return bad(f"the schema or grammar is refused: {_first_line(why)}.", "response_format", "invalid_grammar")
+    return bad(f"the schema or grammar is refused: {_gist(why)}.", "response_format", "invalid_grammar")
 
 
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["unknown error"])[0][:300].rstrip(".")
+def _gist(text: str) -> str:
+    """Return what a message of the library says: of a regular expression it shows the place first."""
+    lines = text.strip().splitlines() or ["unknown error"]
+    told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    return told[:300].rstrip(".")
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -24,6 +24,10 @@ _ANNOTATIONS = frozenset(
 )
 _COMBINING = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
 _BOUNDS = (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1))  # inclusive, exclusive, inwards
+# Those that the library makes a pattern of; any other is an annotation, as JSON Schema has it.
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
+)
 _EXACT = 2**53  # up to here a float is any integer
 _FARTHEST = 2**63 - 1024  # the last float below 2^63
 # The library's work: a prime of five digits takes 0.7 s and 75 MB, of eight all memory; zeros at the end cost nothing.
@@ -31,7 +35,7 @@ _MOST_REMAINDERS = 10_000
 
 
 def checked_schema(schema: Any, limits: Limits, param: str = "response_format") -> Any:
-    """Return a JSON schema with bounds that the library keeps.
+    """Return a JSON schema with bounds that the library keeps, and without formats that it does not know.
 
     Args:
         schema: whatever JSON holds.
@@ -105,10 +109,10 @@ def _check_factors(factors: set[Decimal], param: str, *, has_intersections: bool
         )
 
 
-def _kept(schema: Any, param: str) -> Any:
-    """Return a schema, or what stands in its place, with bounds that the library keeps."""
+def _kept(schema: Any, param: str, *, is_value: bool = False) -> Any:
+    """Return a schema, or what stands in its place, as `checked_schema` does; in a value formats stay."""
     if isinstance(schema, list):
-        return [_kept(item, param) for item in schema]
+        return [_kept(item, param, is_value=is_value) for item in schema]
     if not isinstance(schema, dict):
         return schema
     kept: dict[str, Any] = {}
@@ -116,15 +120,15 @@ def _kept(schema: Any, param: str) -> Any:
         if name in MAPS_OF_SCHEMAS and isinstance(value, dict):
             if not all(isinstance(item, (dict, bool)) for item in value.values()):
                 raise bad(f"{name} in the schema holds something else than schemas.", param)
-            kept[name] = {key: _kept(item, param) for key, item in value.items()}
+            kept[name] = {key: _kept(item, param, is_value=is_value) for key, item in value.items()}
         elif name in VALUES:
             if name in ("const", "enum"):
                 _check_values(value, param)
-            if _kept(value, param) != value:  # a reference may point here, too
+            if _kept(value, param, is_value=True) != value:  # a reference may point here, too
                 raise bad(f"{name} in the schema holds a schema with a number that this server cannot keep.", param)
             kept[name] = value
-        else:
-            kept[name] = _kept(value, param)
+        elif is_value or name != "format" or not isinstance(value, str) or value in _FORMATS:
+            kept[name] = _kept(value, param, is_value=is_value)
     _narrow(kept, param)
     return kept
 

@@ -64,14 +64,18 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
 def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str, limits: Limits) -> tuple[str, Any]:
     """Return the grammar of exactly one call: of any tool, or of the one after "=" in `choice`.
 
+    What the library does not know of a schema is left out of the grammar, unless all of these tools are strict.
+
     Raises:
         ApiError: 400: a tool's parameters are beyond the limits, or are not those of an object.
     """
     calls, definitions = [], {}
+    is_strict = True
     for i, tool in enumerate(tools):
         function = tool["function"]
         if choice.startswith("=") and function["name"] != choice[1:]:
             continue
+        is_strict &= function.get("strict", False)
         parameters = function.get("parameters") or {}
         if parameters.get("type", "object") != "object":
             raise bad(
@@ -86,10 +90,11 @@ def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str
         )
     schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
     schema = checked_schema(schema, limits, "tools")
+    schema = {**schema, "x-guidance": JSON_OPTIONS | ({} if is_strict else {"lenient": True})}
     if not form.opening:
         return "json", schema
-    text = json.dumps({**schema, "x-guidance": JSON_OPTIONS})
-    return "grammar", f"start: {json.dumps(form.opening)} call {json.dumps(form.closing)}\ncall: %json {text}\n"
+    edges = json.dumps(form.opening), json.dumps(form.closing)
+    return "grammar", f"start: {edges[0]} call {edges[1]}\ncall: %json {json.dumps(schema)}\n"
 
 
 def _moved(schema: Any, root: str) -> Any:
