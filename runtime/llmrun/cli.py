@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # numpy's BLAS starts a thread for each core when it is imported; nothing here multiplies matrices with it.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    launcher.forget_lost_launcher()
     is_spokesman = console.environment_rank() == 0
     try:
         folder = _launched_from()

@@ -53,6 +53,7 @@ class Job:
         """
         deadline_s = watchdog.deadline_from_environment()
         self.options = options
+        launcher.forget_lost_launcher()
         with watchdog.joining(deadline_s):
             self.comm = communication.connect()
         self.rank, self.size = self.comm.rank, self.comm.size

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from llmrun.errors import IncompatibleError, PeerError
@@ -38,6 +38,21 @@ def launcher_family(environment: Mapping[str, str] = os.environ) -> str | None:
     if "PMIX_RANK" in environment:
         return OPEN_MPI
     return None
+
+
+def forget_lost_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Forget the launcher of a rank that started this process as a program of its own, without the descriptor to it.
+
+    MPICH would die of that descriptor. Its launcher did not start this process, which only inherited the variables.
+    """
+    descriptor = environment.get("PMI_FD", "")
+    if not descriptor.isdigit():
+        return
+    try:
+        os.fstat(int(descriptor))
+    except OSError:
+        for name in [name for name in environment if name.startswith(("PMI_", "MPI_LOCAL"))]:
+            del environment[name]
 
 
 def launcher_size(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -374,6 +374,34 @@ def test_a_forked_child_of_a_rank_leaves_mpi_to_its_parent(packed_tiny: Packed, 
     assert (outcome.code, outcome.stdout, outcome.leftovers) == (0, "5\n5\n", []), outcome.stderr
 
 
+@pytest.mark.parametrize(("kind", "shards"), [("llmrun", 1), ("llmrun", 2), ("script", 1)])
+def test_a_program_that_a_rank_starts_is_no_rank(kind: str, shards: int, packed_tiny: Packed, tmp_path: Path) -> None:
+    """It inherits the variables of MPICH's launcher, and not its descriptor."""
+    if launcher.library_family() != launcher.MPICH:
+        pytest.skip("Open MPI's launcher is found by an address, which a program inherits")
+    inner = packed_tiny(shards, "f32")
+    if kind == "llmrun":
+        command = llmrun_command(inner, "-p", "The king", "-n", 4, "--temperature", 0, "--ignore-eos")
+    else:
+        program = (
+            "import sys; from llmrun import Engine; print(Engine(sys.argv[1]).complete('The king', max_tokens=4).ids)"
+        )
+        command = [sys.executable, "-c", program, str(inner)]
+    outcome = run_script(
+        "import json, subprocess, sys\nfrom llmrun import Engine\nengine = Engine(sys.argv[1])\n"
+        "done = subprocess.run(json.loads(sys.argv[2]), capture_output=True, text=True, timeout=40)\n"
+        "engine.logits([1])\n"
+        "if engine.rank == 0: print(json.dumps([done.returncode, done.stdout, done.stderr]))\n",
+        tmp_path,
+        packed_tiny(2, "f32"),
+        json.dumps(command),
+    )
+    assert (outcome.code, outcome.leftovers) == (0, []), outcome.stderr
+    code, text, complaints = json.loads(outcome.stdout)
+    assert (code, complaints) == (0, "")
+    assert text.strip()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("where", ["between", "inside"])
 def test_an_exception_in_a_script_ends_the_job(rank: int, where: str, packed_tiny: Packed, tmp_path: Path) -> None:

@@ -28,6 +28,19 @@ def test_launchers_are_known_by_their_environment(
     assert launcher.launcher_size(environment) == size
 
 
+def test_a_launcher_whose_descriptor_is_closed_is_forgotten(tmp_path: Path) -> None:
+    others = {"PATH": "/bin", "UCX_TLS": "all"}
+    with open(tmp_path / "descriptor", "w") as file:
+        number = str(file.fileno())
+        for environment in (HYDRA | others | {"PMI_FD": number}, PRTE | others, {"PMI_RANK": "0", "PMI_SIZE": "2"}):
+            kept = dict(environment)
+            launcher.forget_lost_launcher(kept)
+            assert kept == environment
+    lost = HYDRA | others | {"PMI_FD": number}
+    launcher.forget_lost_launcher(lost)
+    assert lost == others
+
+
 @pytest.mark.parametrize(
     ("environment", "is_on_one"),
     [(HYDRA, True), ({**HYDRA, "PMI_SIZE": "4"}, False), ({"PMI_SIZE": "2", "PMI_RANK": "0"}, False), (PRTE, False)],
