@@ -259,12 +259,15 @@ def open_artifact(path: str | os.PathLike[str], ranks: Sequence[int] | None = No
         path: the artifact's directory (may itself be a symbolic link: `current -> v7`).
         ranks: ranks whose folders must be complete on this host; None: all.
     Raises:
-        UsageError: there is no directory at `path`, or it is not an artifact.
+        UsageError: `path` is no path, there is no directory at it, or it is not an artifact.
         IntegrityError: a file is missing, unlisted, of another size or not a regular file; the manifest is damaged.
         IncompatibleError: another format or operator version.
         ResourceError: no permission to look.
     """
-    root = Path(path)
+    try:
+        root = Path(path)
+    except TypeError:
+        raise UsageError(f"artifact {path!r}: expected the path of a directory made by `pack`.", code="E202") from None
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

@@ -69,7 +69,7 @@ class Job:
         self._gpu_memory: device.Memory | None = None
         self.gpu_transport, self._captures = "", True  # how values travel between GPUs; whether a step may be captured
         self.send_s = self.run_s = 0.0  # seconds that `run` has spent so far: sending plans, running them
-        self.artifact, facts = self.stage("opening", lambda: self._open(Path(path)))
+        self.artifact, facts = self.stage("opening", lambda: self._open(path))
         self._shake_hands(facts)
         self.placement = self._place()
         is_first = local_ranks(self.comm.peers, self.rank)[0] == self.rank
@@ -184,11 +184,12 @@ class Job:
                 session.spoil_cache()
             return session.run(plan)
 
-    def _open(self, path: Path) -> tuple[Artifact, dict[str, Any]]:
+    def _open(self, path: str | os.PathLike[str]) -> tuple[Artifact, dict[str, Any]]:
         """Open the artifact as this rank, and collect what all ranks must agree on."""
         from llmrun import session
 
         whole = open_artifact(path, ranks=[])
+        path = Path(path)
         if whole.manifest.shards != self.size:
             script = None if "llmrun.cli" in sys.modules else sys.argv[0] or "SCRIPT"
             message = launcher.wrong_size_message(path, whole.manifest.shards, self.size, script)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 256
 MAX_DRAFTS = 16
+_NO_LISTS = (bytes, bytearray, memoryview, Mapping)  # though one may go through them
 Message = Mapping[str, Any]  # of a chat: "role" and "content"
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -159,12 +160,17 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     """Return token ids as a list.
 
     Raises:
-        UsageError: one is not in the vocabulary; the graph would read beyond its table. Or it is no integer.
+        UsageError: one is not in the vocabulary; the graph would read beyond its table. Or it is no integer, or true or
+        false, or they are bytes or the keys of something.
     """
+    if isinstance(ids, _NO_LISTS):
+        raise UsageError(f"token ids: found {type(ids).__name__}, expected a list of whole numbers.", code="E206")
     try:
         checked = [operator.index(i) for i in ids]
     except TypeError as error:
         raise UsageError(f"token ids: {error}.", code="E206") from None
+    if any(isinstance(i, bool) for i in ids):
+        raise UsageError("token ids: found a bool, expected whole numbers.", code="E206")
     if bad := [i for i in checked if not 0 <= i < vocab_size]:
         raise UsageError(f"token id {bad[0]} is not in the vocabulary of {vocab_size}.", code="E206")
     return checked
@@ -192,8 +198,11 @@ def check_prompt(
         least_tokens: 0 where a request may be about its prompt alone.
 
     Raises:
-        UsageError: the prompt is empty, holds an id that is not in the vocabulary, or leaves no room.
+        UsageError: the prompt is no prompt, is empty, holds an id that is not in the vocabulary, or leaves no room.
     """
+    if isinstance(prompt, _NO_LISTS) or not hasattr(prompt, "__getitem__"):
+        found = type(prompt).__name__
+        raise UsageError(f"prompt: found {found}, expected a text, token ids, or a list of messages.", code="E203")
     if len(prompt) > 0 and isinstance(prompt[0], str | Mapping):
         if tokenizer is None:
             raise UsageError("the artifact has no tokenizer: give token ids.", code="E205")

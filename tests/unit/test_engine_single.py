@@ -116,6 +116,40 @@ def test_ids_that_are_no_integers_are_refused(engine: Engine, odd: Any) -> None:
         list(engine.generate_ids([1, odd], max_tokens=1))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "code", "words"),
+    [
+        (b"hello", "E203", "found bytes"),
+        (bytearray(b"hello"), "E203", "found bytearray"),
+        ({"role": "user", "content": "hello"}, "E203", "found dict"),
+        ({1: 2}, "E203", "found dict"),
+        (None, "E203", "found NoneType"),
+        (7, "E203", "found int"),
+        ({1, 2}, "E203", "found set"),
+        ([True], "E206", "found a bool"),
+        ([1, False], "E206", "found a bool"),
+        ([b"a"], "E206", "'bytes' object cannot be interpreted as an integer"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompt: Any, code: str, words: str, engine: Engine) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        engine.complete(prompt, max_tokens=1)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("ids", [b"hello", {1: 2}, [True], None])
+def test_logits_of_no_ids_are_refused(ids: Any, engine: Engine) -> None:
+    with pytest.raises(UsageError) as caught:
+        engine.logits(ids)
+    assert caught.value.code == "E206"
+
+
+@pytest.mark.parametrize("path", [None, 7, []])
+def test_an_artifact_that_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(UsageError, match="expected the path of a directory"):
+        Engine(path)
+
+
 def test_ids_outside_the_vocabulary_are_refused(engine: Engine) -> None:
     for bad in (-1, engine.manifest.model.vocab_size):
         with pytest.raises(UsageError, match="vocabulary"):
