@@ -101,13 +101,14 @@ class Server(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.broken_pipes = 0
         self.key: str | None = None
+        self.prefix = ""  # as a proxy puts before every path
         self.model = "demo-q4-tp2"  # none: it is being loaded
         self.refusals: list[tuple[Any, ...]] = []  # answers to come: status, message, perhaps a code
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/"
+        return f"http://127.0.0.1:{self.server_address[1]}{self.prefix}/"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,18 +117,22 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
     def do_GET(self) -> None:
-        if self.path == "/":
+        path = self.path.removeprefix(self.server.prefix) if self.path.startswith(self.server.prefix) else ""
+        if path == "/":
             body = PAGE.read_bytes()
             headers = {"Content-Security-Policy": content_security_policy(body)}
             self._send(200, body, "text/html; charset=utf-8", headers)
-        elif self.path == "/v1/models" and self._is_allowed():
+        elif path == "/v1/models" and self._is_allowed():
             if self._is_loaded():
                 self._send_json(200, {"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
-        elif self.path != "/v1/models":
+        elif path != "/v1/models":
             self._send_json(404, {"error": {"message": "not here"}})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != f"{self.server.prefix}/v1/chat/completions":
+            self._send_json(404, {"error": {"message": "not here"}})
+            return
         if not self._is_allowed():
             return
         self.server.requests.append(body)

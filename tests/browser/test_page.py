@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[2] / "runtime" / "llmrun" / "page" / "index.html"
 def test_the_page_is_small_and_needs_nothing_from_outside() -> None:
     text = PAGE.read_text()
     assert len(text.encode()) < 40_000
+    assert not re.search(r"""(fetch|request)\(["'`]/""", text)  # a proxy may put a prefix before its paths
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text)
     assert not re.search(r"\s(src|srcset|action)=|@import|url\(|\son\w+=", text.partition("<script>")[0])
 
@@ -48,6 +49,15 @@ def test_an_answer_streams_and_tells_its_speed(tab: Any, server: Server) -> None
     assert (sent["stream"], sent["model"]) == (True, "demo-q4-tp2")
     assert "temperature" not in sent
     assert tab.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_the_page_works_behind_a_prefix(tab: Any, server: Server) -> None:
+    server.prefix = "/box/llm"
+    tab.goto(server.url)
+    wait(tab, "document.title === 'demo-q4-tp2'")
+    ask(tab, "hello")
+    wait_until_done(tab)
+    assert tab.inner_text(LAST) == "You said: hello"
 
 
 def test_the_stop_button_stops(tab: Any, server: Server) -> None:
