@@ -210,6 +210,7 @@ def _render(
         "messages": [dict(message) for message in messages],
         "add_generation_prompt": add_generation_prompt,
         "tools": None if tools is None else list(tools),
+        "documents": None,  # defined, as in transformers: templates ask `is not none`
         "bos_token": tokenizer.bos_token or "",
         "eos_token": tokenizer.eos_token or "",
     }

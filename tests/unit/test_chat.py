@@ -113,6 +113,14 @@ def test_prompt_and_ids_are_those_of_transformers(model, messages, add_generatio
     assert encode_chat(model.ours, messages, **options) == ids
 
 
+@pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt", "unheard_of"])
+def test_what_a_template_may_ask_for_is_what_transformers_gives(name, model, monkeypatch):
+    template = f"{{{{ {name} is defined }}}} {{{{ {name} is none }}}} {{{{ {name} }}}}"
+    monkeypatch.setattr(model.ours, "chat_template", template)
+    theirs = model.theirs.apply_chat_template(SHORT, tokenize=False, chat_template=template)
+    assert render_chat(model.ours, SHORT, add_generation_prompt=False) == theirs
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_special_tokens_in_messages_are_text(model, data):
