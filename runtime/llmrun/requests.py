@@ -233,7 +233,7 @@ def check_prompt(
         raise UsageError(
             f"the prompt has {len(ids)} tokens and max-tokens is {wanted}; together they do not fit the context of"
             f" {max_seq_len}. Use {room} or less, or shorten the prompt.",
-            code="E204",
+            code="E210",
         )
     return ids, wanted
 

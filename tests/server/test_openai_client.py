@@ -225,7 +225,17 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI, served: Se
     assert bad.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=served.model, prompt="a " * 4000)
-    assert long.value.code == "context_length_exceeded"
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(model=served.model, messages=[{"role": "user", "content": "a " * 4000}])
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+    for create in (
+        lambda: client.completions.create(model=served.model, prompt="a", max_tokens=4000),
+        lambda: client.chat.completions.create(model=served.model, messages=MESSAGES, max_tokens=4000),
+    ):
+        with pytest.raises(openai.BadRequestError) as long:
+            create()
+        assert (long.value.code, long.value.param) == ("context_length_exceeded", "max_tokens")
     with pytest.raises(openai.BadRequestError, match="does not know tools"):
         client.chat.completions.create(model=served.model, messages=MESSAGES, tools=[TOOL])
 

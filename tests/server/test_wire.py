@@ -265,6 +265,16 @@ def test_more_connections_than_allowed_are_refused_and_streams_go_on(served: Ser
             time.sleep(0.1)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /health HTTP/1.0\r\n", b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"],
+)
+def test_probes_and_proxies_have_their_forms(head: bytes, served: Served) -> None:
+    sock = served.connect()
+    sock.sendall(head + b"\r\n")
+    assert read_all(sock).split(b"\r\n")[0] == b"HTTP/1.1 200 OK"
+
+
 def test_other_routes(served: Served) -> None:
     assert served.ask("/version")[0] == 200
     document = served.ask("/openapi.json")[1]

@@ -19,17 +19,21 @@ class Exchange:
 
     def __init__(self, access: Access, fails: Exception | None = None) -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
+            self.path = scope["path"]
             if fails is not None:
                 raise fails
             await Json({"ok": True})(scope, receive, send)
 
         self.statuses: list[int] = []
+        self.path = ""  # that the application saw
         self._guard = Guard(app, Limits(), access, self.statuses.append)
 
-    def ask(self, method: str = "GET", path: str = "/v1/models", **headers: str) -> tuple[int, dict[str, str], bytes]:
+    def ask(
+        self, method: str = "GET", path: str = "/v1/models", **headers: str | None
+    ) -> tuple[int, dict[str, str], bytes]:
         sent: list[Any] = []
         all_headers = {"host": "127.0.0.1:8000", **{name.replace("_", "-"): value for name, value in headers.items()}}
-        raw = [(name.encode(), value.encode("latin-1")) for name, value in all_headers.items()]
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in all_headers.items() if value is not None]
         scope = {
             "type": "http",
             "method": method,
@@ -58,6 +62,26 @@ def test_the_servers_own_hosts(host: str) -> None:
 def test_a_rebound_host_is_refused(host: str) -> None:
     assert Exchange(Access()).ask(host=host)[0] == 403
     assert Exchange(Access(hosts=None)).ask(host=host)[0] == 200
+
+
+def test_a_probe_of_health_needs_no_host() -> None:
+    assert Exchange(Access()).ask(path="/health", host=None)[0] == 200
+    assert Exchange(Access()).ask(path="/health", host="evil.example")[0] == 403
+    assert Exchange(Access()).ask(path="/health", host=None, origin="http://evil.example")[0] == 403
+    assert Exchange(Access()).ask(path="/v1/models", host=None)[0] == 403
+
+
+def test_a_target_with_a_host_is_its_path() -> None:
+    exchange = Exchange(Access(keys=("secret",)))
+    assert exchange.ask(path="http://localhost:8000/health")[0] == 200
+    assert exchange.ask(path="HTTP://localhost")[0] == 200
+    assert exchange.path == "/"
+    assert exchange.ask(path="http://localhost/v1/models/a%20b", authorization="Bearer secret")[0] == 200
+    assert exchange.path == "/v1/models/a b"
+    assert exchange.ask(path="http://localhost/v1/models")[0] == 401
+    for target in ("http://evil.example/health", "http://localhost@evil.example/health", "http:///health"):
+        assert exchange.ask(path=target)[0] == 403
+    assert exchange.ask(path="http://localhost/health", host="evil.example")[0] == 403
 
 
 def test_pages_of_other_origins_are_refused_unless_allowed() -> None:

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from llmrun.logprobs import TokenLogprobs
 from llmrun.requests import Event
 from llmrun.server import tools as toolbox
-from llmrun.server.errors import bad
+from llmrun.server.errors import bad, naming_field
 from llmrun.server.prompts import chat_ids
 from llmrun.server.replies import DONE, PING, Stream, TokenTexts, frame, usage
 from llmrun.server.responses import Json
@@ -71,13 +71,14 @@ class Chats:
         max_tokens = max(room, 1) if sampled.max_tokens is None else sampled.max_tokens
 
         def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
-            return service.loop.submit(
-                prompt,
-                on_event=on_event,
-                max_tokens=max_tokens,
-                logprobs=call.top_logprobs,
-                **sampled.options(service.constraint(grammar), i),
-            )
+            with naming_field("messages"):
+                return service.loop.submit(
+                    prompt,
+                    on_event=on_event,
+                    max_tokens=max_tokens,
+                    logprobs=call.top_logprobs,
+                    **sampled.options(service.constraint(grammar), i),
+                )
 
         return submit
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import Receive, Scope, Send
 
 from llmrun.requests import Event
+from llmrun.server.errors import naming_field
 from llmrun.server.replies import DONE, PING, Stream, TextOffsets, TokenTexts, frame, usage
 from llmrun.server.responses import Json
 from llmrun.server.schemas import CompletionCall
@@ -55,15 +56,16 @@ class Completions:
             prompt_logprobs = call.logprobs or 0
 
         def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
-            return loop.submit(
-                prompt,
-                on_event=on_event,
-                max_tokens=sampled.max_tokens,
-                logprobs=call.logprobs,
-                prompt_logprobs=prompt_logprobs,
-                is_continuation=is_continuation,
-                **sampled.options(service.constraint(sampled.grammar), i),
-            )
+            with naming_field("prompt"):
+                return loop.submit(
+                    prompt,
+                    on_event=on_event,
+                    max_tokens=sampled.max_tokens,
+                    logprobs=call.logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    is_continuation=is_continuation,
+                    **sampled.options(service.constraint(sampled.grammar), i),
+                )
 
         return submit
 

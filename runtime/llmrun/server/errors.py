@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from llmrun.errors import LlmpackError, NumericError, PeerError, ResourceError, UsageError
@@ -49,13 +51,27 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param=param, code=code)
 
 
+@contextlib.contextmanager
+def naming_field(prompt: str) -> Iterator[None]:
+    """Make an error of what does not fit the context name the request's field: `prompt`, or max_tokens where that fits.
+
+    Raises:
+        ApiError: 400, in place of the engine's error.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if error.code not in ("E204", "E210"):
+            raise
+        raise bad(str(error), prompt if error.code == "E204" else "max_tokens", "context_length_exceeded") from None
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Return what an error of the engine or of ours means to a client; bugs keep their details to the server's log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UsageError):
-        is_too_long = error.code == "E204"
-        return bad(str(error), "messages" if is_too_long else None, "context_length_exceeded" if is_too_long else None)
+        return bad(str(error))
     if isinstance(error, NumericError):
         return ApiError(500, str(error), code="numeric_error")
     if isinstance(error, PeerError):

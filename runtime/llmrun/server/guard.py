@@ -13,6 +13,7 @@ import hmac
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -26,7 +27,7 @@ from llmrun.server.responses import error_response
 OPEN_PATHS = ("/", "/health")  # no key: a page without secrets, and whether the server lives
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
-
+_ABSOLUTE = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE | re.DOTALL)
 _FIELD_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:[ \t]*,[ \t]*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:@/\[\]]+)(?::[0-9]{1,5})?")
 
@@ -70,6 +71,10 @@ class Guard:
         """Serve one request."""
         if scope["type"] != "http":
             return
+        target = _ABSOLUTE.fullmatch(scope["raw_path"])
+        if target is not None:  # RFC 9112, 3.2.2: a proxy's form
+            path = target[2] or b"/"
+            scope = {**scope, "raw_path": path, "path": unquote(path.decode("ascii"))}
         has_started = False
         headers = Headers(scope=scope)
         cors = self._cors(headers)
@@ -83,7 +88,7 @@ class Guard:
             await send(message)
 
         try:
-            self._check_headers(scope, headers)
+            self._check_headers(scope, headers, None if target is None else target[1].decode("ascii"))
             if scope["method"] == "OPTIONS" and cors:
                 await Response(status_code=204, headers={"access-control-max-age": "600"})(scope, receive, sending)
                 return
@@ -101,7 +106,8 @@ class Guard:
             else:
                 raise
 
-    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+    def _check_headers(self, scope: Scope, headers: Headers, authority: str | None) -> None:
+        """Refuse headers that no route should see; `authority`: the host in the request's target, if it has one."""
         limits = self._limits
         size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"])
         if len(scope["headers"]) > limits.max_headers or size + len(scope["query_string"]) > limits.max_header_bytes:
@@ -109,15 +115,21 @@ class Guard:
         if "transfer-encoding" in headers and "content-length" in headers:  # two lengths: a proxy may believe the other
             raise ApiError(400, "the request has both Transfer-Encoding and Content-Length.", code="bad_framing")
         host = headers.get("host", "")
+        if authority is not None:
+            self._check_host(authority)
+        if "host" in headers or scope["path"] != "/health":  # HAProxy's probe has none, a browser's request always
+            self._check_host(host)
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host and not self._is_allowed(origin):
+            raise ApiError(403, f"pages of {origin[:100]!r} may not ask: --cors-origin allows them.", code="bad_origin")
+
+    def _check_host(self, host: str) -> None:
         parts = _HOST.fullmatch(host)
         name = "" if parts is None else parts[1].lower().rstrip(".")
         if self._access.hosts is not None and name not in self._access.hosts:
             raise ApiError(
                 403, f"the Host {host[:100]!r} is not this server's: --allowed-host adds a name.", code="bad_host"
             )
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host and not self._is_allowed(origin):
-            raise ApiError(403, f"pages of {origin[:100]!r} may not ask: --cors-origin allows them.", code="bad_origin")
 
     def _check_request(self, scope: Scope, headers: Headers) -> None:
         access = self._access
