@@ -19,10 +19,6 @@ from llmrun.server.limits import Limits
 # What JSON Schema calls these holds schemas by name, or values that are no schemas.
 MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
 VALUES = frozenset(("const", "enum", "default", "examples"))
-_ANNOTATIONS = frozenset(
-    ("$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated")
-)
-_COMBINING = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
 _BOUNDS = (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1))  # inclusive, exclusive, inwards
 # Those that the library makes a pattern of; any other is an annotation, as JSON Schema has it.
 _FORMATS = frozenset(
@@ -49,7 +45,6 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
     if size > limits.max_schema_bytes:
         raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", param)
     factors: set[Decimal] = set()
-    has_intersections = False
     level, depth = [schema], 0
     while level:
         depth += 1
@@ -66,12 +61,11 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
                     raise bad(f"$ref {target[:100]!r}: only references within the schema are allowed.", param)
                 if _is_number(factor := item.get("multipleOf")) and factor:
                     factors.add(abs(Decimal(repr(factor))))
-                has_intersections |= _is_intersection(item)
                 deeper += item.values()
             elif isinstance(item, list):
                 deeper += item
         level = deeper
-    _check_factors(factors, param, has_intersections=has_intersections)
+    _check_factors(factors, param)
     return _kept(schema, param)
 
 
@@ -79,34 +73,18 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_intersection(schema: dict[str, Any]) -> bool:
-    """Tell whether a value must be of several schemas at once."""
-    combining = schema.keys() & _COMBINING
-    several = schema.get("allOf")
-    return bool(combining) and (
-        len(combining) > 1
-        or bool(schema.keys() - _ANNOTATIONS - combining)
-        or (isinstance(several, list) and len(several) > 1)
-    )
-
-
-def _check_factors(factors: set[Decimal], param: str, *, has_intersections: bool) -> None:
-    """Bound the remainders that the library keeps apart: their sum, or their product where one number may have several."""
-    digits = [int("".join(map(str, factor.normalize().as_tuple().digits))) for factor in factors]
-    num_remainders = sum(digits)
-    if has_intersections and len(factors) > 1 and num_remainders <= _MOST_REMAINDERS:
-        places = max(-int(factor.normalize().as_tuple().exponent) for factor in factors)
-        spread = max(factor.adjusted() for factor in factors) + places
-        if spread <= 30:
-            num_remainders = math.lcm(*(int(factor.scaleb(max(places, 0))) for factor in factors))
-        else:
-            num_remainders = _MOST_REMAINDERS + 1
-    if num_remainders > _MOST_REMAINDERS:
-        raise bad(
-            f"multipleOf has too many digits: at most {_MOST_REMAINDERS} as a whole number without zeros at its end,"
-            " all of a schema together.",
-            param,
-        )
+def _check_factors(factors: set[Decimal], param: str) -> None:
+    """Bound the remainders that the library keeps apart, by the least common multiple: one number may have several factors."""
+    places = max((-int(factor.as_tuple().exponent) for factor in factors), default=0)
+    common = 1
+    for factor in factors:
+        common = math.lcm(common, int(factor.scaleb(max(places, 0))))
+        if int(str(common).rstrip("0")) > _MOST_REMAINDERS:
+            raise bad(
+                f"multipleOf has too many digits: at most {_MOST_REMAINDERS} as a whole number without zeros at its end,"
+                " and so the least common multiple of all in a schema.",
+                param,
+            )
 
 
 def _kept(schema: Any, param: str, *, is_value: bool = False) -> Any:
