@@ -19,7 +19,7 @@ from llmpack.model_files import ModelFiles
 from llmrun.artifact import IncompatibleError, IntegrityError
 from llmrun.template_tags import FILTERS, template_extensions
 
-__all__ = ["read_chat_template"]
+__all__ = ["has_chat_template", "read_chat_template"]
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 
@@ -56,6 +56,11 @@ def read_chat_template(files: ModelFiles, tokens: Mapping[str, str]) -> tuple[st
     to_set = sorted((asked & tokens.keys()) - {"bos_token", "eos_token"})
     lines = [f"{{% set {name} = {json.dumps(tokens[name], ensure_ascii=False)} %}}\n" for name in to_set]
     return "".join(lines) + template, tuple(notes)
+
+
+def has_chat_template(files: ModelFiles) -> bool:
+    """Return whether there is any."""
+    return bool(_find(files))
 
 
 def _find(files: ModelFiles) -> dict[str, tuple[Path, Any]]:

@@ -7,7 +7,7 @@ takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenize
 sentencepiece model: then `tokenizer.model` is the one that gives its ids. Of any other class (PreTrainedTokenizerFast:
 Llama 3) it uses `tokenizer.json`, and so do we, and also when the vocabulary of `tokenizer.model` is another (it was
 left from the base model), and when it cannot hold what the other files say: added tokens that are not special or
-swallow the white space beside them, a space put elsewhere than sentencepiece puts it (`legacy`, `add_prefix_space`).
+swallow the white space beside them, a space put elsewhere than sentencepiece puts it (`add_prefix_space`, and `legacy` with a chat template).
 With a `tokenizer.model` alone, all added tokens are taken as special, and the rest of these is refused.
 """
 
@@ -17,6 +17,7 @@ import re
 from fnmatch import fnmatchcase
 from typing import Any
 
+from llmpack.chat_template import has_chat_template
 from llmpack.model_files import ModelFiles, list_names
 from llmpack.token_lists import NAMES, extra_tokens, some, swallowing_tokens, text_of
 from llmpack.tokenizer_libraries import Library, open_sentencepiece, open_tokenizers
@@ -92,6 +93,8 @@ def open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_si
     key, value, prefix, says = said
     if prefix == "never" and not (library.text(library.encode("a")[0]) or "").startswith("\u2581"):
         return library
+    if prefix == "always" and not has_chat_template(files):
+        return library  # only a template puts special tokens before text, but for the first one, which changes nothing
     if has_json:
         in_json = _open_json(files, added, vocab_size)
         if _prefix(files.json("tokenizer.json")) == prefix:

@@ -109,7 +109,7 @@ def test_of_both_files_the_one_that_gives_transformers_ids_is_taken(sp):
 def test_a_space_before_words_that_no_tokenizer_model_knows_needs_tokenizer_json(config, sp):
     theirs = pytest.importorskip("transformers").AutoTokenizer
     theirs.from_pretrained(sp).backend_tokenizer.save(str(sp / "first.json"))
-    edit_json(sp, "tokenizer_config.json", **config)
+    edit_json(sp, "tokenizer_config.json", **config, chat_template="{{ bos_token }}{{ messages[0].content }}")
     ((key, value),) = config.items()
     refusal = (
         rf"tokenizer\.model: tokenizer_config\.json: {key}: found {value}, expected a tokenizer\.json.*save_pretrained"
@@ -126,6 +126,15 @@ def test_a_space_before_words_that_no_tokenizer_model_knows_needs_tokenizer_json
         assert load_files(files).encode(text, parse_special=True) == theirs.from_pretrained(sp).encode(text)
 
 
+def test_legacy_changes_nothing_without_a_chat_template(sp):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    edit_json(sp, "tokenizer_config.json", legacy=True)
+    files = read_tokenizer(sp, 420)
+    assert files.source_file.name == "tokenizer.model"
+    for text in ["the house", "a  b", "12 o'clock"]:
+        assert load_files(files).encode(text) == theirs.from_pretrained(sp).encode(text)
+
+
 def test_a_tokenizer_json_as_transformers_4_wrote_it_puts_the_space_of_legacy(sp):
     theirs = pytest.importorskip("transformers").AutoTokenizer
     theirs.from_pretrained(sp).backend_tokenizer.save(str(sp / "tokenizer.json"))
@@ -134,6 +143,7 @@ def test_a_tokenizer_json_as_transformers_4_wrote_it_puts_the_space_of_legacy(sp
         {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
     ]
     edit_json(sp, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": spaces}, pre_tokenizer=None)
+    edit_json(sp, "tokenizer_config.json", chat_template="{{ messages[0].content }}")
     text = "<s>[INST] a [/INST] b </s><s>[INST] c"
     for legacy, name in [(None, "tokenizer.model"), (False, "tokenizer.model"), (True, "tokenizer.json")]:
         edit_json(sp, "tokenizer_config.json", legacy=legacy)
