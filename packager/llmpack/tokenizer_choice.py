@@ -2,12 +2,12 @@
 
 In: the files, and the tokens that were added. Out: the opened library, or none, or a refusal that says what to do.
 
-A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too, transformers 5
-takes only the vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds the rules of the
-sentencepiece model: then `tokenizer.model` is the one that gives its ids. Of any other class (PreTrainedTokenizerFast:
-Llama 3) it uses `tokenizer.json`, and so do we, and also when the vocabulary of `tokenizer.model` is another (it was
-left from the base model), and when it cannot hold what the other files say: added tokens that are not special or
-swallow the white space beside them, a space put elsewhere than sentencepiece puts it (`add_prefix_space`, and `legacy` with a chat template).
+A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too, transformers 5 takes only the
+vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds the rules of the sentencepiece model: then
+`tokenizer.model` is the one that gives its ids. Of any other class (PreTrainedTokenizerFast: Llama 3) it uses
+`tokenizer.json`, and so do we, and also when the vocabulary of `tokenizer.model` is another (it was left from the base
+model), and when it cannot hold what the other files say: added tokens that are not special or swallow the white space
+beside them, a space put elsewhere than sentencepiece puts it (`add_prefix_space`, and `legacy` with a chat template).
 With a `tokenizer.model` alone, all added tokens are taken as special, and the rest of these is refused.
 """
 
