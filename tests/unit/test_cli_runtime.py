@@ -128,12 +128,17 @@ def test_texts_of_the_command_line_are_utf8_whatever_the_locale(packed_tiny: Pac
     program = (
         "import sys\n"
         "from llmrun.cli import build_parser\n"
-        "chosen = build_parser().parse_args(sys.argv[1:])\n"
-        "print(ascii([chosen.stop, chosen.system]))"
+        "chosen = vars(build_parser().parse_args(sys.argv[2:]))\n"
+        "print(ascii(chosen[sys.argv[1]]))"
     )
-    command = [sys.executable, "-c", program, "chat", "A", "--stop", "König", "--system", "König"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **plain})
-    assert done.stdout == ascii([["König"], "König"]) + "\n"
+    for command, option, expected in (
+        ("chat", "--stop", ["König"]),
+        ("chat", "--system", "König"),
+        ("serve", "--served-model-name", ["König"]),
+    ):
+        typed = [sys.executable, "-c", program, option[2:].replace("-", "_"), command, "A", option, "König"]
+        done = subprocess.run(typed, capture_output=True, text=True, check=True, env={**os.environ, **plain})
+        assert done.stdout == ascii(expected) + "\n"
 
 
 def test_a_seed_repeats_and_another_does_not(packed_tiny: Packed) -> None:

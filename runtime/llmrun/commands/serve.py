@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen on ADDRESS (127.0.0.1)")
     group.add_argument("--port", type=int, default=DEFAULT_PORT, metavar="N", help="0: any free one (8000)")
     group.add_argument(
-        "--served-model-name", action="append", metavar="NAME", help="the model's name (the directory's); repeatable"
+        "--served-model-name",
+        type=common.text_of("--served-model-name"),
+        action="append",
+        metavar="NAME",
+        help="the model's name (the directory's); repeatable",
     )
     group.add_argument("--api-key", metavar="KEY", help=f"ask for KEY; better: --api-key-file, or {KEY_VARIABLE}")
     group.add_argument("--api-key-file", metavar="FILE", help="ask for one of the keys in FILE, one a line")
