@@ -21,6 +21,9 @@ from emulated.emulator import Emulator, build, missing
 from llmpack.pack import Options, pack
 from models import DEMO, make_checkpoint
 
+# Containers often have it, shells of users not: there the interpreter flushes its streams at exit, and says if it could not.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # Under nohup SIGHUP is ignored, and SIGINT behind a script's "&", in every process that tests start too, and llmrun
 # rightly leaves it so.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

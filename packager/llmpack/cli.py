@@ -7,7 +7,6 @@ stdout carries the result (text, or one JSON object with --json); progress and e
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -105,6 +104,7 @@ class _Progress:
             self.stream.flush()
         except OSError:  # nobody sees it: `pack ... 2>&1 | head -1`, a full disk; the artifact does not need it
             self.enabled = False
+            _discard(2)
 
 
 class _Terminated(BaseException):
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"terminated; {outcome()}.")
         return 128 + stop.args[0]
     except BrokenPipeError:  # the reader of stdout left, which is its right
-        _discard_stdout()
+        _discard(1)
         return 0
     except OSError as error:
         progress.end()
@@ -195,13 +195,15 @@ def _report(error: LlmpackError) -> None:
 
 def _say(text: str) -> None:
     """Print one line to standard error, if that can be written to; the exit code does not depend on it."""
-    with contextlib.suppress(OSError):
+    try:
         print(f"pack: {text}", file=sys.stderr)
+    except OSError:
+        _discard(2)
 
 
-def _discard_stdout() -> None:
-    """Give what could not be written, and what the interpreter flushes at exit, to nobody."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _discard(descriptor: int) -> None:
+    """Give what could not be written, and the interpreter would try again at exit (and end with 120), to nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _run(args: argparse.Namespace, progress: _Progress) -> int:
@@ -240,7 +242,7 @@ def _run(args: argparse.Namespace, progress: _Progress) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _discard_stdout()
+        _discard(1)
         raise ResourceError(f"standard output: {error.strerror}.", code="E503") from None
     return 0
 
