@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
@@ -9,8 +10,11 @@ _TASKS = Path("/proc/self/task")
 
 def operator_threads() -> dict[str, int]:
     """Return their ids by name."""
-    names = {(task / "comm").read_text().strip(): int(task.name) for task in _TASKS.iterdir()}
-    return {name: tid for name, tid in names.items() if name.startswith("llmpack-")}
+    found = {}
+    for task in _TASKS.iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # another thread, which has just ended
+            found[(task / "comm").read_text().strip()] = int(task.name)
+    return {name: tid for name, tid in found.items() if name.startswith("llmpack-")}
 
 
 def cpu_seconds(tid: int) -> float:
