@@ -24,6 +24,9 @@ from models import DEMO, make_checkpoint
 # Containers often have it, shells of users not: there the interpreter flushes its streams at exit, and says if it could not.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
+# ONNX Runtime's wheels since 1.32 hold a telemetry client with a thread of its own.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 # Under nohup SIGHUP is ignored, and SIGINT behind a script's "&", in every process that tests start too, and llmrun
 # rightly leaves it so.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -55,14 +55,15 @@ for threads in sys.argv[2:]:
 
 def test_operators_run_on_as_many_threads_as_told(library_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SHARES, library_path, "1", "2", "0"],
+        [sys.executable, "-c", SHARES, library_path, "1", "1", "1", "2", "0"],
         capture_output=True,
         text=True,
         check=True,
         cwd=HERE,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )
-    alone, together, of_onnx_runtime = map(float, run.stdout.split())
-    assert alone < 0.02
+    *alone, together, of_onnx_runtime = map(float, run.stdout.split())
+    assert min(alone) < 0.02  # the libraries that are imported have threads that do something now and then
     assert 0.05 < together < 0.95  # on a busy machine the caller does most by itself
     assert 0.05 < of_onnx_runtime < 0.95
 
