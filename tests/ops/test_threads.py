@@ -140,7 +140,7 @@ binding.bind_input("weight", "cpu", 0, stored.dtype, stored.shape, weight.ctypes
 binding.bind_output("y")
 session.run_with_iobinding(binding)
 print("ran", flush=True)
-os.truncate(sys.argv[2], stored.nbytes // 8 * 7)
+os.truncate(sys.argv[2], stored.nbytes - 4096)  # one thread's alone: where two fault at once, no handler gets far
 session.run_with_iobinding(binding)
 """
 
