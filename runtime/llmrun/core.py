@@ -18,7 +18,7 @@ from llmrun.interrupts import InterruptsLater
 from llmrun.kv_cache import BlockPool
 from llmrun.logprobs import TokenLogprobs, token_logprobs
 from llmrun.lookup import PromptLookup
-from llmrun.requests import Completion, Event, Prompt, Request, check_ids, check_prompt, check_speculate, is_whole
+from llmrun.requests import Event, Prompt, Request, check_ids, check_prompt, check_speculate, is_whole
 from llmrun.row_sampling import sample_rows
 from llmrun.rows import Rows
 from llmrun.sampler import Sampler, SamplingParams, TokenHistory
@@ -71,18 +71,13 @@ class Core:
         self._pool = BlockPool(num_blocks or job.num_blocks, self.manifest.kv_cache.block_size, identity)
         self._scheduler = self._new_scheduler(DEFAULT_TOKEN_BUDGET, max_num_seqs)
         self._requests: dict[int, Request] = {}
-        # Threads take turns. A request may also be cancelled in the midst of a step, by the thread itself: a generator
-        # that is collected then.
-        self._turn = threading.RLock()
+        # Held by the thread whose step it is: they take turns. A request may also be cancelled in the midst of a step, by the
+        # thread itself: a generator that is collected then.
+        self.turn = threading.RLock()
         self._is_inside = False
         self._left: list[Request] = []
         self._num_prompt_tokens = self._num_generated = self._num_drafts = self._num_accepted = self._num_steps = 0
         self._last_step_s = 0.0
-
-    @property
-    def turn(self) -> threading.RLock:
-        """Held by the thread whose step it is."""
-        return self._turn
 
     @property
     def has_work(self) -> bool:
@@ -175,7 +170,7 @@ class Core:
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request."""
-        with InterruptsLater(), self._turn:
+        with InterruptsLater(), self.turn:
             self._enqueue(request)
 
     def step(self) -> list[Event]:
@@ -188,7 +183,7 @@ class Core:
         Raises:
             LlmpackError: the step failed, and with it every request.
         """
-        with InterruptsLater(), self._turn:
+        with InterruptsLater(), self.turn:
             self._is_inside = True
             try:
                 events = self._step() if self._scheduler.has_work else []
@@ -201,7 +196,7 @@ class Core:
 
     def cancel(self, request: Request) -> None:
         """End a request, whatever its state, and free its cache blocks; one that has ended stays as it is."""
-        with InterruptsLater(), self._turn:
+        with InterruptsLater(), self.turn:
             if self._is_inside:
                 self._left.append(request)
             else:
@@ -255,7 +250,7 @@ class Core:
         """Return the logits after each id of several sequences, run together; see `Engine.logits`."""
         if chunk is not None and not is_whole(chunk, 1):
             raise UsageError(f"chunk {chunk!r}: expected a whole number of tokens from 1, or None.")
-        with self._turn:
+        with self.turn:
             self._is_inside = True
             try:
                 return self._logits(sequences, chunk)
@@ -291,22 +286,6 @@ class Core:
                     self._cancel(request)
                 self._scheduler = previous
         return [np.concatenate(request.rows) for request in requests]
-
-    def completion(self, request: Request, load_ms: float) -> Completion:
-        """Return a finished (or cancelled) request as a result."""
-        prompt_s = request.first_token_s - request.submitted_s if request.first_token_s else 0.0
-        timings = {
-            "prompt_n": len(request.prompt_ids),
-            "prompt_ms": round(prompt_s * 1e3, 3),
-            "predicted_n": request.num_generated,
-            "predicted_ms": round((request.last_token_s - request.first_token_s) * 1e3, 3),
-            "load_ms": round(load_ms, 3),
-        }
-        text = None if request.stream is None else request.text
-        reason = request.finish_reason or "stop"
-        return Completion(
-            text, request.prompt_ids, request.ids, reason, timings, request.logprobs, request.prompt_logprobs
-        )
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """Return the given parameters (None: not given), completed with the artifact's defaults.

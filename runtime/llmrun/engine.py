@@ -256,7 +256,7 @@ class Engine:
 
     def completion(self, request: Request) -> Completion:
         """Return a finished (or cancelled) request as a result."""
-        return self._core.completion(request, self.load_ms)
+        return request.completion(self.load_ms)
 
     def stats(self) -> Stats:
         """Return the engine's numbers of now. Rank 0 only."""

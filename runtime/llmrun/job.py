@@ -20,7 +20,7 @@ import numpy as np
 
 import llmrun
 from llmrun import comm as communication
-from llmrun import console, device, errors, failstop, faults, launcher, rank_status, watchdog
+from llmrun import console, device, errors, failstop, faults, gpu_choice, launcher, rank_status, watchdog
 from llmrun.artifact import Artifact, open_artifact
 from llmrun.cores import CoreShare, cpu_quota, places_of, share_cores
 from llmrun.errors import IncompatibleError
@@ -225,13 +225,13 @@ class Job:
         """Decide where this rank computes; where the user leaves that open, all compute on the CPU if one has to."""
         ops, manifest = self.operators.functions, self.artifact.manifest
         what = (self.options.provider, manifest, ops, self._ort_providers)
-        found = self.stage("looking for GPUs", lambda: device.shown_gpus(*what))
+        found = self.stage("looking for GPUs", lambda: gpu_choice.shown_gpus(*what))
         local = local_ranks(self.comm.peers, self.rank)
         everyone = self.comm.agree({"gpus": found})
         shown = [everyone[rank]["gpus"] for rank in local]
         share_gpu, number = self.options.share_gpu, local.index(self.rank)
         own = self.stage(
-            "choosing a processor", lambda: device.place(*what, local_rank=number, shown=shown, share_gpu=share_gpu)
+            "choosing a processor", lambda: gpu_choice.place(*what, local_rank=number, shown=shown, share_gpu=share_gpu)
         )
         everyone = self.comm.agree({"provider": own.provider, "why_not_gpu": rank_status.fit(own.why_not_gpu)})
         providers = [status["provider"] for status in everyone]
@@ -269,9 +269,9 @@ class Job:
         gpu, used = self.placement.gpu, self.placement.kernels
         assert gpu is not None
         assert used is not None
-        ptx = device.choose_kernels(gpu.chip, (name for name in self.manifest.kernels if name.startswith("ptx_")))
+        ptx = gpu_choice.choose_kernels(gpu.chip, (name for name in self.manifest.kernels if name.startswith("ptx_")))
         if used == ptx:
-            better = device.best_target(gpu.chip)
+            better = gpu_choice.best_target(gpu.chip)
             advice = "" if better == used else f" Pack with --targets {better} for a faster start."
             self._say_of_ptx(f"no code for {gpu.chip} in the artifact", used, advice)
         try:

@@ -117,6 +117,20 @@ class Request:
         """Prompt tokens that were not computed because an earlier request had left them in the cache."""
         return self.sequence.num_reused
 
+    def completion(self, load_ms: float) -> Completion:
+        """Return what a finished (or cancelled) request has become; `load_ms`: what the engine took to load."""
+        prompt_s = self.first_token_s - self.submitted_s if self.first_token_s else 0.0
+        timings = {
+            "prompt_n": len(self.prompt_ids),
+            "prompt_ms": round(prompt_s * 1e3, 3),
+            "predicted_n": self.num_generated,
+            "predicted_ms": round((self.last_token_s - self.first_token_s) * 1e3, 3),
+            "load_ms": round(load_ms, 3),
+        }
+        text = None if self.stream is None else self.text
+        reason = self.finish_reason or "stop"
+        return Completion(text, self.prompt_ids, self.ids, reason, timings, self.logprobs, self.prompt_logprobs)
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -20,7 +20,7 @@ BOUND = 1e-2  # float16 between operators, against float64, as a share of the la
 
 
 def main(artifact: Path, operators: Path, mini: Path, chip: str, dry: str) -> None:
-    from llmrun.device import choose_kernels
+    from llmrun.gpu_choice import choose_kernels
 
     is_hip = chip.startswith("gfx")
     if int(dry):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmpack import kernel_plan, kernels
-from llmrun import device
+from llmrun import device, gpu_choice
 from llmrun.errors import IncompatibleError, ResourceError, UsageError
 from llmrun.manifest import KvCacheSpec
 
@@ -55,8 +55,8 @@ def manifest(*targets, kernels=None, scheme_bytes=18_200_000_000):
 
 
 def place(provider, held, ops, available=ALL, rank=0, size=1, **options):
-    shown = [device.shown_gpus(provider, held, ops, available)] * size
-    return device.place(provider, held, ops, available, local_rank=rank, shown=shown, **options)
+    shown = [gpu_choice.shown_gpus(provider, held, ops, available)] * size
+    return gpu_choice.place(provider, held, ops, available, local_rank=rank, shown=shown, **options)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def place(provider, held, ops, available=ALL, rank=0, size=1, **options):
     ],
 )
 def test_the_code_for_a_chip(chip, held, taken):
-    assert device.choose_kernels(chip, held) == taken
+    assert gpu_choice.choose_kernels(chip, held) == taken
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,13 @@ def test_each_local_rank_has_its_own_gpu():
 def test_ranks_that_are_shown_one_gpu_each_share_none():
     """By Slurm, or by a wrapper that sets CUDA_VISIBLE_DEVICES."""
     drivers = [FakeOps(["sm_89"], first=number) for number in (4, 5)]
-    shown = [device.shown_gpus("cuda", manifest(), ops, ALL) for ops in drivers]
+    shown = [gpu_choice.shown_gpus("cuda", manifest(), ops, ALL) for ops in drivers]
     assert shown == [{"cuda": ["4"]}, {"cuda": ["5"]}]
     for share_gpu in (False, True):
         for rank, ops in enumerate(drivers):
-            placement = device.place("cuda", manifest(), ops, ALL, local_rank=rank, shown=shown, share_gpu=share_gpu)
+            placement = gpu_choice.place(
+                "cuda", manifest(), ops, ALL, local_rank=rank, shown=shown, share_gpu=share_gpu
+            )
             assert placement.gpu is not None
             assert (placement.gpu.pci_id, placement.sharers) == (f"{4 + rank}", 1)
 
