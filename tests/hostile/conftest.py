@@ -24,3 +24,8 @@ def members(sound):
 @pytest.fixture
 def artifact(sound, tmp_path):
     return bad_input.copy(sound, tmp_path / "artifact")
+
+
+@pytest.fixture
+def single(packed_tiny, tmp_path):
+    return bad_input.copy(packed_tiny(1, "q4"), tmp_path / "single")

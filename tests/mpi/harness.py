@@ -152,3 +152,8 @@ def run_alone(
 ) -> Outcome:
     """Run `llmrun ARGUMENTS` without mpirun."""
     return RunningJob(llmrun_command(*arguments), environment=environment, stdin=stdin).finish(deadline_s)
+
+
+def run_script(text: str, tmp_path: Path, *arguments: object) -> Outcome:
+    """Run a user's script on two ranks."""
+    return RunningJob(script_command(text, tmp_path, *arguments)).finish()

@@ -1,11 +1,13 @@
-"""What the tests of an engine of one rank, and those of grammars and of tools, have in common."""
+"""What the tests of an engine of one rank, those of grammars and of tools, and those of tokenizers have in common."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tokenizer_makers import train_byte_level, train_sentencepiece
 
 from llmrun import Engine
 from llmrun.artifact import open_artifact
@@ -33,3 +35,22 @@ def tokenizer(packed_demo: Packed) -> Tokenizer:
 def grammars(tokenizer: Tokenizer) -> Grammars:
     # As many ids more as a padded embedding has: ids that stand for nothing are never allowed.
     return Grammars(tokenizer, tokenizer.vocab_size + 61, sorted(tokenizer.eos_token_ids), Limits())
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tokenizers of two kinds: sentencepiece's, byte-level."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("sp", "bl")}
+    train_sentencepiece(folders["sp"])
+    train_byte_level(folders["bl"])
+    return folders
+
+
+@pytest.fixture
+def sp(originals: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals["sp"], tmp_path / "model"))
+
+
+@pytest.fixture
+def bl(originals: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals["bl"], tmp_path / "model"))
