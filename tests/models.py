@@ -22,14 +22,16 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_checkpoint(folder: Path, *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+def make_checkpoint(
+    folder: Path, *, dtype: str = "float32", seed: int = 0, model_type: str = "llama", **overrides: Any
+) -> Path:
     """Write a random checkpoint with transformers itself: the independent program decides names and layout."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(**{**TINY, **overrides}, bos_token_id=1, eos_token_id=2)
-    model = LlamaForCausalLM(config)
+    config = AutoConfig.for_model(model_type, **{**TINY, **overrides}, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -63,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         " cuda, rocm, all (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-seq-len", metavar="N", type=int, help="longest sequence (default: max_position_embeddings)"
+        "--max-seq-len",
+        metavar="N",
+        type=int,
+        help="longest sequence (default: max_position_embeddings, or sliding_window where there is one)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print bytes and memory of each rank, and pack nothing")
     parser.add_argument(

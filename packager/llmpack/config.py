@@ -1,7 +1,10 @@
-"""config.json of a Hugging Face Llama -> ModelConfig; what is not supported is refused here, by key and value.
+"""config.json of a Hugging Face checkpoint -> ModelConfig; what is not supported is refused here, by key and value.
 
 In: a model directory. Out: `ModelConfig`, in which every default is filled in and both spellings of RoPE settings
 (`rope_scaling` with `rope_theta`; transformers 5's `rope_parameters`) are one. It reads no weights.
+
+The families differ in a few points from Llama, and in what a key means that is not there (transformers' configuration_*.py):
+Mistral and Qwen may look back no further than a window, Qwen 2 has biases on q, k and v only.
 """
 
 from __future__ import annotations
@@ -10,12 +13,40 @@ import json
 import os
 import stat
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, UsageError
 
-# Keys that change what a Llama computes when they differ from these values; everything else in config.json is ignored.
+
+@dataclass(frozen=True)
+class _Family:
+    """What a `model_type` stands for; the numbers are those of a config.json that lacks them.
+
+    Attributes:
+        num_key_value_heads: None: as many as num_attention_heads.
+        attention_bias: None: config.json says it.
+        has_mlp_bias: whether config.json may say it.
+        window: which layers of attention may look back no further than a window.
+    """
+
+    architecture: str
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool | None = None
+    has_mlp_bias: bool = False
+    window: Literal["none", "all layers", "by layer"] = "none"
+
+
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", 2048, has_mlp_bias=True),
+    "mistral": _Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="all layers"),
+    "qwen2": _Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, attention_bias=True, window="by layer"),
+}
+_WINDOW = 4096  # sliding_window where config.json does not say it
+# Keys that change what a model computes when they differ from these values; everything else in config.json is ignored.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
     "partial_rotary_factor": (1.0, None),
@@ -99,11 +130,14 @@ def read_config(model_dir: Path) -> ModelConfig:
     path = model_dir / "config.json"
     raw = read_json(path)
     reader = _Reader(raw, path)
-    if raw.get("model_type") != "llama":
-        raise IncompatibleError(f"{path}: model_type is {raw.get('model_type')!r}; llmpack packs 'llama'.")
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs ['LlamaForCausalLM'].")
+    model_type = raw.get("model_type")
+    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        supported = ", ".join(map(repr, _FAMILIES))
+        raise IncompatibleError(f"{path}: model_type is {model_type!r}; llmpack packs {supported}.")
+    architectures = raw.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs {[family.architecture]}.")
     for key, allowed in _MUST_BE.items():
         if raw.get(key) not in allowed:
             raise IncompatibleError(
@@ -115,37 +149,34 @@ def read_config(model_dir: Path) -> ModelConfig:
             f"{path}: has a quantization_config (quant_method {method!r}); llmpack packs f32, f16 and bf16 weights: take the"
             " model that it was made from."
         )
-    window = raw.get("sliding_window")
-    if window is not None and raw.get("use_sliding_window") is not False:
-        raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise IncompatibleError(f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' only.")
 
     hidden_size = reader.size("hidden_size")
+    num_hidden_layers = reader.size("num_hidden_layers")
     num_attention_heads = reader.size("num_attention_heads")
-    num_key_value_heads = reader.size("num_key_value_heads", num_attention_heads)
+    is_given = "num_key_value_heads" in raw  # null means num_attention_heads
+    kv_default = num_attention_heads if is_given else family.num_key_value_heads or num_attention_heads
+    num_key_value_heads = reader.size("num_key_value_heads", kv_default)
     if num_attention_heads % num_key_value_heads:
         raise IncompatibleError(
             f"{path}: num_attention_heads {num_attention_heads} is not a multiple of num_key_value_heads"
             f" {num_key_value_heads}."
         )
-    if raw.get("head_dim") is None and hidden_size % num_attention_heads:
+    if raw.get("head_dim", family.head_dim) is None and hidden_size % num_attention_heads:
         raise IncompatibleError(
             f"{path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}, and"
             " there is no head_dim."
         )
-    head_dim = reader.size("head_dim", hidden_size // num_attention_heads)
+    head_dim = reader.size("head_dim", family.head_dim or hidden_size // num_attention_heads)
     if head_dim % 2:
         raise IncompatibleError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need pairs.")
     if head_dim > _MAX_HEAD_DIM:
         raise IncompatibleError(f"{path}: head_dim {head_dim}; llmpack packs heads of up to {_MAX_HEAD_DIM}.")
-    max_position_embeddings = reader.size("max_position_embeddings", 2048)
+    max_position_embeddings = reader.size("max_position_embeddings", family.max_position_embeddings)
     return ModelConfig(
-        architecture="LlamaForCausalLM",
+        architecture=family.architecture,
         hidden_size=hidden_size,
         intermediate_size=reader.size("intermediate_size"),
-        num_hidden_layers=reader.size("num_hidden_layers"),
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         head_dim=head_dim,
@@ -153,11 +184,35 @@ def read_config(model_dir: Path) -> ModelConfig:
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=reader.positive("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        attention_bias=reader.flag("attention_bias"),
-        mlp_bias=reader.flag("mlp_bias"),
+        attention_bias=reader.flag("attention_bias") if family.attention_bias is None else family.attention_bias,
+        mlp_bias=family.has_mlp_bias and reader.flag("mlp_bias"),
         rope=_read_rope(reader, max_position_embeddings),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        sliding_window=_read_window(reader, family, num_hidden_layers),
     )
+
+
+def _read_window(reader: _Reader, family: _Family, num_hidden_layers: int) -> int | None:
+    """Return how many positions some layer looks back, its own among them; None: every layer to the first."""
+    raw, path = reader.raw, reader.path
+    by_layer = family.window == "by layer" and reader.flag("use_sliding_window")
+    kinds = ("full_attention", "sliding_attention") if by_layer else ("full_attention",)
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind not in kinds for kind in layer_types):
+        raise IncompatibleError(
+            f"{path}: layer_types is {raw['layer_types']!r}; supported: {' and '.join(map(repr, kinds))} only."
+        )
+    window = raw.get("sliding_window")
+    if family.window == "none" and window is not None and raw.get("use_sliding_window") is not False:
+        raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
+    first = raw.get("max_window_layers", 28)  # the layer from which on they slide, where layer_types does not say it
+    slides = (
+        "sliding_attention" in layer_types if layer_types else not (type(first) is int and first >= num_hidden_layers)
+    )
+    is_used = by_layer and slides
+    if family.window == "all layers":
+        is_used = window is not None or "sliding_window" not in raw
+    return reader.size("sliding_window", _WINDOW) if is_used else None
 
 
 def _read_rope(reader: _Reader, max_position_embeddings: int) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
             for p in ("q_proj", "k_proj", "v_proj")
         )
         attention = graph.attention(f"{layer}.self_attn.attention", q, k, v, cos_sin, caches)
-        hidden = graph.linear(f"{layer}.self_attn.o_proj", attention, config.attention_bias)
+        hidden = graph.linear(f"{layer}.self_attn.o_proj", attention, config.has_output_bias)
         normed, residual = graph.norm(f"{layer}.post_attention_layernorm", hidden, residual)
         gate, up = (graph.linear(f"{layer}.mlp.{p}", normed, config.mlp_bias) for p in ("gate_proj", "up_proj"))
         hidden = graph.linear(

@@ -158,11 +158,14 @@ def _decide(
     if is_default:
         quantization = choose_group_size(config, quantization, options.shards)
     check_split(config, quantization, options.shards, is_default=is_default)
-    max_seq_len = config.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
-    if not 1 <= max_seq_len <= config.max_position_embeddings:
-        raise UsageError(
-            f"--max-seq-len {max_seq_len}: expected 1 to max_position_embeddings {config.max_position_embeddings}."
-        )
+    limit, window = config.max_position_embeddings, config.sliding_window
+    what = f"max_position_embeddings {limit}"
+    if window is not None and window < limit:  # up to there a token sees all before it
+        limit, what = window, f"sliding_window {window}; llmpack packs no windows, and up to there there is none"
+        notes.append(f"max_position_embeddings {config.max_position_embeddings}: sequences end at {what}")
+    max_seq_len = limit if options.max_seq_len is None else options.max_seq_len
+    if not 1 <= max_seq_len <= limit:
+        raise UsageError(f"--max-seq-len {max_seq_len}: expected 1 to {what}.")
     ranks = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]
     kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
     has_gpu = len(targets) > 1

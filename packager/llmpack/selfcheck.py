@@ -196,7 +196,7 @@ def forward(
                     f"{layer}.self_attn: its keys or values are beyond {kv_dtype}'s range; {advice}."
                 )
             x = x + product(rank, f"{layer}.self_attn.o_proj", attended)
-        if config.attention_bias:
+        if config.has_output_bias:
             x = x + ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True)
         normed = norm(f"{layer}.post_attention_layernorm", x)
         for rank in ranks:

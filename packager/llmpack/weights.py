@@ -126,7 +126,7 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
         layer = f"model.layers.{i}"
         norm(f"{layer}.input_layernorm")
         projection(f"{layer}.self_attn.qkv_proj", "q_proj k_proj v_proj", "column", config.attention_bias)
-        projection(f"{layer}.self_attn.o_proj", "o_proj", "row", config.attention_bias)
+        projection(f"{layer}.self_attn.o_proj", "o_proj", "row", config.has_output_bias)
         norm(f"{layer}.post_attention_layernorm")
         projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
         projection(f"{layer}.mlp.down_proj", "down_proj", "row", config.mlp_bias)
@@ -183,7 +183,7 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
     unknown = sorted(n for n in found if n not in wanted and not n.endswith(".rotary_emb.inv_freq"))
     if missing or unknown:
         raise IntegrityError(
-            f"the tensors do not fit config.json; missing: {_listed(missing)}; not known to a Llama of this configuration:"
+            f"the tensors do not fit config.json; missing: {_listed(missing)}; not known to a model of this configuration:"
             f" {_listed(unknown)}.",
             code="E313",
         )

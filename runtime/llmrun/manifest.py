@@ -44,7 +44,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture; names and (global) numbers as in Hugging Face's config.json."""
+    """The architecture; names and (global) numbers as in Hugging Face's config.json.
+
+    Attributes:
+        attention_bias: of q, k and v, and of o but in Qwen 2.
+        sliding_window: positions that some layer looks back, never less than max_seq_len; None: all.
+    """
 
     architecture: str
     hidden_size: int
@@ -61,6 +66,12 @@ class ModelConfig:
     mlp_bias: bool
     rope: dict[str, Any]
     dtype: str
+    sliding_window: int | None = field(default_factory=lambda: None)  # a factory: may be absent from a manifest
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether o_proj has a bias."""
+        return self.attention_bias and self.architecture != "Qwen2ForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -315,6 +326,8 @@ def _check_numbers(manifest: Manifest, refuse: Callable[[str], typing.NoReturn])
     expected = (model.num_hidden_layers, heads, model.head_dim)
     if (cache.num_layers, cache.num_kv_heads_per_rank, cache.head_dim) != expected:
         refuse("kv_cache is not that of model and shards")
+    if model.sliding_window is not None and manifest.max_seq_len > model.sliding_window:
+        refuse(f"max_seq_len is {manifest.max_seq_len}, expected at most sliding_window {model.sliding_window}")
     for entry in manifest.ranks:
         if min(entry.weight_bytes, entry.weight_bytes_per_token, *entry.weight_bytes_by_role.values()) < 0:
             refuse("a rank's weight_bytes is negative")

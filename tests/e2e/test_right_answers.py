@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from llmpack.pack import Options, pack
 from llmrun import Engine
@@ -44,18 +44,22 @@ VARIANTS = {
     "bfloat16": {"dtype": "bfloat16"},
     "odd-vocab": {"vocab_size": 301},
     "large-eps": {"rms_norm_eps": 1e-2},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 64},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 32},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
-
 
 # What the split itself decides about, with biases and a vocabulary that no number of ranks divides.
 SPLIT_VARIANTS = {
     "replicated-kv-head": (4, {"num_key_value_heads": 1}),
     "tied-and-wide-heads": (2, {"tie_word_embeddings": True, "head_dim": 64, "dtype": "bfloat16"}),
+    "biases-of-q-k-and-v-alone": (2, {"model_type": "qwen2"}),
 }
 
 
 def transformers_logits(checkpoint, sequences):
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         return [model(torch.tensor([ids])).logits[0].numpy() for ids in sequences]
 
@@ -70,6 +74,20 @@ def test_every_variant_agrees_with_transformers(variant, packed):
         for ours, truth in zip(engine.logits_batch(IDS), transformers_logits(variant, IDS), strict=True):
             assert np.abs(truth).max() > 1  # a model that says something
             np.testing.assert_allclose(ours, truth, rtol=0, atol=F32)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
+def test_sequences_end_where_a_window_would_hide_what_comes_first(model_type, tmp_path, packed):
+    """Up to the window the answer is transformers'; one token more, and transformers' is another than without a window."""
+    ids = [(37 * i + 11) % 250 for i in range(33)]
+    window = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0}
+    folder = make_checkpoint(tmp_path / "m", model_type=model_type, **window)
+    with Engine(packed(folder, 1, "f32")) as engine:
+        assert engine.max_seq_len == 32
+        ours, (truth,) = engine.logits(ids[:32]), transformers_logits(folder, [ids])
+    np.testing.assert_allclose(ours, truth[:32], rtol=0, atol=F32)
+    whole = make_checkpoint(tmp_path / "whole", model_type=model_type, **{**window, "sliding_window": 128})
+    assert np.abs(transformers_logits(whole, [ids])[0] - truth)[-1].max() > 10 * F32
 
 
 @pytest.mark.parametrize("quant", ["q4", "q8"])
@@ -154,7 +172,8 @@ def test_shards_agree_with_one_rank_and_speak_the_same(shards, one_rank, tmp_pat
 @pytest.mark.mpi
 @pytest.mark.parametrize(("shards", "variant"), SPLIT_VARIANTS.values(), ids=SPLIT_VARIANTS)
 def test_ranks_together_agree_with_transformers(shards, variant, tmp_path, packed):
-    folder = make_checkpoint(tmp_path / "m", attention_bias=True, mlp_bias=True, vocab_size=301, **variant)
+    biases = {} if "model_type" in variant else {"attention_bias": True, "mlp_bias": True}
+    folder = make_checkpoint(tmp_path / "m", vocab_size=301, **biases, **variant)
     split = answers(packed(folder, shards, "f32"), shards, tmp_path, QUESTIONS)
     for s, truth in enumerate(transformers_logits(folder, IDS)):
         np.testing.assert_allclose(split[f"batch.{s}"], truth, rtol=0, atol=F32)
@@ -172,7 +191,7 @@ def test_a_batch_equals_each_sequence_alone(one_rank):
 
 
 def test_greedy_text_equals_transformers(one_rank, tiny_checkpoint):
-    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     for g, ids in enumerate(QUESTIONS["greedy"]):
         truth = model.generate(
             torch.tensor([ids]),

@@ -34,12 +34,18 @@ def read(tmp_path, **changes):
     return read_config(tmp_path)
 
 
-def test_defaults_are_transformers_defaults(tmp_path):
-    from transformers import LlamaConfig
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_defaults_are_transformers_defaults(tmp_path, model_type):
+    from transformers import AutoConfig
 
-    ours, theirs = read(tmp_path), LlamaConfig(**{k: v for k, v in BASE.items() if k != "model_type"})
-    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+    given = {**BASE, "num_attention_heads": 32, "model_type": model_type}
+    ours, theirs = read(tmp_path, **given), AutoConfig.for_model(**given)
+    for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.rope == theirs.rope_parameters
+    assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
 
 
 @pytest.mark.parametrize(
@@ -120,6 +126,34 @@ def test_a_window_that_is_not_used_by_its_own_words_is_none(tmp_path):
     assert read(tmp_path, sliding_window=4096, use_sliding_window=False) == read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 100},
+        {"model_type": "qwen2", "sliding_window": 100},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": 100},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 100},
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 100,
+            "max_window_layers": 1,
+            "layer_types": ["sliding_attention"],
+        },
+    ],
+)
+def test_a_window_is_that_of_transformers_where_a_layer_has_one(tmp_path, changes):
+    from transformers import AutoConfig
+
+    ours = read(tmp_path, num_key_value_heads=4, **changes).sliding_window
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    has_layer = theirs.model_type == "mistral" or "sliding_attention" in theirs.layer_types
+    assert ours == (theirs.sliding_window if has_layer else None)
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_both_spellings_of_the_data_type(tmp_path, key):
     assert read(tmp_path, **{key: "bfloat16"}).dtype == "bfloat16"
@@ -128,7 +162,13 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mistral"}, "mistral"),
+        ({"model_type": "gemma"}, "'gemma'; llmpack packs 'llama', 'mistral', 'qwen2'"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+        ({"model_type": "qwen2", "architectures": ["LlamaForCausalLM"]}, "Qwen2ForCausalLM"),
+        (
+            {"model_type": "qwen2", "num_key_value_heads": 4, "layer_types": ["sliding_attention"]},
+            "layer_types is",
+        ),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
@@ -138,6 +178,7 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
         ({"rope_scaling": {"rope_type": [1], "factor": 2.0}}, r"rope_scaling.rope_type is \[1\]"),
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\]"),
         ({"layer_types": 5}, "layer_types is 5"),
+        ({"layer_types": ["sliding_attention"], "use_sliding_window": True}, "layer_types is"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ({"hidden_act": ["silu"]}, "hidden_act is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -80,17 +80,21 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
     assert summary["bits_per_weight_of_file"] == pytest.approx(bits / summary["parameters"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tied", "tied-in-name-only", "biased"])
+@pytest.mark.parametrize("name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2"])
 def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from models import make_checkpoint, store_a_head
 
-    options = {"tied": {"tie_word_embeddings": True}, "biased": {"attention_bias": True, "mlp_bias": True}}
+    options = {
+        "tied": {"tie_word_embeddings": True},
+        "biased": {"attention_bias": True, "mlp_bias": True},
+        "qwen2": {"model_type": "qwen2"},
+    }
     folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
     if name == "tied-in-name-only":
         folder = store_a_head(make_checkpoint(tmp_path / "m", tie_word_embeddings=True))
-    truth = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(folder).parameters())
+    truth = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
     assert pack(folder, None, Options())["parameters"] == truth
 
 
@@ -155,6 +159,19 @@ def test_bad_options_are_one_sentence_and_exit_2(tmp_path, arguments, words):
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert not (tmp_path / "a").exists()
+
+
+def test_a_window_ends_sequences_and_says_so(tmp_path):
+    from models import make_checkpoint
+
+    folder = make_checkpoint(tmp_path / "m", model_type="mistral", sliding_window=100)
+    result = run(folder, "--dry-run")
+    assert "max_seq_len 100\n" in result.stdout
+    assert "note: max_position_embeddings 128: sequences end at sliding_window 100; " in result.stdout
+    refused = run(folder, "--dry-run", "--max-seq-len", "101")
+    assert refused.returncode == 2
+    assert "--max-seq-len 101: expected 1 to sliding_window 100; " in refused.stderr
+    assert run(folder, "--dry-run", "--max-seq-len", "100").returncode == 0
 
 
 def test_a_name_of_any_bytes_is_one_sentence(tmp_path):
