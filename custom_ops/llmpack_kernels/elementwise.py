@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and embedding rows (FORMAT.md 5.2 to 5.4, 5.8, 8.4). One program a row; SwiGLU one for a piece of a row."""
+"""Norms, SwiGLU and embedding rows (FORMAT.md 5.2 to 5.4, 5.8, 5.13). One program a row; SwiGLU one for a piece of one."""
 
 import triton
 import triton.language as tl
@@ -39,6 +39,32 @@ def add_rms_norm(x, residual, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.con
     w = tl.load(weight + column, mask=inside, other=0.0)  # with the others, not behind the store
     tl.store(residual + start + column, value, mask=inside)
     normalise(value, w, y + start, epsilon, H, BLOCK)
+
+
+@triton.jit
+def qk_norm(
+    qkv,
+    q_weight,
+    k_weight,
+    y,
+    epsilon,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Qkv and y (may be qkv) float16 [rows, (HEADS + 2 KV_HEADS) D], weights float32 [D]; axis 0 rows, axis 1 heads."""
+    begin()
+    head = tl.program_id(1)
+    start = (tl.program_id(0).to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * D
+    column = tl.arange(0, BLOCK)
+    value = tl.load(qkv + start + column, mask=column < D, other=0.0)
+    if head < HEADS + KV_HEADS:
+        weight = q_weight if head < HEADS else k_weight
+        w = tl.load(weight + column, mask=column < D, other=0.0)
+        normalise(value.to(tl.float32), w, y + start, epsilon, D, BLOCK)
+    else:
+        tl.store(y + start + column, value, mask=column < D)
 
 
 @triton.jit

@@ -89,6 +89,19 @@ def add_rms_norm(x: Array, residual: Array, weight: Array, epsilon: float) -> tu
     return rms_norm(total, weight, epsilon), total
 
 
+def qk_norm(
+    qkv: Array, q_weight: Array, k_weight: Array, *, num_heads: int, num_kv_heads: int, epsilon: float
+) -> Float64:
+    """Return qkv [T, (H + 2 KV) D] with `rms_norm` of each head of q and of k, by weights [D] of their own (5.13)."""
+    dim = len(q_weight)
+    heads = qkv.astype(np.float64).reshape(-1, dim)
+    which = np.arange(len(heads)) % (num_heads + 2 * num_kv_heads)
+    is_q, is_k = which < num_heads, (which >= num_heads) & (which < num_heads + num_kv_heads)
+    heads[is_q] = rms_norm(heads[is_q], q_weight, epsilon)
+    heads[is_k] = rms_norm(heads[is_k], k_weight, epsilon)
+    return heads.reshape(qkv.shape)
+
+
 def swiglu(gate_up: Array) -> Float64:
     """Return silu(gate) * up, [T, F], where gate is the first half of the columns of gate_up [T, 2 F] (5.4)."""
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)

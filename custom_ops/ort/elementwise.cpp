@@ -1,4 +1,6 @@
-// RMSNorm, AddRMSNorm, SwiGLU: checks of FORMAT.md 5.2 to 5.4, and the division of work.
+// RMSNorm, AddRMSNorm, QKNorm, SwiGLU: checks of FORMAT.md 5.2 to 5.4 and 5.13, and the division of work.
+#include <algorithm>
+
 #include "cpu/isa.h"
 #include "ort/add_rms_norm.h"
 #include "ort/kernel.h"
@@ -48,6 +50,56 @@ struct AddRMSNormOp {
     AddRMSNorm norm;
 };
 
+struct QKNormOp {
+    static constexpr const char* kName = "QKNorm";
+    static constexpr Port kInputs[] = {{"qkv", kFloat}, {"q_weight", kFloat}, {"k_weight", kFloat}};
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+    static constexpr InPlace kInPlace[] = {{0, 0}};
+
+    explicit QKNormOp(const NodeInfo& node)
+        : num_heads(node.size_attribute("num_heads")),
+          num_kv_heads(node.size_attribute("num_kv_heads")),
+          epsilon(node.float_attribute("epsilon")),
+          stored_q_weight(node, 1),
+          stored_k_weight(node, 2) {}
+
+    void compute(Context& context) const {
+        const Tensor qkv = context.input(0), q_weight = stored_q_weight.of(context),
+                     k_weight = stored_k_weight.of(context);
+        q_weight.expect_shape({kAnySize}, "[head_dim]");
+        const int64_t D = q_weight.shape[0];
+        if (D > kMaxHeadDim) {
+            throw OpError("input q_weight has " + std::to_string(D) + " values (head_dim), expected up to " +
+                          std::to_string(kMaxHeadDim));
+        }
+        const int64_t width = (num_heads + 2 * num_kv_heads) * D;
+        k_weight.expect_shape({D}, "[head_dim]");
+        qkv.expect_shape({kAnySize, width}, "[tokens, (num_heads + 2 * num_kv_heads) * head_dim]");
+        const int64_t T = qkv.shape[0];
+        const float* x = qkv.as<float>();
+        float* y = context.output(0, {T, width});
+        const Kernels& k = context.kernels;
+        context.parallel_for(T, row_grain(width), [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) {
+                const auto norm = [&](int64_t first, int64_t heads, const Tensor& weight) {
+                    const int64_t at = t * width + first * D;
+                    k.rms_norm(x + at, nullptr, weight.as<float>(), epsilon, D, y + at, nullptr, 0, heads);
+                };
+                norm(0, num_heads, q_weight);
+                norm(num_heads, num_kv_heads, k_weight);
+                if (x != y) {
+                    const int64_t values = num_kv_heads * D, at = (t + 1) * width - values;
+                    std::copy_n(x + at, values, y + at);
+                }
+            }
+        });
+    }
+
+    int64_t num_heads, num_kv_heads;
+    float epsilon;
+    StoredInput stored_q_weight, stored_k_weight;
+};
+
 struct SwiGLUOp {
     static constexpr const char* kName = "SwiGLU";
     static constexpr Port kInputs[] = {{"gate_up", kFloat}};
@@ -75,7 +127,7 @@ struct SwiGLUOp {
 }  // namespace
 
 std::vector<const OrtCustomOp*> elementwise_ops() {
-    return {custom_op<RMSNormOp>(), custom_op<AddRMSNormOp>(), custom_op<SwiGLUOp>()};
+    return {custom_op<RMSNormOp>(), custom_op<AddRMSNormOp>(), custom_op<QKNormOp>(), custom_op<SwiGLUOp>()};
 }
 
 }  // namespace llmpack::ort

@@ -1,4 +1,4 @@
-// RMSNorm, AddRMSNorm and SwiGLU of a GPU's graph.
+// RMSNorm, AddRMSNorm, QKNorm and SwiGLU of a GPU's graph.
 #include "ort/gpu_add_rms_norm.h"
 #include "ort/gpu_operator.h"
 #include "ort/ops.h"
@@ -42,6 +42,41 @@ struct GpuAddRMSNormOp : GpuAddRMSNorm {
     }
 };
 
+struct GpuQKNorm {
+    static constexpr const char* kName = "QKNorm";
+    static constexpr Port kInputs[] = {{"qkv", kFloat16}, {"q_weight", kFloat}, {"k_weight", kFloat}};
+    static constexpr Port kOutputs[] = {{"y", kFloat16}};
+    static constexpr InPlace kInPlace[] = {{0, 0}};
+
+    explicit GpuQKNorm(const NodeInfo& node)
+        : epsilon(node.float_attribute("epsilon")),
+          num_heads(node.size_attribute("num_heads")),
+          num_kv_heads(node.size_attribute("num_kv_heads")),
+          head_dim(node.size_attribute("head_dim")),
+          norm(Launcher::current().operation(
+              "qk_norm", {{"num_heads", num_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}},
+              {{"qkv", kPointer},
+               {"q_weight", kPointer},
+               {"k_weight", kPointer},
+               {"y", kPointer},
+               {"epsilon", kNumber}})) {}
+
+    void compute(Context& context) const {
+        const Tensor qkv = context.input(0), q_weight = context.input(1), k_weight = context.input(2);
+        const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim;
+        qkv.expect_shape({kAnySize, width}, "[tokens, (num_heads + 2 * num_kv_heads) * head_dim]");
+        q_weight.expect_shape({head_dim}, "[head_dim]");
+        k_weight.expect_shape({head_dim}, "[head_dim]");
+        const int64_t T = qkv.shape[0];
+        void* y = context.output_memory(0, {T, width});
+        norm.launch({T}, {qkv.data, q_weight.data, k_weight.data, y, epsilon}, context.gpu_stream());
+    }
+
+    float epsilon;
+    int64_t num_heads, num_kv_heads, head_dim;
+    Operation norm;
+};
+
 struct GpuSwiGLU {
     static constexpr const char* kName = "SwiGLU";
     static constexpr Port kInputs[] = {{"gate_up", kFloat16}};
@@ -67,7 +102,7 @@ struct GpuSwiGLU {
 }  // namespace
 
 std::vector<const OrtCustomOp*> gpu_elementwise_ops() {
-    return gpu_ops_of<GpuRMSNorm, GpuAddRMSNormOp, GpuSwiGLU>();
+    return gpu_ops_of<GpuRMSNorm, GpuAddRMSNormOp, GpuQKNorm, GpuSwiGLU>();
 }
 
 }  // namespace llmpack::ort

@@ -10,13 +10,13 @@
 namespace llmpack::ort {
 
 std::vector<const OrtCustomOp*> matmul_ops();       // MatMul.. and what is joined with it, Embedding..
-std::vector<const OrtCustomOp*> elementwise_ops();  // RMSNorm, AddRMSNorm, SwiGLU
+std::vector<const OrtCustomOp*> elementwise_ops();  // RMSNorm, AddRMSNorm, QKNorm, SwiGLU
 std::vector<const OrtCustomOp*> attention_ops();    // PagedAttention
 std::vector<const OrtCustomOp*> collective_ops();   // AllReduce, AllReduceAddRMSNorm, AllGather
 
 // For the CUDA and ROCm providers.
 std::vector<const OrtCustomOp*> gpu_matmul_ops();       // MatMul.., Embedding..
-std::vector<const OrtCustomOp*> gpu_elementwise_ops();  // RMSNormF16, AddRMSNorm, SwiGLU
+std::vector<const OrtCustomOp*> gpu_elementwise_ops();  // RMSNormF16, AddRMSNorm, QKNorm, SwiGLU
 std::vector<const OrtCustomOp*> gpu_attention_ops();    // PagedAttention
 std::vector<const OrtCustomOp*> gpu_collective_ops();   // AllReduce, AllReduceAddRMSNorm
 std::vector<const OrtCustomOp*> gpu_top_k_ops();        // TopK

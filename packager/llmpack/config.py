@@ -4,7 +4,8 @@ In: a model directory. Out: `ModelConfig`, in which every default is filled in a
 (`rope_scaling` with `rope_theta`; transformers 5's `rope_parameters`) are one. It reads no weights.
 
 The families differ in a few points from Llama, and in what a key means that is not there (transformers' configuration_*.py):
-Mistral and Qwen may look back no further than a window, Qwen 2 has biases on q, k and v only.
+Mistral and Qwen may look back no further than a window, Qwen 2 has biases on q, k and v only, Qwen 3 norms on
+the heads of q and k.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _FAMILIES = {
     "llama": _Family("LlamaForCausalLM", 2048, has_mlp_bias=True),
     "mistral": _Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="all layers"),
     "qwen2": _Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, attention_bias=True, window="by layer"),
+    "qwen3": _Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, window="by layer"),
 }
 _WINDOW = 4096  # sliding_window where config.json does not say it
 # Keys that change what a model computes when they differ from these values; everything else in config.json is ignored.

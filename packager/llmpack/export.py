@@ -2,10 +2,11 @@
 
 In: a ModelConfig. Out: an ONNX model whose weights are graph inputs named as in the checkpoint. It knows nothing of ranks,
 quantization or layouts: each projection is one `Linear (x [T, in_features], weight [out_features, in_features]) ->
-[T, out_features]` with the checkpoint's own matrix, and `PagedAttention` and `SwiGLU` take their operands apart
-(q, k, v; gate, up). `split.py` turns it into what a rank runs.
+[T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` take their
+operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
 
-The arithmetic is that of transformers' modeling_llama.py; the RoPE frequencies follow its modeling_rope_utils.py.
+The arithmetic is that of transformers' modeling_llama.py and modeling_qwen3.py; the RoPE frequencies follow its
+modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
     graph = _Graph(config)
     hidden = graph.embed()
     cos_sin = graph.rope_table()
-    heads = config.num_key_value_heads  # of all ranks
-    spec = KvCacheSpec(kv_dtype, block_size, config.num_hidden_layers, heads, config.head_dim)
+    kv_heads = config.num_key_value_heads  # of all ranks
+    spec = KvCacheSpec(kv_dtype, block_size, config.num_hidden_layers, kv_heads, config.head_dim)
     residual = None
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
@@ -79,7 +80,10 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
             graph.linear(f"{layer}.self_attn.{p}", normed, config.attention_bias)
             for p in ("q_proj", "k_proj", "v_proj")
         )
-        attention = graph.attention(f"{layer}.self_attn.attention", q, k, v, cos_sin, caches)
+        heads = [q, k, v]
+        if config.has_qk_norm:
+            heads = [graph.qk_norm(f"{layer}.self_attn", heads)]
+        attention = graph.attention(f"{layer}.self_attn.attention", heads, cos_sin, caches)
         hidden = graph.linear(f"{layer}.self_attn.o_proj", attention, config.has_output_bias)
         normed, residual = graph.norm(f"{layer}.post_attention_layernorm", hidden, residual)
         gate, up = (graph.linear(f"{layer}.mlp.{p}", normed, config.mlp_bias) for p in ("gate_proj", "up_proj"))
@@ -167,11 +171,18 @@ class _Graph:
         bias = [self.weight(f"{name}.bias")] if has_bias else []
         return self.op("Linear", name, [x, self.weight(f"{name}.weight"), *bias], output)
 
-    def attention(self, name: str, q: str, k: str, v: str, cos_sin: str, caches: list[str]) -> str:
-        inputs = [q, k, v, cos_sin, *caches, "slot_mapping", "query_start", "seq_lens", "block_table"]
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+    def qk_norm(self, name: str, heads: list[str]) -> str:
+        """RMSNorm of each head of q and of k; return q, k and v side by side."""
+        weights = [self.weight(f"{name}.{norm}.weight") for norm in ("q_norm", "k_norm")]
+        config = self.config
+        attributes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
+        return self.op("QKNorm", f"{name}.qk_norm", [*heads, *weights], None, epsilon=config.rms_norm_eps, **attributes)
+
+    def attention(self, name: str, heads: list[str], cos_sin: str, caches: list[str]) -> str:
+        inputs = [*heads, cos_sin, *caches, "slot_mapping", "query_start", "seq_lens", "block_table"]
+        num_heads, num_kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         scale = 1.0 / math.sqrt(self.config.head_dim)
-        return self.op("PagedAttention", name, inputs, num_heads=heads, num_kv_heads=kv_heads, scale=scale)
+        return self.op("PagedAttention", name, inputs, num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale)
 
     def finish(self) -> onnx.ModelProto:
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", self.config.vocab_size])

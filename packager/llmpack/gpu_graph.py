@@ -107,6 +107,9 @@ class _Rewrite:
         elif op == "SwiGLU":
             _set(new, in_features=width // 2)
             self.types[new.output[0]] = _HALF
+        elif op == "QKNorm":
+            _set(new, head_dim=self.kv_cache.head_dim)
+            self.types[new.output[0]] = _HALF
         elif op == "PagedAttention":
             _set(new, head_dim=self.kv_cache.head_dim, block_size=self.kv_cache.block_size)
             self.types[new.output[0]] = _HALF

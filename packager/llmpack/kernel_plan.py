@@ -91,6 +91,8 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
     table = next(w for w in weights if w.row.role == "embedding")
     specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
     specs += elementwise(config.hidden_size, config.intermediate_size // shards)
+    if config.has_qk_norm:
+        specs.append(qk_norm(*heads_per_rank(config, shards), config.head_dim))
     specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
     specs += sampling(next(w for w in weights if w.row.role == "head").num_rows)
     if shards > 1:
@@ -203,6 +205,15 @@ def elementwise(hidden: int, intermediate: int) -> Iterator[KernelSpec]:
     types = {"gate_up": "*fp16", "y": "*fp16"}
     constants = {"in_features": intermediate}
     yield KernelSpec("swiglu", constants, "elementwise.swiglu", {"F": intermediate, "BLOCK": 1024}, types, grid, 128)
+
+
+def qk_norm(heads: int, kv_heads: int, d: int) -> KernelSpec:
+    """Plan the norms of heads per rank and head_dim d."""
+    constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
+    constexprs: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK": _power_of_two(d)}
+    types = {"qkv": "*fp16", "q_weight": "*fp32", "k_weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
+    grid = (_ROW, GridAxis(factor=heads + 2 * kv_heads), _ONE)
+    return KernelSpec("qk_norm", constants, "elementwise.qk_norm", constexprs, types, grid, 32)
 
 
 def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[KernelSpec]:

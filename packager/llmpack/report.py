@@ -62,6 +62,7 @@ def summarise(
     hidden, vocab = config.hidden_size, config.vocab_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = hidden * (2 * query + 2 * key_value + 3 * config.intermediate_size + 2)
+    layer += 2 * config.head_dim * config.has_qk_norm
     layer += (query + 2 * key_value) * config.attention_bias + hidden * config.has_output_bias
     layer += (2 * config.intermediate_size + hidden) * config.mlp_bias
     embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)

@@ -185,6 +185,10 @@ def forward(
         normed = norm(f"{layer}.input_layernorm", x)
         for rank in ranks:
             qkv = project(rank, f"{layer}.self_attn.qkv_proj", normed, has_bias=config.attention_bias)
+            if config.has_qk_norm:
+                weights = (ranks[0].vector(f"{layer}.self_attn.{name}") for name in ("q_norm", "k_norm"))
+                sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "epsilon": config.rms_norm_eps}
+                qkv = reference.qk_norm(qkv, *weights, **sizes)
             with np.errstate(over="ignore", invalid="ignore"):
                 attended, _, _ = reference.paged_attention(
                     qkv, cos_sin, empty, empty, **sequences,

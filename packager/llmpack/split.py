@@ -137,7 +137,7 @@ class _Passes:
         """Put per-rank numbers of heads into attention and caches."""
         num_heads, num_kv_heads = heads_per_rank(self.config, self.shards)
         for node in self.graph.nodes:
-            if node.op == "PagedAttention":
+            if node.op in ("QKNorm", "PagedAttention"):
                 node.attrs.update(num_heads=num_heads, num_kv_heads=num_kv_heads)
         for value in self.graph.inputs:
             if value.name.startswith(("key_cache.", "value_cache.")):

@@ -126,6 +126,9 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
         layer = f"model.layers.{i}"
         norm(f"{layer}.input_layernorm")
         projection(f"{layer}.self_attn.qkv_proj", "q_proj k_proj v_proj", "column", config.attention_bias)
+        if config.has_qk_norm:
+            norm(f"{layer}.self_attn.q_norm")
+            norm(f"{layer}.self_attn.k_norm")
         projection(f"{layer}.self_attn.o_proj", "o_proj", "row", config.has_output_bias)
         norm(f"{layer}.post_attention_layernorm")
         projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
@@ -150,6 +153,8 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
         "gate_proj": (intermediate, hidden),
         "up_proj": (intermediate, hidden),
         "down_proj": (hidden, intermediate),
+        "q_norm": (config.head_dim,),
+        "k_norm": (config.head_dim,),
     }.get(root.rpartition(".")[2], (hidden,))
     return out_in if kind == "weight" else out_in[:1]
 

@@ -30,7 +30,8 @@ _ON_GPUS = ("MatMulF16F32", "MatMulQ8F32", "MatMulQ6F32", "MatMulQ4F32", "Embedd
 _OPERATORS = {
     OPS_DOMAIN: {
         *(*_WITH_WEIGHTS, *_JOINED, *_ON_GPUS),
-        *("RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention", "AllReduce", "AllReduceAddRMSNorm", "AllGather"),
+        *("RMSNorm", "AddRMSNorm", "SwiGLU", "QKNorm", "PagedAttention"),
+        *("AllReduce", "AllReduceAddRMSNorm", "AllGather"),
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},
 }

@@ -21,8 +21,8 @@ from llmrun.errors import IncompatibleError, IntegrityError
 FORMAT_NAME = "llmpack"
 FORMAT_VERSION = (1, 0)
 OPS_DOMAIN = "ai.llmpack"
-OPS_VERSION = 4
-READABLE_OPS_VERSIONS = (2, 3, OPS_VERSION)  # the library has all that the older ones have
+OPS_VERSION = 5
+READABLE_OPS_VERSIONS = (2, 3, 4, OPS_VERSION)  # the library has all that the older ones have
 MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 64 << 20
 ROW_TILE = 16  # output features side by side in a weight tile (FORMAT 4.3)
@@ -72,6 +72,11 @@ class ModelConfig:
     def has_output_bias(self) -> bool:
         """Whether o_proj has a bias."""
         return self.attention_bias and self.architecture != "Qwen2ForCausalLM"
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether every head of q and of k is normalised before it is rotated."""
+        return self.architecture == "Qwen3ForCausalLM"
 
 
 @dataclass(frozen=True)

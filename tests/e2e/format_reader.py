@@ -25,7 +25,7 @@ CHUNK_BYTES = 67_108_864
 LEVELS = np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56], np.float64)
 # A joined operator is called after its parts, in order (5.10 to 5.12).
 PART = re.compile(
-    r"MatMul(?:F32|F16|Q8|Q6|Q4)|Embedding(?:Q8|Q6)|AddRMSNorm|RMSNorm|SwiGLU|AllReduce|AllGather|PagedAttention"
+    r"MatMul(?:F32|F16|Q8|Q6|Q4)|Embedding(?:Q8|Q6)|AddRMSNorm|RMSNorm|QKNorm|SwiGLU|AllReduce|AllGather|PagedAttention"
 )
 
 
@@ -177,6 +177,8 @@ def _run(
             x = [y @ w.T if is_product else w[y] for y, w in zip(x, matrices, strict=True)]
         elif part == "SwiGLU":
             x = [_swiglu(y) for y in x]
+        elif part == "QKNorm":
+            x = [_qk_norm(y, known[n[0]], known[n[1]], sizes) for y, known, n in zip(x, values, names, strict=True)]
         elif part == "PagedAttention":
             x = [_attend(y, known[name[0]], sizes, manifest) for y, known, name in zip(x, values, names, strict=True)]
         else:
@@ -194,6 +196,17 @@ def _norm(x: Array, *given: Array, epsilon: float) -> Any:
     total = x + sum(residual)
     y = total / np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + epsilon) * weight
     return (y, total) if residual else y
+
+
+def _qk_norm(qkv: Array, q_weight: Array, k_weight: Array, sizes: dict[str, Any]) -> Array:
+    """5.13: 5.2 of every head of q and of k."""
+    num_heads, num_kv_heads, dim = sizes["num_heads"], sizes["num_kv_heads"], len(q_weight)
+    q, k, v = np.split(qkv, [num_heads * dim, (num_heads + num_kv_heads) * dim], axis=1)
+    q, k = (
+        _norm(x.reshape(len(x), -1, dim), weight, epsilon=sizes["epsilon"]).reshape(x.shape)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return np.concatenate([q, k, v], axis=1)
 
 
 def _swiglu(gate_up: Array) -> Array:

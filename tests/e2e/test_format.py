@@ -21,7 +21,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "odd": {"vocab_size": 259, "num_key_value_heads": 1, "head_dim": 48},
     "tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    "qwen": {"model_type": "qwen2"},
+    "q-k-v-biases": {"model_type": "qwen2"},
+    "normalised-heads": {"model_type": "qwen3", "head_dim": 64},
 }
 # The largest difference from the checkpoint, of its largest weight.
 ERRORS = {"f32": 0, "f16": 2**-11, "q8": 0.51 / 127, "q4": 0.13}

@@ -47,6 +47,8 @@ VARIANTS = {
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 64},
     "mistral-window": {"model_type": "mistral", "sliding_window": 32},
     "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 64},
+    "qwen3-bias": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -55,6 +57,7 @@ SPLIT_VARIANTS = {
     "replicated-kv-head": (4, {"num_key_value_heads": 1}),
     "tied-and-wide-heads": (2, {"tie_word_embeddings": True, "head_dim": 64, "dtype": "bfloat16"}),
     "biases-of-q-k-and-v-alone": (2, {"model_type": "qwen2"}),
+    "norms-of-heads": (4, {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2}),
 }
 
 
@@ -76,7 +79,7 @@ def test_every_variant_agrees_with_transformers(variant, packed):
             np.testing.assert_allclose(ours, truth, rtol=0, atol=F32)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
 def test_sequences_end_where_a_window_would_hide_what_comes_first(model_type, tmp_path, packed):
     """Up to the window the answer is transformers'; one token more, and transformers' is another than without a window."""
     ids = [(37 * i + 11) % 250 for i in range(33)]

@@ -27,18 +27,29 @@ TOLERANCES = {"matmul": 2e-3, "norm": 2e-3, "swiglu": 2e-3, "attention": 4e-3, "
 
 def extra_specs() -> list[KernelSpec]:
     """The kernels of the operators checked: those of the tiny model, in every storage."""
-    from llmpack.kernel_plan import plan_kernels
+    from llmpack.kernel_plan import plan_kernels, qk_norm
 
     config = shapes.config_of("dry")
     found = []
     for quantization in (Quantization("q4", 64), Quantization("q8", 32), Quantization("f16", 64)):
         found += plan_kernels(config, plan_rank(config, quantization, 1, 0), 1, shapes.BLOCK_SIZE)
-    return found
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return [*found, qk_norm(*heads, config.head_dim)]
 
 
 def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
     checks = Checks(ort, device, bench.models[0])
-    for name in ("products", "real_products", "norms", "swiglu", "embeddings", "attention", "real_attention", "top_k"):
+    for name in (
+        "products",
+        "real_products",
+        "norms",
+        "qk_norm",
+        "swiglu",
+        "embeddings",
+        "attention",
+        "real_attention",
+        "top_k",
+    ):
         error = getattr(checks, name)()
         bench.results[f"operators/{name}"] = error
         bench.row(f"operators: {name}", f"{error:.1e}", "of the largest number, against float64")
@@ -136,6 +147,18 @@ class Checks:
                     *(self.close_to(f, e, "norm", "AddRMSNorm") for f, e in zip((y, total), expected, strict=True)),
                 )
         return worst
+
+    def qk_norm(self) -> float:
+        dim = self.config.head_dim
+        sizes = {"num_heads": self.config.num_attention_heads, "num_kv_heads": self.config.num_key_value_heads}
+        x = self.rng.standard_normal((5, (sizes["num_heads"] + 2 * sizes["num_kv_heads"]) * dim)).astype(np.float16) * 9
+        q, k = self.rng.standard_normal((2, dim)).astype(np.float32)
+        node = self.ort.node("QKNorm", **sizes, head_dim=dim, epsilon=1e-5)
+        expected = reference.qk_norm(x, q, k, **sizes, epsilon=1e-5)
+        found = [self.run(node, [x, q, k], [(x.shape, np.float16)], shared)[0] for shared in ({}, {0: 0})]
+        return max(
+            self.close_to(y, expected, "norm", "QKNorm") for y in found
+        )  # with the memory of qkv apart, and its own
 
     def swiglu(self) -> float:
         width = self.config.intermediate_size

@@ -224,6 +224,28 @@ class Step:
 
             self._breaks.append((self._plan.length, copy))
             return
+        if node.op_type == "Cast" and "rotary_emb" not in node.name:  # of a bias
+            _, shape, source = self._tensors[node.input[0]]
+            self._make(node.output[0], TensorProto.FLOAT16, shape)
+            rounded = self.model.device.read(source, shape, np.float32).astype(np.float16)
+            self.model.device.write(self._tensors[node.output[0]][2], rounded)
+            return
+        if node.op_type == "Add":
+            kind, shape, x = self._tensors[node.input[0]]
+            _, width, bias = self._tensors[node.input[1]]
+            self._make(node.output[0], kind, shape)
+            y = self._tensors[node.output[0]][2]
+
+            def add() -> None:
+                self.model.device.synchronize()
+                parts = (
+                    self.model.device.read(x, shape, DTYPES[kind]),
+                    self.model.device.read(bias, width, DTYPES[kind]),
+                )
+                self.model.device.write(y, parts[0] + parts[1])
+
+            self._breaks.append((self._plan.length, add))
+            return
         if "rotary_emb" not in node.name:
             raise NotImplementedError(f"{node.name}: {node.op_type}")
         self._angles.append(node)

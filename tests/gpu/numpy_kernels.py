@@ -100,6 +100,15 @@ def add_rms_norm(p: Launch) -> None:
     norm(p, rows, residual)
 
 
+def qk_norm(p: Launch) -> None:
+    sizes = {name: p[name] for name in ("num_heads", "num_kv_heads")}
+    dim = p["head_dim"]
+    shape = (p["grid"][0], (sizes["num_heads"] + 2 * sizes["num_kv_heads"]) * dim)
+    weights = (at(p[name], (dim,), np.float32) for name in ("q_weight", "k_weight"))
+    y = reference.qk_norm(at(p["qkv"], shape, np.float16), *weights, **sizes, epsilon=p["epsilon"])
+    at(p["y"], shape, np.float16)[:] = half(y)
+
+
 def swiglu(p: Launch) -> None:
     rows, width = p["grid"][1], p["in_features"]
     gate_up = at(p["gate_up"], (rows, 2 * width), np.float16)
@@ -247,6 +256,7 @@ KERNELS: dict[str, Callable[[Launch], None]] = {
     **{f"embed_{s}": (lambda p, s=s: embed(s, p)) for s in ("f16", "q8", "q6")},
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "qk_norm": qk_norm,
     "swiglu": swiglu,
     "cache_write": cache_write,
     "attention": attention,

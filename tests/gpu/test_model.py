@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import standin
 
+from models import make_checkpoint
+
 WORKER = Path(standin.HERE) / "worker.py"
 # float16 between operators (2^-11 each), two layers, against float64, relative to the largest logit: seen 1e-3.
 TOLERANCE = 6e-3
@@ -76,6 +78,17 @@ def run_ranks(standins: Path, operators: Path, tmp_path: Path) -> Callable[..., 
 def test_a_gpu_gives_the_logits_of_the_packed_bytes(quant, gpu_artifact, tiny_checkpoint, run_ranks):
     (result,) = run_ranks("logits", gpu_artifact(tiny_checkpoint, 1, quant))
     assert max(result["errors"]) < TOLERANCE, result["errors"]
+
+
+FAMILIES = {"biased": {"model_type": "qwen2"}, "normalised": {"model_type": "qwen3", "head_dim": 64}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_models_beside_llama_give_the_logits_of_the_packed_bytes(family, size, gpu_artifact, tmp_path, run_ranks):
+    checkpoint = make_checkpoint(tmp_path / "m", **FAMILIES[family])
+    for result in run_ranks("logits", gpu_artifact(checkpoint, size, "q4"), size):
+        assert max(result["errors"]) < TOLERANCE, result["errors"]
 
 
 def test_rocm_gives_the_logits_of_the_packed_bytes(gpu_artifact, tiny_checkpoint, run_ranks):

@@ -9,7 +9,7 @@ from onnx import helper
 from hostile.bad_input import assert_refused, read_members, write_members
 from hostile.graphs import ASK, change_graph, graph_refusal
 from llmrun import Engine
-from llmrun.artifact import IncompatibleError, IntegrityError
+from llmrun.artifact import OPS_VERSION, IncompatibleError, IntegrityError
 from mpi.harness import run_alone
 
 pytestmark = pytest.mark.timeout(120)
@@ -192,8 +192,8 @@ def set_opset(domain, version):
 OPSETS = {
     "older": set_opset("", 19),
     "newer": set_opset("", 22),
-    "older-of-ours": set_opset("ai.llmpack", 3),
-    "newer-of-ours": set_opset("ai.llmpack", 5),
+    "older-of-ours": set_opset("ai.llmpack", OPS_VERSION - 1),
+    "newer-of-ours": set_opset("ai.llmpack", OPS_VERSION + 1),
     "one-more": lambda model: model.opset_import.append(helper.make_opsetid("com.microsoft", 1)),
     "one-twice": lambda model: model.opset_import.append(helper.make_opsetid("", 20)),
     "none": lambda model: model.ClearField("opset_import"),
@@ -210,7 +210,7 @@ def test_3_1_operators_of_other_versions_than_the_manifest_says(artifact, case):
 def test_3_1_operators_of_an_older_version_run_where_the_manifest_says_so_too(single):
     change_graph(single, OPSETS["older-of-ours"])
     members = read_members(single)
-    write_members(single, {**members, "ops": {**members["ops"], "version": 3}})
+    write_members(single, {**members, "ops": {**members["ops"], "version": OPS_VERSION - 1}})
     with Engine(single) as engine:
         assert len(list(engine.generate_ids([1, 5], max_tokens=2, ignore_eos=True))) == 2
 
@@ -241,4 +241,4 @@ def test_3_1_weights_in_the_graph_itself(artifact, role):
 @pytest.mark.mpi
 def test_3_1_llmrun_refuses_a_graph_of_other_operators(single):
     change_graph(single, OPSETS["newer-of-ours"])
-    assert_refused(run_alone(single, *ASK), 4, "rank-0/cpu.onnx", "('ai.llmpack', 5)")
+    assert_refused(run_alone(single, *ASK), 4, "rank-0/cpu.onnx", f"('ai.llmpack', {OPS_VERSION + 1})")

@@ -21,7 +21,7 @@ from kernel_shapes import specs_of
 from llmpack import kernel_file, kernels
 from llmpack.kernel_compiler import nvidia_tool
 from llmpack.kernel_file import Kernel, KernelFile
-from llmpack.kernel_plan import KernelSpec
+from llmpack.kernel_plan import KernelSpec, qk_norm
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
@@ -32,8 +32,10 @@ CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 
 def representative() -> list[KernelSpec]:
-    """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, and one that sees other ranks."""
-    chosen = []
+    """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, one that sees other ranks, and
+    what no Llama has.
+    """
+    chosen = [qk_norm(32, 8, 128)]
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":
             if spec.constants["max_rows"] in (4, 8, 16, 0) and spec.constants["out_features"] == 5120:

@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and the choice of the largest logits, against float64 (FORMAT.md 5.2 to 5.4, 8.4)."""
+"""Norms, QKNorm, SwiGLU and the choice of the largest logits, against float64 (FORMAT.md 5.2 to 5.4, 5.13, 8.4)."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def test_norms(hidden: int, rows: int) -> None:
     exact, total = reference.add_rms_norm(x, residual, weight, 1e-5)
     launch(spec_of("add_rms_norm", hidden), x=x, residual=residual, weight=weight, y=y, epsilon=1e-5)
     np.testing.assert_allclose(residual, total, rtol=2.0**-24)
+    assert_half(y, exact)
+
+
+@pytest.mark.parametrize("dim", [2, 80, 128], ids=["smallest", "even", "power_of_two"])
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_qk_norm(dim: int, is_in_place: bool) -> None:
+    heads, kv_heads = 4, 2
+    rng = np.random.default_rng(dim)
+    qkv = (rng.standard_normal((3, (heads + 2 * kv_heads) * dim)) * 30).astype(np.float16)
+    q, k = rng.standard_normal((2, dim)).astype(np.float32)
+    exact = reference.qk_norm(qkv, q, k, num_heads=heads, num_kv_heads=kv_heads, epsilon=1e-5)
+    y = qkv if is_in_place else np.zeros_like(qkv)
+    launch(kernel_plan.qk_norm(heads, kv_heads, dim), qkv=qkv, q_weight=q, k_weight=k, y=y, epsilon=1e-5)
     assert_half(y, exact)
 
 

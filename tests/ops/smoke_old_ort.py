@@ -99,6 +99,10 @@ def main(path: str) -> None:
     exact_y, exact_total = reference.add_rms_norm(x, residual, weight, 1e-5)
     compare("AddRMSNorm", y, exact_y, 1e-5)
     compare("  sum", total, exact_total, 1e-6)
+    sizes = {"num_heads": 2, "num_kv_heads": 1}
+    given = {"qkv": x, "q_weight": x[0, : x.shape[1] // 4], "k_weight": x[1, : x.shape[1] // 4]}
+    normed = helpers.Node("QKNorm", given, attributes={**sizes, "epsilon": 1e-5}).run()[0]
+    compare("QKNorm", normed, reference.qk_norm(*given.values(), **sizes, epsilon=1e-5), 1e-5)
     compare("SwiGLU", helpers.Node("SwiGLU", {"gate_up": x}).run()[0], reference.swiglu(x), 1e-5)
     attention(np.float32)
     attention(np.float16)

@@ -1,4 +1,4 @@
-"""RMSNorm, AddRMSNorm and SwiGLU against float64 (FORMAT.md 5.2 to 5.4)."""
+"""RMSNorm, AddRMSNorm, QKNorm and SwiGLU against float64 (FORMAT.md 5.2 to 5.4, 5.13)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def add_rms_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, thread
     return Node("AddRMSNorm", inputs, ("y", "sum"), ("weight",), {"epsilon": EPSILON}).run(threads)
 
 
+def qk_norm(x: np.ndarray, q: np.ndarray, k: np.ndarray, heads: int, kv_heads: int, threads: int = 1) -> np.ndarray:
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "epsilon": EPSILON}
+    inputs = {"qkv": x, "q_weight": q, "k_weight": k}
+    return Node("QKNorm", inputs, initializers=("q_weight", "k_weight"), attributes=sizes).run(threads)[0]
+
+
 def swiglu(gate_up: np.ndarray, threads: int = 1) -> np.ndarray:
     return Node("SwiGLU", {"gate_up": gate_up}).run(threads)[0]
 
@@ -53,6 +59,22 @@ def test_add_rms_norm(isa: str, tokens: int, size: int) -> None:
     exact_y, exact_total = reference.add_rms_norm(x, residual, weight, EPSILON)
     np.testing.assert_allclose(total, exact_total, atol=1e-6)
     np.testing.assert_allclose(y, exact_y, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 16, 80, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2)], ids=["one_head", "grouped"])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_qk_norm(isa: str, tokens: int, heads: int, kv_heads: int, dim: int) -> None:
+    x = random_x(tokens, (heads + 2 * kv_heads) * dim) * 30
+    q, k = random_x(1, dim, 2)[0], random_x(1, dim, 3)[0]
+    y = qk_norm(x, q, k, heads, kv_heads)
+    exact = reference.qk_norm(x, q, k, num_heads=heads, num_kv_heads=kv_heads, epsilon=EPSILON)
+    assert_close(y, exact, TOLERANCES["norm"])
+    values = (heads + kv_heads) * dim
+    np.testing.assert_array_equal(y[:, values:], x[:, values:])
+    for head, weight in ((0, q), (heads, k)):  # the operators' and the reference's norms agree, head by head
+        one = x[:, head * dim : (head + 1) * dim]
+        np.testing.assert_array_equal(y[:, head * dim : (head + 1) * dim], rms_norm(one, weight))
 
 
 def test_rms_norm_of_zeros_is_zero(isa: str) -> None:
@@ -97,6 +119,11 @@ def test_threads_and_batch_give_the_same_bits(isa: str, tokens: int, size: int) 
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a[-1:], c)
     np.testing.assert_array_equal(one[0], rms_norm(one[1], weight))
+    heads = random_x(tokens, 4 * size)
+    q, k = random_x(1, size, 2)[0][:256], random_x(1, size, 3)[0][:256]
+    heads = heads[:, : 4 * len(q)].copy()
+    np.testing.assert_array_equal(qk_norm(heads, q, k, 2, 1, 1), qk_norm(heads, q, k, 2, 1, 2))
+    np.testing.assert_array_equal(qk_norm(heads, q, k, 2, 1)[-1:], qk_norm(heads[-1:], q, k, 2, 1))
     gate_up = random_x(tokens, 2 * size)
     np.testing.assert_array_equal(swiglu(gate_up, 1), swiglu(gate_up, 2))
     np.testing.assert_array_equal(swiglu(gate_up)[-1:], swiglu(gate_up[-1:]))

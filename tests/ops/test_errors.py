@@ -119,6 +119,11 @@ def test_wrong_types_are_refused_when_the_model_loads() -> None:
     assert re.search("[Tt]ype", message(node))
 
 
+def qk_norm(**changes):
+    inputs = {"qkv": random_x(2, 32), "q_weight": random_x(1, 8)[0], "k_weight": random_x(1, 8)[0], **changes}
+    return Node("QKNorm", inputs, attributes={"num_heads": 2, "num_kv_heads": 1, "epsilon": 1e-5})
+
+
 def add_rms_norm(op: str, residual: np.ndarray) -> Node:
     inputs = {"x": random_x(2, 8), "residual": residual, "weight": random_x(1, 8)[0]}
     return Node(op, inputs, ("y", "sum"), attributes={"epsilon": 1e-5})
@@ -150,6 +155,18 @@ ELEMENTWISE_CASES = {
     "AddRMSNorm residual": (
         add_rms_norm("AddRMSNorm", residual=random_x(3, 8)),
         "input residual has shape [3, 8], expected [2, 8] = [tokens, hidden_size]",
+    ),
+    "QKNorm weights": (
+        qk_norm(k_weight=random_x(1, 9)[0]),
+        "input k_weight has shape [9], expected [8] = [head_dim]",
+    ),
+    "QKNorm heads": (
+        qk_norm(qkv=random_x(2, 33)),
+        "input qkv has shape [2, 33], expected [any, 32] = [tokens, (num_heads + 2 * num_kv_heads) * head_dim]",
+    ),
+    "QKNorm wide heads": (
+        qk_norm(q_weight=random_x(1, 257)[0]),
+        "input q_weight has 257 values (head_dim), expected up to 256",
     ),
     "SwiGLU odd": (Node("SwiGLU", {"gate_up": random_x(2, 7)}), "input gate_up has 7 columns, expected an even number"),
     "SwiGLU axes": (

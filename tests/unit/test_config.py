@@ -34,7 +34,7 @@ def read(tmp_path, **changes):
     return read_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
 
@@ -42,7 +42,7 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
     ours, theirs = read(tmp_path, **given), AutoConfig.for_model(**given)
     for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert ours.rope == theirs.rope_parameters
     assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
@@ -162,7 +162,7 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma"}, "'gemma'; llmpack packs 'llama', 'mistral', 'qwen2'"),
+        ({"model_type": "gemma"}, "'gemma'; llmpack packs 'llama', 'mistral', 'qwen2', 'qwen3'"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
         ({"model_type": "qwen2", "architectures": ["LlamaForCausalLM"]}, "Qwen2ForCausalLM"),
         (

@@ -20,7 +20,7 @@ from models import TINY, make_checkpoint
 ALLOWED = {
     "ai.llmpack": {
         "MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "EmbeddingQ8",
-        "EmbeddingQ6", "RMSNorm", "AddRMSNorm", "SwiGLU", "PagedAttention",
+        "EmbeddingQ6", "RMSNorm", "AddRMSNorm", "SwiGLU", "QKNorm", "PagedAttention",
         "AllReduce", "AllGather", "AllReduceAddRMSNorm",
         *(
             f"MatMul{storage}{following}"
