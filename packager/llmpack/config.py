@@ -11,6 +11,7 @@ the heads of q and k.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import sys
@@ -70,6 +71,7 @@ _ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _OUTSIDE),
+    "yarn": ("factor", _OUTSIDE),
 }
 
 
@@ -251,6 +253,8 @@ def _read_rope(reader: _Reader, max_position_embeddings: int) -> dict[str, Any]:
                 f" {rope['low_freq_factor']:g}.",
                 code="E310",
             )
+        if kind == "yarn":
+            _read_yarn(inner, rope)
         spellings.append(rope)
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         raise IncompatibleError(
@@ -259,6 +263,22 @@ def _read_rope(reader: _Reader, max_position_embeddings: int) -> dict[str, Any]:
     if spellings:
         return spellings[0]
     return {"rope_type": "default", "rope_theta": reader.positive("rope_theta", 10000.0)}
+
+
+def _read_yarn(reader: _Reader, rope: dict[str, Any]) -> None:
+    """Add YaRN's other numbers to `rope`: attention_factor, which may follow from others, beta_fast, beta_slow, truncate."""
+    for beta, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        rope[beta] = reader.positive(beta, default)
+    if rope["rope_theta"] <= 1:
+        raise IntegrityError(
+            f"{reader.path}: rope_theta is {rope['rope_theta']:g}; expected more than 1 where rope_type is yarn.",
+            code="E310",
+        )
+    rope["truncate"] = reader.flag("truncate", default=True)
+    shares = [reader.positive(name, 0.0) if reader.raw.get(name) else 0.0 for name in ("mscale", "mscale_all_dim")]
+    share, of_all = shares if all(shares) else (1.0, 0.0)
+    growth = 0.1 * math.log(max(rope["factor"], 1.0))
+    rope["attention_factor"] = reader.positive("attention_factor", (share * growth + 1) / (of_all * growth + 1))
 
 
 class _Reader:
@@ -289,8 +309,8 @@ class _Reader:
             )
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self._get(key, False)
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        value = self._get(key, default)
         if type(value) is not bool:
             raise IntegrityError(f"{self.path}: {self.prefix}{key} is {value!r}; expected true or false.", code="E310")
         return value

@@ -5,19 +5,18 @@ quantization or layouts: each projection is one `Linear (x [T, in_features], wei
 [T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` take their
 operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
 
-The arithmetic is that of transformers' modeling_llama.py and modeling_qwen3.py; the RoPE frequencies follow its
-modeling_rope_utils.py.
+The arithmetic is that of transformers' modeling_llama.py and modeling_qwen3.py.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from llmpack.rope import attention_scale, rope_frequencies
 from llmpack.weights import source_shape
 from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
 
@@ -34,25 +33,6 @@ STEP_INPUTS = {
     "block_table": ["B", "M"],
     "logit_rows": ["R"],
 }
-
-
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Return the angle per position of each rotated pair: [head_dim / 2], float32.
-
-    `linear` divides all frequencies by its factor (position interpolation, arXiv 2306.15595); `llama3` divides the low ones
-    and blends in between (Llama 3.1's published code).
-    """
-    rope = config.rope
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = 1.0 / rope["rope_theta"] ** exponents
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
-    elif rope["rope_type"] == "llama3":
-        low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequencies = (1 - keep) * frequencies / factor + keep * frequencies
-    return frequencies.astype(np.float32)
 
 
 def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelProto:
@@ -181,7 +161,7 @@ class _Graph:
     def attention(self, name: str, heads: list[str], cos_sin: str, caches: list[str]) -> str:
         inputs = [*heads, cos_sin, *caches, "slot_mapping", "query_start", "seq_lens", "block_table"]
         num_heads, num_kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        scale = 1.0 / math.sqrt(self.config.head_dim)
+        scale = attention_scale(self.config)
         return self.op("PagedAttention", name, inputs, num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale)
 
     def finish(self) -> onnx.ModelProto:

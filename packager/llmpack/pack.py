@@ -19,11 +19,12 @@ from typing import Any
 from llmpack import __version__, kernel_file, kernels, report
 from llmpack.checkpoint import Checkpoint, open_checkpoint
 from llmpack.cpu_graph import cpu_graph
-from llmpack.export import export, rope_frequencies
+from llmpack.export import export
 from llmpack.generation import Generation, read_generation
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import KernelSpec, plan_kernels
 from llmpack.options import Options
+from llmpack.rope import longest_sequence
 from llmpack.selfcheck import PackedRank, selfcheck
 from llmpack.split import split
 from llmpack.store import write_weights
@@ -158,10 +159,8 @@ def _decide(
     if is_default:
         quantization = choose_group_size(config, quantization, options.shards)
     check_split(config, quantization, options.shards, is_default=is_default)
-    limit, window = config.max_position_embeddings, config.sliding_window
-    what = f"max_position_embeddings {limit}"
-    if window is not None and window < limit:  # up to there a token sees all before it
-        limit, what = window, f"sliding_window {window}; llmpack packs no windows, and up to there there is none"
+    limit, what = longest_sequence(config)
+    if limit < config.max_position_embeddings:
         notes.append(f"max_position_embeddings {config.max_position_embeddings}: sequences end at {what}")
     max_seq_len = limit if options.max_seq_len is None else options.max_seq_len
     if not 1 <= max_seq_len <= limit:
@@ -230,8 +229,7 @@ def _selfcheck(job: _Job, staging: Staging) -> dict[str, Any]:
             for rank, plan in enumerate(job.ranks)
         ]
         num_tokens = min(8, job.max_seq_len)
-        frequencies = rope_frequencies(job.config)
-        return selfcheck(job.config, packed, job.quantization.scheme, job.kv_cache.dtype, frequencies, num_tokens)
+        return selfcheck(job.config, packed, job.quantization.scheme, job.kv_cache.dtype, num_tokens)
 
 
 def _members(

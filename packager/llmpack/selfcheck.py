@@ -21,6 +21,7 @@ import numpy as np
 
 from llmpack.layout import untile_nibbles, untile_rows, untile_six_bits
 from llmpack.native import VECTORS, packed_product
+from llmpack.rope import attention_scale, rope_frequencies
 from llmpack.weights import EMBEDDING, HEAD, Initializer, RankWeight, heads_per_rank
 from llmpack_ops import reference
 from llmrun.artifact import LARGEST_LOGIT, ROW_TILE, IncompatibleError, InternalError, ModelConfig
@@ -131,7 +132,6 @@ def forward(
     config: ModelConfig,
     ranks: list[PackedRank],
     kv_dtype: str,
-    frequencies: np.ndarray,
     ids: np.ndarray,
     *,
     has_rounded: bool = False,
@@ -142,7 +142,6 @@ def forward(
         config: the architecture.
         ranks: every rank's weights.
         kv_dtype: "float16" or "float32": keys and values are rounded to it, as in the cache.
-        frequencies: RoPE's angle per position, [head_dim / 2].
         ids: [T] token ids.
         has_rounded: append the sequence with rounded activations; see `round_activations`.
 
@@ -154,7 +153,7 @@ def forward(
     num_tokens, num_sequences = len(ids), 1 + has_rounded
     num_heads, num_kv_heads = heads_per_rank(config, len(ranks))
     positions = np.tile(np.arange(num_tokens), num_sequences)
-    angles = positions[:, None] * frequencies.astype(np.float64)
+    angles = positions[:, None] * rope_frequencies(config).astype(np.float64)
     cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     empty = np.zeros((num_sequences, num_tokens, num_kv_heads, config.head_dim), kv_dtype)
     sequences = {
@@ -192,7 +191,7 @@ def forward(
             with np.errstate(over="ignore", invalid="ignore"):
                 attended, _, _ = reference.paged_attention(
                     qkv, cos_sin, empty, empty, **sequences,
-                    num_heads=num_heads, num_kv_heads=num_kv_heads, scale=1 / math.sqrt(config.head_dim),
+                    num_heads=num_heads, num_kv_heads=num_kv_heads, scale=attention_scale(config),
                 )  # fmt: skip
             if not np.isfinite(attended).all():
                 advice = "--kv-dtype f32 can hold more" if kv_dtype == "float16" else _TOO_LARGE
@@ -224,7 +223,6 @@ def selfcheck(
     ranks: list[PackedRank],
     scheme: str,
     kv_dtype: str,
-    frequencies: np.ndarray,
     num_ids: int = NUM_IDS,
 ) -> dict[str, Any]:
     """Return the members of selfcheck.json (FORMAT 6.1); the ids are spread over the vocabulary by a fixed rule.
@@ -235,7 +233,7 @@ def selfcheck(
     is_rounded = scheme in ("q8", "q4")
     length = max(1, num_ids // 2) if is_rounded else num_ids
     ids = (np.arange(1, length + 1, dtype=np.int64) * 2654435761) % config.vocab_size
-    rows = forward(config, ranks, kv_dtype, frequencies, ids, has_rounded=is_rounded)
+    rows = forward(config, ranks, kv_dtype, ids, has_rounded=is_rounded)
     logits = rows[length - 1]
     if not np.abs(logits).max() < LARGEST_LOGIT:
         raise IncompatibleError(

@@ -40,6 +40,14 @@ VARIANTS = {
     "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "rope-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "rope-llama3": {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
+    "rope-yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16"},
     "odd-vocab": {"vocab_size": 301},

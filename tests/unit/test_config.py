@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmpack.config import read_config
-from llmpack.export import rope_frequencies
+from llmpack.rope import attention_scale, longest_sequence, rope_frequencies
 from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
 
 BASE = {
@@ -26,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3_OUTSIDE = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
 
 
@@ -61,6 +62,11 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
         {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
         {"rope_theta": 500000.0, "rope_scaling": LLAMA3_OUTSIDE, "original_max_position_embeddings": 32},
         {"rope_theta": 500000.0, "rope_scaling": LLAMA3_OUTSIDE, "max_position_embeddings": 128},
+        {"rope_theta": 1e6, "rope_scaling": YARN},
+        {"rope_scaling": {**YARN, "beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5}},
+        {"rope_scaling": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.8, "truncate": False}},
+        {"rope_scaling": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.0, "factor": 0.5}},
+        {"rope_parameters": {**YARN, "rope_theta": 20.0, "original_max_position_embeddings": 100000}},
     ],
     ids=[
         "none",
@@ -73,15 +79,30 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
         "parameters-llama3",
         "outside",
         "original-is-max",
+        "yarn",
+        "yarn-betas-and-factor",
+        "yarn-mscales",
+        "yarn-less",
+        "yarn-no-pair-is-slow",
     ],
 )
-def test_frequencies_equal_transformers(tmp_path, changes):
+def test_frequencies_and_scale_equal_transformers(tmp_path, changes):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    ours = rope_frequencies(read(tmp_path, **changes))
-    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path)).inv_freq.numpy()
-    np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+    config = read(tmp_path, **changes)
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))
+    np.testing.assert_allclose(rope_frequencies(config), theirs.inv_freq.numpy(), rtol=2e-6)
+    # Cosines and sines are multiplied there, of queries and of keys.
+    assert attention_scale(config) == pytest.approx(theirs.attention_scaling**2 / 4)
+
+
+def test_sequences_are_as_long_as_yarn_makes_them(tmp_path):
+    assert longest_sequence(read(tmp_path, rope_scaling=YARN, max_position_embeddings=64))[0] == 256
+    assert longest_sequence(read(tmp_path, rope_scaling=YARN, max_position_embeddings=300))[0] == 300
+    most = read(tmp_path, rope_scaling={**YARN, "factor": 1e308, "attention_factor": 1e308})
+    assert (longest_sequence(most)[0], attention_scale(most)) == (2**31 - 1, float("inf"))
+    assert longest_sequence(read(tmp_path, rope_scaling=LLAMA3, max_position_embeddings=64))[0] == 64
 
 
 def test_the_widest_heads_are_those_that_the_operator_takes(tmp_path):
@@ -170,7 +191,7 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
             "layer_types is",
         ),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"quantization_config": {"quant_method": "gptq", "ignore": ["x"] * 999}}, r"\(quant_method 'gptq'\); .{,99}$"),
         ({"sliding_window": 4096}, "sliding_window"),
@@ -212,6 +233,10 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {**YARN, "mscale": "1", "mscale_all_dim": 1}}, "rope_scaling.mscale is '1'"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1; expected more than 1"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "rope_scaling.truncate is 1"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor is 1; .* low_freq_factor 1"),
     ],
 )

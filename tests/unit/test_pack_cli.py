@@ -168,10 +168,10 @@ def test_a_window_ends_sequences_and_says_so(tmp_path):
     folder = make_checkpoint(tmp_path / "m", model_type="mistral", sliding_window=100)
     result = run(folder, "--dry-run")
     assert "max_seq_len 100\n" in result.stdout
-    assert "note: max_position_embeddings 128: sequences end at sliding_window 100; " in result.stdout
+    assert "note: max_position_embeddings 128: sequences end at sliding_window 100: " in result.stdout
     refused = run(folder, "--dry-run", "--max-seq-len", "101")
     assert refused.returncode == 2
-    assert "--max-seq-len 101: expected 1 to sliding_window 100; " in refused.stderr
+    assert "--max-seq-len 101: expected 1 to sliding_window 100: " in refused.stderr
     assert run(folder, "--dry-run", "--max-seq-len", "100").returncode == 0
 
 

@@ -1,0 +1,68 @@
+"""RoPE: a model's settings -> the angle of each pair per position, the scale of attention, and how far they reach.
+
+In: a ModelConfig, whose `rope` has every number (config.py). Out: numbers. The arithmetic is that of transformers'
+modeling_rope_utils.py, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from llmrun.artifact import ModelConfig
+
+_MAX_POSITIONS = (1 << 31) - 1  # int32 in the graph
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Return the angle per position of each rotated pair: [head_dim / 2], float32.
+
+    `linear` divides all frequencies by its factor (position interpolation, arXiv 2306.15595); `llama3` divides the low ones
+    and blends in between (Llama 3.1's published code), and so does `yarn`, between two pairs (arXiv 2309.00071).
+    """
+    rope = config.rope
+    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    kind, factor = rope["rope_type"], rope.get("factor", 1.0)
+    if kind == "default":
+        return frequencies.astype(np.float32)
+    keep = np.zeros(len(frequencies))  # the share of each frequency as it is; the rest of it is divided
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    elif kind == "yarn":
+        first, last = (_pair_that_turns(config, rope[beta]) for beta in ("beta_fast", "beta_slow"))
+        if rope["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, config.head_dim - 1)
+        last = last + 0.001 if first == last else last
+        keep = 1 - np.clip((np.arange(len(frequencies)) - first) / (last - first), 0.0, 1.0)
+    return ((1 - keep) * frequencies / factor + keep * frequencies).astype(np.float32)
+
+
+def _pair_that_turns(config: ModelConfig, times: float) -> float:
+    """Return which pair turns so many times within the original positions; a real number."""
+    rope = config.rope
+    wavelength = rope["original_max_position_embeddings"] / (times * 2 * math.pi)
+    return config.head_dim * math.log(wavelength) / (2 * math.log(rope["rope_theta"]))
+
+
+def attention_scale(config: ModelConfig) -> float:
+    """Return what a query's product with a key is multiplied by; YaRN's factor is of both."""
+    factor = config.rope.get("attention_factor", 1.0)
+    return factor * factor / math.sqrt(config.head_dim)
+
+
+def longest_sequence(config: ModelConfig) -> tuple[int, str]:
+    """Return how many positions the model can tell apart and see, and which of its numbers says so."""
+    limit, what = config.max_position_embeddings, f"max_position_embeddings {config.max_position_embeddings}"
+    rope = config.rope
+    if rope["rope_type"] == "yarn":  # Qwen's instructions add it and leave max_position_embeddings as it was
+        stretched = int(min(rope["original_max_position_embeddings"] * rope["factor"], _MAX_POSITIONS))
+        if stretched > limit:
+            limit, what = stretched, f"{stretched}, YaRN's factor times original_max_position_embeddings"
+    window = config.sliding_window
+    if window is not None and window < limit:  # up to there a token sees all before it
+        limit, what = window, f"sliding_window {window}: llmpack packs no windows, and up to there there is none"
+    return limit, what
