@@ -21,10 +21,11 @@ from llmrun.errors import UsageError
 if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
 
-__all__ = ["encode_chat", "extend_chat", "render_chat"]
+__all__ = ["checked_kwargs", "encode_chat", "extend_chat", "render_chat"]
 
 _MAX_CHARS = template_sandbox.MAX_CHARS  # of all messages together
 _ROLES = ("system", "user", "assistant", "tool")
+_TAKEN = {"messages", "add_generation_prompt", "tools", "bos_token", "eos_token"}
 _KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 
 
@@ -34,6 +35,7 @@ def render_chat(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the prompt for messages.
 
@@ -43,12 +45,13 @@ def render_chat(
             tool_calls (a list of JSON) and tool_call_id; what order they may have is the template's affair.
         add_generation_prompt: end with what comes before an answer.
         tools: JSON schemas of functions, for templates that know tools.
+        chat_template_kwargs: what else the template may ask for, by name: `{"enable_thinking": False}` of Qwen 3, say.
     Raises:
-        UsageError: no template, malformed messages, or the template refuses them, fails or does not end (with
-        its own text).
+        UsageError: no template, malformed messages, a name that is not free, or the template refuses them, fails or does not
+        end (with its own text).
     """
     _check_messages(messages)
-    return _render(tokenizer, messages, add_generation_prompt, tools)
+    return _render(tokenizer, messages, add_generation_prompt, tools, checked_kwargs(chat_template_kwargs))
 
 
 def encode_chat(
@@ -57,8 +60,9 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Return the ids of the prompt for messages; special tokens in messages and tools are plain text.
+    """Return the ids of the prompt for messages; special tokens in what is given are plain text.
 
     The ids are those of transformers' `apply_chat_template(tokenize=True)` unless a message holds the text of
     a special token. No BOS is added: the template writes it where the model wants one.
@@ -67,15 +71,21 @@ def encode_chat(
         UsageError: as `render_chat`.
     """
     _check_messages(messages)
-    marks = _unused_characters(tokenizer, [messages, tools])
-    prompt = _render_marked(tokenizer, messages, marks, add_generation_prompt, tools)
+    kwargs = checked_kwargs(chat_template_kwargs)
+    marks = _unused_characters(tokenizer, [messages, tools, kwargs])
+    prompt = _render_marked(tokenizer, messages, marks, add_generation_prompt, tools, kwargs)
     if marks[0] not in prompt and marks[1] not in prompt:
         return tokenizer.encode(prompt, add_bos=False, parse_special=True)
     return tokenizer.encode_segments(_segments(tokenizer, prompt, marks))
 
 
 def extend_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], prompt_ids: Sequence[int], answer_ids: Sequence[int]
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int] | None:
     """Return the ids of the prompt for messages as an extension of the ids that an earlier turn went through.
 
@@ -87,6 +97,7 @@ def extend_chat(
         messages: of which the last is the new turn, the one before it the answer to those before.
         prompt_ids: of the messages before the answer, from this function or `encode_chat`.
         answer_ids: what the model wrote, without the end token.
+        chat_template_kwargs: as before the answer.
     Returns:
         None where the template does not allow it: it renders earlier turns in another way once more follow, or the
         answer is not the text of its ids.
@@ -94,9 +105,10 @@ def extend_chat(
         UsageError: as `render_chat`.
     """
     _check_messages(messages)
-    marks = _unused_characters(tokenizer, messages)
-    before = _render_marked(tokenizer, messages[:-2], marks, True)
-    whole = _render_marked(tokenizer, messages, marks, True)
+    kwargs = checked_kwargs(chat_template_kwargs)
+    marks = _unused_characters(tokenizer, [messages, kwargs])
+    before = _render_marked(tokenizer, messages[:-2], marks, True, None, kwargs)
+    whole = _render_marked(tokenizer, messages, marks, True, None, kwargs)
     written = b"".join(map(tokenizer.token_bytes, answer_ids)).decode("utf-8", "replace")
     answer = tokenizer.mark_special(written.strip(), *marks)
     rest = whole.removeprefix(before).lstrip()
@@ -114,9 +126,10 @@ def _render_marked(
     messages: Sequence[Mapping[str, Any]],
     marks: tuple[str, str],
     add_generation_prompt: bool,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    kwargs: Mapping[str, Any],
 ) -> str:
-    """Render messages with marks around the special tokens that they hold."""
+    """Render messages with marks around the special tokens that they, and what is given beside them, hold."""
 
     def mark(value: Any) -> Any:
         if isinstance(value, str):
@@ -125,7 +138,9 @@ def _render_marked(
             return {mark(key): mark(item) for key, item in value.items()}
         return [mark(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return _render(tokenizer, mark(list(messages)), add_generation_prompt, None if tools is None else mark(list(tools)))
+    marked = None if tools is None else mark(list(tools))
+    variables = {name: mark(value) for name, value in kwargs.items()}
+    return _render(tokenizer, mark(list(messages)), add_generation_prompt, marked, variables)
 
 
 def _segments(tokenizer: Tokenizer, prompt: str, marks: tuple[str, str]) -> list[str | int]:
@@ -197,20 +212,39 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         raise UsageError(f"chat: the messages have {size} characters: at most {_MAX_CHARS} are allowed")
 
 
+def checked_kwargs(kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the variables that a template gets beside messages and tools.
+
+    Raises:
+        UsageError: not text to values, a name that stands for something else, or too many characters.
+    """
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise UsageError(f"chat_template_kwargs: found {type(kwargs).__name__}, expected names and values")
+    if taken := sorted(_TAKEN & set(kwargs)):
+        raise UsageError(f"chat_template_kwargs: {taken[0]} is not free: it stands for what the chat itself says")
+    if (size := sum(map(len, _texts(kwargs)))) > _MAX_CHARS:
+        raise UsageError(f"chat_template_kwargs: found {size} characters, expected at most {_MAX_CHARS}")
+    return kwargs
+
+
 def _render(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
     tools: Sequence[Mapping[str, Any]] | None,
+    kwargs: Mapping[str, Any],
 ) -> str:
     source = tokenizer.chat_template
     if source is None:
         raise UsageError("chat: this artifact has no chat template: use `llmrun generate`, which takes plain text")
     variables = {
+        "documents": None,  # defined, as in transformers: templates ask `is not none`
+        **kwargs,
         "messages": [dict(message) for message in messages],
         "add_generation_prompt": add_generation_prompt,
         "tools": None if tools is None else list(tools),
-        "documents": None,  # defined, as in transformers: templates ask `is not none`
         "bos_token": tokenizer.bos_token or "",
         "eos_token": tokenizer.eos_token or "",
     }

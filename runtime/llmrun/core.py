@@ -113,6 +113,7 @@ class Core:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         constraint: Constraint | None = None,
         speculate: int | None = None,
         reuse_prefix: bool = True,
@@ -130,6 +131,7 @@ class Core:
             self.max_seq_len,
             self.manifest.max_seq_len,
             least_tokens=least_tokens,
+            chat_template_kwargs=chat_template_kwargs,
         )
         params = self.sampling_params(**sampling)
         if logit_bias:

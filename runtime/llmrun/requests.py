@@ -44,6 +44,7 @@ class RequestOptions(TypedDict, total=False):
         logprobs: report log-probabilities, of this many alternatives beside the sampled token.
         prompt_logprobs: the same for each token of the prompt; there before the first event.
         logit_bias: numbers to add to the logits of these ids; -inf: never.
+        chat_template_kwargs: for a prompt that is messages: what else its template may ask for, by name.
         constraint: which tokens may come (structured output); the object is this request's alone.
         speculate: tokens to guess ahead at most (prompt look-up); the answer stays the same; not given: the engine's.
         reuse_prefix: False computes the whole prompt, even if the cache holds its beginning.
@@ -58,6 +59,7 @@ class RequestOptions(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     logit_bias: Mapping[int, float] | None
+    chat_template_kwargs: Mapping[str, Any] | None
     constraint: Constraint | None
     speculate: int | None
     reuse_prefix: bool
@@ -199,6 +201,7 @@ def check_prompt(
     packed_seq_len: int,
     *,
     least_tokens: int = 1,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], int]:
     """Return the prompt's ids, and how many tokens to sample at most.
 
@@ -210,6 +213,7 @@ def check_prompt(
         max_seq_len: positions of one sequence at most.
         packed_seq_len: what the user may raise that to.
         least_tokens: 0 where a request may be about its prompt alone.
+        chat_template_kwargs: of messages; see `encode_chat`.
 
     Raises:
         UsageError: the prompt is no prompt, is empty, holds an id that is not in the vocabulary, or leaves no room.
@@ -225,7 +229,8 @@ def check_prompt(
         else:
             from llmrun.chat import encode_chat  # brings the template engine, which nobody else needs
 
-            ids = encode_chat(tokenizer, cast("Sequence[Message]", prompt))
+            messages = cast("Sequence[Message]", prompt)
+            ids = encode_chat(tokenizer, messages, chat_template_kwargs=chat_template_kwargs)
     else:
         ids = check_ids(cast("Sequence[int]", prompt), vocab_size)
     if not ids:

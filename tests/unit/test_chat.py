@@ -121,6 +121,40 @@ def test_what_a_template_may_ask_for_is_what_transformers_gives(name, model, mon
     assert render_chat(model.ours, SHORT, add_generation_prompt=False) == theirs
 
 
+KWARGS = {"mood": False, "way": {"of": ["life", 1]}}
+
+
+def test_a_template_gets_variables_of_the_callers(model, monkeypatch):
+    template = "{{ mood is defined and mood is false }} {{ way.of | join('-') }} {{ documents is none }}"
+    monkeypatch.setattr(model.ours, "chat_template", template)
+    for kwargs in (KWARGS, {**KWARGS, "documents": [{"title": "T", "text": "t"}]}):
+        theirs = model.theirs.apply_chat_template(SHORT, tokenize=False, chat_template=template, **kwargs)
+        assert render_chat(model.ours, SHORT, chat_template_kwargs=kwargs) == theirs
+
+
+def test_special_tokens_in_variables_are_text(model):
+    ours = _with_template(model.ours, "{{ messages[0].content }}{{ way[0] }}{{ bos_token }}")
+    token = model.ours.eos_token
+    ids = encode_chat(ours, SHORT, chat_template_kwargs={"way": [token]})
+    assert model.ours.eos_token_ids[0] not in ids
+    assert token in model.ours.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ([], "found list"),
+        ({1: 2}, "expected names"),
+        *(({name: "x"}, f"{name} is not free") for name in ("messages", "tools", "bos_token", "add_generation_prompt")),
+        ({"x": ["y" * template_sandbox.MAX_CHARS]}, "expected at most"),
+    ],
+)
+def test_variables_that_a_template_cannot_have(kwargs, says):
+    for call in (render_chat, encode_chat):
+        with pytest.raises(UsageError, match=says):
+            call(_Plain("{{ messages }}"), SHORT, chat_template_kwargs=kwargs)
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_special_tokens_in_messages_are_text(model, data):

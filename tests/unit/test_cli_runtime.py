@@ -22,6 +22,7 @@ from llmrun import stdin
 from llmrun.cli import build_parser
 from llmrun.commands.generate import _Generate
 from llmrun.errors import UsageError
+from models import DEMO
 
 Packed = Callable[..., Path]
 
@@ -187,6 +188,33 @@ def test_bad_input_is_one_sentence_and_no_output(
     done = llmrun("generate", packed_tiny(1, "f32"), *arguments, stdin=data)
     refused(done, exit_code, message)
     assert done.stdout == b""
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("{", "--chat-template-kwargs: not JSON"),
+        ("[1]", "--chat-template-kwargs: found a JSON list, expected an object."),
+        ('{"tools": []}', "tools is not free"),
+    ],
+)
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_variables_of_a_template_are_an_object(command: str, given: str, says: str, packed_tiny: Packed) -> None:
+    refused(llmrun(command, packed_tiny(1, "f32"), "--chat-template-kwargs", given), 2, says)
+
+
+def test_a_chats_template_gets_its_variables(packed: Packed, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(DEMO, folder)
+    (folder / "chat_template.jinja").write_text("{{ mood }}{% for m in messages %} {{ m.content }}{% endfor %}")
+    path = packed(folder, 1, "q8")
+    asked = [
+        json.loads(llmrun("chat", path, "--json", "-n", 1, *more, stdin=b"Hello\n").stdout)["prompt_ids"]
+        for more in ((), ("--chat-template-kwargs", '{"mood": "Sad"}'))
+    ]
+    tokens = json.loads(llmrun("generate", path, "--json", "-n", 1, "-p", "Sad Hello").stdout)["prompt_ids"]
+    assert asked[0] != asked[1]
+    assert asked[1] == tokens[1:]  # a template writes the BOS itself
 
 
 def test_no_artifact_is_one_sentence(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a chat."""
     parser.add_argument("--system", type=common.text_of("--system"), metavar="TEXT", help="the system message")
+    common.add_template_option(parser)
     parser.add_argument("--no-history", action="store_true", help="neither read nor write the history of your lines")
 
 
@@ -156,10 +157,11 @@ class _Chat:
         from llmrun.chat import encode_chat, extend_chat
 
         assert engine.tokenizer is not None
+        kwargs = self._arguments.chat_template_kwargs
         if self._answered is not None:
             before, prompt_ids, answer_ids = self._answered
             if len(messages) == len(before) + 2 and messages[: len(before)] == before:
-                ids = extend_chat(engine.tokenizer, messages, prompt_ids, answer_ids)
+                ids = extend_chat(engine.tokenizer, messages, prompt_ids, answer_ids, chat_template_kwargs=kwargs)
                 if ids is not None:
                     return ids
-        return encode_chat(engine.tokenizer, messages)
+        return encode_chat(engine.tokenizer, messages, chat_template_kwargs=kwargs)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -83,6 +83,29 @@ def text_of(option: str) -> Callable[[str], str]:
     It raises UsageError where that is no UTF-8.
     """
     return lambda typed: stdin.decode_utf8(os.fsencode(typed), option)
+
+
+def add_template_option(parser: argparse._ActionsContainer) -> None:
+    """Add what a chat template may ask for beside messages."""
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_template_kwargs,
+        metavar="JSON",
+        help="""variables that the chat template asks for: '{"enable_thinking": false}', say""",
+    )
+
+
+def _template_kwargs(typed: str) -> Mapping[str, Any]:
+    from llmrun.chat import checked_kwargs
+
+    option = "--chat-template-kwargs"
+    try:
+        value = json.loads(text_of(option)(typed))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{option}: not JSON: {error}. Expected an object.") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{option}: found a JSON {type(value).__name__}, expected an object.")
+    return checked_kwargs(value)
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sequences that run together (%(default)s)",
     )
+    common.add_template_option(group)
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
     limits_of_server.add_options(parser)
     common.add_engine_options(parser)
@@ -123,7 +124,9 @@ class _Serve:
         allowed = frozenset(name.lower() for name in arguments.allowed_host)
         hosts = LOOPBACK | allowed if is_loopback or allowed else None
         access = Access(keys, hosts, tuple(arguments.cors_origin))
-        self._service = Service(self._limits, names, arguments.metrics_prefix, arguments.max_num_seqs)
+        self._service = Service(
+            self._limits, names, arguments.metrics_prefix, arguments.max_num_seqs, arguments.chat_template_kwargs
+        )
         sock = listen(arguments.host, arguments.port)
         self._http = HttpThread(make_app(self._service, access), self._service, sock)
         failstop.before_leaving(self._service.last_words)

@@ -146,8 +146,13 @@ class _Routes:
         def work() -> list[int]:
             if "messages" in given:
                 wants_prompt = given.get("add_generation_prompt", True)
-                depth = service.limits.max_json_depth
-                return chat_ids(tokenizer, given["messages"], max_depth=depth, add_generation_prompt=wants_prompt)
+                return chat_ids(
+                    tokenizer,
+                    given["messages"],
+                    max_depth=service.limits.max_json_depth,
+                    add_generation_prompt=wants_prompt,
+                    chat_template_kwargs={**service.chat_template_kwargs, **given.get("chat_template_kwargs", {})},
+                )
             wants_bos = None if given.get("add_special_tokens", True) else False
             return tokenizer.encode(given["prompt"], add_bos=wants_bos)
 

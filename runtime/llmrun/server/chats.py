@@ -65,7 +65,11 @@ class Chats:
         if tokenizer is None:
             raise bad("this artifact has no tokenizer: use /v1/completions with token ids.", "messages")
         prompt = chat_ids(
-            tokenizer, call.messages, call.tools if form is not None else (), max_depth=service.limits.max_json_depth
+            tokenizer,
+            call.messages,
+            call.tools if form is not None else (),
+            max_depth=service.limits.max_json_depth,
+            chat_template_kwargs={**service.chat_template_kwargs, **call.chat_template_kwargs},
         )
         room = service.engine.max_seq_len - len(prompt)
         max_tokens = max(room, 1) if sampled.max_tokens is None else sampled.max_tokens

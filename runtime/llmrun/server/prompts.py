@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrun.chat import encode_chat
@@ -18,6 +18,7 @@ def chat_ids(
     *,
     max_depth: int,
     add_generation_prompt: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the prompt's ids.
 
@@ -29,7 +30,13 @@ def chat_ids(
         UsageError: the template refuses the messages.
     """
     flat = [_flat(message, f"messages[{i}]", max_depth) for i, message in enumerate(messages)]
-    return encode_chat(tokenizer, flat, add_generation_prompt=add_generation_prompt, tools=tools or None)
+    return encode_chat(
+        tokenizer,
+        flat,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools or None,
+        chat_template_kwargs=chat_template_kwargs,
+    )
 
 
 def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]:

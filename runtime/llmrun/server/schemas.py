@@ -83,6 +83,7 @@ class ChatCall:
     tools: list[dict[str, Any]]
     tool_choice: str
     may_call_several: bool
+    chat_template_kwargs: dict[str, Any]
     sampled: Sampled
 
 
@@ -146,6 +147,7 @@ class Schemas:
                 "tools": ListOf(tool, limits.max_tools),
                 "tool_choice": Either(((str, Text(choices=("none", "auto", "required"))), (dict, named))),
                 "parallel_tool_calls": Flag(),
+                "chat_template_kwargs": AnyObject(),
                 "modalities": Only((["text"],)),
                 "audio": Only(()),
                 "functions": Only(([],)),
@@ -156,6 +158,7 @@ class Schemas:
         self.tokenize = Record(
             {"model": Text(256), "prompt": text, "messages": ListOf(message, limits.max_messages, 1)}
             | {name: Flag() for name in ("add_special_tokens", "add_generation_prompt", "return_token_strs")}
+            | {"chat_template_kwargs": AnyObject()}
         )
         self.detokenize = Record({"model": Text(256), "tokens": ids}, required=("tokens",))
 
@@ -213,6 +216,7 @@ class Schemas:
             tools,
             choice,
             given.get("parallel_tool_calls", True),
+            given.get("chat_template_kwargs", {}),
             sampled,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive, Scope
@@ -42,8 +42,16 @@ class Service:
     loop: EngineLoop
     grammars: Grammars | None
 
-    def __init__(self, limits: Limits, names: Sequence[str], metrics_prefix: str, max_num_seqs: int) -> None:
-        """`names`: of the model, the first of which responses carry."""
+    def __init__(
+        self,
+        limits: Limits,
+        names: Sequence[str],
+        metrics_prefix: str,
+        max_num_seqs: int,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`names`: of the model, the first of which responses carry; `chat_template_kwargs`: where a request has none."""
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self.limits, self.names, self.model_name = limits, tuple(names), names[0]
         self.schemas = Schemas(limits)
         self.metrics = Metrics(self.model_name, metrics_prefix)
