@@ -35,6 +35,9 @@ _LARGEST_BIAS = 3e38  # float32
 # First guess of how many tokens top-p keeps: sorting this many of a 128k vocabulary costs nothing beside
 # finding them.
 _TOP_P_FIRST_GUESS = 128
+_LEAST_TEMPERATURE = 1e-30  # in float32: greedy
+_RUN = 256  # tokens
+_PARTS = 64  # of a row, a token of each side by side: the largest of every column is found at the speed of memory
 
 
 @dataclass(frozen=True)
@@ -177,12 +180,15 @@ class Sampler:
         return self._draw(logits, highest, None)
 
     def _draw(self, logits: NDArray[np.float32], highest: float, ids: NDArray[np.integer[Any]] | None) -> int:
-        """Draw from what top-k has left; ids None: they are 0, 1, 2, ..."""
+        """Draw from what top-k has left; ids None: from a whole row, in float32, which is five times as fast."""
         params = self.params
         # Subtracting before dividing keeps every score <= 0: a tiny temperature gives exp(-inf) = 0, no overflow.
         with np.errstate(over="ignore"):
-            scores = (logits.astype(np.float64) - highest) / params.temperature
-        weights = np.exp(scores)
+            if ids is None:
+                scores = (logits - np.float32(highest)) / np.float32(max(params.temperature, _LEAST_TEMPERATURE))
+            else:
+                scores = (logits.astype(np.float64) - highest) / params.temperature
+        weights = np.exp(scores, out=scores)
         if params.top_p < 1.0:
             kept = _top_p(weights, params.top_p)
             weights = weights[kept]
@@ -192,11 +198,10 @@ class Sampler:
             kept = np.flatnonzero(weights >= params.min_p)
             weights = weights[kept]
             ids = kept if ids is None else ids[kept]
-        cumulative = np.cumsum(weights)
-        drawn = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
-        # Rounding can put the product on the end itself; step back to the last token that has any weight.
-        drawn = min(drawn, int(np.searchsorted(cumulative, cumulative[-1], side="left")))
-        return drawn if ids is None else int(ids[drawn])
+        if ids is None:
+            return _place_in_row(weights, self._rng.random())
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        return int(ids[_place(cumulative, self._rng.random() * cumulative[-1])])
 
 
 class TokenHistory:
@@ -269,15 +274,41 @@ def _check_bias(logit_bias: Mapping[int, float]) -> tuple[NDArray[np.int64], NDA
         return ids, np.array([logit_bias[int(i)] for i in ids], np.float32)
 
 
+def _place(cumulative: NDArray[np.float64], drawn: float) -> int:
+    """Return which of some weights, of which these are the sums so far, a number below their sum falls into."""
+    place = np.searchsorted(cumulative, drawn, side="right")
+    # Rounding can put it on the end itself; step back to the last one that has any weight.
+    return int(min(place, np.searchsorted(cumulative, cumulative[-1], side="left")))
+
+
+def _place_in_row(weights: NDArray[np.float32], drawn: float) -> int:
+    """Do the same for a whole row and `drawn` of [0, 1): first by runs of tokens, so that few sums are made one by one."""
+    end = len(weights) // _RUN * _RUN
+    sums = np.append(weights[:end].reshape(-1, _RUN).sum(axis=1), weights[end:].sum())
+    cumulative = np.cumsum(sums, dtype=np.float64)
+    target = drawn * float(cumulative[-1])
+    run = _place(cumulative, target)
+    before = float(cumulative[run - 1]) if run else 0.0
+    start = run * _RUN
+    return start + _place(np.cumsum(weights[start : start + _RUN], dtype=np.float64), target - before)
+
+
 def _top_k(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:
     """Return the ids of the k highest scores, ascending; of equal scores the lower ids."""
-    threshold = np.partition(scores, scores.shape[0] - k)[scores.shape[0] - k]
+    candidates = None
+    if k <= (width := len(scores) // _PARTS):
+        # The k-th of the largest of each part is no larger than the k-th of all, and few scores are as large.
+        largest = scores[: width * _PARTS].reshape(_PARTS, width).max(axis=0)
+        candidates = np.flatnonzero(scores >= np.partition(largest, width - k)[width - k])
+        scores = scores[candidates]
+    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
     above = np.flatnonzero(scores > threshold)
     ties = np.flatnonzero(scores == threshold)[: k - above.shape[0]]
-    return np.sort(np.concatenate([above, ties]))
+    kept = np.sort(np.concatenate([above, ties]))
+    return kept if candidates is None else candidates[kept]
 
 
-def _top_p(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+def _top_p(weights: NDArray[np.floating], top_p: float) -> NDArray[np.intp]:
     """Return the ids whose more likely tokens add up to less than top_p, most likely first (arXiv:1904.09751).
 
     Sorts only as many as needed: a guess of the largest, four times as many whenever they do not add up to
@@ -289,7 +320,7 @@ def _top_p(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     while True:
         ids = np.arange(size) if guess >= size else _top_k(weights, guess)
         order = ids[np.argsort(-weights[ids], kind="stable")]
-        cumulative = np.cumsum(weights[order])
+        cumulative = np.cumsum(weights[order], dtype=np.float64)
         if guess >= size or cumulative[-1] >= wanted:
             # A token stays if the ones before it do not reach top_p; the first always stays.
             return order[: max(1, int(np.searchsorted(cumulative, wanted, side="left")) + 1)]

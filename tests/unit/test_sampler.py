@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmrun.constraint import allowed_tokens
 from llmrun.errors import InternalError, NumericError, UsageError
 from llmrun.logprobs import token_logprobs
-from llmrun.sampler import Sampler, SamplingParams, TokenHistory
+from llmrun.sampler import Sampler, SamplingParams, TokenHistory, _top_k
 
 
 def _logits(seed, size=50, scale=3.0):
@@ -84,6 +84,28 @@ def test_distribution_is_that_of_transformers(values, seed):
     theirs = _reference(params, logits, context)
     assert np.abs(ours - theirs).max() < 1 / 2000  # an even grid of 4000 draws is off by two steps at most
     assert not ours[theirs == 0].any()
+
+
+@pytest.mark.parametrize("size", [19_968, 20_037])
+@pytest.mark.parametrize(
+    "values", [{}, {"top_k": 40}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_p": 0.9, "min_p": 0.1}], ids=str
+)
+def test_distribution_of_a_large_vocabulary_is_that_of_transformers(values, size):
+    logits = _logits(4, size) * np.float32(1.5)
+    logits[[0, 255, 256, size - 1]] = logits.max() - 0.5  # where runs of tokens begin and end
+    params = SamplingParams(temperature=0.9, **values)
+    ours, theirs = _distribution(params, logits), _reference(params, logits)
+    assert np.abs(ours - theirs).max() < 1 / 2000
+    assert not ours[theirs == 0].any()
+
+
+@pytest.mark.parametrize("k", [1, 20, 312, 313, 5000])
+@pytest.mark.parametrize("place", [lambda i: i, lambda i: -i, lambda i: i * 64 % 20_037], ids=["up", "down", "spread"])
+def test_the_highest_of_a_large_vocabulary_are_those_of_a_sort(k, place):
+    scores = np.round(_logits(5, 20_037), 1)  # many are equal
+    scores = np.sort(scores)[place(np.arange(len(scores)))]
+    scores[:7] = -np.inf
+    np.testing.assert_array_equal(_top_k(scores, k), np.sort(np.argsort(-scores, kind="stable")[:k]))
 
 
 def test_top_p_sorts_beyond_its_first_guess():
