@@ -119,6 +119,58 @@ def test_a_format_that_is_not_known_is_an_annotation(grammars: Grammars, tokeniz
     assert json.loads(walk(grammars, tokenizer, "json", named, 1) or "") == {"format": {"format": "path"}}
 
 
+def listing(*names: str, **more: Any) -> dict[str, Any]:
+    """An object of these properties, all of them required; of others it says nothing."""
+    return {"type": "object", "properties": {name: {"enum": [1]} for name in names}, "required": [*names], **more}
+
+
+A, B = listing("a"), listing("b")
+CLOSED: list[tuple[Any, Any]] = [  # a schema, and the only value that is closed
+    (A, {"a": 1}),
+    (listing(), {}),
+    (
+        {**listing("properties", "$ref"), "properties": {"properties": A, "$ref": A}},
+        {"properties": {"a": 1}, "$ref": {"a": 1}},
+    ),
+    ({"type": "array", "prefixItems": [A, B], "items": False, "minItems": 2}, [{"a": 1}, {"b": 1}]),
+    ({"allOf": [{"$ref": "#/$defs/a"}], "description": "as libraries write it", "$defs": {"a": A}}, {"a": 1}),
+    ({"anyOf": [{"oneOf": [A], "discriminator": {"propertyName": "a"}}]}, {"a": 1}),
+]
+OPEN: list[tuple[Any, set[str]]] = [  # a schema, and what any value of it must have
+    ({**A, "additionalProperties": True}, {"a"}),
+    ({"allOf": [A, B]}, {"a", "b"}),
+    ({"$ref": "#/$defs/a", **B, "$defs": {"a": A}}, {"a", "b"}),
+    ({**A, "anyOf": [B]}, {"a", "b"}),
+    ({**A, "required": ["a", "c"]}, {"a", "c"}),
+    ({**A, "patternProperties": {"^c": True}}, {"a"}),
+]
+
+
+@pytest.mark.parametrize(("schema", "value"), CLOSED)
+def test_an_object_has_the_properties_that_its_schema_lists(
+    schema: Any, value: Any, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    texts = [walk(grammars, tokenizer, "json", schema, seed) for seed in range(8)]
+    assert [json.loads(text) for text in texts if text is not None] == [value] * 8
+
+
+@pytest.mark.parametrize(("schema", "names"), OPEN)
+def test_an_object_that_may_have_others_is_not_closed(
+    schema: Any, names: set[str], grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    texts = [walk(grammars, tokenizer, "json", schema, seed, 2000) for seed in range(12)]
+    values = [json.loads(text) for text in texts if text is not None]
+    assert values
+    assert all(names <= value.keys() for value in values)
+    assert any(names < value.keys() for value in values)
+
+
+def test_alternatives_that_closing_would_tell_apart_are_refused_as_before(grammars: Grammars) -> None:
+    either = {"oneOf": [A, {"properties": {"b": {}}}]}  # {"a": 1} is both
+    with pytest.raises(ApiError, match="oneOf"):
+        grammars.constraint("json", either)
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [

@@ -189,7 +189,7 @@ def test_numbers_that_a_float_holds_are_kept(value: float, tried: Tried) -> None
         bounds(multipleOf=3600),
         {"type": "number", "multipleOf": 0.01},
         {"allOf": [{"type": "number", "multipleOf": 0.01}, {"multipleOf": 25}]},
-        {"properties": {"a": bounds(multipleOf=86400), "b": {"multipleOf": 0.25}}, "type": "object"},
+        {"properties": {"a": bounds(multipleOf=86400), "b": {"multipleOf": 0.25}}, "additionalProperties": True},
         {"anyOf": [bounds(multipleOf=7), {"type": "number", "multipleOf": 1e-9}, bounds(multipleOf=1000)]},
     ],
 )

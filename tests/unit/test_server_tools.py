@@ -188,6 +188,19 @@ def test_references_of_a_tools_schema_mean_the_schema(form: ToolForm, grammars: 
     assert seen == {"route", "tree", "other"}
 
 
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+def test_arguments_are_those_that_the_tool_lists(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
+    joined = {"allOf": [{"properties": {"a": {"enum": [1]}}}, {"required": ["a"]}]}
+    tools = [tool("open", {"properties": {"a": {"enum": [1]}}}), TOOLS[1], tool("empty", {}), tool("joined", joined)]
+    kind, source = call_grammar(form, tools, "required", Limits())
+    seen = set()
+    for seed in range(40):
+        _, calls = find_calls(tools, walk(grammars, tokenizer, kind, source, seed) or "")
+        for function in (call["function"] for call in calls):
+            seen.add((function["name"], function["arguments"] if function["name"] != "joined" else ""))
+    assert seen == {("open", "{}"), ("open", '{"a": 1}'), ("now", "{}"), ("empty", "{}"), ("joined", "")}
+
+
 NOTES = {
     "properties": {
         "path": {"type": "string", "format": "path", "maxLength": 3},

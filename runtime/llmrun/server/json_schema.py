@@ -3,13 +3,14 @@
 The library (llguidance 1.9) reads numbers as floats and bounds of integers as 64 bits, and has no limit for what
 `multipleOf` costs. Beyond that it ends the process (integers from -1e19 to -1e19: a recursion without an end), takes all
 memory, or lets through what the schema does not. So such schemas are refused; only bounds that no value comes near are
-replaced by the farthest that it keeps.
+replaced by the farthest that it keeps. Objects are closed where the schema leaves that open.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, TypeGuard
 
@@ -24,6 +25,20 @@ _BOUNDS = (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
 )
+# Each says something of its own of a value. Two of them may describe one object, each some of its properties.
+_PARTS = (
+    "properties",
+    "patternProperties",
+    "$ref",
+    "anyOf",
+    "if",
+    "then",
+    "else",
+    "dependentSchemas",
+    "dependencies",
+    "not",
+)
+_OTHER_PROPERTIES = ("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties")
 _EXACT = 2**53  # up to here a float is any integer
 _FARTHEST = 2**63 - 1024  # the last float below 2^63
 # The library's work: a prime of five digits takes 0.7 s and 75 MB, of eight all memory; zeros at the end cost nothing.
@@ -31,7 +46,7 @@ _MOST_REMAINDERS = 10_000
 
 
 def checked_schema(schema: Any, limits: Limits, param: str = "response_format") -> Any:
-    """Return a JSON schema with bounds that the library keeps, and without formats that it does not know.
+    """Return a JSON schema with bounds that the library keeps, without formats that it does not know, and closed.
 
     Args:
         schema: whatever JSON holds.
@@ -66,7 +81,56 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
                 deeper += item
         level = deeper
     _check_factors(factors, param)
-    return _kept(schema, param)
+    return closed_schema(_kept(schema, param))
+
+
+def closed_schema(schema: Any) -> Any:
+    """Return a schema whose objects have no properties but those that it lists, where it does not say that they may.
+
+    They may, says JSON Schema; but few mean it, and a weak model goes on with properties of its own until the end of its
+    tokens. A schema of which two parts may describe the same object stays as it is: closed, they would exclude each other.
+    """
+    return schema if _has_joined_parts(schema) else _closed(schema)
+
+
+def _has_joined_parts(schema: Any) -> bool:
+    if not isinstance(schema, dict):
+        return False
+    together = schema.get("allOf", [])
+    num_parts = sum(name in schema for name in _PARTS) + (len(together) if isinstance(together, list) else 1)
+    # One value may match two open alternatives, which oneOf forbids, and one closed one; a discriminator tells them apart.
+    num_parts += 0 if "oneOf" not in schema else 1 if "discriminator" in schema else 2
+    return num_parts > 1 or any(map(_has_joined_parts, _inner_schemas(schema)))
+
+
+def _inner_schemas(schema: dict[str, Any]) -> Iterator[Any]:
+    for name, value in schema.items():
+        if name in MAPS_OF_SCHEMAS and isinstance(value, dict):
+            yield from value.values()
+        elif name not in VALUES:
+            yield from value if isinstance(value, list) else (value,)
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in MAPS_OF_SCHEMAS and isinstance(value, dict):
+            closed[name] = {key: _closed(item) for key, item in value.items()}
+        else:
+            closed[name] = value if name in VALUES else _closed(value)
+    listed, required = schema.get("properties"), schema.get("required", [])
+    if (
+        isinstance(listed, dict)
+        and not any(name in schema for name in _OTHER_PROPERTIES)
+        and isinstance(required, list)
+        and all(isinstance(name, str) and name in listed for name in required)
+    ):
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

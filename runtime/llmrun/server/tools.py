@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrun.server.errors import bad
 from llmrun.server.grammar import JSON_OPTIONS
-from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema
+from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema, closed_schema
 from llmrun.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -76,14 +76,14 @@ def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str
         if choice.startswith("=") and function["name"] != choice[1:]:
             continue
         is_strict &= function.get("strict", False)
-        parameters = function.get("parameters") or {}
+        parameters = function.get("parameters") or {"properties": {}}  # OpenAI: none are none at all
         if parameters.get("type", "object") != "object":
             raise bad(
                 f"the parameters of {function['name']!r} are of type {str(parameters['type'])[:60]}: expected object.",
                 "tools",
             )
         root = f"#/$defs/{i}"
-        definitions[str(i)] = {**_moved(parameters, root), "type": "object"}
+        definitions[str(i)] = {**_moved(closed_schema(parameters), root), "type": "object"}
         properties = {"name": {"const": function["name"]}, form.key: {"$ref": root}}
         calls.append(
             {"type": "object", "properties": properties, "required": ["name", form.key], "additionalProperties": False}
