@@ -290,6 +290,23 @@ def test_a_required_tool_is_called_with_arguments_of_its_schema(tool_client: ope
     assert said.message.content
 
 
+def test_an_agent_names_a_form_of_its_answers_in_each_turn(tool_client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    options: Any = {"model": "tools", "messages": MESSAGES, "tools": [TOOL], "max_tokens": 200, "response_format": form}
+    (call,) = tool_client.chat.completions.create(**options, tool_choice="required").choices[0].message.tool_calls or []
+    assert json.loads(call.function.arguments)["name"] in ("Anna", "Bernd")
+    seen = set()
+    for seed in range(0, 40, 8):  # so hot that all that the grammar allows is as likely
+        for choice in tool_client.chat.completions.create(**options, n=8, temperature=100, seed=seed).choices:
+            if choice.finish_reason != "length":
+                calls = choice.message.tool_calls or []
+                assert (choice.finish_reason, len(calls)) == (("tool_calls", 1) if calls else ("stop", 0))
+                value = json.loads(calls[0].function.arguments if calls else choice.message.content or "")
+                assert value["name"] in ("Anna", "Bernd")
+                seen.add(choice.finish_reason)
+    assert seen == {"stop", "tool_calls"}
+
+
 def test_a_streamed_call_is_whole(tool_client: openai.OpenAI) -> None:
     options: Any = {
         "model": "tools",

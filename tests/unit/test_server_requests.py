@@ -205,7 +205,7 @@ JSON_OBJECT = {"type": "json_object"}
     "fields",
     [
         {"logprobs": False, "top_logprobs": 1},
-        {"tools": TOOLS, "tool_choice": "required", "response_format": JSON_OBJECT},
+        {"tools": TOOLS, "tool_choice": "required", "structured_outputs": {"json_object": True}},
         {"tools": TOOLS, "tool_choice": NAMED, "guided_regex": "a"},
         {"stream": False, "stream_options": {"include_usage": True}},
     ],

@@ -188,6 +188,28 @@ def test_references_of_a_tools_schema_mean_the_schema(form: ToolForm, grammars: 
     assert seen == {"route", "tree", "other"}
 
 
+ANSWER = {"properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"], "$defs": {"city": {"enum": ["Bonn"]}}}
+
+
+@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("answer", [{"type": "object", **ANSWER}, json.dumps({"type": "object", **ANSWER}), True])
+def test_a_model_calls_or_answers_by_the_schema(
+    form: ToolForm, answer: Any, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    kind, source = call_grammar(form, TOOLS, "auto", Limits(), answer=answer)
+    seen = set()
+    for seed in range(60):
+        text = walk(grammars, tokenizer, kind, source, seed)
+        if text is None:
+            continue
+        rest, calls = find_calls(TOOLS, text)
+        assert (rest is None) == (len(calls) == 1)
+        if answer is not True and rest is not None:
+            assert json.loads(rest) == {"city": "Bonn"}
+        seen.add(bool(calls))
+    assert seen == {False, True} or answer is True
+
+
 @pytest.mark.parametrize("form", [LLAMA, HERMES])
 def test_arguments_are_those_that_the_tool_lists(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
     joined = {"allOf": [{"properties": {"a": {"enum": [1]}}}, {"required": ["a"]}]}

@@ -40,6 +40,8 @@ class Chats:
         grammar = call.sampled.grammar
         if form is not None and call.tool_choice != "auto":
             grammar = toolbox.call_grammar(form, call.tools, call.tool_choice, service.limits)
+        elif form is not None and grammar is not None and grammar[0] == "json":
+            grammar = toolbox.call_grammar(form, call.tools, call.tool_choice, service.limits, answer=grammar[1])
         await service.compile(grammar)
         async with Answer(service, receive, call.sampled.n) as answer:
             await answer.submit([await service.in_thread(lambda: self._submitter(call, form, grammar))], call.sampled.n)

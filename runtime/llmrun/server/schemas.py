@@ -205,10 +205,10 @@ class Schemas:
             raise bad("top_logprobs needs logprobs: true.", "top_logprobs")
         max_tokens = given.get("max_completion_tokens", given.get("max_tokens"))
         sampled = self._sampled(given, max_tokens)
-        if sampled.grammar is not None and choice not in ("none", "auto"):
-            raise bad(
-                "tool_choice already decides the form of the answer: leave response_format out.", "response_format"
-            )
+        # A response_format is of an answer's text, and agents send it with each turn, also where a call is demanded.
+        others = [name for name in given if name == "structured_outputs" or name.startswith("guided_")]
+        if sampled.grammar is not None and others and choice not in ("none", "auto"):
+            raise bad(f"tool_choice already decides the form of the answer: leave {others[0]} out.", others[0])
         return ChatCall(
             given.get("model"),
             given["messages"],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrun.server.errors import bad
 from llmrun.server.grammar import JSON_OPTIONS
+from llmrun.server.json_body import parse_json
 from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema, closed_schema
 from llmrun.server.limits import Limits
 
@@ -61,11 +62,19 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
     return ToolForm("parameters" if '"parameters"' in template or "'parameters'" in template else "arguments")
 
 
-def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str, limits: Limits) -> tuple[str, Any]:
+def call_grammar(
+    form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str, limits: Limits, *, answer: Any = None
+) -> tuple[str, Any]:
     """Return the grammar of exactly one call: of any tool, or of the one after "=" in `choice`.
 
-    What the library does not know of a schema is left out of the grammar, unless all of these tools are strict.
+    What the library does not know of a tool's schema is left out of the grammar, unless all of these tools are strict.
 
+    Args:
+        form: how the model calls tools.
+        tools: the request's.
+        choice: the request's, as `ChatCall` has it.
+        limits: the server's.
+        answer: a JSON schema, or its text; the model may answer with a value of it instead.
     Raises:
         ApiError: 400: a tool's parameters are beyond the limits, or are not those of an object.
     """
@@ -91,10 +100,17 @@ def call_grammar(form: ToolForm, tools: Sequence[Mapping[str, Any]], choice: str
     schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
     schema = checked_schema(schema, limits, "tools")
     schema = {**schema, "x-guidance": JSON_OPTIONS | ({} if is_strict else {"lenient": True})}
-    if not form.opening:
+    if not form.opening and answer is None:
         return "json", schema
-    edges = json.dumps(form.opening), json.dumps(form.closing)
-    return "grammar", f"start: {edges[0]} call {edges[1]}\ncall: %json {json.dumps(schema)}\n"
+    edges = [json.dumps(tag) for tag in (form.opening, form.closing) if tag]
+    forms, rules = [" call ".join(edges) or "call"], [f"call: %json {json.dumps(schema)}"]
+    if answer is not None:
+        if isinstance(answer, str):
+            answer = parse_json(answer.encode(), max_depth=limits.max_schema_depth)
+        answer = {**(answer if isinstance(answer, dict) else {"anyOf": [answer]}), "x-guidance": JSON_OPTIONS}
+        forms.append("answer")
+        rules.append(f"answer: %json {json.dumps(answer)}")
+    return "grammar", "\n".join([f"start: {' | '.join(forms)}", *rules, ""])
 
 
 def _moved(schema: Any, root: str) -> Any:
