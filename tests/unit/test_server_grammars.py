@@ -158,7 +158,7 @@ def test_an_object_has_the_properties_that_its_schema_lists(
 def test_an_object_that_may_have_others_is_not_closed(
     schema: Any, names: set[str], grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
-    texts = [walk(grammars, tokenizer, "json", schema, seed, 2000) for seed in range(12)]
+    texts = [walk(grammars, tokenizer, "json", schema, seed, 1000) for seed in range(12)]
     values = [json.loads(text) for text in texts if text is not None]
     assert values
     assert all(names <= value.keys() for value in values)
@@ -169,6 +169,43 @@ def test_alternatives_that_closing_would_tell_apart_are_refused_as_before(gramma
     either = {"oneOf": [A, {"properties": {"b": {}}}]}  # {"a": 1} is both
     with pytest.raises(ApiError, match="oneOf"):
         grammars.constraint("json", either)
+
+
+ONE = {"type": "object", "additionalProperties": {"enum": [1]}}
+KINDS = ["a.b", 'c "d" ö', "-\\e"]
+NAMES: list[tuple[Any, str]] = [  # what names there may be, and of what form those are
+    (True, ".*"),
+    ({"type": "string", "title": "as libraries write it of a map"}, ".*"),
+    ({"enum": KINDS}, "|".join(map(re.escape, KINDS))),
+    ({"$ref": "#/$defs/kinds"}, "|".join(map(re.escape, KINDS))),
+    ({"type": "string", "pattern": "^x_[a-z]$"}, "x_[a-z]"),
+]
+
+
+@pytest.mark.parametrize(("names", "pattern"), NAMES)
+def test_the_names_of_a_maps_properties_keep_their_form(
+    names: Any, pattern: str, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    schema = {**ONE, "propertyNames": names, "$defs": {"kinds": {"type": "string", "enum": KINDS}}}
+    values = [json.loads(walk(grammars, tokenizer, "json", schema, seed, 1000) or "{}") for seed in range(20)]
+    found = {name for value in values for name in value}
+    assert found
+    assert all(re.fullmatch(pattern, name, re.DOTALL) for name in found)
+    assert {each for value in values for each in value.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**ONE, "propertyNames": {"minLength": 2}},
+        {**ONE, "propertyNames": {"$ref": "#/nowhere"}},
+        {**ONE, "propertyNames": {"enum": []}},
+        {**ONE, "propertyNames": {"enum": ["a"]}, "properties": {"b": {}}},
+    ],
+)
+def test_names_that_no_pattern_can_say_are_refused(schema: Any, grammars: Grammars) -> None:
+    with pytest.raises(ApiError, match="propertyNames"):
+        grammars.constraint("json", schema)
 
 
 @pytest.mark.parametrize(

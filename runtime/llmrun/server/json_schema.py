@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, TypeGuard
 
@@ -20,6 +21,7 @@ from llmrun.server.limits import Limits
 # What JSON Schema calls these holds schemas by name, or values that are no schemas.
 MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
 VALUES = frozenset(("const", "enum", "default", "examples"))
+_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$comment"))
 _BOUNDS = (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1))  # inclusive, exclusive, inwards
 # Those that the library makes a pattern of; any other is an annotation, as JSON Schema has it.
 _FORMATS = frozenset(
@@ -46,7 +48,7 @@ _MOST_REMAINDERS = 10_000
 
 
 def checked_schema(schema: Any, limits: Limits, param: str = "response_format") -> Any:
-    """Return a JSON schema with bounds that the library keeps, without formats that it does not know, and closed.
+    """Return a JSON schema with bounds that the library keeps, without formats and names that it does not know, and closed.
 
     Args:
         schema: whatever JSON holds.
@@ -81,7 +83,8 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
                 deeper += item
         level = deeper
     _check_factors(factors, param)
-    return closed_schema(_kept(schema, param))
+    kept = _kept(schema, param)
+    return closed_schema(_changed(kept, lambda inner: _name_by_pattern(inner, kept)))
 
 
 def closed_schema(schema: Any) -> Any:
@@ -90,7 +93,13 @@ def closed_schema(schema: Any) -> Any:
     They may, says JSON Schema; but few mean it, and a weak model goes on with properties of its own until the end of its
     tokens. A schema of which two parts may describe the same object stays as it is: closed, they would exclude each other.
     """
-    return schema if _has_joined_parts(schema) else _closed(schema)
+    return schema if _has_joined_parts(schema) else _changed(schema, _close)
+
+
+def literal(text: str) -> str:
+    """Return the regular expression of a text."""
+    # Not "<" and ">": with a backslash they are the beginning and the end of a word.
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/\"@])", r"\\\1", text)
 
 
 def _has_joined_parts(schema: Any) -> bool:
@@ -111,17 +120,23 @@ def _inner_schemas(schema: dict[str, Any]) -> Iterator[Any]:
             yield from value if isinstance(value, list) else (value,)
 
 
-def _closed(schema: Any) -> Any:
+def _changed(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    """Return a copy of a schema in which each one within it, and then itself, has been changed in place."""
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [_changed(item, change) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    closed: dict[str, Any] = {}
+    copy: dict[str, Any] = {}
     for name, value in schema.items():
         if name in MAPS_OF_SCHEMAS and isinstance(value, dict):
-            closed[name] = {key: _closed(item) for key, item in value.items()}
+            copy[name] = {key: _changed(item, change) for key, item in value.items()}
         else:
-            closed[name] = value if name in VALUES else _closed(value)
+            copy[name] = value if name in VALUES else _changed(value, change)
+    change(copy)
+    return copy
+
+
+def _close(schema: dict[str, Any]) -> None:
     listed, required = schema.get("properties"), schema.get("required", [])
     if (
         isinstance(listed, dict)
@@ -129,8 +144,39 @@ def _closed(schema: Any) -> Any:
         and isinstance(required, list)
         and all(isinstance(name, str) and name in listed for name in required)
     ):
-        closed["additionalProperties"] = False
-    return closed
+        schema["additionalProperties"] = False
+
+
+def _name_by_pattern(schema: dict[str, Any], root: Any) -> None:
+    """Say with `patternProperties` what names an object's properties have, where `propertyNames` is all that says it."""
+    names = schema.get("propertyNames")
+    if isinstance(names, dict) and isinstance(names.get("$ref"), str):
+        names = _at(root, names["$ref"])
+    said = {} if names is True else names
+    if not isinstance(said, dict):
+        return
+    said = {
+        name: value for name, value in said.items() if name not in _ANNOTATIONS and (name, value) != ("type", "string")
+    }
+    if not said:  # any name is a string
+        schema.pop("propertyNames", None)
+    elif len(said) == 1 and not schema.keys() & {"properties", "patternProperties"}:
+        ((kind, value),) = said.items()
+        if kind == "enum" and isinstance(value, list) and all(isinstance(name, str) for name in value) and value:
+            value = f"^({'|'.join(map(literal, value))})$"
+        if kind in ("enum", "pattern") and isinstance(value, str):
+            del schema["propertyNames"]
+            schema["patternProperties"] = {value: schema.get("additionalProperties", True)}
+            schema["additionalProperties"] = False
+
+
+def _at(root: Any, target: str) -> Any:
+    """Return what a reference means; None: nothing there, or no plain path of names."""
+    place, *names = target.split("/")
+    found = root if place == "#" else None
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
