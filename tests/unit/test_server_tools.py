@@ -225,7 +225,7 @@ def test_arguments_are_those_that_the_tool_lists(form: ToolForm, grammars: Gramm
 
 NOTES = {
     "properties": {
-        "path": {"type": "string", "format": "path", "maxLength": 3},
+        "path": {"type": "string", "format": "path", "maxLength": 3, "pattern": "^(?!/)"},
         "ids": {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "maxItems": 2},
     },
     "required": ["path", "ids"],
@@ -242,9 +242,11 @@ def test_what_a_grammar_cannot_express_of_a_tool_is_left_out_unless_it_is_strict
     assert text is not None
     _, (call,) = find_calls(tools, text)
     assert json.loads(call["function"]["arguments"]).keys() == {"path", "ids"}
-    tools[0]["function"]["strict"] = True
-    with pytest.raises(ApiError, match="uniqueItems"):
-        grammars.constraint(*call_grammar(form, tools, "required", Limits()))
+    for name, refusal in (("ids", "uniqueItems"), ("path", "look-around")):
+        strict = tool("f", {"properties": {name: NOTES["properties"][name]}})
+        strict["function"]["strict"] = True
+        with pytest.raises(ApiError, match=refusal):
+            grammars.constraint(*call_grammar(form, [strict], "required", Limits()))
 
 
 @pytest.mark.parametrize("form", [LLAMA, HERMES])

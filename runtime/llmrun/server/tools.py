@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmrun.server.errors import bad
 from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
-from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema, closed_schema
+from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema, closed_schema, without_odd_patterns
 from llmrun.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def call_grammar(
                 f"the parameters of {function['name']!r} are of type {str(parameters['type'])[:60]}: expected object.",
                 "tools",
             )
+        if not function.get("strict", False):
+            parameters = without_odd_patterns(parameters)
         root = f"#/$defs/{i}"
         definitions[str(i)] = {**_moved(closed_schema(parameters), root), "type": "object"}
         properties = {"name": {"const": function["name"]}, form.key: {"$ref": root}}
