@@ -207,6 +207,9 @@ JSON_OBJECT = {"type": "json_object"}
         {"logprobs": False, "top_logprobs": 1},
         {"tools": TOOLS, "tool_choice": "required", "structured_outputs": {"json_object": True}},
         {"tools": TOOLS, "tool_choice": NAMED, "guided_regex": "a"},
+        {"guided_regex": "a", "structured_outputs": {"regex": "b"}},
+        {"guided_regex": "a", "structured_outputs": {"grammar": "a"}},
+        {"response_format": JSON_OBJECT, "structured_outputs": {"choice": ["a"]}},
         {"stream": False, "stream_options": {"include_usage": True}},
     ],
 )
@@ -278,6 +281,10 @@ def test_values_of_other_servers_mean_the_same() -> None:
         {"response_format": {"type": "json_object", "schema": {"a": 1}}},
         {"structured_outputs": {"json": {"a": 1}}},
         {"guided_json": {"a": 1}},
+        {
+            "guided_json": {"a": 1},
+            "structured_outputs": {"json": {"a": 1}},
+        },  # to old servers and new ones, as guidance does
     ],
 )
 def test_the_names_of_a_schema(field: dict[str, Any]) -> None:
