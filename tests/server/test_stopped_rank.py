@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from serving import Served, raw_post
 
@@ -71,6 +72,15 @@ def test_health_says_so_and_requests_end_in_time(server: Served, rank: int) -> N
     assert (whole[0], whole[1]["error"]["code"]) == (408, "request_timeout")
     wait_for(lambda: server.ask("/health") == (200, {"status": "ok"}))
     assert server.ask("/v1/completions", {"prompt": "The king", "max_tokens": 2})[0] == 200
+
+
+def test_openais_client_does_not_ask_again_for_what_took_too_long(server: Served, rank: int) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60)  # it retries by default
+    late = 'llmrun:http_responses_total{status="408"}'
+    before = server.metrics().get(late, 0)
+    with stopped(rank), pytest.raises(openai.APIStatusError, match="took longer"):
+        client.completions.create(model=server.model, prompt="The king", max_tokens=2)
+    assert server.metrics()[late] == before + 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

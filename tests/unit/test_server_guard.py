@@ -90,7 +90,8 @@ def test_pages_of_other_origins_are_refused_unless_allowed() -> None:
         assert Exchange(Access()).ask(origin=origin)[0] == 403
     status, headers, _ = Exchange(Access(origins=("https://good.example",))).ask(origin="https://good.example")
     assert (status, headers["access-control-allow-origin"]) == (200, "https://good.example")
-    assert headers["access-control-expose-headers"] == "retry-after, x-llmrun-ignored"  # a page cannot read others
+    exposed = headers["access-control-expose-headers"]  # a page cannot read others
+    assert exposed == "retry-after, x-should-retry, x-llmrun-ignored"
     status, headers, _ = Exchange(Access(keys=("k",), origins=("*",))).ask("OPTIONS", origin="https://any.example")
     assert (status, "authorization" in headers["access-control-allow-headers"]) == (204, True)
     assert "access-control-allow-origin" not in Exchange(Access()).ask()[1]

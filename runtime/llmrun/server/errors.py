@@ -21,7 +21,10 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A request that is refused or failed; `param` names the field that is at fault, `allow` the methods that are not."""
+    """A request that is refused or failed; `param` names the field that is at fault, `allow` the methods that are not.
+
+    `may_retry`: False where a client should not ask again, though the status alone says that it might.
+    """
 
     def __init__(
         self,
@@ -32,10 +35,11 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         allow: str | None = None,
+        may_retry: bool = True,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after, self.allow = retry_after, allow
+        self.retry_after, self.allow, self.may_retry = retry_after, allow, may_retry
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object of the response, or of an event in a stream."""

@@ -158,7 +158,7 @@ class Guard:
             (b"access-control-allow-origin", origin.encode("latin-1")),
             (b"access-control-allow-headers", allowed.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST"),
-            (b"access-control-expose-headers", b"retry-after, x-llmrun-ignored"),
+            (b"access-control-expose-headers", b"retry-after, x-should-retry, x-llmrun-ignored"),
             (b"vary", b"origin, access-control-request-headers"),
         ]
 

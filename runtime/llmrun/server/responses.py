@@ -21,6 +21,8 @@ class Json(JSONResponse):
 def error_response(error: ApiError) -> Json:
     """Return an error's response."""
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    if not error.may_retry:
+        headers["x-should-retry"] = "false"  # OpenAI's clients ask twice more after a 408
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.allow is not None:

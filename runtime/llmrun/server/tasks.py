@@ -75,7 +75,7 @@ class Answer:
         self._ended = 0
         self._watch = self._loop.create_task(self._watch_client())
         seconds = self.service.limits.request_timeout
-        late = ApiError(408, f"the answer took longer than {seconds:g} s.", code="request_timeout")
+        late = ApiError(408, f"the answer took longer than {seconds:g} s.", code="request_timeout", may_retry=False)
         self._timer = self._loop.call_later(seconds, self.fail, late)
         return self
 
