@@ -315,6 +315,23 @@ def test_one_call_where_several_are_not_wanted(field: dict[str, bool], expected:
     assert (len(calls), reason) == (expected, "tool_calls")
 
 
+def test_an_answer_by_a_schema_streams_beside_tools() -> None:
+    answer = '{"city": "<tool_call>", "now": 1}'
+    for form, expected in (
+        (HERMES, [*answer, ""]),
+        (LLAMA, [*[""] * len(answer), answer]),
+    ):  # LLAMA's calls begin alike
+        form_of_answers = {"response_format": {"type": "json_object"}}
+        body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **form_of_answers}
+        service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=None), model_name="m", fingerprint="f")
+        writer = ChatWriter(service, Schemas(Limits()).chat_call(body), form)
+        request: Any = None
+        pieces = [writer.take(Choice(0, 0), Event(request, None, character, None, None)) for character in answer]
+        pieces.append(writer.take(Choice(0, 0), Event(request, None, "", None, "stop")))
+        assert [text for text, *_ in pieces] == expected
+        assert pieces[-1][1::2] == ([], "stop")
+
+
 @given(st.text(alphabet='{}"<tol_ca>/;: \n', max_size=60))
 def test_no_text_is_lost_or_breaks_the_parser(text: str) -> None:
     stream = ToolStream(TOOLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 import uuid
 from collections.abc import Callable
@@ -95,7 +96,8 @@ class _Writer:
     def __init__(self, service: Service, call: ChatCall, form: toolbox.ToolForm | None) -> None:
         self.call, self._form = call, form
         self._texts = TokenTexts(service.engine.tokenizer)
-        self._parsers: dict[int, toolbox.ToolStream] = {}
+        has_grammar = form is not None and bool(form.opening) and call.sampled.grammar is not None
+        self._parsers = collections.defaultdict(lambda: toolbox.ToolStream(call.tools, has_grammar=has_grammar))
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -112,7 +114,7 @@ class _Writer:
         entries = [event.logprobs] if event.logprobs is not None and event.token_id is not None else []
         text, calls, reason = event.text, [], event.finish_reason
         if self._form is not None:
-            parser = self._parsers.setdefault(choice.index, toolbox.ToolStream(self.call.tools))
+            parser = self._parsers[choice.index]
             text = parser.push(text)
             if reason is not None:
                 rest, calls = parser.finish()

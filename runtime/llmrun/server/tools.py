@@ -216,14 +216,20 @@ def _after_space(text: str, at: int) -> int:
 class ToolStream:
     """The text of one answer as it comes, with calls held back until the end; see `find_calls`."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, tools: Sequence[Mapping[str, Any]], *, has_grammar: bool = False) -> None:
+        """`has_grammar`: a call is between tags and nothing beside it, and what begins otherwise has none."""
         self._tools = tools
+        self._has_grammar = has_grammar
         self._held = ""
         self._is_text = False  # the answer did not begin as a call
 
     def push(self, text: str) -> str:
         """Take more text; return what is certainly not part of a call."""
         self._held += text
+        if self._has_grammar:
+            self._is_text |= not _OPEN.startswith(self._held[: len(_OPEN)])
+            piece, self._held = (self._held, "") if self._is_text else ("", self._held)
+            return piece
         if not self._is_text and may_be_call(self._held):
             return ""
         self._is_text = True
