@@ -320,7 +320,10 @@ def test_a_streamed_call_is_whole(tool_client: openai.OpenAI) -> None:
     assert (call.index, call.type, call.function.name) == (0, "function", "look_up")
     assert 1 <= json.loads(call.function.arguments)["age"] <= 99
     assert choices[-1].finish_reason == "tool_calls"
-    assert not any(choice.delta.content for choice in choices)
+    assert [choice.delta.role for choice in choices] == ["assistant", *[None] * (len(choices) - 1)]
+    assert all(
+        choice.delta.content is None for choice in choices
+    )  # a text, though empty, would be shown before the call
 
 
 def test_tools_that_are_not_called_leave_text(tool_client: openai.OpenAI) -> None:

@@ -94,7 +94,7 @@ class _Writer:
     """Makes the objects of one request."""
 
     def __init__(self, service: Service, call: ChatCall, form: toolbox.ToolForm | None) -> None:
-        self.call, self._form = call, form
+        self.call, self._form, self.may_call = call, form, form is not None
         self._texts = TokenTexts(service.engine.tokenizer)
         has_grammar = form is not None and bool(form.opening) and call.sampled.grammar is not None
         self._parsers = collections.defaultdict(lambda: toolbox.ToolStream(call.tools, has_grammar=has_grammar))
@@ -168,7 +168,8 @@ async def _stream(answer: Answer, writer: _Writer, stream: Stream) -> None:
         return frame(value)
 
     async with stream:
-        role = {"role": "assistant", "content": ""}
+        # Where it may be a call, no text has begun: the AI SDK would show an empty one before it.
+        role = {"role": "assistant", "content": None if writer.may_call else ""}
         await stream.write(b"".join(chunk(choice.index, role, [], None) for choice in answer.choices))
         while (events := await answer.events()) != []:
             data = PING if events is None else b""
