@@ -21,7 +21,7 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-TOOL: Any = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
+TOOL: Any = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA, "strict": True}}
 
 
 @pytest.fixture(scope="session")
@@ -324,6 +324,16 @@ def test_a_streamed_call_is_whole(tool_client: openai.OpenAI) -> None:
     assert all(
         choice.delta.content is None for choice in choices
     )  # a text, though empty, would be shown before the call
+
+
+def test_a_stream_that_says_nothing_may_go_back(tool_client: openai.OpenAI) -> None:
+    options: Any = {"model": "tools", "tools": [TOOL], "max_tokens": 4}
+    end = {"2": 100}  # </s>
+    with tool_client.chat.completions.stream(**options, messages=MESSAGES, logit_bias=end) as stream:
+        silent = stream.get_final_completion().choices[0].message
+    assert not silent.content
+    again: Any = [*MESSAGES, silent, *MESSAGES]
+    assert tool_client.chat.completions.create(**options, messages=again).choices[0].message.content
 
 
 def test_tools_that_are_not_called_leave_text(tool_client: openai.OpenAI) -> None:

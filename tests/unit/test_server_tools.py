@@ -77,10 +77,20 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
     assert "user:hi you;assistant:weather(Rome</s>);tool:sunny;" in text
 
 
+@pytest.mark.parametrize("silent", [{}, {"content": None}, {"content": None, "tool_calls": []}])
+def test_a_model_may_have_said_nothing(
+    silent: dict[str, Any], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_template(tokenizer, LLAMA_TEMPLATE, monkeypatch)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", **silent}, {"role": "user", "content": "so?"}]
+    assert "user:hi;assistant:;user:so?;" in tokenizer.decode(chat_ids(tokenizer, messages, max_depth=64))
+
+
 @pytest.mark.parametrize(
     "message",
     [
         {"role": "user"},
+        {"role": "tool", "content": None},
         {"role": "user", "content": [{"type": "image_url", "text": "x"}]},
     ],
 )

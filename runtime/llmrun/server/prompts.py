@@ -53,7 +53,8 @@ def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]
             texts.append(part["text"])
         content = "".join(texts)
     calls = message.get("tool_calls", [])
-    if content is None and not calls:
+    # Of a stream that had no text a client makes null, and sends it back with the next turn.
+    if content is None and message["role"] != "assistant":
         raise bad(f"{where}.content is missing.", f"{where}.content", "missing_required_parameter")
     role = "system" if message["role"] == "developer" else message["role"]
     flat: dict[str, Any] = {"role": role, "content": content or ""}
