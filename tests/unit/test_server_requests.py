@@ -268,6 +268,13 @@ def test_unknown_fields_are_named() -> None:
     assert SCHEMAS.ignored(SCHEMAS.chat, [body]) == []
 
 
+def test_as_many_tools_as_openai_takes() -> None:
+    tools = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(128)]
+    assert SCHEMAS.chat_call({"messages": MESSAGES, "tools": tools}).tools == tools
+    with pytest.raises(ApiError, match="a list of 129"):
+        SCHEMAS.chat_call({"messages": MESSAGES, "tools": [*tools, tools[0]]})
+
+
 def test_values_of_other_servers_mean_the_same() -> None:
     call = SCHEMAS.completion_call({"prompt": "a", "top_k": -1, "top_p": 0, "seed": -1, "repetition_penalty": 1.5})
     assert call.sampled.sampling == {"top_k": 0, "top_p": 1e-6, "repeat_penalty": 1.5}

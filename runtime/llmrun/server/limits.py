@@ -36,7 +36,7 @@ class Limits:
     max_top_logprobs: int = _limit(20, "N", "`top_logprobs`, and `logprobs` of /v1/completions")
     max_stops: int = _limit(MAX_STOPS, "N", f"stop strings, each of at most {MAX_STOP_CHARS} characters")
     max_logit_bias: int = _limit(1024, "N", "entries of `logit_bias`")
-    max_tools: int = _limit(64, "N", "tools of a request")
+    max_tools: int = _limit(128, "N", "tools of a request")
     max_schema_bytes: int = _limit(64 << 10, "BYTES", "a JSON schema, grammar or regular expression")
     max_schema_depth: int = _limit(32, "N", "nesting of a JSON schema")
     max_enum: int = _limit(1000, "N", "values of an `enum`, or choices")
