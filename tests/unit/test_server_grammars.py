@@ -19,7 +19,9 @@ from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError
 from llmrun.server.grammar import CACHE_ENTRIES, Grammars
 from llmrun.server.limits import Limits
+from llmrun.server.schemas import Schemas
 from llmrun.server.service import Service
+from llmrun.server.tools import ToolForm, call_grammar
 from llmrun.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -169,6 +171,31 @@ def test_alternatives_that_closing_would_tell_apart_are_refused_as_before(gramma
     either = {"oneOf": [A, {"properties": {"b": {}}}]}  # {"a": 1} is both
     with pytest.raises(ApiError, match="oneOf"):
         grammars.constraint("json", either)
+
+
+@pytest.mark.parametrize("strict", [True, None, False])
+def test_a_response_format_leaves_out_what_no_grammar_can_say_if_it_says_that_it_is_not_strict(
+    strict: bool | None, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    items = {"type": "array", "items": {"type": "string", "pattern": "^(?!a)[ab]$"}, "uniqueItems": True, "maxItems": 2}
+    form = {"name": "x", "strict": strict, "schema": listing("a") | {"properties": {"a": items}}}
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "response_format": {"type": "json_schema", "json_schema": form},
+    }
+    source = Schemas(Limits()).chat_call(body).sampled.grammar
+    assert source is not None
+    beside_tools = call_grammar(
+        ToolForm("arguments"), [{"function": {"name": "f"}}], "auto", Limits(), answer=source[1]
+    )
+    for kind, grammar in (source, beside_tools):
+        if strict is False:
+            texts = [walk(grammars, tokenizer, kind, grammar, seed) for seed in range(8)]
+            values = [json.loads(text) for text in texts if text is not None]
+            assert any(isinstance(value.get("a"), list) for value in values)
+        else:
+            with pytest.raises(ApiError, match=r"look-around|uniqueItems"):
+                grammars.constraint(kind, grammar)
 
 
 ONE = {"type": "object", "additionalProperties": {"enum": [1]}}

@@ -25,6 +25,7 @@ from llmrun.server.fields import (
     Text,
     unknown_fields,
 )
+from llmrun.server.grammar import lenient
 from llmrun.server.limits import Limits
 from llmrun.text_stream import MAX_STOP_CHARS
 
@@ -332,7 +333,9 @@ def _grammar(given: Mapping[str, Any]) -> tuple[str, Any] | None:
     elif form["type"] == "json_schema":
         if "json_schema" not in form:
             raise bad("response_format.json_schema is missing.", "response_format")
-        found.append(("json", form["json_schema"]["schema"]))
+        schema = form["json_schema"]["schema"]
+        # Whoever says that it need not be strict looks at the answer himself.
+        found.append(("json", lenient(schema) if form["json_schema"].get("strict") is False else schema))
     for kind, source in given.get("structured_outputs", {}).items():
         if kind == "json_object":
             found += [("json", {"type": "object"})] if source else []

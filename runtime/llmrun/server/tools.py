@@ -109,7 +109,7 @@ def call_grammar(
     if answer is not None:
         if isinstance(answer, str):
             answer = parse_json(answer.encode(), max_depth=limits.max_schema_depth)
-        answer = {**(answer if isinstance(answer, dict) else {"anyOf": [answer]}), "x-guidance": JSON_OPTIONS}
+        answer = {"x-guidance": JSON_OPTIONS, **(answer if isinstance(answer, dict) else {"anyOf": [answer]})}
         forms.append("answer")
         rules.append(f"answer: %json {json.dumps(answer)}")
     return "grammar", "\n".join([f"start: {' | '.join(forms)}", *rules, ""])
