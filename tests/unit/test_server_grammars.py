@@ -209,16 +209,26 @@ NAMES: list[tuple[Any, str]] = [  # what names there may be, and of what form th
 ]
 
 
-@pytest.mark.parametrize(("names", "pattern"), NAMES)
+@pytest.mark.parametrize(
+    ("names", "pattern", "required"),
+    [(*case, []) for case in NAMES] + [(*case, KINDS) for case in NAMES if re.fullmatch(case[1], KINDS[0])],
+)
 def test_the_names_of_a_maps_properties_keep_their_form(
-    names: Any, pattern: str, grammars: Grammars, tokenizer: Tokenizer
+    names: Any, pattern: str, required: list[str], grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
-    schema = {**ONE, "propertyNames": names, "$defs": {"kinds": {"type": "string", "enum": KINDS}}}
-    values = [json.loads(walk(grammars, tokenizer, "json", schema, seed, 1000) or "{}") for seed in range(20)]
+    schema = {
+        **ONE,
+        "propertyNames": names,
+        "$defs": {"kinds": {"type": "string", "enum": KINDS}},
+        "required": required,
+    }
+    texts = [walk(grammars, tokenizer, "json", schema, seed, 1000) for seed in range(20)]
+    values = [json.loads(text) for text in texts if text is not None]
     found = {name for value in values for name in value}
     assert found
     assert all(re.fullmatch(pattern, name, re.DOTALL) for name in found)
     assert {each for value in values for each in value.values()} == {1}
+    assert all(value.keys() >= set(required) for value in values)
 
 
 @pytest.mark.parametrize(
@@ -226,11 +236,11 @@ def test_the_names_of_a_maps_properties_keep_their_form(
     [
         {**ONE, "propertyNames": {"minLength": 2}},
         {**ONE, "propertyNames": {"$ref": "#/nowhere"}},
-        {**ONE, "propertyNames": {"enum": []}},
+        {"additionalProperties": {"const": "x" * 700}, "propertyNames": {"enum": [str(i) for i in range(100)]}},
         {**ONE, "propertyNames": {"enum": ["a"]}, "properties": {"b": {}}},
     ],
 )
-def test_names_that_no_pattern_can_say_are_refused(schema: Any, grammars: Grammars) -> None:
+def test_names_of_other_forms_are_refused(schema: Any, grammars: Grammars) -> None:
     with pytest.raises(ApiError, match="propertyNames"):
         grammars.constraint("json", schema)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError, bad
 from llmrun.server.json_body import json_at, parse_json
-from llmrun.server.json_schema import checked_schema, literal, without_odd_patterns
+from llmrun.server.json_schema import checked_schema, without_odd_patterns
 from llmrun.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Grammars:
             if kind == "regex":
                 return LLMatcher.grammar_from_regex(source)
             if kind == "choice":
-                text = "|".join(map(literal, source))
+                text = "|".join(map(_escape, source))
                 if len(text) > self._limits.max_schema_bytes:
                     raise bad(f"the choices are larger than {self._limits.max_schema_bytes} bytes.", "response_format")
                 return LLMatcher.grammar_from_regex(text)
@@ -261,6 +261,11 @@ def _lark(source: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     return gbnf_to_lark(source)
+
+
+def _escape(text: str) -> str:
+    # Not "<" and ">": with a backslash they are the beginning and the end of a word.
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/\"@])", r"\\\1", text)
 
 
 def _refused(why: str) -> ApiError:

@@ -46,6 +46,7 @@ _EXACT = 2**53  # up to here a float is any integer
 _FARTHEST = 2**63 - 1024  # the last float below 2^63
 # The library's work: a prime of five digits takes 0.7 s and 75 MB, of eight all memory; zeros at the end cost nothing.
 _MOST_REMAINDERS = 10_000
+_MOST_COPIED_CHARS = 1 << 16
 
 
 def checked_schema(schema: Any, limits: Limits, param: str = "response_format") -> Any:
@@ -85,7 +86,7 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
         level = deeper
     _check_factors(factors, param)
     kept = _kept(schema, param)
-    return closed_schema(_changed(kept, lambda inner: _name_by_pattern(inner, kept)))
+    return closed_schema(_changed(kept, lambda inner: _name_properties(inner, kept)))
 
 
 def closed_schema(schema: Any) -> Any:
@@ -106,12 +107,6 @@ def without_odd_patterns(schema: Any) -> Any:
             del inner["pattern"]
 
     return _changed(schema, leave_out)
-
-
-def literal(text: str) -> str:
-    """Return the regular expression of a text."""
-    # Not "<" and ">": with a backslash they are the beginning and the end of a word.
-    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/\"@])", r"\\\1", text)
 
 
 def _has_joined_parts(schema: Any) -> bool:
@@ -159,8 +154,8 @@ def _close(schema: dict[str, Any]) -> None:
         schema["additionalProperties"] = False
 
 
-def _name_by_pattern(schema: dict[str, Any], root: Any) -> None:
-    """Say with `patternProperties` what names an object's properties have, where `propertyNames` is all that says it."""
+def _name_properties(schema: dict[str, Any], root: Any) -> None:
+    """Say in the library's words what names an object's properties have, where `propertyNames` is all that says it."""
     names = schema.get("propertyNames")
     if isinstance(names, dict) and isinstance(names.get("$ref"), str):
         names = _at(root, names["$ref"])
@@ -174,12 +169,16 @@ def _name_by_pattern(schema: dict[str, Any], root: Any) -> None:
         schema.pop("propertyNames", None)
     elif len(said) == 1 and not schema.keys() & {"properties", "patternProperties"}:
         ((kind, value),) = said.items()
-        if kind == "enum" and isinstance(value, list) and all(isinstance(name, str) for name in value) and value:
-            value = f"^({'|'.join(map(literal, value))})$"
-        if kind in ("enum", "pattern") and isinstance(value, str):
-            del schema["propertyNames"]
-            schema["patternProperties"] = {value: schema.get("additionalProperties", True)}
-            schema["additionalProperties"] = False
+        each = schema.get("additionalProperties", True)
+        if kind == "pattern" and isinstance(value, str):
+            schema["patternProperties"] = {value: each}
+        # Not as a pattern: the library fails where all that one matches is required.
+        elif kind == "enum" and isinstance(value, list) and len(json.dumps(each)) * len(value) <= _MOST_COPIED_CHARS:
+            schema["properties"] = {name: each for name in value if isinstance(name, str)}
+        else:
+            return
+        del schema["propertyNames"]
+        schema["additionalProperties"] = False
 
 
 def _at(root: Any, target: str) -> Any:
