@@ -118,6 +118,7 @@ class Core:
         speculate: int | None = None,
         reuse_prefix: bool = True,
         is_continuation: bool | None = None,
+        shown_tokens: Mapping[int, str] | None = None,
         **sampling: Any,
     ) -> Request:
         """Check and tokenize; arguments and errors as in `Engine.submit`. Changes nothing, so any thread may call it."""
@@ -155,11 +156,14 @@ class Core:
             can_share=reuse_prefix,
         )
         sampler = Sampler(params, logit_bias)
+        stream = None
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, stops, is_continuation=is_continuation, shown=shown_tokens)
         return Request(
             sequence,
             prompt_ids,
             sampler,
-            TextStream(self.tokenizer, stops, is_continuation=is_continuation) if self.tokenizer else None,
+            stream,
             frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
             constraint,
             TokenHistory(prompt_ids) if sampler.needs_history else None,

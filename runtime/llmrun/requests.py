@@ -50,6 +50,7 @@ class RequestOptions(TypedDict, total=False):
         reuse_prefix: False computes the whole prompt, even if the cache holds its beginning.
         is_continuation: the answer goes on after other text, so a space that it begins with is part of it; not given:
             for a prompt that is text, and with a constraint, which counts it.
+        shown_tokens: tokens with another text in the answer than the tokenizer's: special ones, of which it has none.
         temperature, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, seed: see `SamplingParams`.
     """
 
@@ -64,6 +65,7 @@ class RequestOptions(TypedDict, total=False):
     speculate: int | None
     reuse_prefix: bool
     is_continuation: bool | None
+    shown_tokens: Mapping[int, str] | None
     temperature: float | None
     top_k: int | None
     top_p: float | None

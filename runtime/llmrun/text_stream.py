@@ -14,7 +14,7 @@ they would decode to nothing.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from llmrun.errors import UsageError
@@ -48,14 +48,23 @@ class TextStream:
         tokenizer: whose ids are pushed.
         stop: at most MAX_STOPS strings of 1 to MAX_STOP_CHARS characters.
         is_continuation: the ids go on after other text, so a space at their beginning is text: prompt + text reads well.
+        shown: tokens with another text than the tokenizer's: special ones, of which it has none.
     Raises:
         UsageError: a stop string is empty, too long or not a string, or there are too many.
     """
 
-    def __init__(self, tokenizer: ByteTokens, stop: Sequence[str] = (), *, is_continuation: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: ByteTokens,
+        stop: Sequence[str] = (),
+        *,
+        is_continuation: bool = False,
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
         _check_stops(stop)
         self.stopped = False
         self._tokenizer = tokenizer
+        self._shown = {token_id: text.encode() for token_id, text in (shown or {}).items()}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = tokenizer.strips_leading_space and not is_continuation
         self._matchers = [_Matcher(text) for text in dict.fromkeys(stop)]
@@ -72,7 +81,7 @@ class TextStream:
             raise RuntimeError("TextStream.push after finish")
         if self.stopped:
             return ""
-        data = self._tokenizer.token_bytes(token_id)
+        data = self._shown.get(token_id) or self._tokenizer.token_bytes(token_id)
         if self._at_start and data:
             self._at_start = False
             data = data.removeprefix(b" ")

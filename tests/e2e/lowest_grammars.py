@@ -15,7 +15,7 @@ from grammar_walk import line_breaks_allowed, walk
 from llmrun.artifact import open_artifact
 from llmrun.server.grammar import Grammars
 from llmrun.server.limits import Limits
-from llmrun.server.tools import ToolForm, call_grammar
+from llmrun.server.tools import ToolForm, call_grammar, find_calls
 from llmrun.tokenizer import load_tokenizer
 
 SCHEMA = {
@@ -36,6 +36,13 @@ def main(artifact: Path) -> None:
         value = json.loads(walk(grammars, tokenizer, "json", SCHEMA, seed) or "")
         assert set(value) == {"age", "ok"}
         assert re.fullmatch(PATTERN, walk(grammars, tokenizer, "regex", PATTERN, seed) or "")
+    form = ToolForm(
+        opening="[TOOL_CALLS]", middle="[ARGS]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1), ("[ARGS]", 0))
+    )
+    text = walk(grammars, tokenizer, *call_grammar(form, TOOLS, "required", Limits()), 1, shown=form.shown_tokens)
+    assert text is not None
+    _, (call,) = find_calls(form, TOOLS, text)
+    assert set(json.loads(call["function"]["arguments"])) == {"age", "ok"}
     # White space in a call of a tool ends: one line break, not two.
     constraint = grammars.constraint(*call_grammar(ToolForm("parameters"), TOOLS, "required", Limits()))
     assert line_breaks_allowed(constraint, tokenizer, '{"name"') == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +21,18 @@ from llmrun.server.limits import Limits
 from llmrun.server.prompts import chat_ids
 from llmrun.server.schemas import Schemas
 from llmrun.server.tasks import Choice
-from llmrun.server.tools import ToolForm, ToolStream, call_grammar, find_calls, tool_form
+from llmrun.server.tools import ToolForm, ToolStream, begins_thought, call_grammar, find_calls, tool_form
 from llmrun.tokenizer import Tokenizer
 
 LLAMA = ToolForm("parameters")
-HERMES = ToolForm("arguments", "<tool_call>\n", "\n</tool_call>")
+HERMES = ToolForm("arguments", "<tool_call>\n", "\n</tool_call>", tag="<tool_call>")
+# The ids are the demo's <unk>, <s> and </s>, which no text gives.
+MISTRAL = ToolForm("arguments", "[TOOL_CALLS] [", "]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1),))
+NAMED = ToolForm(
+    opening="[TOOL_CALLS]", middle="[ARGS]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1), ("[ARGS]", 0))
+)
+FUNCTION = ToolForm(opening="<function=", closing="</function>", middle=">", tag="<function=")
+FORMS = [LLAMA, HERMES, MISTRAL, NAMED, FUNCTION]
 WEATHER = {
     "type": "function",
     "function": {
@@ -55,10 +63,30 @@ def test_the_form_of_calls_is_read_off_the_template(tokenizer: Tokenizer, monkey
     assert tool_form(with_template(tokenizer, LLAMA_TEMPLATE, monkeypatch)) == LLAMA
     hermes = "{% for t in tools %}{{ t }}{% endfor %}<tool_call>"
     assert tool_form(with_template(tokenizer, hermes, monkeypatch)) == HERMES
-    with monkeypatch.context() as patch:  # special tokens are in no text, neither the grammar's nor the answer's
-        patch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, "<tool_call>": 5})
-        assert tool_form(tokenizer) == ToolForm("arguments")
+    functionary = "{{ tools }}<function={{ name }}>{{ arguments }}</function>"
+    assert tool_form(with_template(tokenizer, functionary, monkeypatch)) == FUNCTION
+    with_template(tokenizer, functionary.replace("{{ arguments }}", "<parameter={{ key }}>"), monkeypatch)
+    assert tool_form(tokenizer) == ToolForm("arguments")  # one that is not known: the commonest
     assert tool_form(with_template(tokenizer, "tools {{ broken", monkeypatch)) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{- '[TOOL_CALLS] [' }}", MISTRAL),
+        ('{{- "[TOOL_CALLS][" }}', replace(MISTRAL, opening="[TOOL_CALLS][")),
+        ("{# [TOOL_CALLS] [TOOL_RESULTS] #}", replace(MISTRAL, opening="[TOOL_CALLS][")),
+        ("{{- '[TOOL_CALLS]' + name }}{{- '[ARGS]' + arguments }}", NAMED),
+        ("<tool_call>", replace(HERMES, tokens=(("<tool_call>", 5),))),
+    ],
+)
+def test_tags_that_are_special_tokens_are_ids(
+    template: str, expected: ToolForm, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    special = {"[TOOL_CALLS]": 1, "[ARGS]": 0, "<tool_call>": 5}
+    monkeypatch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, **special})
+    assert tool_form(with_template(tokenizer, "{{ tools }}" + template, monkeypatch)) == expected
+    assert expected.shown_tokens == {special[tag]: tag for tag, _ in expected.tokens}
 
 
 def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +146,12 @@ def test_arguments_that_are_no_object_go_back_as_their_text(
 @pytest.mark.parametrize("arguments", ["not json", '{"a":', "[1]"])
 def test_a_call_with_arguments_that_are_no_object_is_text(arguments: str) -> None:
     text = json.dumps({"name": "now", "arguments": arguments})
-    assert find_calls(TOOLS, text) == (text, [])
-    _, (call,) = find_calls(TOOLS, json.dumps({"name": "now", "arguments": '{"a": 1}'}))
+    assert find_calls(LLAMA, TOOLS, text) == (text, [])
+    _, (call,) = find_calls(LLAMA, TOOLS, json.dumps({"name": "now", "arguments": '{"a": 1}'}))
     assert call["function"]["arguments"] == '{"a": 1}'
 
 
-@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("choice", "names"), [("required", {"weather", "now"}), ("=weather", {"weather"})])
 def test_a_constrained_call_is_a_call(
     form: ToolForm, choice: str, names: set[str], grammars: Grammars, tokenizer: Tokenizer
@@ -131,15 +159,27 @@ def test_a_constrained_call_is_a_call(
     kind, source = call_grammar(form, TOOLS, choice, Limits())
     found = set()
     for seed in range(12):
-        text = walk(grammars, tokenizer, kind, source, seed)
+        text = walk(grammars, tokenizer, kind, source, seed, shown=form.shown_tokens)
         if text is not None:
-            rest, (call,) = find_calls(TOOLS, text)
+            assert text.startswith(form.opening)
+            rest, (call,) = find_calls(form, TOOLS, text)
             assert rest is None
             found.add(call["function"]["name"])
             if call["function"]["name"] == "weather":
                 assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
     assert found <= names
     assert "weather" in found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tool_may_have_any_name(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
+    for name in ("a.b", "\u00e9", 'x"y', "x{y", "[x", "x>y", "x\\y", " x", "%json"):
+        tools = [*TOOLS, tool(name, WEATHER["function"]["parameters"]), tool("x", {})]
+        grammar = call_grammar(form, tools, f"={name}", Limits())
+        text = walk(grammars, tokenizer, *grammar, 1, shown=form.shown_tokens)
+        assert text is not None
+        _, (call,) = find_calls(form, tools, text)
+        assert call["function"]["name"] == name
 
 
 def tool(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -178,15 +218,15 @@ def is_tree(value: Any) -> bool:
     return value.keys() == {"label", "kids"} and value["label"] == "a" and all(map(is_tree, value["kids"]))
 
 
-@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("form", FORMS)
 def test_references_of_a_tools_schema_mean_the_schema(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
     kind, source = call_grammar(form, RECURSIVE, "required", Limits())
     seen = set()
     for seed in range(30):
-        text = walk(grammars, tokenizer, kind, source, seed)
+        text = walk(grammars, tokenizer, kind, source, seed, shown=form.shown_tokens)
         if text is None:
             continue
-        _, (call,) = find_calls(RECURSIVE, text)
+        _, (call,) = find_calls(form, RECURSIVE, text)
         name, value = call["function"]["name"], json.loads(call["function"]["arguments"])
         seen.add(name)
         if name == "tree":
@@ -201,7 +241,7 @@ def test_references_of_a_tools_schema_mean_the_schema(form: ToolForm, grammars: 
 ANSWER = {"properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"], "$defs": {"city": {"enum": ["Bonn"]}}}
 
 
-@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("answer", [{"type": "object", **ANSWER}, json.dumps({"type": "object", **ANSWER}), True])
 def test_a_model_calls_or_answers_by_the_schema(
     form: ToolForm, answer: Any, grammars: Grammars, tokenizer: Tokenizer
@@ -209,10 +249,10 @@ def test_a_model_calls_or_answers_by_the_schema(
     kind, source = call_grammar(form, TOOLS, "auto", Limits(), answer=answer)
     seen = set()
     for seed in range(60):
-        text = walk(grammars, tokenizer, kind, source, seed)
+        text = walk(grammars, tokenizer, kind, source, seed, shown=form.shown_tokens)
         if text is None:
             continue
-        rest, calls = find_calls(TOOLS, text)
+        rest, calls = find_calls(form, TOOLS, text)
         assert (rest is None) == (len(calls) == 1)
         if answer is not True and rest is not None:
             assert json.loads(rest) == {"city": "Bonn"}
@@ -220,14 +260,15 @@ def test_a_model_calls_or_answers_by_the_schema(
     assert seen == {False, True} or answer is True
 
 
-@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("form", FORMS)
 def test_arguments_are_those_that_the_tool_lists(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
     joined = {"allOf": [{"properties": {"a": {"enum": [1]}}}, {"required": ["a"]}]}
     tools = [tool("open", {"properties": {"a": {"enum": [1]}}}), TOOLS[1], tool("empty", {}), tool("joined", joined)]
     kind, source = call_grammar(form, tools, "required", Limits())
     seen = set()
     for seed in range(40):
-        _, calls = find_calls(tools, walk(grammars, tokenizer, kind, source, seed) or "")
+        text = walk(grammars, tokenizer, kind, source, seed, shown=form.shown_tokens)
+        _, calls = find_calls(form, tools, text or "")
         for function in (call["function"] for call in calls):
             seen.add((function["name"], function["arguments"] if function["name"] != "joined" else ""))
     assert seen == {("open", "{}"), ("open", '{"a": 1}'), ("now", "{}"), ("empty", "{}"), ("joined", "")}
@@ -243,14 +284,15 @@ NOTES = {
 }
 
 
-@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("form", FORMS)
 def test_what_a_grammar_cannot_express_of_a_tool_is_left_out_unless_it_is_strict(
     form: ToolForm, grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
     tools = [tool("f", NOTES)]
-    text = walk(grammars, tokenizer, *call_grammar(form, tools, "required", Limits()), 3)
+    grammar = call_grammar(form, tools, "required", Limits())
+    text = walk(grammars, tokenizer, *grammar, 3, shown=form.shown_tokens)
     assert text is not None
-    _, (call,) = find_calls(tools, text)
+    _, (call,) = find_calls(form, tools, text)
     assert json.loads(call["function"]["arguments"]).keys() == {"path", "ids"}
     for name, refusal in (("ids", "uniqueItems"), ("path", "look-around")):
         strict = tool("f", {"properties": {name: NOTES["properties"][name]}})
@@ -259,7 +301,7 @@ def test_what_a_grammar_cannot_express_of_a_tool_is_left_out_unless_it_is_strict
             grammars.constraint(*call_grammar(form, [strict], "required", Limits()))
 
 
-@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -275,13 +317,15 @@ def test_a_tools_schema_has_the_bounds_of_others(form: ToolForm, parameters: dic
     assert caught.value.param == "tools"
 
 
-@pytest.mark.parametrize("form", [LLAMA, HERMES])
+@pytest.mark.parametrize("form", FORMS)
 def test_white_space_in_a_call_is_bounded(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
     constraint = grammars.constraint(*call_grammar(form, TOOLS, "required", Limits()))
-    assert line_breaks_allowed(constraint, tokenizer, form.opening + '{"name"') == 1
+    begun = form.opening + ('{"name"' if form.key else f"now{form.middle}{{")
+    assert line_breaks_allowed(constraint, tokenizer, begun, dict(form.tokens)) == 1
 
 
 CALL = '{"name": "weather", "parameters": {"city": "Rome"}}'
+ARGUMENTS = '{"city": "Rome"}'
 ANSWERS: list[tuple[str, str | None, int]] = [
     (CALL, None, 1),
     (f" {CALL}; {CALL}\n", None, 2),
@@ -307,12 +351,73 @@ ANSWERS: list[tuple[str, str | None, int]] = [
 @given(st.sampled_from(ANSWERS), st.lists(st.integers(0, 120), max_size=12))
 def test_calls_are_found_however_the_text_is_cut(case: tuple[str, str | None, int], cuts: list[int]) -> None:
     text, expected, num_calls = case
-    stream = ToolStream(TOOLS)
+    check_found(ToolStream(LLAMA, TOOLS), text, cuts, expected, num_calls)
+
+
+def check_found(stream: ToolStream, text: str, cuts: list[int], expected: str | None, num_calls: int) -> None:
     places = [0, *sorted(cuts), len(text)]
     said = "".join(stream.push(text[a:b]) for a, b in itertools.pairwise(places))
     rest, calls = stream.finish()
     assert said + (rest or "") == (expected or "")
     assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"city": "Rome"}] * num_calls
+
+
+@given(
+    st.sampled_from(
+        [
+            (MISTRAL, f"[TOOL_CALLS] [{CALL}]", None, 1),
+            (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]", None, 2),
+            (MISTRAL, f"Let me see.[TOOL_CALLS] [{CALL}] ", "Let me see.", 1),
+            (MISTRAL, f"[TOOL_CALLS]{CALL}", None, 1),
+            (MISTRAL, f"[TOOL_CALLS] [{CALL[:-1]}", f"[TOOL_CALLS] [{CALL[:-1]}", 0),
+            (MISTRAL, "[1, 2] is a list", "[1, 2] is a list", 0),
+            (MISTRAL, f"<tool_call>{CALL}</tool_call>", None, 1),
+            (NAMED, f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}", None, 1),
+            (NAMED, f"[TOOL_CALLS]weather[CALL_ID]a1B2c3D4e[ARGS] {ARGUMENTS}", None, 1),
+            (NAMED, f"So:[TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]weather{ARGUMENTS}", "So:", 2),
+            (NAMED, "[TOOL_CALLS]unknown[ARGS]{}", "[TOOL_CALLS]unknown[ARGS]{}", 0),
+            (NAMED, "[TOOL_CALLS]weather[ARGS]", "[TOOL_CALLS]weather[ARGS]", 0),
+            (FUNCTION, f"<function=weather>{ARGUMENTS}</function>\n", None, 1),
+            (FUNCTION, f"<function=weather>{ARGUMENTS}</function><function=weather>{ARGUMENTS}", None, 2),
+            (FUNCTION, "<function=weather>Rome</function>", "<function=weather>Rome</function>", 0),
+            (LLAMA, f"<function=weather>{ARGUMENTS}</function>", f"<function=weather>{ARGUMENTS}</function>", 0),
+        ]
+    ),
+    st.lists(st.integers(0, 100), max_size=12),
+)
+def test_calls_of_other_forms_are_found(case: tuple[ToolForm, str, str | None, int], cuts: list[int]) -> None:
+    form, text, expected, num_calls = case
+    check_found(ToolStream(form, TOOLS), text, cuts, expected, num_calls)
+
+
+THOUGHTS: list[tuple[str, bool, str, int]] = [
+    (f"<think>\nA <tool_call> it is.\n</think>\n\n<tool_call>\n{CALL}\n</tool_call>", False, "</think>", 1),
+    (f"\n<think>{CALL}</think>{CALL}", False, "</think>", 1),
+    (f"Then {CALL}, or a <tool_call>.</think>\n\n{CALL};{CALL}", True, "</think>", 2),
+    (f"<think>No. <tool_call>{CALL}</tool_call></think>\n\nIt rains. </think>", False, "It rains. </think>", 0),
+    (f"<think>Not yet <tool_call>{CALL}</tool_call>", False, "</tool_call>", 0),
+    (f"<thinking <tool_call>{CALL}</tool_call>", False, "<thinking ", 1),
+    ("<thi", False, "<thi", 0),
+]
+
+
+@given(st.sampled_from(THOUGHTS), st.lists(st.integers(0, 120), max_size=12))
+def test_calls_in_thoughts_are_text(case: tuple[str, bool, str, int], cuts: list[int]) -> None:
+    text, is_thinking, said_last, num_calls = case
+    said = text[: text.rindex(said_last) + len(said_last)]
+    check_found(ToolStream(HERMES, TOOLS, is_thinking=is_thinking), text, cuts, said, num_calls)
+
+
+def test_thoughts_that_the_prompt_begins(tokenizer: Tokenizer) -> None:
+    for text, expected in (("assistant:\n<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)):
+        assert begins_thought(tokenizer, tokenizer.encode(text)) is expected
+
+
+def test_ids_of_calls_are_those_that_the_template_takes() -> None:
+    for form, length in ((LLAMA, 29), (MISTRAL, 9), (NAMED, 9)):
+        ids = {form.new_id() for _ in range(50)}
+        assert len(ids) == 50
+        assert all(len(name) == length and name.replace("_", "").isalnum() for name in ids)
 
 
 @pytest.mark.parametrize(("field", "expected"), [({}, 2), ({"parallel_tool_calls": False}, 1)])
@@ -328,7 +433,7 @@ def test_one_call_where_several_are_not_wanted(field: dict[str, bool], expected:
 def test_an_answer_by_a_schema_streams_beside_tools() -> None:
     answer = '{"city": "<tool_call>", "now": 1}'
     for form, expected in (
-        (HERMES, [*answer, ""]),
+        *((form, [*answer, ""]) for form in FORMS if form.tag),
         (LLAMA, [*[""] * len(answer), answer]),
     ):  # LLAMA's calls begin alike
         form_of_answers = {"response_format": {"type": "json_object"}}
@@ -342,9 +447,9 @@ def test_an_answer_by_a_schema_streams_beside_tools() -> None:
         assert pieces[-1][1::2] == ([], "stop")
 
 
-@given(st.text(alphabet='{}"<tol_ca>/;: \n', max_size=60))
-def test_no_text_is_lost_or_breaks_the_parser(text: str) -> None:
-    stream = ToolStream(TOOLS)
+@given(st.text(alphabet='{}[]"<tol_ca>/;: \nhinkTOLCASRG', max_size=60), st.sampled_from(FORMS), st.booleans())
+def test_no_text_is_lost_or_breaks_the_parser(text: str, form: ToolForm, is_thinking: bool) -> None:
+    stream = ToolStream(form, TOOLS, is_thinking=is_thinking)
     said = "".join(map(stream.push, text))
     rest, calls = stream.finish()
     assert calls == []

@@ -142,3 +142,9 @@ def test_bad_stop_strings_are_refused(stop):
 
 def test_the_limits_themselves_are_allowed():
     TextStream(BYTES, [chr(65 + i) * MAX_STOP_CHARS for i in range(MAX_STOPS)])
+
+
+def test_shown_tokens_are_text() -> None:
+    tokens = _Tokens(b"", b" a", b"", strips_leading_space=True)
+    assert "".join(_run(TextStream(tokens, shown={0: "[X]"}), [0, 1, 2, 0])) == "[X] a[X]"
+    assert "".join(_run(TextStream(tokens, ["]"], shown={0: "[X]"}), [1, 0, 1])) == "a[X"

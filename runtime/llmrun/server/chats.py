@@ -45,8 +45,10 @@ class Chats:
             grammar = toolbox.call_grammar(form, call.tools, call.tool_choice, service.limits, answer=grammar[1])
         await service.compile(grammar)
         async with Answer(service, receive, call.sampled.n) as answer:
-            await answer.submit([await service.in_thread(lambda: self._submitter(call, form, grammar))], call.sampled.n)
-            writer = _Writer(service, call, form)
+            prompt = await service.in_thread(lambda: self._prompt(call, form))
+            await answer.submit([self._submitter(call, form, prompt, grammar)], call.sampled.n)
+            is_thinking = grammar is None and toolbox.begins_thought(service.engine.tokenizer, prompt)
+            writer = _Writer(service, call, form, is_thinking=is_thinking)
             if call.sampled.stream:
                 await _stream(answer, writer, Stream(send, headers))
             else:
@@ -60,20 +62,23 @@ class Chats:
             raise bad("this model's chat template does not know tools.", "tools", "unsupported_value")
         return form
 
-    def _submitter(
-        self, call: ChatCall, form: toolbox.ToolForm | None, grammar: tuple[str, Any] | None
-    ) -> Callable[[Callable[[Event], None], int], Ticket]:
-        sampled, service = call.sampled, self._service
+    def _prompt(self, call: ChatCall, form: toolbox.ToolForm | None) -> list[int]:
+        service = self._service
         tokenizer = service.engine.tokenizer
         if tokenizer is None:
             raise bad("this artifact has no tokenizer: use /v1/completions with token ids.", "messages")
-        prompt = chat_ids(
+        return chat_ids(
             tokenizer,
             call.messages,
             call.tools if form is not None else (),
             max_depth=service.limits.max_json_depth,
             chat_template_kwargs={**service.chat_template_kwargs, **call.chat_template_kwargs},
         )
+
+    def _submitter(
+        self, call: ChatCall, form: toolbox.ToolForm | None, prompt: list[int], grammar: tuple[str, Any] | None
+    ) -> Callable[[Callable[[Event], None], int], Ticket]:
+        sampled, service = call.sampled, self._service
         room = service.engine.max_seq_len - len(prompt)
         max_tokens = max(room, 1) if sampled.max_tokens is None else sampled.max_tokens
 
@@ -84,6 +89,7 @@ class Chats:
                     on_event=on_event,
                     max_tokens=max_tokens,
                     logprobs=call.top_logprobs,
+                    shown_tokens=None if form is None else form.shown_tokens,
                     **sampled.options(service.constraint(grammar), i),
                 )
 
@@ -93,11 +99,17 @@ class Chats:
 class _Writer:
     """Makes the objects of one request."""
 
-    def __init__(self, service: Service, call: ChatCall, form: toolbox.ToolForm | None) -> None:
-        self.call, self._form, self.may_call = call, form, form is not None
+    def __init__(
+        self, service: Service, call: ChatCall, form: toolbox.ToolForm | None, *, is_thinking: bool = False
+    ) -> None:
+        self.call, self.may_call = call, form is not None
         self._texts = TokenTexts(service.engine.tokenizer)
-        has_grammar = form is not None and bool(form.opening) and call.sampled.grammar is not None
-        self._parsers = collections.defaultdict(lambda: toolbox.ToolStream(call.tools, has_grammar=has_grammar))
+        self._parsers: dict[int, toolbox.ToolStream] | None = None
+        if form is not None:
+            has_grammar = call.sampled.grammar is not None
+            self._parsers = collections.defaultdict(
+                lambda: toolbox.ToolStream(form, call.tools, is_thinking=is_thinking, has_grammar=has_grammar)
+            )
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -113,7 +125,7 @@ class _Writer:
         """Return what an event adds to a choice: text, calls, log-probabilities, and why it ended."""
         entries = [event.logprobs] if event.logprobs is not None and event.token_id is not None else []
         text, calls, reason = event.text, [], event.finish_reason
-        if self._form is not None:
+        if self._parsers is not None:
             parser = self._parsers[choice.index]
             text = parser.push(text)
             if reason is not None:

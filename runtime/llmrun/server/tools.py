@@ -1,7 +1,14 @@
 """Tools: whether the model's template knows them, the form in which it calls them, and calls found in an answer.
 
-Two forms occur among Llama models: Llama 3's `{"name": ..., "parameters": {...}}`, several joined by ";", and Hermes'
-`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Which one a model was trained on is read off its template.
+Which form a model was trained on is read off its template:
+
+    Llama 3       {"name": ..., "parameters": {...}}, several joined by ";"
+    Hermes, Qwen  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, one after the other
+    Mistral       [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]; later [TOOL_CALLS]name[ARGS]{...}, one after the other
+    Functionary   <function=name>{...}</function>, one after the other
+
+Tags that are special tokens are part of the answer's text here (`ToolForm.shown_tokens`). What a model thinks before it
+answers, between <think> and </think>, is text, whatever it says of calls.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ import functools
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +26,56 @@ from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
 from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema, closed_schema, without_odd_patterns
 from llmrun.server.limits import Limits
+from llmrun.tokenizer_backends import alternation
 
 if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_HERMES, _MISTRAL, _FUNCTION = "<tool_call>", "[TOOL_CALLS]", "<function="
+_CLOSINGS = {_HERMES: "</tool_call>", _MISTRAL: "", _FUNCTION: "</function>"}
+_THINK, _THOUGHT = "<think>", "</think>"
 _BETWEEN = re.compile(r"[ \t\r\n;,]*")
+_LIST = re.compile(re.escape(_MISTRAL) + r"\s*\[(?=[\s\"'{]|\Z)")  # as a template has it, in a literal or ending one
+# What stands between name and arguments, behind tags that a name may follow; with bounds, so that no text takes long.
+_MIDDLES = {
+    _MISTRAL: re.compile(r"\s{,8}(?:\[CALL_ID\]\s{,8}\w{,64}\s{,8})?(?:\[ARGS\]\s{,8})?(?=\{)"),
+    _FUNCTION: re.compile(r"\s{,8}>\s{,8}(?=\{)"),
+}
 MAX_CALLS = 64
 
 
 @dataclass(frozen=True)
 class ToolForm:
-    """How a model calls tools: the key of the arguments, and the tags around a call (empty: none)."""
+    """How a model calls tools.
 
-    key: str
+    Attributes:
+        key: of the arguments, in an object that has the tool's name as well; empty: the name stands before the arguments.
+        opening, closing: what stands around a call, or around its name and arguments.
+        middle: what stands between name and arguments.
+        tag: what tells a call from text; empty: its first brace.
+        tokens: those of its tags that are special tokens of the tokenizer, and their ids.
+    """
+
+    key: str = ""
     opening: str = ""
     closing: str = ""
+    middle: str = ""
+    tag: str = ""
+    tokens: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def shown_tokens(self) -> dict[int, str]:
+        """The special tokens that are part of an answer's text here."""
+        return {token_id: text for text, token_id in self.tokens}
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What may begin a call: any model may have learnt Hermes' form, the commonest."""
+        return tuple(dict.fromkeys((_HERMES, *filter(None, [self.tag]))))
+
+    def new_id(self) -> str:
+        """Return an id for a call; Mistral's templates take none but of nine letters and digits."""
+        return uuid.uuid4().hex[:9] if self.tag == _MISTRAL else f"call_{uuid.uuid4().hex[:24]}"
 
 
 @functools.lru_cache(maxsize=4)
@@ -55,11 +96,33 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
     template = None if tokenizer is None else tokenizer.chat_template
     if tokenizer is None or template is None or "tools" not in _names_in(template):
         return None
-    if _OPEN in template:
-        # As a special token the tag is not part of any text, so neither the grammar nor the answer's text has it.
-        has_tags = _OPEN not in tokenizer.special_tokens
-        return ToolForm("arguments", _OPEN + "\n", "\n" + _CLOSE) if has_tags else ToolForm("arguments")
+    special = tokenizer.special_tokens
+
+    def tokens(*tags: str) -> tuple[tuple[str, int], ...]:
+        return tuple((tag, special[tag]) for tag in tags if tag in special)
+
+    if _HERMES in template:
+        closing = _CLOSINGS[_HERMES]
+        return ToolForm("arguments", f"{_HERMES}\n", f"\n{closing}", tag=_HERMES, tokens=tokens(_HERMES, closing))
+    if _MISTRAL in template:
+        if "[ARGS]" in template:
+            known = tokens(_MISTRAL, "[CALL_ID]", "[ARGS]")
+            return ToolForm(opening=_MISTRAL, middle="[ARGS]", tag=_MISTRAL, tokens=known)
+        found = _LIST.search(template)
+        opening = f"{_MISTRAL}[" if found is None else found[0]
+        return ToolForm("arguments", opening, "]", tag=_MISTRAL, tokens=tokens(_MISTRAL))
+    if _FUNCTION in template and "<parameter=" not in template:
+        closing = _CLOSINGS[_FUNCTION]
+        return ToolForm(opening=_FUNCTION, closing=closing, middle=">", tag=_FUNCTION, tokens=tokens(closing))
     return ToolForm("parameters" if '"parameters"' in template or "'parameters'" in template else "arguments")
+
+
+def begins_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
+    """Tell whether a prompt ends with the beginning of the model's thoughts."""
+    if tokenizer is None:
+        return False
+    end = b"".join(map(tokenizer.token_bytes, prompt[-2 * len(_THINK) :]))
+    return end.rstrip().endswith(_THINK.encode())
 
 
 def call_grammar(
@@ -78,7 +141,7 @@ def call_grammar(
     Raises:
         ApiError: 400: a tool's parameters are beyond the limits, or are not those of an object.
     """
-    calls, definitions = [], {}
+    names, definitions = [], {}
     is_strict = True
     for i, tool in enumerate(tools):
         function = tool["function"]
@@ -93,26 +156,51 @@ def call_grammar(
             )
         if not function.get("strict", False):
             parameters = without_odd_patterns(parameters)
-        root = f"#/$defs/{i}"
-        definitions[str(i)] = {**_moved(closed_schema(parameters), root), "type": "object"}
-        properties = {"name": {"const": function["name"]}, form.key: {"$ref": root}}
-        calls.append(
-            {"type": "object", "properties": properties, "required": ["name", form.key], "additionalProperties": False}
-        )
+        names.append((function["name"], f"#/$defs/{i}"))
+        definitions[str(i)] = {**_moved(closed_schema(parameters), f"#/$defs/{i}"), "type": "object"}
+    calls = [_call_schema(form, name, root) for name, root in names]
     schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
     schema = checked_schema(schema, limits, "tools")
-    schema = {**schema, "x-guidance": JSON_OPTIONS | ({} if is_strict else {"lenient": True})}
+    options = {"x-guidance": JSON_OPTIONS | ({} if is_strict else {"lenient": True})}
     if not form.opening and answer is None:
-        return "json", schema
-    edges = [json.dumps(tag) for tag in (form.opening, form.closing) if tag]
-    forms, rules = [" call ".join(edges) or "call"], [f"call: %json {json.dumps(schema)}"]
+        return "json", {**schema, **options}
+    opening, closing = _in_grammar(form, form.opening), _in_grammar(form, form.closing)
+    if form.key:
+        starts = [f"{opening} call {closing}"]
+        rules = [f"call: %json {json.dumps({**schema, **options})}"]
+    else:
+        starts = [f"{opening} ({' | '.join(f'call_{i}' for i in range(len(names)))}) {closing}"]
+        rules = []
+        for i, (name, root) in enumerate(names):
+            number = root.removeprefix("#/$defs/")
+            arguments = json.dumps({"$ref": root, "$defs": {number: schema["$defs"][number]}, **options})
+            rules.append(f"call_{i}: {_literal(name)} {_in_grammar(form, form.middle)} arguments_{i}")
+            rules.append(f"arguments_{i}: %json {arguments}")
     if answer is not None:
         if isinstance(answer, str):
             answer = parse_json(answer.encode(), max_depth=limits.max_schema_depth)
         answer = {"x-guidance": JSON_OPTIONS, **(answer if isinstance(answer, dict) else {"anyOf": [answer]})}
-        forms.append("answer")
+        starts.append("answer")
         rules.append(f"answer: %json {json.dumps(answer)}")
-    return "grammar", "\n".join([f"start: {' | '.join(forms)}", *rules, ""])
+    return "grammar", "\n".join([f"start: {' | '.join(starts)}", *rules, ""])
+
+
+def _call_schema(form: ToolForm, name: str, root: str) -> dict[str, Any]:
+    if not form.key:
+        return {"$ref": root}
+    properties = {"name": {"const": name}, form.key: {"$ref": root}}
+    return {"type": "object", "properties": properties, "required": ["name", form.key], "additionalProperties": False}
+
+
+def _in_grammar(form: ToolForm, text: str) -> str:
+    """Return a text as a grammar has it: literals, and special tokens by their ids."""
+    tokens = dict(form.tokens)
+    pieces = re.split("(" + "|".join(map(re.escape, tokens)) + ")", text) if tokens else [text]
+    return " ".join(f"<[{tokens[piece]}]>" if piece in tokens else _literal(piece) for piece in pieces if piece)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text).replace("%", r"\u0025")  # a name may not look like %json
 
 
 def _moved(schema: Any, root: str) -> Any:
@@ -137,43 +225,84 @@ def _moved(schema: Any, root: str) -> Any:
     return moved
 
 
-def may_be_call(text: str) -> bool:
+def may_be_call(form: ToolForm, text: str) -> bool:
     """Tell whether an answer that begins with `text` may still turn out to be a call."""
     start = text.lstrip()
-    return not start or start.startswith("{") or _OPEN.startswith(start[: len(_OPEN)])
+    return not start or start.startswith("{") or any(tag.startswith(start[: len(tag)]) for tag in form.tags)
 
 
-def find_calls(tools: Sequence[Mapping[str, Any]], text: str) -> tuple[str | None, list[dict[str, Any]]]:
+def find_calls(
+    form: ToolForm, tools: Sequence[Mapping[str, Any]], text: str
+) -> tuple[str | None, list[dict[str, Any]]]:
     """Return what an answer says beside its calls, and the calls, as OpenAI has them; no call: all of the text.
 
-    Only calls of tools that the request offered count: anything else is text. Both forms do, whichever the template shows.
+    Only calls of tools that the request offered count: anything else is text. Bare objects and Hermes' form do, whichever
+    the template shows.
     """
     names = {tool["function"]["name"] for tool in tools}
     stripped = text.strip()
     rest = ""
-    calls, at = _calls_at(stripped, 0, names)  # first, because an argument may hold what looks like a tag
+    calls, at = _objects_at(stripped, 0, names)  # first, because an argument may hold what looks like a tag
     if not calls or at < len(stripped):
         calls, at = [], 0
-        while (start := stripped.find(_OPEN, at)) >= 0:
+        while (found := _first_tag(form, stripped, at)) is not None:
+            start, tag = found
             rest += stripped[at:start]
-            found, at = _calls_at(stripped, start + len(_OPEN), names)
-            if not found or not (at == len(stripped) or stripped.startswith(_CLOSE, at)):
+            some, at = _tagged_at(stripped, start + len(tag), tag, names)
+            closing = _CLOSINGS[tag]
+            if not some or not (at == len(stripped) or stripped.startswith(closing, at)):
                 return text, []
-            calls += found
-            at += len(_CLOSE)
+            calls += some
+            at += len(closing)
+            if len(calls) > MAX_CALLS:
+                break
         rest = (rest + stripped[at:]).strip()
     if not calls or len(calls) > MAX_CALLS:
         return text, []
-    return rest or None, calls
+    functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return rest or None, [{"id": form.new_id(), "type": "function", "function": function} for function in functions]
 
 
-def _calls_at(text: str, start: int, names: set[str]) -> tuple[list[dict[str, Any]], int]:
+def _first_tag(form: ToolForm, text: str, start: int) -> tuple[int, str] | None:
+    match = alternation(form.tags).search(text, start)
+    return None if match is None else (match.start(), match[0])
+
+
+def _tagged_at(text: str, start: int, tag: str, names: set[str]) -> tuple[list[tuple[str, str]], int]:
+    """Return the calls behind a tag, name and arguments, and where they end; no calls: `_objects_at`."""
+    if (named := _name_at(text, start, tag, names)) is not None:
+        name, start = named
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            return [], start
+        arguments = _arguments(value)
+        return ([], end) if arguments is None else ([(name, arguments)], _after_space(text, end))
+    start = _after_space(text, start)
+    if tag != _MISTRAL or not text.startswith("[", start):
+        return _objects_at(text, start, names)
+    calls, end = _objects_at(text, start + 1, names)
+    return calls, _after_space(text, end + text.startswith("]", end))
+
+
+def _name_at(text: str, start: int, tag: str, names: set[str]) -> tuple[str, int] | None:
+    """Return the tool's name that stands behind a tag, and where its arguments begin; None if none does."""
+    if tag not in _MIDDLES:
+        return None
+    for at in (start, _after_space(text, start)):
+        for name in sorted(names, key=len, reverse=True):  # of names that begin alike, the whole one
+            if text.startswith(name, at) and (match := _MIDDLES[tag].match(text, at + len(name))):
+                return name, match.end()
+    return None
+
+
+def _objects_at(text: str, start: int, names: set[str]) -> tuple[list[tuple[str, str]], int]:
     """Return the calls that begin at `start`, and where they end: JSON objects, maybe with ";" or "," between them.
 
     An object that calls none of the tools: no calls.
     """
     decoder = json.JSONDecoder()
-    calls: list[dict[str, Any]] = []
+    calls: list[tuple[str, str]] = []
     end = _after_space(text, start)
     while text.startswith("{", end):
         try:
@@ -181,31 +310,22 @@ def _calls_at(text: str, start: int, names: set[str]) -> tuple[list[dict[str, An
         except (ValueError, RecursionError):
             return [], end
         name = value.get("name")
-        if not isinstance(name, str) or name not in names:
+        arguments = _arguments(value.get("parameters", value.get("arguments", {})))
+        if not isinstance(name, str) or name not in names or arguments is None:
             return [], end
-        arguments = value.get("parameters", value.get("arguments", {}))
-        if isinstance(arguments, str):
-            if not _is_object(arguments):
-                return [], end
-            arguments_text = arguments
-        elif isinstance(arguments, dict):
-            try:
-                arguments_text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-            except (ValueError, RecursionError):  # NaN and 1e999 are Python's only, and nothing that a client can read
-                return [], end
-        else:
-            return [], end
-        function = {"name": name, "arguments": arguments_text}
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+        calls.append((name, arguments))
         end = _after_space(text, end)
     return calls, end
 
 
-def _is_object(text: str) -> bool:
+def _arguments(value: Any) -> str | None:
+    """Return the arguments of a call, an object or its text, as text; None if they are neither."""
     try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
+        if isinstance(value, str):
+            return value if isinstance(json.loads(value), dict) else None
+        return json.dumps(value, ensure_ascii=False, allow_nan=False) if isinstance(value, dict) else None
+    except (ValueError, RecursionError):  # NaN and 1e999 are Python's only, and nothing that a client can read
+        return None
 
 
 def _after_space(text: str, at: int) -> int:
@@ -216,37 +336,62 @@ def _after_space(text: str, at: int) -> int:
 class ToolStream:
     """The text of one answer as it comes, with calls held back until the end; see `find_calls`."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]], *, has_grammar: bool = False) -> None:
-        """`has_grammar`: a call is between tags and nothing beside it, and what begins otherwise has none."""
-        self._tools = tools
-        self._has_grammar = has_grammar
+    def __init__(
+        self,
+        form: ToolForm,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        is_thinking: bool = False,
+        has_grammar: bool = False,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            form: how the model calls tools.
+            tools: the request's.
+            is_thinking: the prompt has begun the model's thoughts.
+            has_grammar: a call begins with the form's tag and has nothing beside it, and what begins otherwise has none.
+        """
+        self._form, self._tools, self._has_grammar = form, tools, has_grammar and bool(form.tag)
         self._held = ""
+        self._is_thinking = is_thinking
+        self._may_think = not is_thinking  # nothing has come yet that is not the beginning of <think>
         self._is_text = False  # the answer did not begin as a call
 
     def push(self, text: str) -> str:
         """Take more text; return what is certainly not part of a call."""
         self._held += text
         if self._has_grammar:
-            self._is_text |= not _OPEN.startswith(self._held[: len(_OPEN)])
-            piece, self._held = (self._held, "") if self._is_text else ("", self._held)
-            return piece
-        if not self._is_text and may_be_call(self._held):
-            return ""
+            self._is_text |= not self._form.tag.startswith(self._held[: len(self._form.tag)])
+            return self._release(len(self._held) if self._is_text else 0)
+        if self._may_think:
+            start = self._held.lstrip()
+            self._is_thinking = start.startswith(_THINK)
+            self._may_think = not self._is_thinking and _THINK.startswith(start)
+        thought = ""
+        if self._is_thinking:
+            end = self._held.find(_THOUGHT)
+            if end < 0:
+                return self._release(_last_place(self._held, [_THOUGHT]))
+            self._is_thinking = False
+            thought = self._release(end + len(_THOUGHT))
+        if self._may_think or (not self._is_text and may_be_call(self._form, self._held)):
+            return thought
         self._is_text = True
-        at = self._held.find(_OPEN)
-        if at < 0:  # keep an end that may be the beginning of a tag
-            at = next(
-                (
-                    i
-                    for i in range(max(0, len(self._held) - len(_OPEN) + 1), len(self._held))
-                    if _OPEN.startswith(self._held[i:])
-                ),
-                len(self._held),
-            )
-        piece, self._held = self._held[:at], self._held[at:]
-        return piece
+        found = _first_tag(self._form, self._held, 0)
+        return thought + self._release(_last_place(self._held, self._form.tags) if found is None else found[0])
 
     def finish(self) -> tuple[str | None, list[dict[str, Any]]]:
         """Return the rest of the text and the calls."""
-        held, self._held = self._held, ""
-        return find_calls(self._tools, held)
+        held = self._release(len(self._held))
+        return (held, []) if self._is_thinking else find_calls(self._form, self._tools, held)
+
+    def _release(self, end: int) -> str:
+        piece, self._held = self._held[:end], self._held[end:]
+        return piece
+
+
+def _last_place(text: str, tags: Iterable[str]) -> int:
+    """Return where the end of a text begins that may be the beginning of a tag: the text's end if there is none."""
+    places = (i for tag in tags for i in range(max(0, len(text) - len(tag) + 1), len(text)) if tag.startswith(text[i:]))
+    return min(places, default=len(text))
