@@ -4,10 +4,11 @@ In: the files, and the tokens that were added. Out: the opened library, or none,
 
 A `tokenizer.json` is used as it is. If there is a sentencepiece `tokenizer.model` too, transformers 5 takes only the
 vocabulary from `tokenizer.json` where the class is LlamaTokenizer, and rebuilds the rules of the sentencepiece model: then
-`tokenizer.model` is the one that gives its ids. Of any other class (PreTrainedTokenizerFast: Llama 3) it uses
-`tokenizer.json`, and so do we, and also when the vocabulary of `tokenizer.model` is another (it was left from the base
-model), and when it cannot hold what the other files say: added tokens that are not special or swallow the white space
-beside them, a space put elsewhere than sentencepiece puts it (`add_prefix_space`, and `legacy` with a chat template).
+`tokenizer.model` is the one that gives its ids. Of any other class (PreTrainedTokenizerFast: Llama 3), and of a Mistral
+whatever its class, it uses `tokenizer.json`, and so do we, and also when the vocabulary of `tokenizer.model` is another (it
+was left from the base model), and when it cannot hold what the other files say: added tokens that are not special or
+swallow the white space beside them, a space put elsewhere than sentencepiece puts it (`add_prefix_space`, and `legacy`
+with a chat template).
 With a `tokenizer.model` alone, all added tokens are taken as special, and the rest of these is refused.
 """
 
@@ -63,7 +64,10 @@ def open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_si
             )
         return None
     are_special = all(special for _, special in added.values())
-    if has_json and (config.get("tokenizer_class") not in _LLAMA_CLASSES or not are_special):
+    is_rebuilt = (
+        config.get("tokenizer_class") in _LLAMA_CLASSES and files.json("config.json").get("model_type") != "mistral"
+    )
+    if has_json and not (is_rebuilt and are_special):
         return _open_json(files, added, vocab_size)
     swallowing = [text for text in added if any(text in tokens for tokens in swallowing_tokens(files))]
     if swallowing:

@@ -115,14 +115,31 @@ def test_legacy_changes_nothing_without_a_chat_template(sp):
         assert load_files(files).encode(text) == theirs.from_pretrained(sp).encode(text)
 
 
-def test_a_tokenizer_json_as_transformers_4_wrote_it_puts_the_space_of_legacy(sp):
-    theirs = pytest.importorskip("transformers").AutoTokenizer
-    theirs.from_pretrained(sp).backend_tokenizer.save(str(sp / "tokenizer.json"))
+def write_json_of_transformers_4(folder, theirs):
+    theirs.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
     spaces = [
         {"type": "Prepend", "prepend": "\u2581"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
     ]
-    edit_json(sp, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": spaces}, pre_tokenizer=None)
+    edit_json(folder, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": spaces}, pre_tokenizer=None)
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+def test_the_tokenizer_json_of_a_mistral_is_used_as_it_is(legacy, sp):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    write_json_of_transformers_4(sp, theirs)
+    edit_json(sp, "config.json", model_type="mistral")
+    edit_json(sp, "tokenizer_config.json", chat_template="{{ messages[0].content }}", legacy=legacy)
+    files = read_tokenizer(sp, 420)
+    assert files.source_file.name == "tokenizer.json"
+    for text in ["<s>[INST] a [/INST] b </s><s>[INST] c", "  the  house", " a"]:
+        ids = load_files(files).encode(text, add_bos=False, parse_special=True)
+        assert ids == theirs.from_pretrained(sp).encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_json_as_transformers_4_wrote_it_puts_the_space_of_legacy(sp):
+    theirs = pytest.importorskip("transformers").AutoTokenizer
+    write_json_of_transformers_4(sp, theirs)
     edit_json(sp, "tokenizer_config.json", chat_template="{{ messages[0].content }}")
     text = "<s>[INST] a [/INST] b </s><s>[INST] c"
     for legacy, name in [(None, "tokenizer.model"), (False, "tokenizer.model"), (True, "tokenizer.json")]:
