@@ -21,6 +21,7 @@ import pytest
 from llmrun import stdin
 from llmrun.cli import build_parser
 from llmrun.commands.generate import _Generate
+from llmrun.commands.show import _in_words as in_words
 from llmrun.errors import UsageError
 from models import DEMO
 
@@ -321,6 +322,13 @@ def test_show_and_verify_and_doctor(packed_tiny: Packed) -> None:
     assert (facts["shards"], facts["quantization"]["scheme"]) == (2, "q8")
     assert json.loads(llmrun("verify", path, "--json").stdout)["ok"] is True
     assert json.loads(llmrun("doctor", path, "--json").stdout)["ok"] is True
+
+
+def test_show_names_the_first_of_many_special_tokens() -> None:
+    shown = in_words({"special_tokens": {f"<{i}>": i for i in reversed(range(1000))}, "vocab_size": 1100})
+    assert shown.startswith("special_tokens=<0>=0; <1>=1; ")
+    assert shown.endswith("; <11>=11; 988 more (--json has all)  vocab_size=1100")
+    assert in_words({"special_tokens": {"</s>": 2, "<s>": 1}}) == "special_tokens=<s>=1; </s>=2"
 
 
 def test_verify_on_a_host_with_its_own_ranks_only(packed_tiny: Packed, tmp_path: Path) -> None:

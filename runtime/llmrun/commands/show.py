@@ -13,6 +13,8 @@ from llmrun.commands import common
 if TYPE_CHECKING:
     from llmrun.manifest import Manifest
 
+_MAX_TOKENS = 12
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -51,7 +53,15 @@ def _facts(manifest: Manifest, digest: str) -> dict[str, Any]:
 
 def _in_words(value: Any) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{name}={_in_words(item)}" for name, item in value.items())
+        shown = {name: _first(item) if name == "special_tokens" else item for name, item in value.items()}
+        return "  ".join(f"{name}={_in_words(item)}" for name, item in shown.items())
     if isinstance(value, tuple | list):
         return "; ".join(_in_words(item) for item in value) or "none"
     return "none" if value is None else str(value)
+
+
+def _first(tokens: dict[str, int]) -> list[Any]:
+    """Return the first tokens in the order of their ids, and how many more there are: vocabularies reserve up to a thousand."""
+    texts = [f"{text}={token_id}" for text, token_id in sorted(tokens.items(), key=lambda token: token[1])]
+    more = len(texts) - _MAX_TOKENS
+    return texts if more <= 0 else [*texts[:_MAX_TOKENS], f"{more} more (--json has all)"]
