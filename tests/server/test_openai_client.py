@@ -229,6 +229,7 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI, served: Se
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(model=served.model, messages=[{"role": "user", "content": "a " * 4000}])
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+    assert "This model's maximum context length is 512 tokens" in long.value.message  # LiteLLM looks for these words
     for create in (
         lambda: client.completions.create(model=served.model, prompt="a", max_tokens=4000),
         lambda: client.chat.completions.create(model=served.model, messages=MESSAGES, max_tokens=4000),

@@ -83,7 +83,7 @@ class Chats:
         max_tokens = max(room, 1) if sampled.max_tokens is None else sampled.max_tokens
 
         def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
-            with naming_field("messages"):
+            with naming_field("messages", service.engine.max_seq_len):
                 return service.loop.submit(
                     prompt,
                     on_event=on_event,

@@ -56,7 +56,7 @@ class Completions:
             prompt_logprobs = call.logprobs or 0
 
         def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
-            with naming_field("prompt"):
+            with naming_field("prompt", service.engine.max_seq_len):
                 return loop.submit(
                     prompt,
                     on_event=on_event,

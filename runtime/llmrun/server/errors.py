@@ -56,8 +56,10 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
 
 
 @contextlib.contextmanager
-def naming_field(prompt: str) -> Iterator[None]:
+def naming_field(prompt: str, max_seq_len: int) -> Iterator[None]:
     """Make an error of what does not fit the context name the request's field: `prompt`, or max_tokens where that fits.
+
+    It begins with OpenAI's words, by which clients know it and shorten their messages (LiteLLM, and what is built on it).
 
     Raises:
         ApiError: 400, in place of the engine's error.
@@ -67,7 +69,8 @@ def naming_field(prompt: str) -> Iterator[None]:
     except UsageError as error:
         if error.code not in ("E204", "E210"):
             raise
-        raise bad(str(error), prompt if error.code == "E204" else "max_tokens", "context_length_exceeded") from None
+        message = f"This model's maximum context length is {max_seq_len} tokens: {error}"
+        raise bad(message, prompt if error.code == "E204" else "max_tokens", "context_length_exceeded") from None
 
 
 def as_api_error(error: BaseException) -> ApiError:
