@@ -290,7 +290,7 @@ def _check_files(files: dict[str, FileEntry], refuse: Callable[[str], typing.NoR
     places: set[str] = set()
     for name, entry in files.items():
         if len(name) > 200 or not _PATH.fullmatch(name) or name.lower() == MANIFEST_NAME:
-            refuse(f"file name {name[:_MAX_SHOWN]!r} is not allowed (FORMAT 1.1)")
+            refuse(f"file name {name!r} is not allowed (FORMAT 1.1)")
         places |= {name, *(parent.as_posix() for parent in Path(name).parents)}
         if entry.size < 0 or len(entry.chunks) != -(-entry.size // CHUNK_BYTES):
             refuse(f"{name}: {len(entry.chunks)} chunk digests for {entry.size} bytes")
@@ -308,10 +308,10 @@ def _check_ranks(manifest: Manifest, refuse: Callable[[str], typing.NoReturn]) -
         refuse("two ranks share a folder")
     for entry in manifest.ranks:
         if not _PATH.fullmatch(entry.folder) or "/" in entry.folder:
-            refuse(f"rank folder {entry.folder[:_MAX_SHOWN]!r} is not allowed (FORMAT 1.1)")
+            refuse(f"rank folder {entry.folder!r} is not allowed (FORMAT 1.1)")
         graphs = ["cpu" if target == "cpu" else "gpu" for target in manifest.targets]
         if missing := [graph for graph in graphs if graph not in entry.graphs]:
-            refuse(f"rank {entry.rank} has no graph for {missing[0][:_MAX_SHOWN]!r}")
+            refuse(f"rank {entry.rank} has no graph for {missing[0]!r}")
         for name in (entry.weights, *entry.graphs.values()):
             if name not in manifest.files or not name.startswith(entry.folder + "/"):
                 refuse(f"rank {entry.rank}: {name!r} is not listed in files, or outside {entry.folder}")
@@ -326,7 +326,7 @@ def _check_numbers(manifest: Manifest, refuse: Callable[[str], typing.NoReturn])
     if bad := [f"{name} is {size}" for name, size in sizes.items() if not 1 <= size <= _MAX_INT32]:
         refuse(f"{bad[0]}, expected 1 to {_MAX_INT32}")
     if cache.dtype not in ("float16", "float32"):
-        refuse(f"kv_cache.dtype {cache.dtype[:_MAX_SHOWN]!r}, expected float16 or float32")
+        refuse(f"kv_cache.dtype {cache.dtype!r}, expected float16 or float32")
     heads = max(1, model.num_key_value_heads // manifest.shards)
     expected = (model.num_hidden_layers, heads, model.head_dim)
     if (cache.num_layers, cache.num_kv_heads_per_rank, cache.head_dim) != expected:
@@ -391,11 +391,12 @@ def _hints(kind: type) -> dict[str, Any]:
 def _build(kind: Any, value: Any, path: Path, where: str) -> Any:
     """Turn parsed JSON into the annotated type, or refuse it; unknown members are ignored (FORMAT 2.3)."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    shown = where.lstrip(".")[:_MAX_SHOWN]
     if is_dataclass(kind) and isinstance(value, dict):
         hints = _hints(kind)
         given = [f for f in fields(kind) if f.name in value or f.default_factory is MISSING]
         if missing := [f.name for f in given if f.name not in value]:
-            raise IntegrityError(f"{path}: {where.lstrip('.') or 'manifest'}: no member {missing[0]!r}.", code="E309")
+            raise IntegrityError(f"{path}: {shown or 'manifest'}: no member {missing[0]!r}.", code="E309")
         built = {f.name: _build(hints[f.name], value[f.name], path, f"{where}.{f.name}") for f in given}
         return typing.cast(Any, kind)(**built)
     if origin is tuple and isinstance(value, list):
@@ -412,5 +413,4 @@ def _build(kind: Any, value: Any, path: Path, where: str) -> Any:
         return value
     if kind in (int, float) and type(value) is int:
         return kind(value)
-    shown = where.lstrip(".")[:_MAX_SHOWN]
     raise IntegrityError(f"{path}: member {shown!r} has an unexpected value.", code="E309")

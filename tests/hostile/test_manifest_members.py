@@ -147,7 +147,7 @@ def test_2_5_sizes_that_no_model_has(members, path, size):
         (("generation", "repeat_penalty"), 0), (("generation", "temperature"), 1e300),
         (("ranks", 0, "weight_bytes"), -1), (("ranks", 1, "weight_bytes_per_token"), -1), (("kv_cache", "dtype"), "int4"),
         (("ranks", 0, "weight_bytes_by_role", "linear"), -1), (("kv_cache", "num_layers"), 3),
-        (("kv_cache", "num_kv_heads_per_rank"), 8), (("targets",), ["cuda"]),
+        (("kv_cache", "num_kv_heads_per_rank"), 8), (("kv_cache", "head_dim"), 8), (("targets",), ["cuda"]),
         (("targets",), ["cpu", "x" * 10_000]), (("producer", "version"), None),
     ],
 )  # fmt: skip
@@ -184,6 +184,7 @@ def test_2_5_a_window_that_hides_nothing(members, window):
         lambda ranks: ranks[0].update(folder="rank-0/"),
         lambda ranks: ranks[0].update(folder=".."),
         lambda ranks: ranks[0].update(folder=""),
+        lambda ranks: ranks[0].update(folder="rank"),
         lambda ranks: ranks[0].update(weights=ranks[1]["weights"]),
         lambda ranks: ranks[0].update(graphs=ranks[1]["graphs"]),
         lambda ranks: ranks[0].update(graphs={}),
@@ -199,6 +200,54 @@ def test_2_5_ranks_that_do_not_fit(members, change):
 def test_2_5_common_files_in_a_ranks_folder(members):
     members["files"]["rank-1/selfcheck.json"] = members["files"].pop("selfcheck.json")
     members["selfcheck"] = "rank-1/selfcheck.json"
+    lie(members)
+
+
+def test_2_5_a_ranks_folder_within_a_folder(members):
+    def move(name):
+        return name.replace("rank-0", "rank-0/a")
+
+    rank = members["ranks"][0]
+    rank.update(folder=move(rank["folder"]), weights=move(rank["weights"]), graphs={"cpu": move(rank["graphs"]["cpu"])})
+    members["files"] = {move(name): entry for name, entry in members["files"].items()}
+    lie(members)
+
+
+def test_2_5_a_target_without_kernels(members):
+    for rank in members["ranks"]:
+        rank["graphs"]["gpu"] = rank["graphs"]["cpu"]
+    members["targets"] = ["cpu", "sm_89"]
+    lie(members)
+    members["kernels"] = {"sm_89": members["selfcheck"]}
+    parse(manifest_bytes(members))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("targets",), ["cpu", "x" * 10_000]), (("selfcheck",), "x" * 10_000), (("kv_cache", "dtype"), "x" * 10_000),
+        (("tokenizer", "special_tokens"), {"x" * 10_000: None}), (("files",), {"x" * 10_000: {}}),
+    ],
+)  # fmt: skip
+def test_2_5_what_is_said_of_a_long_name_is_short(members, path, value):
+    holder, key = at(members, path)
+    holder[key] = value
+    lie(members)
+
+
+@pytest.mark.parametrize("path", ["kernels/absent.bin", "../kernels.bin", "rank-1/weights.bin"])
+def test_2_5_kernels_that_are_no_file_of_all_ranks(members, path):
+    members["files"]["kernels/cuda-sm_89.bin"] = members["files"]["selfcheck.json"]
+    members["kernels"] = {"sm_89": "kernels/cuda-sm_89.bin"}
+    parse(manifest_bytes(members))
+    members["kernels"] = {"sm_89": path}
+    lie(members)
+
+
+def test_2_5_ids_end_where_the_vocabulary_does(members):
+    members["eos_token_ids"] = [members["model"]["vocab_size"] - 1]
+    parse(manifest_bytes(members))
+    members["eos_token_ids"] = [members["model"]["vocab_size"]]
     lie(members)
 
 
@@ -263,7 +312,7 @@ def test_1_2_sizes_and_chunks_that_do_not_agree(members):
     (digest,) = entry["chunks"]
     for change in (
         {"chunks": []}, {"chunks": [digest] * 2}, {"size": -1},
-        {"size": (64 << 20) + 1}, {"size": 1 << 52}, {"size": 0},
+        {"size": -1, "chunks": []}, {"size": (64 << 20) + 1}, {"size": 1 << 52}, {"size": 0},
     ):  # fmt: skip
         members["files"]["selfcheck.json"] = {**entry, **change}
         lie(members)
