@@ -31,7 +31,6 @@ class Ticket:
 
     request: Request
     on_event: OnEvent
-    is_cancelled: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -105,8 +104,7 @@ class EngineLoop:
     def cancel(self, ticket: Ticket) -> None:
         """End a request before the next step; its last event says "cancelled". One that has ended stays as it is."""
         with self._wakeup:
-            if not ticket.is_done and not ticket.is_cancelled:
-                ticket.is_cancelled = True
+            if not ticket.is_done:
                 self._left.append(ticket)
                 self._wakeup.notify_all()
 
@@ -166,9 +164,7 @@ class EngineLoop:
             self._open[ticket.request] = ticket
             self._core.enqueue(ticket.request)
         while self._left:
-            ticket = self._left.popleft()
-            if ticket.request in self._open:
-                self._end(ticket.request)
+            self._end(self._left.popleft().request)
 
     def _end(self, request: Request) -> None:
         self._core.cancel(request)
@@ -177,7 +173,7 @@ class EngineLoop:
 
     def _deliver(self, event: Event) -> None:
         ticket = self._open.get(event.request)
-        if ticket is None:  # its callback failed earlier in this step
+        if ticket is None:  # its callback failed earlier in this step, or it had ended when it was to be cancelled
             return
         is_last = event.finish_reason is not None
         if is_last:

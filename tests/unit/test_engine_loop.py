@@ -72,9 +72,10 @@ def test_cancelling_takes_effect_within_a_step(loop: EngineLoop) -> None:
     ticket = loop.submit([5, 6, 7], on_event=on_event, **LONG)
     assert first.wait(WAIT_S)
     loop.cancel(ticket)
+    loop.cancel(ticket)
     count = len(events)
     assert ticket.done.wait(WAIT_S)
-    assert events[-1].finish_reason == "cancelled"
+    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["cancelled"]
     assert len(events) <= count + 2  # the step that was running, and the end
     loop.cancel(ticket)
     assert loop.drain(WAIT_S)
@@ -104,6 +105,21 @@ def test_a_callback_that_fails_ends_its_own_request(loop: EngineLoop) -> None:
     assert loop.failed is None
 
 
+def test_a_callback_that_failed_is_not_called_again(loop: EngineLoop) -> None:
+    calls: list[Event] = []
+
+    def fail(event: Event) -> None:
+        calls.append(event)
+        if len(calls) == 4:
+            raise RuntimeError("gone")
+
+    # Every guess is right, so the fourth token comes in one step with others.
+    ticket = loop.submit([5, 6], on_event=fail, **LONG, logit_bias={7: 1e3}, speculate=8)
+    assert ticket.done.wait(WAIT_S)
+    assert loop.drain(WAIT_S)
+    assert (len(calls), loop.failed) == (4, None)
+
+
 def test_bad_requests_are_refused_on_the_callers_thread(loop: EngineLoop) -> None:
     with pytest.raises(UsageError, match="empty"):
         loop.submit([], on_event=lambda _: None)
@@ -127,8 +143,28 @@ def test_closing_cancels_what_is_open(engine: Engine) -> None:
     assert all(ticket.is_done for ticket in tickets)
     assert sum(event.finish_reason is not None for event in events) == 5
     assert engine.stats().kv_blocks_used == 0
+    assert (loop.stats().running, loop.stats().waiting, loop.stats().kv_blocks_used) == (0, 0, 0)
     with pytest.raises(ResourceError):
         loop.submit([5], on_event=events.append)
+
+
+def test_a_callback_may_submit_and_close(engine: Engine) -> None:
+    loop = EngineLoop(engine)
+    waiting: list[int] = []
+    later: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        if event.finish_reason is None:
+            loop.submit([7, 8], on_event=later.append, **LONG)
+            waiting.append(loop.stats().waiting)
+            loop.close()
+            waiting.append(-1)
+
+    ticket = loop.submit([5, 6], on_event=on_event, **LONG)
+    assert ticket.done.wait(WAIT_S)
+    loop.close()
+    assert waiting == [1, -1]
+    assert [event.finish_reason for event in later] == ["cancelled"]
 
 
 def test_an_idle_loop_sleeps_and_wakes_at_once(loop: EngineLoop) -> None:
@@ -139,7 +175,12 @@ def test_an_idle_loop_sleeps_and_wakes_at_once(loop: EngineLoop) -> None:
     assert loop.submit([5], on_event=lambda _: None, **SHORT).done.wait(WAIT_S)
 
 
-def test_when_the_engine_fails_every_open_request_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "failure", [PeerError("rank 1 has ended"), InternalError("a step failed"), ValueError("a bug")]
+)
+def test_when_the_engine_fails_every_open_request_is_told(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
     failures: list[BaseException] = []
     with EngineLoop(engine, on_failed=failures.append) as loop:
         events: list[Event] = []
@@ -151,7 +192,8 @@ def test_when_the_engine_fails_every_open_request_is_told(engine: Engine, monkey
             started.set()
             go.wait(WAIT_S)
             if engine.core.stats().steps % 1000 > limit:
-                raise PeerError("rank 1 has ended")
+                tickets.append(loop.submit([5, 99], on_event=events.append, **LONG))  # arrives meanwhile
+                raise failure
             return step(plan)
 
         limit = engine.core.stats().steps % 1000 + 3
@@ -162,11 +204,13 @@ def test_when_the_engine_fails_every_open_request_is_told(engine: Engine, monkey
             assert ticket.done.wait(WAIT_S)
         last = [event for event in events if event.finish_reason is not None]
         assert [event.request for event in last] == [ticket.request for ticket in tickets]
-        assert all(isinstance(event.error, PeerError) for event in last)
-        with pytest.raises(PeerError, match="has failed: rank 1 has ended"):
+        if isinstance(failure, LlmpackError):
+            assert all(event.error is event.request.error is failure for event in last)
+        else:
+            assert all(str(event.error) == "the engine failed: a bug" for event in last)
+        with pytest.raises(PeerError, match=f"has failed: {failure}"):
             loop.submit([5], on_event=events.append)
-        assert str(loop.failed) == "rank 1 has ended"
-    assert failures == [loop.failed]
+    assert failures == [loop.failed] == [failure]
     monkeypatch.undo()
     for ticket in tickets:
         engine.cancel(ticket.request)
