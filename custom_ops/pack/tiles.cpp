@@ -51,8 +51,7 @@ template <int kType>
 LLMPACK_INLINE Int gather(const LlmpackRows& a, int64_t first_row, int64_t first, int64_t count,
                           float* values) {
     Int largest = all(0);
-    int64_t present = a.num_rows - first_row;
-    if (present < 0) present = 0;
+    int64_t present = a.num_rows - first_row;  // below 0 in tiles behind the last row
     if (present < kRows) std::memset(values, 0, sizeof(float) * kRows * count);
     if (present > kRows) present = kRows;
     int64_t whole = count / kRows * kRows;

@@ -11,7 +11,6 @@ import numpy as np
 from llmrun.artifact import ROW_TILE
 
 _NIBBLE_CELL = 8  # input features of one row in one cell of four bytes
-_SIX_BIT_CELL = 16  # input features of one row in three cells of four bytes
 
 
 def tile_rows(matrix: np.ndarray, cell: int = 1, fill: int = 0) -> np.ndarray:
@@ -29,11 +28,9 @@ def tile_rows(matrix: np.ndarray, cell: int = 1, fill: int = 0) -> np.ndarray:
     [[1, 3, 0], [2, 4, 0]]
     """
     num_rows, num_columns = matrix.shape
-    if num_columns % cell:
-        raise ValueError(f"{num_columns} columns are not a multiple of cell {cell}")
     if missing := -num_rows % ROW_TILE:
         matrix = np.concatenate([matrix, np.full((missing, num_columns), fill, matrix.dtype)])
-    tiles = matrix.reshape(-1, ROW_TILE, num_columns // cell, cell).transpose(0, 2, 1, 3)
+    tiles = matrix.reshape(len(matrix) // ROW_TILE, ROW_TILE, num_columns // cell, cell).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(tiles[..., 0] if cell == 1 else tiles)
 
 
@@ -84,9 +81,6 @@ def tile_six_bits(quantized: np.ndarray) -> np.ndarray:
     >>> [hex(b) for b in tile_six_bits(row)[0, 0, :, 0].ravel()]
     ['0x0', '0x1', '0x2', '0xc3', '0x4', '0x85', '0x46', '0xc7', '0x48', '0x9', '0xa', '0xcb']
     """
-    in_features = quantized.shape[1]
-    if in_features % _SIX_BIT_CELL:
-        raise ValueError(f"{in_features} columns are not a multiple of {_SIX_BIT_CELL}")
     rows = tile_rows(quantized, 1, fill=32).transpose(0, 2, 1)  # [tiles, ROW_TILE, in_features]
     quarters = rows.reshape(*rows.shape[:2], -1, 4, 4)
     split = [quarters[..., p, :] | (quarters[..., 3, :] >> 2 * p & 3) << 6 for p in range(3)]

@@ -27,6 +27,12 @@ def test_the_artifact_ends_answers_at_the_tokenizer_s_eos_where_no_config_names_
     assert ends() == [7, 9, theirs.eos_token_id]
 
 
+def test_the_settings_of_a_model_without_a_tokenizer_are_a_source(tiny_checkpoint, tmp_path):
+    pack(tiny_checkpoint, tmp_path / "artifact", Options())
+    source = json.loads((tmp_path / "artifact/manifest.json").read_text("utf-8"))["source"]
+    assert [entry["path"] for entry in source] == ["config.json", "generation_config.json", "model.safetensors"]
+
+
 def test_what_was_left_out_is_told(tiny_text_checkpoint, tmp_path):
     folder = Path(shutil.copytree(tiny_text_checkpoint, tmp_path / "model"))
     size = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]

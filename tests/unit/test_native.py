@@ -1,6 +1,8 @@
 """The library packs the very bits of the numpy version, on every instruction set, and multiplies what it packed."""
 
+import _ctypes
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from llmpack import layout, native
 from llmpack.quantize import quantize_q4, quantize_q6, quantize_q8
 from llmpack_ops import reference
+from llmrun.errors import IncompatibleError
 from llmrun.job_options import ISAS
 
 
@@ -123,7 +126,7 @@ def assert_same_bits(a, b):
 
 
 def hard_values(seed, num_rows, num_columns, kind):
-    """Random, large, small (float32 and float16 subnormals), mixed, halves of steps, and signed zeros."""
+    """Random, large, small (float32 and float16 subnormals), mixed, halves of steps, signed zeros, and single powers of two."""
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal((num_rows, num_columns))
     exponent = rng.integers(-24, 4, (num_rows, num_columns))
@@ -136,11 +139,13 @@ def hard_values(seed, num_rows, num_columns, kind):
         "ties": rng.integers(-16, 17, (num_rows, num_columns)) / 2,
         "zeros": np.where(rng.random((num_rows, num_columns)) < 0.5, 0.0, -0.0),
         "rows": normal * 2.0 ** rng.integers(-26, 10, (num_rows, 1)),
+        # Every step that is tried is exact, and some groups are just as large as those that are not searched.
+        "single": np.where(np.arange(num_columns) % 32 == seed % 32, 2.0 ** rng.integers(-24, -16, normal.shape), 0.0),
     }[kind]
     return values.astype(np.float32)
 
 
-KINDS = ("random", "large", "tiny", "subnormal", "mixed", "ties", "zeros", "rows")
+KINDS = ("random", "large", "tiny", "subnormal", "mixed", "ties", "zeros", "rows", "single")
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -181,10 +186,11 @@ def test_every_float16_is_read_and_written_as_numpy_does(isa):
     assert_same_bits(weight, layout.tile_rows(floats.astype(np.float16)))
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 20])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_columns_of_wider_rows(isa, storage):
-    wide = hard_values(3, 20, 256, "random").astype(np.float16)
-    weight, scales = empty_tiles(20, 96, storage, 32)
+def test_columns_of_wider_rows(isa, storage, num_rows):
+    wide = hard_values(3, num_rows, 256, "random").astype(np.float16)
+    weight, scales = empty_tiles(num_rows, 96, storage, 32)
     native.pack_rows(wide[:, 64:160], storage, 32, weight, scales)
     expected, expected_scales = pack_with_numpy(wide[:, 64:160].astype(np.float32), storage, 32)
     assert_same_bits(weight, expected)
@@ -220,7 +226,7 @@ def test_what_float16_cannot_hold_is_refused(isa, storage, value):
     values = np.zeros((17, 64), np.float32)
     values[16, 63] = value
     weight, scales = empty_tiles(17, 64, storage, 32)
-    with pytest.raises(OverflowError, match="float16"):
+    with pytest.raises(OverflowError, match=f"a {'value' if storage == 'f16' else 'scale'} is beyond float16's range"):
         native.pack_rows(values, storage, 32, weight, scales)
 
 
@@ -263,12 +269,55 @@ def test_arguments_that_do_not_fit_are_refused():
     for bad in (
         lambda: native.pack_rows(values[:, :32], "q4", 32, weight, scales),
         lambda: native.pack_rows(values.T, "q4", 32, weight, scales),
+        lambda: native.pack_rows(np.zeros((64, 64), np.float32)[:16].T.copy().T, "q4", 32, weight, scales),
         lambda: native.pack_rows(values, "q8", 32, weight, scales),
+        lambda: native.pack_rows(values.astype(np.uint16), "q4", 32, weight, scales),
+        lambda: native.pack_rows(values, "q4", 32, weight, scales, is_bfloat16=True),
+        lambda: native.pack_rows(values, "q4", 32, weight, np.zeros((1, 16, 2), np.float16).transpose(0, 2, 1)),
         lambda: native.packed_product(weight, scales, "q4", 32, np.zeros((32, native.VECTORS))),
         lambda: native.packed_product(weight, scales, "q4", 32, np.zeros((64, 3))),
     ):
         with pytest.raises(TypeError):
             bad()
-    arguments = native._Rows(ctypes.sizeof(native._Rows) - 8)
-    assert native.library().llmpack_ops_pack_rows(ctypes.byref(arguments)) == -1
-    assert native.library().llmpack_ops_packed_product(None) == -1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"struct_size": ctypes.sizeof(native._Rows) - 8}, {"source_type": 3}, {"source_type": 9}, {"storage": 2},
+        {"storage": 9}, {"group_size": 0}, {"group_size": 8}, {"group_size": 48},
+        {"group_size": 24, "num_columns": 48}, {"group_size": 256, "num_columns": 256},
+        {"num_rows": -1}, {"num_rows": 17}, {"num_columns": 0}, {"num_columns": 1 << 60}, {"row_stride": 63},
+        {"num_tiles": -1, "num_rows": 0}, {"num_tiles": 1 << 60}, {"rows": None}, {"candidates": None},
+        {"num_candidates": 0}, {"weight": None}, {"scales": None},
+    ],
+)  # fmt: skip
+def test_what_the_header_does_not_allow_is_refused(change):
+    values, candidates = np.zeros((17, 256), np.float32), np.full(1, -64, np.float32)
+    weight, scales = empty_tiles(16, 256, "q4", 32)
+    pointers = {"rows": values, "candidates": candidates, "weight": weight, "scales": scales}
+    sound = {
+        "struct_size": ctypes.sizeof(native._Rows), "source_type": 0, "storage": 4, "group_size": 32, "num_rows": 16,
+        "num_columns": 64, "row_stride": 256, "num_tiles": 1, "num_candidates": 1,
+        **{name: array.ctypes.data for name, array in pointers.items()},
+    }  # fmt: skip
+    library = native.library()
+    assert library.llmpack_ops_pack_rows(ctypes.byref(native._Rows(**sound))) == 0
+    assert library.llmpack_ops_pack_rows(ctypes.byref(native._Rows(**{**sound, **change}))) == -1
+    x = np.zeros((256, native.VECTORS))
+    y = np.zeros((16, native.VECTORS))
+    product = {name: sound[name] for name in ("storage", "group_size", "num_tiles", "num_columns", "weight", "scales")}
+    product |= {"struct_size": ctypes.sizeof(native._Product), "x": x.ctypes.data, "y": y.ctypes.data}
+    assert library.llmpack_ops_packed_product(ctypes.byref(native._Product(**product))) == 0
+    changes = {name: value for name, value in change.items() if name in product}
+    for changed in ({"x": None}, {"y": None}, *([changes] if changes else ())):
+        assert library.llmpack_ops_packed_product(ctypes.byref(native._Product(**{**product, **changed}))) == -1
+    assert library.llmpack_ops_pack_rows(None) == library.llmpack_ops_packed_product(None) == -1
+
+
+def test_a_library_that_is_none_or_lacks_these_functions_is_named(monkeypatch, tmp_path):
+    (tmp_path / "empty.so").write_bytes(b"")
+    for path in (tmp_path / "empty.so", Path(_ctypes.__file__)):
+        monkeypatch.setattr(native, "find_library", lambda path=path: path)
+        with pytest.raises(IncompatibleError, match=rf"{path}: .* Install llmpack again\."):
+            native.library.__wrapped__()

@@ -13,12 +13,12 @@ import time
 import numpy as np
 import pytest
 
-from llmpack import cli, write
+from llmpack import cli, kernels, write
 from llmpack.checkpoint import Checkpoint
 from llmpack.pack import Options, pack
 from llmpack.weights import source_shape, weight_rows
 from llmrun import Engine
-from llmrun.artifact import IntegrityError, open_artifact
+from llmrun.artifact import IncompatibleError, IntegrityError, open_artifact
 from models import DEMO
 
 PACK = [sys.executable, "-m", "llmpack.cli"]
@@ -45,6 +45,8 @@ def test_dry_run_reads_no_weights_and_tells_the_truth(tmp_path, monkeypatch):
         assert rank["weight_bytes_per_token"] == entry.weight_bytes_per_token
         assert rank["weight_bytes_by_role"] == entry.weight_bytes_by_role
         assert rank["kv_cache_bytes"] == manifest.kv_cache.bytes_per_token * manifest.max_seq_len
+        parts = ("weight_bytes", "kv_cache_bytes", "activation_bytes")
+        assert rank["total_bytes"] == sum(rank[part] for part in parts)
     assert summary["bits_per_weight"] == 8.25
 
 
@@ -57,6 +59,7 @@ def test_group_size_falls_back_where_64_does_not_divide_and_an_explicit_one_is_r
     result = run(folder, "--dry-run")
     assert "group_size 64 does not divide every in_features per rank" in result.stdout
     assert "projections" in result.stdout
+    assert "biases" not in result.stdout  # there are none
     refused = run(folder, "--dry-run", "--group-size", "64")
     assert refused.returncode == 2
     assert "--group-size 32 works" in refused.stderr
@@ -76,6 +79,10 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
         embedding // 2,
     )
     assert one["weight_bytes_per_token"] == one["weight_bytes"]
+    read = sum(
+        one["weight_bytes_by_role"][role] for role in ("linear", "embedding")
+    )  # each token reads the embedding as head
+    assert summary["bits_per_weight"] == pytest.approx(8 * read / (summary["parameters"] - 5 * 256), abs=1e-4)
     bits = 8 * sum(one["weight_bytes_by_role"].values())
     assert summary["bits_per_weight_of_file"] == pytest.approx(bits / summary["parameters"], abs=1e-4)
 
@@ -149,6 +156,7 @@ def test_on_a_terminal_progress_is_a_bar_that_is_cleared(tmp_path):
         (["--quant", "q3"], "--quant q3"),
         (["--group-size", "48"], "--group-size 48"),
         (["--max-seq-len", "100000"], "--max-seq-len 100000"),
+        (["--kv-dtype", "f64"], "--kv-dtype f64"),
         (["--max-seq-len", "0"], "--max-seq-len 0"),
         (["--shards", "3"], "--shards 3"),
     ],
@@ -265,6 +273,31 @@ def test_what_gpus_cannot_run_is_refused_before_anything_is_compiled(tmp_path, a
     assert result.returncode == 4
     assert words in result.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_a_dry_run_says_that_gpu_code_cannot_be_compiled_here(monkeypatch):
+    monkeypatch.setattr(kernels, "triton_version", lambda: None)
+    with pytest.raises(IncompatibleError, match="compiled by Triton, which is not installed here"):
+        pack(DEMO, None, Options(targets=("sm_89",)))
+
+
+def test_an_error_does_not_wait_for_the_hashing_of_the_checkpoint(tmp_path, monkeypatch):
+    ended_early = []
+
+    def hash_for_long(_checkpoint, _names, is_over):
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not is_over():
+            time.sleep(0.01)
+        ended_early.append(is_over())
+
+    def fail(*_):
+        raise IncompatibleError("a weight that does not fit")
+
+    monkeypatch.setattr(Checkpoint, "hash_sources", hash_for_long)
+    monkeypatch.setattr("llmpack.pack.write_weights", fail)
+    with pytest.raises(IncompatibleError, match="does not fit"):
+        pack(DEMO, tmp_path / "a", Options())
+    assert ended_early == [True]
 
 
 def test_help_needs_neither_numpy_nor_onnx():
