@@ -52,7 +52,7 @@ def allowed_tokens(mask: NDArray[Any], vocab_size: int) -> NDArray[np.bool_]:
         raise InternalError(f"a constraint's mask has type {mask.dtype} and shape {mask.shape}: expected bool or bits.")
     if mask.dtype.kind != "b":
         little = np.ascontiguousarray(mask).astype(mask.dtype.newbyteorder("<"), copy=False)
-        mask = np.unpackbits(little.view(np.uint8), count=min(vocab_size, 8 * mask.nbytes), bitorder="little")
+        mask = np.unpackbits(little.view(np.uint8), count=vocab_size, bitorder="little")
         mask = mask.view(np.bool_)
     if mask.shape[0] >= vocab_size:
         return mask[:vocab_size]

@@ -113,6 +113,39 @@ def test_wrong_guesses_beside_a_constraint_change_nothing(engine: Engine) -> Non
     assert after.draft_tokens - before.draft_tokens > after.accepted_tokens - before.accepted_tokens
 
 
+def test_nothing_is_asked_of_a_constraint_after_the_end_token(engine: Engine) -> None:
+    (end,) = engine.manifest.eos_token_ids
+    answer = [3, 4, end]
+
+    class Ends:
+        is_done = False
+
+        def mask(self, tokens: Sequence[int]) -> np.ndarray:
+            return np.arange(engine.manifest.model.vocab_size) == answer[len(tokens)]
+
+        def accept(self, token_id: int) -> None:
+            assert token_id != end
+
+    for speculate in (0, 8):  # with guesses, the end is guessed and right, and so is what followed it
+        done = engine.complete(answer * 3, constraint=Ends(), speculate=speculate, max_tokens=60)
+        assert (done.ids, done.finish_reason) == ([3, 4], "stop")
+
+
+@pytest.mark.parametrize("speculate", [0, 8])
+def test_penalties_count_what_has_been_generated(engine: Engine, speculate: int) -> None:
+    bias = {7: 20.0, 8: 19.5, 9: 19.0}  # of tokens that come again and again
+    options: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "logit_bias": bias, "speculate": speculate}
+    expected: list[int] = []
+    while len(expected) < 24:
+        logits = engine.logits([3, 4, 5, *expected])[-1].astype(np.float64)
+        logits[[*bias]] += [*bias.values()]
+        counts = np.bincount(expected, minlength=len(logits))
+        expected.append(int((logits - 0.75 * counts - 0.5 * (counts > 0)).argmax()))
+    penalties = {"frequency_penalty": 0.75, "presence_penalty": 0.5}
+    assert engine.complete([3, 4, 5], **options, **penalties).ids == expected
+    assert engine.complete([3, 4, 5], **options).ids != expected
+
+
 @pytest.mark.parametrize("kind", [bool, np.uint8, np.int32, np.uint32])
 @pytest.mark.parametrize("speculate", [0, 4])
 def test_a_constraint_decides_what_may_come(engine: Engine, kind: type, speculate: int) -> None:

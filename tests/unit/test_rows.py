@@ -31,7 +31,9 @@ def record(logits: np.ndarray, first_id: int = 0) -> np.ndarray:
             order = bits if bits < 1 << 31 else order  # sorts like the number
             keys.append((order << 32) | (0x7FFFFFFF - first_id - column))
         keys = [*sorted(keys, reverse=True), *[-(2**63) + 1] * K][:K]
-        total = np.float32(np.exp(row.astype(np.float64) - row.max()).sum() if np.isfinite(row).all() else np.nan)
+        total = np.float32(
+            np.exp(row.astype(np.float64) - row.max(initial=-np.inf)).sum() if np.isfinite(row).all() else np.nan
+        )
         rows.append([*keys, int(total.view(np.int32))])
     return np.array(rows, np.int64)
 
@@ -43,7 +45,7 @@ def likeliest(logits: np.ndarray, ranks: int = 1) -> Likeliest:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("size", [5, 40, 41], ids=["fewer_than_candidates", "even", "odd"])
+@pytest.mark.parametrize("size", [4, 5, 40, 41], ids=["fewer_than_ranks_share", "fewer_than_candidates", "even", "odd"])
 def test_ranks_merge_to_the_order_of_the_whole_row(ranks: int, size: int) -> None:
     logits = np.round(np.random.default_rng([ranks, size]).standard_normal((4, size)) * 3).astype(np.float32)
     logits[0, :2] = 0.0, -0.0
