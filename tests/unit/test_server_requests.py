@@ -126,6 +126,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("n", 0),
     ("n", 9),
     ("seed", 2**64),
+    ("seed", 2.0**60),  # a float may have been another number in the request
     ("stop", ["a"] * 17),
     ("stop", "a" * 257),
     ("stop", [""]),
@@ -133,6 +134,9 @@ REFUSED: list[tuple[str, Any]] = [
     ("logit_bias", {"a": 1}),
     ("logit_bias", {"-1": 1}),
     ("logit_bias", {"1": 101}),
+    ("logit_bias", {"\u00b2": 1}),
+    ("logit_bias", {"\u0661": 1}),
+    ("logit_bias", {"9" * 5000: 1}),
     ("logit_bias", {str(i): 1 for i in range(1025)}),
     ("stream", 1),
     ("stream_options", {"include_usage": True}),
@@ -144,7 +148,10 @@ REFUSED: list[tuple[str, Any]] = [
     ("structured_outputs", {"choice": []}),
     ("structured_outputs", {"regex": "a" * (65 << 10)}),
     ("min_tokens", 1),
+    ("min_tokens", False),
     ("use_beam_search", True),
+    ("use_beam_search", 0),
+    ("temperature", "1" * 10_000),
     ("stop_token_ids", [1]),
 ]
 REFUSED_CHAT = [
@@ -187,6 +194,7 @@ def test_a_chat_out_of_bounds_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ApiError) as caught:
         SCHEMAS.chat_call({"messages": MESSAGES, name: value})
     assert caught.value.status == 400
+    assert len(caught.value.message) < 1000
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED + REFUSED_COMPLETION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 from collections.abc import MutableMapping
@@ -12,7 +13,7 @@ import pytest
 from llmrun.errors import UsageError
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError
-from llmrun.server.limits import Limits
+from llmrun.server.limits import Limits, add_options, from_arguments
 from llmrun.server.metrics import Metrics
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
@@ -53,6 +54,15 @@ def test_limits_bound_something() -> None:
     ):
         with pytest.raises(UsageError):
             Limits(**{name: value})
+
+
+def test_seconds_of_a_limit_may_be_fractions_and_counts_may_not() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser)
+    limits = from_arguments(parser.parse_args(["--header-timeout", "0.5", "--max-queue", "7"]))
+    assert limits == Limits(header_timeout=0.5, max_queue=7)
+    with pytest.raises(argparse.ArgumentError):
+        parser.parse_args(["--max-queue", "0.5"])
 
 
 class FakeLoop:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,8 +45,7 @@ class Number:
 
     def schema(self) -> dict[str, Any]:
         """See `Kind`."""
-        bounds = {"minimum": self.low, "maximum": self.high}
-        return {"type": "integer" if self.whole else "number", **{k: v for k, v in bounds.items() if math.isfinite(v)}}
+        return {"type": "integer" if self.whole else "number", "minimum": self.low, "maximum": self.high}
 
 
 @dataclass(frozen=True)
@@ -150,14 +148,14 @@ class AnyObject:
 
 @dataclass(frozen=True)
 class Either:
-    """One of several kinds, told apart by the JSON type of the value (`is_mine` of the kind before the last)."""
+    """One of several kinds, told apart by the JSON type of the value; what is of no one's type is for the last to refuse."""
 
-    kinds: Sequence[tuple[type | tuple[type, ...], Kind]]
+    kinds: Sequence[tuple[type, Kind]]
 
     def check(self, value: Any, where: str) -> Any:
         """See `Kind`."""
-        for types, kind in self.kinds:
-            if isinstance(value, types) and not (isinstance(value, bool) and types is not bool):
+        for type_, kind in self.kinds:
+            if isinstance(value, type_):
                 return kind.check(value, where)
         return self.kinds[-1][1].check(value, where)
 
@@ -242,8 +240,8 @@ def unknown_fields(kind: Kind, value: Any) -> Iterator[str]:
         for item in value:
             yield from unknown_fields(kind.item, item)
     elif isinstance(kind, Either):
-        for types, inner in kind.kinds:
-            if isinstance(value, types):
+        for type_, inner in kind.kinds:
+            if isinstance(value, type_):
                 yield from unknown_fields(inner, value)
 
 
