@@ -317,6 +317,14 @@ def test_a_tools_schema_has_the_bounds_of_others(form: ToolForm, parameters: dic
     assert caught.value.param == "tools"
 
 
+def test_schemas_that_are_too_large_are_refused_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[Any] = []  # 2 MB of them took 1.5 s, in which no client got a token
+    monkeypatch.setattr("llmrun.server.tools.closed_schema", looked_at.append)
+    with pytest.raises(ApiError, match="bytes: at most"):
+        call_grammar(HERMES, [tool(f"f{i}", {"description": "x" * (33 << 10)}) for i in range(2)], "required", Limits())
+    assert looked_at == []
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_white_space_in_a_call_is_bounded(form: ToolForm, grammars: Grammars, tokenizer: Tokenizer) -> None:
     constraint = grammars.constraint(*call_grammar(form, TOOLS, "required", Limits()))

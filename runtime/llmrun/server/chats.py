@@ -38,11 +38,7 @@ class Chats:
         call = service.schemas.chat_call(body)
         service.check_model(call.model)
         form = self._tool_form(call)
-        grammar = call.sampled.grammar
-        if form is not None and call.tool_choice != "auto":
-            grammar = toolbox.call_grammar(form, call.tools, call.tool_choice, service.limits)
-        elif form is not None and grammar is not None and grammar[0] == "json":
-            grammar = toolbox.call_grammar(form, call.tools, call.tool_choice, service.limits, answer=grammar[1])
+        grammar = await service.in_thread(lambda: self._grammar(call, form))
         await service.compile(grammar)
         async with Answer(service, receive, call.sampled.n) as answer:
             prompt = await service.in_thread(lambda: self._prompt(call, form))
@@ -61,6 +57,14 @@ class Chats:
         if form is None:
             raise bad("this model's chat template does not know tools.", "tools", "unsupported_value")
         return form
+
+    def _grammar(self, call: ChatCall, form: toolbox.ToolForm | None) -> tuple[str, Any] | None:
+        grammar, limits = call.sampled.grammar, self._service.limits
+        if form is not None and call.tool_choice != "auto":
+            return toolbox.call_grammar(form, call.tools, call.tool_choice, limits)
+        if form is not None and grammar is not None and grammar[0] == "json":
+            return toolbox.call_grammar(form, call.tools, call.tool_choice, limits, answer=grammar[1])
+        return grammar
 
     def _prompt(self, call: ChatCall, form: toolbox.ToolForm | None) -> list[int]:
         service = self._service

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError, bad
 from llmrun.server.json_body import json_at, parse_json
-from llmrun.server.json_schema import checked_schema, without_odd_patterns
+from llmrun.server.json_schema import checked_schema
 from llmrun.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _Result = TypeVar("_Result")
 
 def lenient(schema: dict[str, Any]) -> dict[str, Any]:
     """Return a schema of which a grammar leaves out what it cannot express."""
-    return {**without_odd_patterns(schema), "x-guidance": JSON_OPTIONS | {"lenient": True}}
+    return {**schema, "x-guidance": JSON_OPTIONS | {"lenient": True}}
 
 
 def is_available() -> bool:

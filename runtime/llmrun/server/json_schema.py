@@ -60,9 +60,7 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
         ApiError: 400: it is too large or too deep, has too many enum values, points outside of itself, or holds a number
             that the library does not keep, or not at a bearable price.
     """
-    size = len(json.dumps(schema, ensure_ascii=False).encode())
-    if size > limits.max_schema_bytes:
-        raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", param)
+    check_size(schema, limits, param)
     factors: set[Decimal] = set()
     level, depth = [schema], 0
     while level:
@@ -86,7 +84,21 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
         level = deeper
     _check_factors(factors, param)
     kept = _kept(schema, param)
+    options = kept.get("x-guidance") if isinstance(kept, dict) else None
+    if isinstance(options, dict) and options.get("lenient"):
+        kept = _changed(kept, _leave_out_odd_pattern)
     return closed_schema(_changed(kept, lambda inner: _name_properties(inner, kept)))
+
+
+def check_size(schema: Any, limits: Limits, param: str) -> None:
+    """Refuse what is too large to be looked at.
+
+    Raises:
+        ApiError: 400.
+    """
+    size = len(json.dumps(schema, ensure_ascii=False).encode())
+    if size > limits.max_schema_bytes:
+        raise bad(f"the schema has {size} bytes: at most {limits.max_schema_bytes} are allowed.", param)
 
 
 def closed_schema(schema: Any) -> Any:
@@ -96,17 +108,6 @@ def closed_schema(schema: Any) -> Any:
     tokens. A schema of which two parts may describe the same object stays as it is: closed, they would exclude each other.
     """
     return schema if _has_joined_parts(schema) else _changed(schema, _close)
-
-
-def without_odd_patterns(schema: Any) -> Any:
-    """Return a schema without the patterns that look around or back, which no automaton can follow."""
-
-    def leave_out(inner: dict[str, Any]) -> None:
-        pattern = inner.get("pattern")
-        if isinstance(pattern, str) and _LOOKS_AROUND.search(pattern):
-            del inner["pattern"]
-
-    return _changed(schema, leave_out)
 
 
 def _has_joined_parts(schema: Any) -> bool:
@@ -152,6 +153,13 @@ def _close(schema: dict[str, Any]) -> None:
         and all(isinstance(name, str) and name in listed for name in required)
     ):
         schema["additionalProperties"] = False
+
+
+def _leave_out_odd_pattern(schema: dict[str, Any]) -> None:
+    """Leave out a pattern that looks around or back, which no automaton can follow."""
+    pattern = schema.get("pattern")
+    if isinstance(pattern, str) and _LOOKS_AROUND.search(pattern):
+        del schema["pattern"]
 
 
 def _name_properties(schema: dict[str, Any], root: Any) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from llmrun.server.errors import bad
 from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
-from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, checked_schema, closed_schema, without_odd_patterns
+from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, check_size, checked_schema, closed_schema
 from llmrun.server.limits import Limits
 from llmrun.tokenizer_backends import alternation
 
@@ -143,10 +143,11 @@ def call_grammar(
     """
     names, definitions = [], {}
     is_strict = True
-    for i, tool in enumerate(tools):
-        function = tool["function"]
-        if choice.startswith("=") and function["name"] != choice[1:]:
-            continue
+    functions = [tool["function"] for tool in tools]
+    if choice.startswith("="):
+        functions = [function for function in functions if function["name"] == choice[1:]]
+    check_size([function.get("parameters") for function in functions], limits, "tools")
+    for i, function in enumerate(functions):
         is_strict &= function.get("strict", False)
         parameters = function.get("parameters") or {"properties": {}}  # OpenAI: none are none at all
         if parameters.get("type", "object") != "object":
@@ -154,28 +155,26 @@ def call_grammar(
                 f"the parameters of {function['name']!r} are of type {str(parameters['type'])[:60]}: expected object.",
                 "tools",
             )
-        if not function.get("strict", False):
-            parameters = without_odd_patterns(parameters)
         names.append((function["name"], f"#/$defs/{i}"))
         definitions[str(i)] = {**_moved(closed_schema(parameters), f"#/$defs/{i}"), "type": "object"}
     calls = [_call_schema(form, name, root) for name, root in names]
     schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
+    schema["x-guidance"] = JSON_OPTIONS | ({} if is_strict else {"lenient": True})
     schema = checked_schema(schema, limits, "tools")
-    options = {"x-guidance": JSON_OPTIONS | ({} if is_strict else {"lenient": True})}
     if not form.opening and answer is None:
-        return "json", {**schema, **options}
+        return "json", schema
     opening, closing = _in_grammar(form, form.opening), _in_grammar(form, form.closing)
     if form.key:
         starts = [f"{opening} call {closing}"]
-        rules = [f"call: %json {json.dumps({**schema, **options})}"]
+        rules = [f"call: %json {json.dumps(schema)}"]
     else:
         starts = [f"{opening} ({' | '.join(f'call_{i}' for i in range(len(names)))}) {closing}"]
         rules = []
         for i, (name, root) in enumerate(names):
             number = root.removeprefix("#/$defs/")
-            arguments = json.dumps({"$ref": root, "$defs": {number: schema["$defs"][number]}, **options})
+            own = {"$ref": root, "$defs": {number: schema["$defs"][number]}, "x-guidance": schema["x-guidance"]}
             rules.append(f"call_{i}: {_literal(name)} {_in_grammar(form, form.middle)} arguments_{i}")
-            rules.append(f"arguments_{i}: %json {arguments}")
+            rules.append(f"arguments_{i}: %json {json.dumps(own)}")
     if answer is not None:
         if isinstance(answer, str):
             answer = parse_json(answer.encode(), max_depth=limits.max_schema_depth)
