@@ -100,6 +100,6 @@ def _quota_of(group: Path) -> float | None:
         try:
             quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
             return quota / period if quota >= 0 else None
-        except (OSError, ValueError, ZeroDivisionError):
+        except (OSError, ValueError):
             continue  # "max", or no limit can be set here
     return None

@@ -188,8 +188,8 @@ def _wanted(manifest: Manifest, available: Sequence[str]) -> list[str]:
 
 
 def _holds(manifest: Manifest, provider: str) -> bool:
-    prefixes = ("gfx",) if provider == "rocm" else ("sm_", "ptx_")
-    return any(name.startswith(prefixes) for name in manifest.kernels)
+    prefix = "gfx" if provider == "rocm" else "sm_"
+    return any(name.startswith(prefix) for name in manifest.kernels)
 
 
 def _targets(manifest: Manifest) -> str:

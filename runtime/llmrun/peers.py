@@ -32,7 +32,7 @@ def local_ranks(peers: tuple[Peer, ...], rank: int) -> list[int]:
 
 def local_peers(peers: tuple[Peer, ...], rank: int) -> list[Peer]:
     """Return the other ranks on the host of `rank`, in order; none if nobody is known yet."""
-    return [peers[other] for other in local_ranks(peers, rank) if other != rank] if peers else []
+    return [peers[other] for other in local_ranks(peers, rank) if other != rank]
 
 
 def process_started(pid: int) -> int | None:

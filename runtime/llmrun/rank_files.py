@@ -33,10 +33,10 @@ class RankFiles:
     def must_hash(self) -> bool:
         """Whether digests are to be computed."""
         if self._must_hash is None:
-            is_known = self._mode == "auto" and verified.is_stamped(
-                self._artifact.digest, self._artifact.times_of(self.names)
+            self._must_hash = self._mode == "full" or (
+                self._mode == "auto"
+                and not verified.is_stamped(self._artifact.digest, self._artifact.times_of(self.names))
             )
-            self._must_hash = self._mode == "full" or (self._mode == "auto" and not is_known)
         return self._must_hash
 
     def verify(self, names: Sequence[str], num_threads: int = 1) -> None:

@@ -49,7 +49,7 @@ def stamp(manifest_digest: str, files: FileTimes, root: Path) -> bool:
     """Remember that these files of an artifact in `root` were hashed, and have not changed since; True if it is done."""
     content = _content(manifest_digest, files)
     youngest = max((time_ns for entry in files.values() for time_ns in entry[3:]), default=0)
-    if not content or not 0 <= youngest <= time.time_ns() - SETTLED_NS:
+    if not content or youngest > time.time_ns() - SETTLED_NS:
         return False
     if not all(_file_system(root / name) in _TRUSTED for name in files):  # a rank's folder may be mounted there
         return False

@@ -87,6 +87,11 @@ def test_3_4_metadata_missing_or_wrong(artifact, metadata):
     assert isinstance(graph_refusal(artifact), IncompatibleError)
 
 
+def test_3_4_metadata_twice(artifact):
+    change_graph(artifact, lambda model: model.metadata_props.add(key="rank", value="0"))
+    assert isinstance(graph_refusal(artifact), IncompatibleError)
+
+
 @pytest.mark.mpi
 def test_folder_of_another_model(artifact, smaller):
     take_folder(artifact, smaller, 1, 1)
@@ -136,7 +141,12 @@ def test_3_1_a_graph_cut_or_changed_anywhere_gives_one_of_our_errors(artifact):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\0", b"\x3a", b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"{}", b"x" * 99]
+    "data",
+    [
+        *(b"", b"\0", b"\x3a", b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"{}", b"x" * 99),
+        b"\x3a\x02\x08\x05",  # a graph whose node is a number
+        b"\x3a\x07\x0a\x05\x08\x05\x22\x01A",  # a node whose input is a number
+    ],
 )
 def test_3_1_not_a_graph(artifact, data):
     (artifact / "rank-0/cpu.onnx").write_bytes(data)

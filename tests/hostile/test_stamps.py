@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -63,6 +64,8 @@ def test_what_was_stamped_is_known_and_nothing_else(cache, artifact):
     opened = open_artifact(artifact)
     assert not verified.is_stamped("0" * 64, opened.times_of(opened.files_of_rank(0)))
     assert not verified.is_stamped(opened.digest, opened.times_of(["selfcheck.json"]))
+    for absent in (["absent"], [WEIGHTS, "absent"], []):
+        assert not verified.stamp(opened.digest, opened.times_of(absent), artifact)
 
 
 @pytest.mark.parametrize("field", range(5), ids=["device", "inode", "size", "mtime", "ctime"])
@@ -170,7 +173,12 @@ def test_every_file_lies_on_a_file_system_that_is_trusted(cache, artifact, monke
 def test_the_file_system_is_that_of_the_mount_whatever_its_name(monkeypatch, name):
     point = b"/media/" + os.fsencode(name)
     escaped = point.replace(b"\\", b"\\134").replace(b" ", b"\\040")  # as the kernel writes it
-    lines = [b"27 1 254:0 / / rw - ext4 /dev/vda rw", b"40 27 0:44 / " + escaped + b" rw - nfs4 server:/x rw", b""]
+    lines = [
+        b"27 1 254:0 / / rw - ext4 /dev/vda rw",
+        b"39 27 254:1 / " + escaped + b" rw - ext4 /dev/vdb rw",
+        b"40 27 0:44 / " + escaped + b" rw - nfs4 server:/x rw",  # over it
+        b"",
+    ]
     monkeypatch.setattr(verified.Path, "read_bytes", lambda _: b"\n".join(lines))
     assert verified._file_system(Path(os.fsdecode(point)) / "artifact") == "nfs4"
     assert verified._file_system(Path(os.fsdecode(point) + "x") / "artifact") == "ext4"
@@ -184,11 +192,31 @@ def test_without_a_place_for_stamps_files_are_hashed(artifact, tmp_path):
         assert (outcome.code, outcome.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(("home", "is_kept"), [("home", False), ("{}/home", True)])
+def test_a_cache_folder_is_named_from_the_root_on(cache, artifact, monkeypatch, tmp_path, home, is_kept):
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # its specification says: to be ignored
+    monkeypatch.setenv("HOME", home.format(tmp_path))
+    assert remember(artifact) == is_remembered(artifact) == is_kept
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [".cache"] * is_kept
+    assert not (tmp_path / "relative").exists()
+
+
 def test_stamps_do_not_pile_up(cache, artifact):
     for number in range(verified.MAX_STAMPS + 5):
         assert verified.stamp(f"{number:064}", {"file": (1, 2, 3, 4, 5)}, artifact)
     assert len(list(cache.iterdir())) == verified.MAX_STAMPS
     assert verified.is_stamped(f"{verified.MAX_STAMPS + 4:064}", {"file": (1, 2, 3, 4, 5)})
+
+
+def test_a_stamp_that_cannot_be_finished_leaves_nothing(cache, artifact, monkeypatch):
+    def rename(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(verified.os, "rename", rename)
+    assert not remember(artifact)
+    assert not list(cache.iterdir())
 
 
 def test_a_file_changed_while_it_was_hashed_is_not_stamped(artifact, cache, monkeypatch):
@@ -207,6 +235,19 @@ def test_a_file_changed_while_it_was_hashed_is_not_stamped(artifact, cache, monk
     with pytest.raises(IntegrityError, match="changed while"):
         Engine(artifact)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("mode", ["size", "off"])
+def test_what_is_not_to_be_hashed_is_neither_hashed_nor_stamped(artifact, cache, monkeypatch, mode):
+    from llmrun.engine import Engine
+
+    def hash_chunk(*_):
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr(Artifact, "_verify_chunk", hash_chunk)
+    with Engine(artifact, verify=mode) as engine:
+        assert len(list(engine.generate_ids([1, 2, 3], max_tokens=2, ignore_eos=True))) == 2
+    assert not is_remembered(artifact)
 
 
 def test_the_first_start_stamps_and_the_second_does_not_read_the_weights(artifact, cache, monkeypatch):

@@ -154,8 +154,8 @@ def set_external(model, **entries):
 EXTERNAL = [
     {"location": "../rank-1/weights.bin"}, {"location": "/etc/passwd"}, {"location": "cpu.onnx"}, {"location": ""},
     {"location": "./weights.bin"}, {"location": "*/_ORT_MEM_ADDR_/*"}, {"location": "weights.bin\0"},
-    {"offset": -64}, {"offset": 1 << 62}, {"offset": 1}, {"offset": "x"}, {"offset": ""}, {"offset": "\u0663"},
-    {"length": -1}, {"length": 1 << 62}, {"length": "9" * 5000}, {"checksum": "x"}, {"another": "y"},
+    {"offset": -64}, {"offset": 1 << 62}, {"offset": 1}, {"offset": "x"}, {"offset": ""}, {"offset": "\u0660"},
+    {"offset": "0" * 30}, {"length": -1}, {"length": 1 << 62}, {"length": "9" * 5000}, {"checksum": "x"}, {"another": "y"},
 ]  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from llmrun.cores import CoreShare, Place, cpu_quota, places_of, share_cores
 from llmrun.errors import InternalError, ResourceError
 from llmrun.job import Job
 from llmrun.launcher import launcher_family
-from llmrun.memory import available_bytes
+from llmrun.manifest import KvCacheSpec
+from llmrun.memory import available_bytes, expect_one_sequence, fit_blocks
 from llmrun.watchdog import Watchdog
 
 pytestmark = pytest.mark.skipif(launcher_family() is not None, reason="pytest itself runs under mpirun")
@@ -195,6 +198,10 @@ def test_a_quota_counts_as_cores(
     assert share_cores([range(cores)] * ranks, ranks - 1, threads, quota) == CoreShare(*share)
 
 
+def test_ranks_with_cores_of_their_own_share_a_quota() -> None:
+    assert share_cores([range(4), range(4, 8)], 1, quota=4.0) == CoreShare(2, (4, 5))
+
+
 @pytest.mark.parametrize(
     ("group", "limits", "expected"),
     [
@@ -204,6 +211,7 @@ def test_a_quota_counts_as_cores(
         ("0::/\n", {"": "50000 100000"}, 0.5),  # a container
         ("0::/../../x\n", {"x": "50000 100000", "": "max 100000"}, 0.5),
         ("0::/a\n", {"a": "max 100000"}, None),
+        ("0::/a.slice:cri:0a1b\n", {"a.slice:cri:0a1b": "200000 100000"}, 2.0),  # as containerd names a pod's
         ("0::/a\n", {"a": "nonsense"}, None),
         ("0::/gone\n", {}, None),
     ],
@@ -286,3 +294,35 @@ def test_the_least_memory_that_groups_of_version_1_leave(
     groups = {name: {"memory.limit_in_bytes": limit, **used} for name, limit in limits.items()}
     make_groups(tmp_path, monkeypatch, "9:name=systemd:/a/b\n4:memory:/a/b\n1:cpu:/a/b\n", groups)
     assert available_bytes() == expected
+
+
+def test_a_cache_takes_nine_tenths_of_what_is_free_and_no_more_than_it_wants() -> None:
+    spec = KvCacheSpec("float16", 16, 2, 4, 64)
+    manifest: Any = SimpleNamespace(kv_cache=spec, ranks=[SimpleNamespace(weight_bytes=5 << 20)])
+    block = 16 * spec.bytes_per_token
+
+    def fit(free: int, wanted: int, *, is_exact: bool = False) -> int:
+        return fit_blocks(
+            manifest, 0, free * block // 9 + 2, wanted, 100, is_exact=is_exact
+        )  # a sequence takes 7 blocks
+
+    assert [fit(100, wanted) for wanted in (7, 10, 11)] == [7, 10, 10]
+    assert (fit(70, 10), fit(80, 8, is_exact=True)) == (7, 8)
+    for free, is_exact, words in (
+        (69, False, "the KV cache of 100 positions needs"),
+        (79, True, "--kv-cache-mb asks for"),
+    ):
+        with pytest.raises(ResourceError, match=words):
+            fit(free, 8, is_exact=is_exact)
+
+
+def test_the_smallest_cache_that_is_advised_is_enough() -> None:
+    spec = KvCacheSpec("float16", 16, 2, 4, 64)
+    block = 16 * spec.bytes_per_token
+    for positions in (1, 16, 17, 1000, 4096):
+        least = -(-positions // 16)
+        expect_one_sequence(spec, least, positions)
+        with pytest.raises(ResourceError) as caught:
+            expect_one_sequence(spec, least - 1, positions)
+        advised = int(re.findall(r"Give (\d+) MiB", str(caught.value))[0])
+        assert (advised << 20) // block >= least > ((advised - 1) << 20) // block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 from types import SimpleNamespace
 
@@ -115,6 +116,11 @@ def test_auto_falls_back_to_the_cpu(held, ops, available):
     assert place("auto", held, ops, available) == device.Placement("cpu")
 
 
+def test_an_artifact_without_code_for_the_cpu_says_what_the_gpu_lacks():
+    with pytest.raises(IncompatibleError, match="no code for GPU 0"):
+        place("auto", manifest("sm_89"), FakeOps(["sm_75"]))
+
+
 def test_auto_takes_rocm():
     held = manifest("cpu", "gfx1100")
     assert place("auto", held, FakeOps(["gfx1100"])).provider == "rocm"
@@ -136,6 +142,22 @@ def test_what_cannot_run_is_refused_in_one_sentence(provider, held, ops, availab
     with pytest.raises(kind) as caught:
         place(provider, held, ops, available)
     assert text in str(caught.value)
+
+
+def test_worked_examples_hold():
+    assert doctest.testmod(gpu_choice).failed == 0
+
+
+def test_a_rank_beyond_the_gpus_is_told_what_they_lack():
+    with pytest.raises(IncompatibleError, match=r"no code for GPU 0 \(RTX, sm_75\)"):
+        place("cuda", manifest(), FakeOps(["sm_75"]), rank=1, size=2)
+
+
+def test_a_rank_that_is_shown_no_gpu_takes_none_from_another():
+    placement = gpu_choice.place(
+        "cuda", manifest(), FakeOps(["sm_89"]), ALL, local_rank=0, shown=[{"cuda": ["0"]}, {"cuda": []}]
+    )
+    assert placement.sharers == 1
 
 
 def test_more_ranks_than_gpus():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from llmrun import peers
 from llmrun.errors import UsageError
 from llmrun.launcher import LAUNCH_VARIABLE
-from llmrun.peers import Peer, process_started
+from llmrun.peers import Peer, host_identity, process_started
 from llmrun.watchdog import GONE_S, LOAD_S, Watchdog, deadline_from_environment, process_state
 
 PEERS = (Peer(0, "here", 10, 1), Peer(1, "here", 11, 1), Peer(2, "there", 12, 1))
@@ -166,6 +168,24 @@ def test_a_deadline_that_is_no_number_is_refused(text: str, monkeypatch: pytest.
     monkeypatch.setenv("LLMRUN_WATCHDOG_S", text)
     with pytest.raises(UsageError, match="LLMRUN_WATCHDOG_S"):
         deadline_from_environment()
+
+
+def test_a_host_is_told_by_its_boot_and_its_process_numbers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers may have one name, and hosts may have been cloned."""
+    own = host_identity()
+    assert own == host_identity()
+    for where, name in ((peers.os, "readlink"), (peers.Path, "read_text")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, lambda *_: "another")
+            assert host_identity() != own
+
+
+def test_a_process_may_be_named_like_its_own_state(tmp_path: Path) -> None:
+    program = shutil.copy(shutil.which("sleep") or "", tmp_path / "a) Z 1 (b")
+    process = subprocess.Popen([program, "60"])
+    assert process_state(Peer(1, "here", process.pid, process_started(process.pid) or 0)) == "running"
+    process.kill()
+    process.wait()
 
 
 def test_process_states_are_those_of_the_kernel() -> None:
