@@ -18,6 +18,7 @@ from grammar_walk import walk
 
 from llmrun.server.errors import ApiError
 from llmrun.server.grammar import Grammars
+from llmrun.server.json_schema import checked_schema
 from llmrun.server.limits import Limits
 from llmrun.server.tools import ToolForm, call_grammar
 from llmrun.tokenizer import Tokenizer
@@ -143,6 +144,8 @@ REFUSED = [
     bounds(minimum=9223372036854775808, maximum=18446744073709551615),
     bounds(minimum=9007199254740993),
     bounds(exclusiveMinimum=2**53, exclusiveMaximum=2**53 + 4),
+    bounds(exclusiveMinimum=2**53),
+    bounds(exclusiveMaximum=-(2**53)),
     {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e-7},
     {"type": "number", "exclusiveMinimum": 1, "maximum": 1.5},
     {"type": "number", "minimum": -0.5, "exclusiveMaximum": 0},
@@ -208,3 +211,35 @@ def test_a_property_may_be_named_as_a_keyword(tried: Tried) -> None:
     status, texts = tried("json", schema)
     assert status == 200
     assert all(json.loads(text).keys() == set(names) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fits", "too_much"),
+    [
+        ({"max_schema_bytes": 19}, {"type": "integer"}, {"type": "integer", "a": 1}),
+        ({"max_schema_depth": 3}, {"anyOf": [{}]}, {"anyOf": [{"a": 1}]}),
+        ({"max_enum": 3}, {"anyOf": [{"enum": [1, 2, 3]}]}, {"anyOf": [{"enum": [1, 2, 3, 4]}]}),
+    ],
+)
+def test_a_schema_may_be_as_large_as_the_limits(limit: dict[str, int], fits: Any, too_much: Any) -> None:
+    assert checked_schema(fits, Limits(**limit)) == fits
+    with pytest.raises(ApiError):
+        checked_schema(too_much, Limits(**limit))
+
+
+def test_a_reference_to_elsewhere_is_refused_wherever_it_stands() -> None:
+    with pytest.raises(ApiError, match="only references within the schema"):
+        checked_schema({"anyOf": [{"properties": {"a": {"$ref": "other.json#/a"}}}]}, Limits())
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"multipleOf": True}, {"multipleOf": 0}, {"multipleOf": -3}, {"minimum": True}, {"format": {}}, {"format": 5},
+        {"type": "integer", "default": 2**64 - 1}, {"examples": [-(2**63)]}, {"exclusiveMinimum": 0, "maximum": "5"},
+        {"allOf": [{"multipleOf": 1e22}, {"multipleOf": 7}]}, {"const": 1.2345678901234568e18}, {"minimum": 2**63 - 1024},
+        {"anyOf": [bounds(exclusiveMinimum=3, maximum=3.5), {"type": "string"}]},
+    ],
+)  # fmt: skip
+def test_what_can_be_kept_or_has_no_meaning_is_left_to_the_library(schema: dict[str, Any]) -> None:
+    assert checked_schema(schema, Limits()) == schema

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import re
 from collections.abc import MutableMapping
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from llmrun.errors import UsageError
+from llmrun.logprobs import TokenLogprobs
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError
 from llmrun.server.limits import Limits, add_options, from_arguments
 from llmrun.server.metrics import Metrics
+from llmrun.server.replies import TokenTexts, usage
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
 from llmrun.stats import Stats
 from llmrun.text_stream import MAX_STOPS
+from llmrun.tokenizer import Tokenizer
 
 
 def test_metrics_are_prometheus_text() -> None:
@@ -123,3 +128,34 @@ def test_what_came_before_an_error_is_given_before_it(monkeypatch: pytest.Monkey
             return seen
 
     assert asyncio.run(outcome()) == ["last", "words"]
+
+
+def test_usage_counts_a_prompt_once_and_what_was_cached_before_it() -> None:
+    def choice(prompt: int, num_prompt: int, num_generated: int, cached: int | None) -> Choice:
+        ticket = None if cached is None else SimpleNamespace(request=SimpleNamespace(num_cached_prompt=cached))
+        numbers = {"prompt_index": prompt, "num_prompt": num_prompt, "num_generated": num_generated, "ticket": ticket}
+        return cast(Choice, SimpleNamespace(**numbers))
+
+    # The second answer to a prompt finds what the first has computed; the last choice was never run.
+    assert usage([choice(0, 20, 3, 4), choice(0, 20, 4, 16), choice(1, 5, 0, None)]) == {
+        "prompt_tokens": 25,
+        "completion_tokens": 7,
+        "total_tokens": 32,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+
+
+def test_log_probabilities_name_every_id_and_hold_what_json_can(tokenizer: Tokenizer) -> None:
+    texts, size = TokenTexts(tokenizer), tokenizer.vocab_size
+    assert texts.data(size - 1) == tokenizer.token_bytes(size - 1)
+    assert texts.text(size) == f"token_id:{size}"  # of a padded embedding
+    ids: dict[str, list[int]] = {}
+    for i in range(size):
+        ids.setdefault(texts.text(i), []).append(i)
+    name, (likelier, other, *_) = next((name, found) for name, found in ids.items() if len(found) > 1)
+    entry = TokenLogprobs(size, -math.inf, ((likelier, -1.0), (other, -2.0)))
+    shown = texts.completion([None, entry], [other, size], texts.offsets(is_continuation=True))
+    assert shown["token_logprobs"] == [None, -9999.0]
+    assert shown["top_logprobs"] == [None, {name: -1.0, f"token_id:{size}": -9999.0}]
+    assert shown["text_offset"] == [0, len(name)]
+    assert texts.chat([entry], 1)["content"][0]["logprob"] == -9999.0

@@ -77,7 +77,7 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
                 if isinstance(target, str) and not target.startswith("#"):
                     raise bad(f"$ref {target[:100]!r}: only references within the schema are allowed.", param)
                 if _is_number(factor := item.get("multipleOf")) and factor:
-                    factors.add(abs(Decimal(repr(factor))))
+                    factors.add(Decimal(repr(factor)))
                 deeper += item.values()
             elif isinstance(item, list):
                 deeper += item
@@ -207,7 +207,7 @@ def _check_factors(factors: set[Decimal], param: str) -> None:
     places = max((-int(factor.as_tuple().exponent) for factor in factors), default=0)
     common = 1
     for factor in factors:
-        common = math.lcm(common, int(factor.scaleb(max(places, 0))))
+        common = math.lcm(common, int(factor.scaleb(places)))
         if int(str(common).rstrip("0")) > _MOST_REMAINDERS:
             raise bad(
                 f"multipleOf has too many digits: at most {_MOST_REMAINDERS} as a whole number without zeros at its end,"
