@@ -92,8 +92,14 @@ MATMUL_CASES = {
 }
 
 
-def embedding(op: str, weight: tuple[int, ...], num_embeddings: int) -> Node:
-    inputs = {"ids": ZEROS(1, np.int32), "weight": ZEROS(weight, U8), "scales": ZEROS((1, 1, 16), F16)}
+def embedding(
+    op: str,
+    weight: tuple[int, ...],
+    num_embeddings: int,
+    scales: tuple[int, ...] = (1, 1, 16),
+    ids: tuple[int, ...] = (1,),
+) -> Node:
+    inputs = {"ids": ZEROS(ids, np.int32), "weight": ZEROS(weight, U8), "scales": ZEROS(scales, F16)}
     return Node(op, inputs, attributes={"num_embeddings": num_embeddings, "group_size": 32})
 
 
@@ -104,6 +110,26 @@ MATMUL_CASES |= {
     )
     for op, weight in (("EmbeddingQ8", (1, 8, 16, 4)), ("EmbeddingQ6", (1, 2, 3, 16, 4)))
     for number in (2**31, 2**63 - 16, 2**63 - 1)  # rounded up to whole tiles the last wraps around
+}
+
+
+MATMUL_CASES |= {
+    "a tile too few of an embedding": (
+        embedding("EmbeddingQ8", (1, 8, 16, 4), 17, (2, 1, 16)),
+        "input weight has shape [1, 8, 16, 4], expected [2, 8, 16, 4] = [ceil(out_features / 16), in_features / 4, 16, 4]",
+    ),
+    "too few scales of an embedding": (
+        embedding("EmbeddingQ6", (2, 2, 3, 16, 4), 17),
+        "input scales has shape [1, 1, 16], expected [2, 1, 16] = [ceil(out_features / 16), in_features / group_size, 16]",
+    ),
+    "scales of an embedding have two axes": (
+        embedding("EmbeddingQ8", (1, 8, 16, 4), 16, (1, 16)),
+        "input scales has shape [1, 16], expected [any, any, 16] = [ceil(num_embeddings / 16), groups, 16]",
+    ),
+    "ids have two axes": (
+        embedding("EmbeddingQ6", (1, 2, 3, 16, 4), 16, ids=(1, 1)),
+        "input ids has shape [1, 1], expected [any] = [tokens]",
+    ),
 }
 
 
