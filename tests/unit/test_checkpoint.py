@@ -141,12 +141,26 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(model_dir, 
     assert list(out.parent.iterdir()) == []
 
 
-def test_a_weight_beyond_float16_is_named(model_dir, tmp_path_factory):
+@pytest.mark.parametrize("name", ["layers.0.mlp.up_proj", "embed_tokens"])
+def test_a_weight_beyond_float16_is_named(model_dir, tmp_path_factory, name):
     tensors = load_file(model_dir / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    tensors[f"model.{name}.weight"][0, 0] = 1e6
     save_file(tensors, model_dir / "model.safetensors")
-    with pytest.raises(IncompatibleError, match=r"up_proj.*float16.*--quant f32"):
+    with pytest.raises(IncompatibleError, match=rf"{name}.*float16.*--quant f32"):
         pack(model_dir, tmp_path_factory.mktemp("out") / "a", Options(scheme="f16"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensors_of_two_types_in_one_projection_are_packed_as_their_values(model_dir, tmp_path_factory, dtype):
+    tensors, packed = load_file(model_dir / "model.safetensors"), []
+    name = "model.layers.0.self_attn.k_proj.weight"
+    rounded = tensors[name].to(dtype)
+    for stored in (rounded, rounded.float()):
+        save_file({**tensors, name: stored}, model_dir / "model.safetensors")
+        packed.append(tmp_path_factory.mktemp("out") / "a")
+        pack(model_dir, packed[-1], Options())
+    mixed, plain = ((artifact / "rank-0/weights.bin").read_bytes() for artifact in packed)
+    assert mixed == plain
 
 
 def test_wrong_shape_is_named(model_dir):
