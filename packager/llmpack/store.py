@@ -156,7 +156,7 @@ class _Worker:
 
     def _plain_rows(self, run: _Run) -> np.ndarray:
         rows = np.concatenate([self.checkpoint.read(name, b.rows, b.columns) for name, b in self._pieces(run)])
-        if run.weight.row.role in ("norm", "bias") or run.weight.storage == "f32":
+        if run.weight.storage == "f32":
             return rows.astype(np.float32)
         with np.errstate(over="ignore"):
             rows = rows.astype(np.float16, copy=False)

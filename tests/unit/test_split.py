@@ -12,6 +12,7 @@ from llmpack.checkpoint import open_checkpoint
 from llmpack.export import export
 from llmpack.gpu_graph import gpu_graph
 from llmpack.layout import untile_rows
+from llmpack.pack import Options, pack
 from llmpack.split import split
 from llmpack.weights import Quantization, check_split, plan_rank, weight_rows
 from llmrun.artifact import IntegrityError, KvCacheSpec, ModelConfig, UsageError, open_artifact
@@ -267,3 +268,13 @@ def test_every_gpu_provider_has_the_standard_operators_of_a_gpu_graph(biased_che
     }
     assert used.items() <= ON_GPUS.items()
     assert {"Cast", "Unsqueeze", "Add"} <= used.keys()
+
+
+def test_a_tied_embedding_is_written_and_declared_once(tmp_path):
+    folder, steps = make_checkpoint(tmp_path / "m", tie_word_embeddings=True), []
+    pack(folder, tmp_path / "a", Options(), lambda *step: steps.append(step))
+    done, total = next((done, total) for step, done, total in reversed(steps) if step == "weights")
+    assert done == total
+    graph = onnx.load(tmp_path / "a/rank-0/cpu.onnx", load_external_data=False).graph
+    names = [tensor.name for tensor in graph.initializer]
+    assert len(set(names)) == len(names)
