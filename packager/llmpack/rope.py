@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from llmrun.artifact import ModelConfig
+from llmrun.artifact import IncompatibleError, ModelConfig
 
 _MAX_POSITIONS = (1 << 31) - 1  # int32 in the graph
 
@@ -20,12 +20,24 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
     `linear` divides all frequencies by its factor (position interpolation, arXiv 2306.15595); `llama3` divides the low ones
     and blends in between (Llama 3.1's published code), and so does `yarn`, between two pairs (arXiv 2309.00071).
+
+    Raises:
+        IncompatibleError: one of them is beyond float32.
     """
+    with np.errstate(over="ignore", invalid="ignore"):
+        frequencies = _frequencies(config).astype(np.float32)
+    if not np.isfinite(frequencies).all():
+        numbers = ", ".join(f"{name} {value}" for name, value in config.rope.items())
+        raise IncompatibleError(f"config.json: RoPE's angles are beyond float32: {numbers}.")
+    return frequencies
+
+
+def _frequencies(config: ModelConfig) -> np.ndarray:
     rope = config.rope
     frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     kind, factor = rope["rope_type"], rope.get("factor", 1.0)
     if kind == "default":
-        return frequencies.astype(np.float32)
+        return frequencies
     keep = np.zeros(len(frequencies))  # the share of each frequency as it is; the rest of it is divided
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -38,14 +50,15 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
         first, last = max(first, 0), min(last, config.head_dim - 1)
         last = last + 0.001 if first == last else last
         keep = 1 - np.clip((np.arange(len(frequencies)) - first) / (last - first), 0.0, 1.0)
-    return ((1 - keep) * frequencies / factor + keep * frequencies).astype(np.float32)
+    return (1 - keep) * frequencies / factor + keep * frequencies
 
 
 def _pair_that_turns(config: ModelConfig, times: float) -> float:
     """Return which pair turns so many times within the original positions; a real number."""
     rope = config.rope
-    wavelength = rope["original_max_position_embeddings"] / (times * 2 * math.pi)
-    return config.head_dim * math.log(wavelength) / (2 * math.log(rope["rope_theta"]))
+    # The quotient itself may be beyond a float.
+    log_wavelength = math.log(rope["original_max_position_embeddings"]) - math.log(times) - math.log(2 * math.pi)
+    return config.head_dim * log_wavelength / (2 * math.log(rope["rope_theta"]))
 
 
 def attention_scale(config: ModelConfig) -> float:

@@ -97,6 +97,24 @@ def test_frequencies_and_scale_equal_transformers(tmp_path, changes):
     assert attention_scale(config) == pytest.approx(theirs.attention_scaling**2 / 4)
 
 
+@pytest.mark.parametrize("extreme", [5e-324, 1e308])
+@pytest.mark.parametrize("name", ["beta_fast", "beta_slow", "original_max_position_embeddings"])
+def test_yarns_numbers_may_be_any(tmp_path, name, extreme):
+    plain, ours = (
+        rope_frequencies(read(tmp_path, rope_scaling=scaling)) for scaling in (None, {**YARN, name: extreme})
+    )
+    assert (plain / 4 <= ours * 1.0001).all()
+    assert (ours <= plain).all()
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 1e-320}, {**YARN, "factor": 1e-320}])
+def test_angles_beyond_float32_are_refused_in_one_sentence(tmp_path, scaling):
+    with pytest.raises(
+        IncompatibleError, match=r"^config.json: RoPE's angles are beyond float32: .* factor 1e-320[^.]*"
+    ):
+        rope_frequencies(read(tmp_path, rope_scaling=scaling))
+
+
 def test_sequences_are_as_long_as_yarn_makes_them(tmp_path):
     assert longest_sequence(read(tmp_path, rope_scaling=YARN, max_position_embeddings=64))[0] == 256
     assert longest_sequence(read(tmp_path, rope_scaling=YARN, max_position_embeddings=300))[0] == 300
