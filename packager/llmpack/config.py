@@ -209,13 +209,12 @@ def _read_window(reader: _Reader, family: _Family, num_hidden_layers: int) -> in
     window = raw.get("sliding_window")
     if family.window == "none" and window is not None and raw.get("use_sliding_window") is not False:
         raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
+    has_window = window is not None or "sliding_window" not in raw  # null is none
     first = raw.get("max_window_layers", 28)  # the layer from which on they slide, where layer_types does not say it
-    slides = (
-        "sliding_attention" in layer_types if layer_types else not (type(first) is int and first >= num_hidden_layers)
-    )
-    is_used = by_layer and slides
+    slides = has_window and not (type(first) is int and first >= num_hidden_layers)
+    is_used = by_layer and ("sliding_attention" in layer_types if layer_types else slides)
     if family.window == "all layers":
-        is_used = window is not None or "sliding_window" not in raw
+        is_used = has_window
     return reader.size("sliding_window", _WINDOW) if is_used else None
 
 

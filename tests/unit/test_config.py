@@ -173,6 +173,7 @@ def test_a_window_that_is_not_used_by_its_own_words_is_none(tmp_path):
         {"model_type": "mistral", "sliding_window": 100},
         {"model_type": "qwen2", "sliding_window": 100},
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": 100},
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 100},
         {
