@@ -344,6 +344,7 @@ ANSWERS: list[tuple[str, str | None, int]] = [
     ('{"name": ["weather"]}', '{"name": ["weather"]}', 0),
     ('{"name": "now", "parameters": {"x": NaN}}', '{"name": "now", "parameters": {"x": NaN}}', 0),
     ('{"name": "now", "parameters": {"x": 1e999}}', '{"name": "now", "parameters": {"x": 1e999}}', 0),
+    (r'{"name": "now", "parameters": "{\"x\": NaN}"}', r'{"name": "now", "parameters": "{\"x\": NaN}"}', 0),
     ('{"name": "weather", "parameters": {"city": "Rome"}, "x": "<tool_call>"}', None, 1),
     (f"<tool_call>\n{CALL}\n</tool_call>", None, 1),
     (f"Let me see. <tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", "Let me see. ", 2),
@@ -354,6 +355,12 @@ ANSWERS: list[tuple[str, str | None, int]] = [
     ("a < b <tool", "a < b <tool", 0),
     ("<tool_call>nonsense</tool_call>", "<tool_call>nonsense</tool_call>", 0),
 ]
+
+
+@pytest.mark.parametrize(("text", "expected", "num_calls"), ANSWERS)
+def test_calls_are_found(text: str, expected: str | None, num_calls: int) -> None:
+    """Each, where the examples drawn below may leave one out."""
+    check_found(ToolStream(LLAMA, TOOLS), text, [], expected, num_calls)
 
 
 @given(st.sampled_from(ANSWERS), st.lists(st.integers(0, 120), max_size=12))

@@ -320,11 +320,13 @@ def _objects_at(text: str, start: int, names: set[str]) -> tuple[list[tuple[str,
 def _arguments(value: Any) -> str | None:
     """Return the arguments of a call, an object or its text, as text; None if they are neither."""
     try:
-        if isinstance(value, str):
-            return value if isinstance(json.loads(value), dict) else None
-        return json.dumps(value, ensure_ascii=False, allow_nan=False) if isinstance(value, dict) else None
+        found = json.loads(value) if isinstance(value, str) else value
+        written = json.dumps(found, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):  # NaN and 1e999 are Python's only, and nothing that a client can read
         return None
+    if not isinstance(found, dict):
+        return None
+    return value if isinstance(value, str) else written
 
 
 def _after_space(text: str, at: int) -> int:
