@@ -17,7 +17,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError
-from llmrun.server.grammar import CACHE_ENTRIES, Grammars
+from llmrun.server.grammar import CACHE_ENTRIES, Grammars, lenient
 from llmrun.server.limits import Limits
 from llmrun.server.schemas import Schemas
 from llmrun.server.service import Service
@@ -196,6 +196,24 @@ def test_a_response_format_leaves_out_what_no_grammar_can_say_if_it_says_that_it
         else:
             with pytest.raises(ApiError, match=r"look-around|uniqueItems"):
                 grammars.constraint(kind, grammar)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"^a\b", r"^a\B", r"^a\Z", "^(?=a)a", "^(?<!b)a", "^(?>a)", r"^(a)\1", r"(?P<n>a)\k<n>"]
+)
+def test_patterns_that_no_automaton_follows_are_left_out(
+    pattern: str, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    for schema in (
+        {"type": "string", "pattern": pattern},
+        {"type": "object", "patternProperties": {pattern: {}, "^b$": {"enum": [1]}}, "additionalProperties": False},
+    ):
+        with pytest.raises(ApiError):
+            grammars.constraint("json", schema)
+        texts = [walk(grammars, tokenizer, "json", lenient(schema), seed) for seed in range(20)]
+        assert any(json.loads(text) for text in texts if text is not None)
+    kept = {"properties": {"a": {"pattern": r"^\\b"}}, "patternProperties": {r"\\1": {}}, "additionalProperties": False}
+    assert kept.items() <= lenient(kept).items()  # a backslash, and what is no escape behind it
 
 
 ONE = {"type": "object", "additionalProperties": {"enum": [1]}}

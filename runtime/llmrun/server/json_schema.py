@@ -41,7 +41,7 @@ _PARTS = (
     "not",
 )
 _OTHER_PROPERTIES = ("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties")
-_LOOKS_AROUND = re.compile(r"\(\?<?[=!]|\\[1-9]|\\k<")
+_LOOKS_AROUND = re.compile(r"\(\?(<?[=!]|>)|\\[1-9bBZ<>]|\\k<")  # \b, too, looks at what stands on either side
 _EXACT = 2**53  # up to here a float is any integer
 _FARTHEST = 2**63 - 1024  # the last float below 2^63
 # The library's work: a prime of five digits takes 0.7 s and 75 MB, of eight all memory; zeros at the end cost nothing.
@@ -86,7 +86,7 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
     kept = _kept(schema, param)
     options = kept.get("x-guidance") if isinstance(kept, dict) else None
     if isinstance(options, dict) and options.get("lenient"):
-        kept = _changed(kept, _leave_out_odd_pattern)
+        kept = _changed(kept, _leave_out_odd_patterns)
     return closed_schema(_changed(kept, lambda inner: _name_properties(inner, kept)))
 
 
@@ -155,11 +155,21 @@ def _close(schema: dict[str, Any]) -> None:
         schema["additionalProperties"] = False
 
 
-def _leave_out_odd_pattern(schema: dict[str, Any]) -> None:
-    """Leave out a pattern that looks around or back, which no automaton can follow."""
-    pattern = schema.get("pattern")
-    if isinstance(pattern, str) and _LOOKS_AROUND.search(pattern):
+def _leave_out_odd_patterns(schema: dict[str, Any]) -> None:
+    """Leave out patterns that look around or back, which no automaton can follow.
+
+    Where one of them names properties, others than those that are listed may be any.
+    """
+    if _is_odd(schema.get("pattern")):
         del schema["pattern"]
+    named = schema.get("patternProperties")
+    if isinstance(named, dict) and any(map(_is_odd, named)):
+        schema["patternProperties"] = {name: value for name, value in named.items() if not _is_odd(name)}
+        schema["additionalProperties"] = True
+
+
+def _is_odd(pattern: Any) -> bool:
+    return isinstance(pattern, str) and _LOOKS_AROUND.search(pattern.replace("\\\\", "")) is not None
 
 
 def _name_properties(schema: dict[str, Any], root: Any) -> None:
