@@ -18,6 +18,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError
 from llmrun.server.grammar import CACHE_ENTRIES, Grammars, lenient
+from llmrun.server.json_schema import checked_schema
 from llmrun.server.limits import Limits
 from llmrun.server.schemas import Schemas
 from llmrun.server.service import Service
@@ -261,6 +262,16 @@ def test_the_names_of_a_maps_properties_keep_their_form(
 def test_names_of_other_forms_are_refused(schema: Any, grammars: Grammars) -> None:
     with pytest.raises(ApiError, match="propertyNames"):
         grammars.constraint("json", schema)
+
+
+@pytest.mark.parametrize("names", [[f"{i:x}" for i in range(1000)], ["x" * 4000 + str(i) for i in range(9)]])
+def test_names_are_copied_within_a_bound_however_many_objects_have_them(names: list[str]) -> None:
+    """One reference stands for a list; 24,000 and 57,000 characters became millions, on the thread that serves all."""
+    each = {"$ref": "#/$defs/each"}
+    objects = {str(i): {"propertyNames": {"$ref": "#/$defs/names"}, "additionalProperties": each} for i in range(200)}
+    schema = {"properties": objects, "$defs": {"names": {"enum": names}, "each": {"type": "null"}}}
+    given = len(json.dumps(schema))
+    assert given < len(json.dumps(checked_schema(schema, Limits()))) < given + (1 << 17)
 
 
 @pytest.mark.parametrize(

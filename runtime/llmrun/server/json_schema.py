@@ -87,7 +87,7 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
     options = kept.get("x-guidance") if isinstance(kept, dict) else None
     if isinstance(options, dict) and options.get("lenient"):
         kept = _changed(kept, _leave_out_odd_patterns)
-    return closed_schema(_changed(kept, lambda inner: _name_properties(inner, kept)))
+    return closed_schema(_changed(kept, _PropertyNames(kept)))
 
 
 def check_size(schema: Any, limits: Limits, param: str) -> None:
@@ -172,31 +172,42 @@ def _is_odd(pattern: Any) -> bool:
     return isinstance(pattern, str) and _LOOKS_AROUND.search(pattern.replace("\\\\", "")) is not None
 
 
-def _name_properties(schema: dict[str, Any], root: Any) -> None:
-    """Say in the library's words what names an object's properties have, where `propertyNames` is all that says it."""
-    names = schema.get("propertyNames")
-    if isinstance(names, dict) and isinstance(names.get("$ref"), str):
-        names = _at(root, names["$ref"])
-    said = {} if names is True else names
-    if not isinstance(said, dict):
-        return
-    said = {
-        name: value for name, value in said.items() if name not in _ANNOTATIONS and (name, value) != ("type", "string")
-    }
-    if not said:  # any name is a string
-        schema.pop("propertyNames", None)
-    elif len(said) == 1 and not schema.keys() & {"properties", "patternProperties"}:
-        ((kind, value),) = said.items()
-        each = schema.get("additionalProperties", True)
-        if kind == "pattern" and isinstance(value, str):
-            schema["patternProperties"] = {value: each}
-        # Not as a pattern: the library fails where all that one matches is required.
-        elif kind == "enum" and isinstance(value, list) and len(json.dumps(each)) * len(value) <= _MOST_COPIED_CHARS:
-            schema["properties"] = {name: each for name in value if isinstance(name, str)}
-        else:
+class _PropertyNames:
+    """Says in the library's words what names an object's properties have, where `propertyNames` is all that says it."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._room = _MOST_COPIED_CHARS  # of all objects of a schema together
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """Change a schema in place."""
+        names = schema.get("propertyNames")
+        if isinstance(names, dict) and isinstance(names.get("$ref"), str):
+            names = _at(self._root, names["$ref"])
+        said = {} if names is True else names
+        if not isinstance(said, dict):
             return
-        del schema["propertyNames"]
-        schema["additionalProperties"] = False
+        said = {name: value for name, value in said.items() if name not in _ANNOTATIONS}
+        if said.get("type") == "string":  # any name is one
+            del said["type"]
+        if not said:
+            schema.pop("propertyNames", None)
+        elif len(said) == 1 and not schema.keys() & {"properties", "patternProperties"}:
+            ((kind, value),) = said.items()
+            each = schema.get("additionalProperties", True)
+            if kind == "pattern" and isinstance(value, str):
+                schema["patternProperties"] = {value: each}
+            # Not as a pattern: the library fails where all that one matches is required.
+            elif kind == "enum" and isinstance(value, list) and self._has_room(value, each):
+                schema["properties"] = {name: each for name in value if isinstance(name, str)}
+            else:
+                return
+            del schema["propertyNames"]
+            schema["additionalProperties"] = False
+
+    def _has_room(self, names: list[Any], each: Any) -> bool:
+        self._room -= len(json.dumps(names)) + len(json.dumps(each)) * len(names)
+        return self._room >= 0
 
 
 def _at(root: Any, target: str) -> Any:
