@@ -12,7 +12,7 @@ way round.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrun import template_sandbox
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["checked_kwargs", "encode_chat", "extend_chat", "render_chat"]
 
 _MAX_CHARS = template_sandbox.MAX_CHARS  # of all messages together
+_MAX_DEPTH = 64  # of variables: every level costs a few frames of recursion
 _ROLES = ("system", "user", "assistant", "tool")
 _TAKEN = {"messages", "add_generation_prompt", "tools", "bos_token", "eos_token"}
 _KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
@@ -183,6 +184,13 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+def _items(value: Any) -> Iterable[Any]:
+    """Return what lies directly in a value of JSON."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
 def _unused_characters(tokenizer: Tokenizer, given: Any) -> tuple[str, str]:
     """Return two private-use characters that neither what is given nor the template holds, so nobody can forge a mark."""
     used = set(tokenizer.chat_template or "").union(*_texts(given))
@@ -216,7 +224,7 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return the variables that a template gets beside messages and tools.
 
     Raises:
-        UsageError: not text to values, a name that stands for something else, or too many characters.
+        UsageError: not text to values, a name that stands for something else, nested too deep, or too many characters.
     """
     if kwargs is None:
         return {}
@@ -224,6 +232,11 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:
         raise UsageError(f"chat_template_kwargs: found {type(kwargs).__name__}, expected names and values")
     if taken := sorted(_TAKEN & set(kwargs)):
         raise UsageError(f"chat_template_kwargs: {taken[0]} is not free: it stands for what the chat itself says")
+    level: list[Any] = [kwargs]
+    for _ in range(_MAX_DEPTH):
+        level = [item for value in level for item in _items(value)]
+    if level:
+        raise UsageError(f"chat_template_kwargs: nested more than {_MAX_DEPTH} deep")
     if (size := sum(map(len, _texts(kwargs)))) > _MAX_CHARS:
         raise UsageError(f"chat_template_kwargs: found {size} characters, expected at most {_MAX_CHARS}")
     return kwargs

@@ -1,5 +1,6 @@
 """Chat templates: transformers' ids, text in messages stays text, and hostile templates are stopped."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -147,12 +148,18 @@ def test_special_tokens_in_variables_are_text(model):
         ({1: 2}, "expected names"),
         *(({name: "x"}, f"{name} is not free") for name in ("messages", "tools", "bos_token", "add_generation_prompt")),
         ({"x": ["y" * template_sandbox.MAX_CHARS]}, "expected at most"),
+        (json.loads('{"x": [' * 33 + "]}" * 33), "nested more than 64 deep"),
     ],
 )
 def test_variables_that_a_template_cannot_have(kwargs, says):
     for call in (render_chat, encode_chat):
         with pytest.raises(UsageError, match=says):
             call(_Plain("{{ messages }}"), SHORT, chat_template_kwargs=kwargs)
+
+
+def test_variables_of_a_template_may_be_nested_as_deep_as_a_request_allows():
+    nested = json.loads('{"x": [' * 32 + "]}" * 32)
+    assert render_chat(_Plain("{{ x[0].x is sequence }}"), SHORT, chat_template_kwargs=nested) == "True"
 
 
 @settings(max_examples=100, deadline=None)

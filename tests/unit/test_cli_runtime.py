@@ -197,6 +197,7 @@ def test_bad_input_is_one_sentence_and_no_output(
         ("{", "--chat-template-kwargs: not JSON"),
         ("[1]", "--chat-template-kwargs: found a JSON list, expected an object."),
         ('{"tools": []}', "tools is not free"),
+        ('{"x": ' + "[" * 900 + "]" * 900 + "}", "chat_template_kwargs: nested more than 64 deep"),
     ],
 )
 @pytest.mark.parametrize("command", ["chat", "serve"])
