@@ -462,6 +462,20 @@ def test_an_answer_by_a_schema_streams_beside_tools() -> None:
         assert pieces[-1][1::2] == ([], "stop")
 
 
+@pytest.mark.parametrize("form", [HERMES, MISTRAL])
+def test_calls_are_found_behind_text_where_the_grammar_is_the_clients_own(form: ToolForm) -> None:
+    written = f"So: {form.opening}{CALL}{form.closing}"
+    source = {"grammar": f"start: {json.dumps(written)}"}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "structured_outputs": source}
+    service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=None), model_name="m", fingerprint="f")
+    writer = ChatWriter(service, Schemas(Limits()).chat_call(body), form)
+    request: Any = None
+    pieces = [writer.take(Choice(0, 0), Event(request, None, character, None, None)) for character in written]
+    pieces.append(writer.take(Choice(0, 0), Event(request, None, "", None, "stop")))
+    assert "".join(text for text, *_ in pieces) == "So: "
+    assert [len(pieces[-1][1]), pieces[-1][3]] == [1, "tool_calls"]
+
+
 @given(st.text(alphabet='{}[]"<tol_ca>/;: \nhinkTOLCASRG', max_size=60), st.sampled_from(FORMS), st.booleans())
 def test_no_text_is_lost_or_breaks_the_parser(text: str, form: ToolForm, is_thinking: bool) -> None:
     stream = ToolStream(form, TOOLS, is_thinking=is_thinking)

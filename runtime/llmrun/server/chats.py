@@ -110,7 +110,8 @@ class _Writer:
         self._texts = TokenTexts(service.engine.tokenizer)
         self._parsers: dict[int, toolbox.ToolStream] | None = None
         if form is not None:
-            has_grammar = call.sampled.grammar is not None
+            # Any other kind is the client's alone, and may have text before a call.
+            has_grammar = call.sampled.grammar is not None and call.sampled.grammar[0] == "json"
             self._parsers = collections.defaultdict(
                 lambda: toolbox.ToolStream(form, call.tools, is_thinking=is_thinking, has_grammar=has_grammar)
             )
