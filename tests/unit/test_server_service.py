@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import math
 import re
+import threading
 from collections.abc import MutableMapping
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +16,8 @@ import pytest
 from llmrun.errors import UsageError
 from llmrun.logprobs import TokenLogprobs
 from llmrun.requests import Event
+from llmrun.server import tools as toolbox
+from llmrun.server.chats import Chats
 from llmrun.server.errors import ApiError
 from llmrun.server.limits import Limits, add_options, from_arguments
 from llmrun.server.metrics import Metrics
@@ -159,3 +162,32 @@ def test_log_probabilities_name_every_id_and_hold_what_json_can(tokenizer: Token
     assert shown["top_logprobs"] == [None, {name: -1.0, f"token_id:{size}": -9999.0}]
     assert shown["text_offset"] == [0, len(name)]
     assert texts.chat([entry], 1)["content"][0]["logprob"] == -9999.0
+
+
+@pytest.mark.parametrize("field", [{"tool_choice": "required"}, {"response_format": {"type": "json_object"}}])
+def test_schemas_of_tools_are_read_beside_the_thread_that_serves_all(
+    field: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may fill a body of 2 MB, which takes most of a second."""
+    threads: list[threading.Thread] = []
+
+    def call_grammar(*_arguments: Any, **_more: Any) -> tuple[str, Any]:
+        threads.append(threading.current_thread())
+        raise ApiError(400, "enough is known")
+
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": tools, **field}
+    service = Service(Limits(), ["m"], "vllm", 1)
+
+    async def read(*_arguments: Any) -> tuple[Any, dict[str, str]]:
+        return body, {}
+
+    monkeypatch.setattr(toolbox, "call_grammar", call_grammar)
+    monkeypatch.setattr(service, "read", read)
+    tokenizer = SimpleNamespace(chat_template="{{ tools }}", special_tokens={})
+    service.engine = cast(Any, SimpleNamespace(tokenizer=tokenizer))
+    unused: Any = None
+    with pytest.raises(ApiError, match="enough"):
+        asyncio.run(Chats(service)({}, unused, unused))
+    assert threads != [threading.current_thread()]
+    assert len(threads) == 1

@@ -59,6 +59,7 @@ class Chats:
         return form
 
     def _grammar(self, call: ChatCall, form: toolbox.ToolForm | None) -> tuple[str, Any] | None:
+        """Return what the answer must be; takes the longer the larger the tools' schemas are, and they may fill a body."""
         grammar, limits = call.sampled.grammar, self._service.limits
         if form is not None and call.tool_choice != "auto":
             return toolbox.call_grammar(form, call.tools, call.tool_choice, limits)
