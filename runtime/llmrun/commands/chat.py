@@ -39,6 +39,13 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-history", action="store_true", help="neither read nor write the history of your lines")
 
 
+def set_chat_defaults(parser: argparse.ArgumentParser) -> None:
+    """Give a parser without the options of a chat what they are where nobody says otherwise."""
+    options = argparse.ArgumentParser(add_help=False)
+    add_chat_options(options)
+    parser.set_defaults(**vars(options.parse_args([])))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Answer turn after turn."""
     if arguments.max_tokens is not None or any(value is not None for value in common.sampling_of(arguments).values()):

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--prompt", type=common.text_of("-p"), metavar="TEXT", help="the text to complete")
     parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from FILE")
     parser.add_argument("--ids", action="store_true", help="the prompt is a JSON list of token ids")
-    parser.set_defaults(system=None, no_history=False)
+    chat.set_chat_defaults(parser)
     common.add_sampling_options(parser)
     common.add_engine_options(parser)
 
