@@ -54,9 +54,9 @@ from llmrun.manifest import (
     TokenizerSpec,
     canonical_json,
     manifest_bytes,
-    parse_json,
     parse_manifest,
 )
+from llmrun.strict_json import parse_json
 
 LARGEST_LOGIT = 1e30  # of selfcheck.json (FORMAT 6.1): larger ones are of no model that works
 _SURROGATE = re.compile("[\ud800-\udfff]")

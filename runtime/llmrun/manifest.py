@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.errors import IncompatibleError, IntegrityError
+from llmrun.strict_json import parse_json
 
 FORMAT_NAME = "llmpack"
 FORMAT_VERSION = (1, 0)
@@ -34,8 +35,6 @@ PTX_TARGET = "ptx_80"
 
 MAX_MANIFEST_BYTES = 4 << 20
 _MAX_FILES = 4096
-_MAX_DEPTH = 16  # of nested objects and arrays; format 1.0 needs 4
-_MAX_INT = (1 << 53) - 1  # what every JSON reader holds exactly
 _MAX_INT32 = (1 << 31) - 1  # positions, token ids and cache slots are int32 in the graph
 _MAX_SHOWN = 300  # characters of a message that come from the file
 _PATH = re.compile(r"(?!-)(?!\.{1,2}(/|$))[A-Za-z0-9._-]+(/(?!-)(?!\.{1,2}(/|$))[A-Za-z0-9._-]+)*")
@@ -246,14 +245,6 @@ def _is_version(value: Any) -> typing.TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if isinstance(value, dict | list):
-        if left == 0:
-            raise ValueError("nested too deeply")
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_depth(item, left - 1)
-
-
 def _check_members(manifest: Manifest, path: Path) -> None:
     """Check what types cannot say: paths, digests, and that the members agree with each other."""
 
@@ -347,40 +338,6 @@ def _check_numbers(manifest: Manifest, refuse: Callable[[str], typing.NoReturn])
         refuse("generation: temperature, top_k or top_p is out of its range")
     if not (0 <= defaults.min_p < 1 and 0 < defaults.repeat_penalty <= 10):
         refuse("generation: min_p or repeat_penalty is out of its range")
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse JSON in UTF-8 as FORMAT 2.1 demands.
-
-    Raises:
-        ValueError: it is not JSON, a key occurs twice, a number is none or too large, or it is nested too deeply.
-    """
-    try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_constant
-        )
-        _check_depth(value, _MAX_DEPTH)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
-def _integer(digits: str) -> int:
-    number = int(digits)
-    if abs(number) > _MAX_INT:
-        raise ValueError(f"an integer beyond {_MAX_INT}")
-    return number
-
-
-def _no_constant(name: str) -> typing.NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 @functools.cache

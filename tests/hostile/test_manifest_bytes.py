@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmrun.manifest
+import llmrun.strict_json
 from hostile import bad_input
 from hostile.bad_input import MANIFEST, refusal, write_members
 from hostile.manifests import fuzzed, lie, parse, refused
@@ -262,5 +263,5 @@ def test_control_without_canonical_bytes_changed_ones_pass(data, monkeypatch):
 
     monkeypatch.setattr(llmrun.manifest, "manifest_bytes", lambda _: Anything())
     assert "twice" in str(refused(changed))
-    monkeypatch.setattr(llmrun.manifest, "_unique", dict)
+    monkeypatch.setattr(llmrun.strict_json, "_unique", dict)
     assert parse(changed).max_seq_len == 127

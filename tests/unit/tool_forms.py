@@ -1,0 +1,34 @@
+"""Forms of calls, and tools, for the tests of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrun.server.tools import ToolForm
+
+LLAMA = ToolForm("parameters")
+HERMES = ToolForm("arguments", "<tool_call>\n", "\n</tool_call>", tag="<tool_call>")
+# The ids are the demo's <unk>, <s> and </s>, which no text gives.
+MISTRAL = ToolForm("arguments", "[TOOL_CALLS] [", "]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1),))
+NAMED = ToolForm(
+    opening="[TOOL_CALLS]", middle="[ARGS]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1), ("[ARGS]", 0))
+)
+FUNCTION = ToolForm(opening="<function=", closing="</function>", middle=">", tag="<function=")
+FORMS = [LLAMA, HERMES, MISTRAL, NAMED, FUNCTION]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+TOOLS = [WEATHER, {"type": "function", "function": {"name": "now"}}]
+
+
+def tool(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
