@@ -301,27 +301,37 @@ def _top_k(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:
         largest = scores[: width * _PARTS].reshape(_PARTS, width).max(axis=0)
         candidates = np.flatnonzero(scores >= np.partition(largest, width - k)[width - k])
         scores = scores[candidates]
-    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    above = np.flatnonzero(scores > threshold)
-    ties = np.flatnonzero(scores == threshold)[: k - above.shape[0]]
-    kept = np.sort(np.concatenate([above, ties]))
+    kept = _highest(scores, np.partition(scores, len(scores) - k)[len(scores) - k], k)
     return kept if candidates is None else candidates[kept]
 
 
 def _top_p(weights: NDArray[np.floating], top_p: float) -> NDArray[np.intp]:
-    """Return the ids whose more likely tokens add up to less than top_p, most likely first (arXiv:1904.09751).
+    """Return the ids whose more likely tokens add up to less than top_p (arXiv:1904.09751); of equal ones the lower ids.
 
-    Sorts only as many as needed: a guess of the largest, four times as many whenever they do not add up to
-    top_p.
+    Few of a large row come most likely first: a guess of how many, four times as many whenever they do not add up to
+    top_p. Others come in their order: then the weights alone are sorted, which is much faster than with their places.
     """
-    size = weights.shape[0]
     wanted = top_p * float(weights.sum())
     guess = _TOP_P_FIRST_GUESS
-    while True:
-        ids = np.arange(size) if guess >= size else _top_k(weights, guess)
+    while guess <= len(weights) // _PARTS:
+        ids = _top_k(weights, guess)
         order = ids[np.argsort(-weights[ids], kind="stable")]
         cumulative = np.cumsum(weights[order], dtype=np.float64)
-        if guess >= size or cumulative[-1] >= wanted:
-            # A token stays if the ones before it do not reach top_p; the first always stays.
-            return order[: max(1, int(np.searchsorted(cumulative, wanted, side="left")) + 1)]
+        if cumulative[-1] >= wanted:
+            return order[: _num_kept(cumulative, wanted)]
         guess *= 4
+    descending = np.sort(weights)[::-1]
+    count = _num_kept(np.cumsum(descending, dtype=np.float64), wanted)
+    return _highest(weights, descending[count - 1], count)
+
+
+def _num_kept(cumulative: NDArray[np.float64], wanted: float) -> int:
+    """Return how many tokens stay: one if the tokens before it do not reach what is wanted, the first always."""
+    return min(len(cumulative), int(np.searchsorted(cumulative, wanted, side="left")) + 1)
+
+
+def _highest(scores: NDArray[np.floating], threshold: np.floating, count: int) -> NDArray[np.intp]:
+    """Return the ids of `count` scores, of which `threshold` is the least, ascending; of equal scores the lower ids."""
+    above = np.flatnonzero(scores > threshold)
+    ties = np.flatnonzero(scores == threshold)[: count - above.shape[0]]
+    return np.sort(np.concatenate([above, ties]))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmrun.constraint import allowed_tokens
 from llmrun.errors import InternalError, NumericError, UsageError
 from llmrun.logprobs import token_logprobs
-from llmrun.sampler import Sampler, SamplingParams, TokenHistory, _top_k
+from llmrun.sampler import Sampler, SamplingParams, TokenHistory, _top_k, _top_p
 
 
 def _logits(seed, size=50, scale=3.0):
@@ -106,6 +106,17 @@ def test_the_highest_of_a_large_vocabulary_are_those_of_a_sort(k, place):
     scores = np.sort(scores)[place(np.arange(len(scores)))]
     scores[:7] = -np.inf
     np.testing.assert_array_equal(_top_k(scores, k), np.sort(np.argsort(-scores, kind="stable")[:k]))
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.9999, math.nextafter(1, 0)])
+@pytest.mark.parametrize("scale", [0.01, 0.7, 6.0], ids=["flat", "between", "steep"])
+@pytest.mark.parametrize("size", [1, 300, 20_037])
+def test_top_p_keeps_the_likeliest_that_add_up_to_it(size, scale, top_p):
+    weights = np.exp(np.round(_logits(6, size, scale), 2))  # many are equal
+    order = np.argsort(-weights, kind="stable")
+    sums = np.cumsum(weights[order], dtype=np.float64)
+    expected = order[np.append(0.0, sums[:-1]) < top_p * float(weights.sum())]
+    np.testing.assert_array_equal(np.sort(_top_p(weights, top_p)), np.sort(expected))
 
 
 def test_top_p_sorts_beyond_its_first_guess():
