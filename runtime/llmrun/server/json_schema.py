@@ -86,8 +86,8 @@ def checked_schema(schema: Any, limits: Limits, param: str = "response_format") 
     kept = _kept(schema, param)
     options = kept.get("x-guidance") if isinstance(kept, dict) else None
     if isinstance(options, dict) and options.get("lenient"):
-        kept = _changed(kept, _leave_out_odd_patterns)
-    return closed_schema(_changed(kept, _PropertyNames(kept)))
+        kept = changed_schema(kept, _leave_out_odd_patterns)
+    return closed_schema(changed_schema(kept, _PropertyNames(kept)))
 
 
 def check_size(schema: Any, limits: Limits, param: str) -> None:
@@ -107,7 +107,7 @@ def closed_schema(schema: Any) -> Any:
     They may, says JSON Schema; but few mean it, and a weak model goes on with properties of its own until the end of its
     tokens. A schema of which two parts may describe the same object stays as it is: closed, they would exclude each other.
     """
-    return schema if _has_joined_parts(schema) else _changed(schema, _close)
+    return schema if _has_joined_parts(schema) else changed_schema(schema, _close)
 
 
 def _has_joined_parts(schema: Any) -> bool:
@@ -128,18 +128,18 @@ def _inner_schemas(schema: dict[str, Any]) -> Iterator[Any]:
             yield from value if isinstance(value, list) else (value,)
 
 
-def _changed(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+def changed_schema(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
     """Return a copy of a schema in which each one within it, and then itself, has been changed in place."""
     if isinstance(schema, list):
-        return [_changed(item, change) for item in schema]
+        return [changed_schema(item, change) for item in schema]
     if not isinstance(schema, dict):
         return schema
     copy: dict[str, Any] = {}
     for name, value in schema.items():
         if name in MAPS_OF_SCHEMAS and isinstance(value, dict):
-            copy[name] = {key: _changed(item, change) for key, item in value.items()}
+            copy[name] = {key: changed_schema(item, change) for key, item in value.items()}
         else:
-            copy[name] = value if name in VALUES else _changed(value, change)
+            copy[name] = value if name in VALUES else changed_schema(value, change)
     change(copy)
     return copy
 

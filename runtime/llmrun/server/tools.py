@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from llmrun.server.errors import bad
 from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
-from llmrun.server.json_schema import MAPS_OF_SCHEMAS, VALUES, check_size, checked_schema, closed_schema
+from llmrun.server.json_schema import changed_schema, check_size, checked_schema, closed_schema
 from llmrun.server.limits import Limits
 from llmrun.tokenizer_backends import alternation
 
@@ -207,21 +207,15 @@ def _moved(schema: Any, root: str) -> Any:
 
     A base of its own (`$id`) goes: llmrun reads no other documents, and within it "#" would mean something else.
     """
-    if isinstance(schema, list):
-        return [_moved(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved: dict[str, Any] = {}
-    for name, value in schema.items():
-        if name == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            moved[name] = root + value[1:]
-        elif name in MAPS_OF_SCHEMAS and isinstance(value, dict):
-            moved[name] = {key: _moved(item, root) for key, item in value.items()}
-        elif name in VALUES:
-            moved[name] = value
-        elif name not in ("$id", "$schema"):
-            moved[name] = _moved(value, root)
-    return moved
+
+    def move(inner: dict[str, Any]) -> None:
+        target = inner.get("$ref")
+        if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+            inner["$ref"] = root + target[1:]
+        for name in ("$id", "$schema"):
+            inner.pop(name, None)
+
+    return changed_schema(schema, move)
 
 
 def may_be_call(form: ToolForm, text: str) -> bool:
