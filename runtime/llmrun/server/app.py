@@ -151,7 +151,7 @@ class _Routes:
                     given["messages"],
                     max_depth=service.limits.max_json_depth,
                     add_generation_prompt=wants_prompt,
-                    chat_template_kwargs={**service.chat_template_kwargs, **given.get("chat_template_kwargs", {})},
+                    chat_template_kwargs=service.template_kwargs(given.get("chat_template_kwargs", {})),
                 )
             wants_bos = None if given.get("add_special_tokens", True) else False
             return tokenizer.encode(given["prompt"], add_bos=wants_bos)

@@ -77,7 +77,7 @@ class Chats:
             call.messages,
             call.tools if form is not None else (),
             max_depth=service.limits.max_json_depth,
-            chat_template_kwargs={**service.chat_template_kwargs, **call.chat_template_kwargs},
+            chat_template_kwargs=service.template_kwargs(call.chat_template_kwargs),
         )
 
     def _submitter(

@@ -51,7 +51,7 @@ class Service:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """`names`: of the model, the first of which responses carry; `chat_template_kwargs`: where a request has none."""
-        self.chat_template_kwargs = chat_template_kwargs or {}
+        self._chat_template_kwargs = chat_template_kwargs or {}
         self.limits, self.names, self.model_name = limits, tuple(names), names[0]
         self.schemas = Schemas(limits)
         self.metrics = Metrics(self.model_name, metrics_prefix)
@@ -66,6 +66,10 @@ class Service:
         self._compiler = Workers(1, "compiler")
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._progress: tuple[int, float] = (0, time.monotonic())
+
+    def template_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the variables of a request's template: those that it has given, and the server's others."""
+        return {**self._chat_template_kwargs, **given}
 
     # Life
 
