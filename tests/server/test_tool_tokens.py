@@ -11,6 +11,7 @@ import pytest
 from serving import Served, events
 
 from models import DEMO, make_checkpoint
+from unit.tool_forms import WEATHER
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
@@ -19,15 +20,6 @@ TEMPLATE = (
     '{{ (call.function | tojson)[:-1] }}, "id": "{{ call.id }}"}{{ \', \' if not loop.last }}{% endfor %}]{{ eos_token }}'
     "{% else %}[INST] {{ m.content }}[/INST]{% endif %}{% endfor %}"
 )
-FUNCTION = {
-    "name": "weather",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
-        "required": ["city"],
-        "additionalProperties": False,
-    },
-}
 ASKED = [{"role": "user", "content": "Is it raining?"}]
 TOOL_CALLS_ID = 3072  # behind the demo's own tokens
 CALLS = ' [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "weather", "arguments": {"city": "Oslo"}}]'
@@ -55,7 +47,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, packed: Callable[..., Path]
     ],
 )
 def test_calls_behind_a_special_token_come_and_go_back(served: Served, field: Any, num_calls: int) -> None:
-    tools = [{"type": "function", "function": FUNCTION}]
+    tools = [WEATHER]
     body = {"messages": ASKED, "tools": tools, "max_tokens": 300, **field}
     status, answer = served.ask("/v1/chat/completions", body)
     assert status == 200, answer
