@@ -69,7 +69,7 @@ class Shape:
 SHAPES = {
     "110m": Shape(768, 2048, 12, 12, 12, 32000, 2048),
     "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
-    # Its vocabulary is four times as large: what every token costs beside the layers.
+    # Its vocabulary is four times as large: what every token costs beside the layers. Head untied, positions cut from 131,072.
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256, 8192),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
     # A quarter of its layers, for onnxruntime-genai, whose builder needs 54 GB of memory for all of them.
