@@ -27,7 +27,7 @@ _MAX_CHARS = template_sandbox.MAX_CHARS  # of all messages together
 _MAX_DEPTH = 64  # of variables: every level costs a few frames of recursion
 _ROLES = ("system", "user", "assistant", "tool")
 _TAKEN = {"messages", "add_generation_prompt", "tools", "bos_token", "eos_token"}
-_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
+_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 
 
 def render_chat(

@@ -165,6 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._text("so far ")
             self._event({"error": {"message": "rank 1 (pid 4711) is gone; the job has ended.", "code": "E601"}})
             return
+        elif part in ("think", "think on"):
+            for text in ("It is ", "<b>late</b>.\n", "So?"):
+                self._text(text, "reasoning_content")
+            for text in ("Good ", "night.") if part == "think" else ():
+                self._text(text)
         elif part == "break off":
             self._text("so far ")
             return
@@ -178,8 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}})
         self._write(b"data: [DONE]\n\n")
 
-    def _text(self, text: str) -> None:
-        self._event({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}], "usage": None})
+    def _text(self, text: str, field: str = "content") -> None:
+        self._event({"choices": [{"index": 0, "delta": {field: text}, "finish_reason": None}], "usage": None})
 
     def _event(self, event: dict[str, Any]) -> None:
         data = f": ping\n\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()

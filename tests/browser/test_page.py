@@ -51,6 +51,23 @@ def test_an_answer_streams_and_tells_its_speed(tab: Any, server: Server) -> None
     assert tab.evaluate("document.activeElement.id") == "prompt"
 
 
+def test_thoughts_are_folded_and_stay_here(tab: Any, server: Server) -> None:
+    tab.goto(server.url)
+    ask(tab, "think")
+    wait_until_done(tab)
+    assert tab.inner_text(LAST) == "Good night."
+    assert tab.inner_text(".thought summary") == "Thoughts"
+    assert not tab.is_visible(".thought div")
+    tab.click(".thought summary")
+    assert tab.inner_text(".thought div") == "It is <b>late</b>.\nSo?"
+    ask(tab, "think on")  # cut off within
+    wait_until_done(tab)
+    assert tab.inner_text(LAST) == ""
+    assert tab.locator(".thought").count() == 2
+    assert tab.locator(".waiting").count() == 0
+    assert [message["content"] for message in server.requests[-1]["messages"]] == ["think", "Good night.", "think on"]
+
+
 def test_the_page_works_behind_a_prefix(tab: Any, server: Server) -> None:
     server.prefix = "/box/llm"
     tab.goto(server.url)

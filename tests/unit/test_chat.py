@@ -260,7 +260,10 @@ def test_the_names_that_templates_expect():
         ({"role": "user", "content": "x"}, "list"),
         ([1], "message 0 has int"),
         ([{"role": "user"}], "expected role and content"),
-        ([{"role": "user", "content": "x", "mood": "y"}], "no others than name, tool_call_id, tool_calls"),
+        (
+            [{"role": "user", "content": "x", "mood": "y"}],
+            "no others than name, reasoning_content, tool_call_id, tool_calls",
+        ),
         ([{"role": "root", "content": "x"}], "role is 'root'"),
         ([{"role": None, "content": "x"}], "role is None"),
         ([{"role": [], "content": "x"}], "role is"),

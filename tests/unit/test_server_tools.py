@@ -5,22 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tool_forms import FORMS, FUNCTION, HERMES, LLAMA, MISTRAL, NAMED, TOOLS
+from writers import a_writer, written_by
 
 from llmrun.requests import Event
-from llmrun.server.chats import _Writer as ChatWriter
 from llmrun.server.errors import ApiError
-from llmrun.server.limits import Limits
 from llmrun.server.prompts import chat_ids
-from llmrun.server.schemas import Schemas
 from llmrun.server.tasks import Choice
-from llmrun.server.tools import ToolForm, ToolStream, begins_thought, find_calls, tool_form
+from llmrun.server.tools import ToolForm, ToolStream, find_calls, tool_form
 from llmrun.tokenizer import Tokenizer
 
 LLAMA_TEMPLATE = (
@@ -201,29 +198,6 @@ def test_calls_of_other_forms_are_found(case: tuple[ToolForm, str, str | None, i
     check_found(ToolStream(form, TOOLS), text, cuts, expected, num_calls)
 
 
-THOUGHTS: list[tuple[str, bool, str, int]] = [
-    (f"<think>\nA <tool_call> it is.\n</think>\n\n<tool_call>\n{CALL}\n</tool_call>", False, "</think>", 1),
-    (f"\n<think>{CALL}</think>{CALL}", False, "</think>", 1),
-    (f"Then {CALL}, or a <tool_call>.</think>\n\n{CALL};{CALL}", True, "</think>", 2),
-    (f"<think>No. <tool_call>{CALL}</tool_call></think>\n\nIt rains. </think>", False, "It rains. </think>", 0),
-    (f"<think>Not yet <tool_call>{CALL}</tool_call>", False, "</tool_call>", 0),
-    (f"<thinking <tool_call>{CALL}</tool_call>", False, "<thinking ", 1),
-    ("<thi", False, "<thi", 0),
-]
-
-
-@given(st.sampled_from(THOUGHTS), st.lists(st.integers(0, 120), max_size=12))
-def test_calls_in_thoughts_are_text(case: tuple[str, bool, str, int], cuts: list[int]) -> None:
-    text, is_thinking, said_last, num_calls = case
-    said = text[: text.rindex(said_last) + len(said_last)]
-    check_found(ToolStream(HERMES, TOOLS, is_thinking=is_thinking), text, cuts, said, num_calls)
-
-
-def test_thoughts_that_the_prompt_begins(tokenizer: Tokenizer) -> None:
-    for text, expected in (("assistant:\n<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)):
-        assert begins_thought(tokenizer, tokenizer.encode(text)) is expected
-
-
 def test_ids_of_calls_are_those_that_the_template_takes() -> None:
     for form, length in ((LLAMA, 29), (MISTRAL, 9), (NAMED, 9)):
         ids = {form.new_id() for _ in range(50)}
@@ -234,11 +208,9 @@ def test_ids_of_calls_are_those_that_the_template_takes() -> None:
 @pytest.mark.parametrize(("field", "expected"), [({}, 2), ({"parallel_tool_calls": False}, 1)])
 def test_one_call_where_several_are_not_wanted(field: dict[str, bool], expected: int) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **field}
-    service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=None), model_name="m", fingerprint="f")
-    writer = ChatWriter(service, Schemas(Limits()).chat_call(body), LLAMA)
     request: Any = None
-    _, calls, _, reason = writer.take(Choice(0, 0), Event(request, None, f"{CALL};{CALL}", None, "stop"))
-    assert (len(calls), reason) == (expected, "tool_calls")
+    piece = a_writer(body, LLAMA).take(Choice(0, 0), Event(request, None, f"{CALL};{CALL}", None, "stop"))
+    assert (len(piece.calls), piece.reason) == (expected, "tool_calls")
 
 
 def test_an_answer_by_a_schema_streams_beside_tools() -> None:
@@ -249,13 +221,9 @@ def test_an_answer_by_a_schema_streams_beside_tools() -> None:
     ):  # LLAMA's calls begin alike
         form_of_answers = {"response_format": {"type": "json_object"}}
         body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **form_of_answers}
-        service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=None), model_name="m", fingerprint="f")
-        writer = ChatWriter(service, Schemas(Limits()).chat_call(body), form)
-        request: Any = None
-        pieces = [writer.take(Choice(0, 0), Event(request, None, character, None, None)) for character in answer]
-        pieces.append(writer.take(Choice(0, 0), Event(request, None, "", None, "stop")))
-        assert [text for text, *_ in pieces] == expected
-        assert pieces[-1][1::2] == ([], "stop")
+        pieces = written_by(a_writer(body, form), answer)
+        assert [piece.text for piece in pieces] == expected
+        assert (pieces[-1].calls, pieces[-1].reason) == ([], "stop")
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL])
@@ -263,18 +231,14 @@ def test_calls_are_found_behind_text_where_the_grammar_is_the_clients_own(form: 
     written = f"So: {form.opening}{CALL}{form.closing}"
     source = {"grammar": f"start: {json.dumps(written)}"}
     body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "structured_outputs": source}
-    service: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=None), model_name="m", fingerprint="f")
-    writer = ChatWriter(service, Schemas(Limits()).chat_call(body), form)
-    request: Any = None
-    pieces = [writer.take(Choice(0, 0), Event(request, None, character, None, None)) for character in written]
-    pieces.append(writer.take(Choice(0, 0), Event(request, None, "", None, "stop")))
-    assert "".join(text for text, *_ in pieces) == "So: "
-    assert [len(pieces[-1][1]), pieces[-1][3]] == [1, "tool_calls"]
+    pieces = written_by(a_writer(body, form), written)
+    assert "".join(piece.text for piece in pieces) == "So: "
+    assert [len(pieces[-1].calls), pieces[-1].reason] == [1, "tool_calls"]
 
 
-@given(st.text(alphabet='{}[]"<tol_ca>/;: \nhinkTOLCASRG', max_size=60), st.sampled_from(FORMS), st.booleans())
-def test_no_text_is_lost_or_breaks_the_parser(text: str, form: ToolForm, is_thinking: bool) -> None:
-    stream = ToolStream(form, TOOLS, is_thinking=is_thinking)
+@given(st.text(alphabet='{}[]"<tol_ca>/;: \nTOLCASRG', max_size=60), st.sampled_from(FORMS))
+def test_no_text_is_lost_or_breaks_the_parser(text: str, form: ToolForm) -> None:
+    stream = ToolStream(form, TOOLS)
     said = "".join(map(stream.push, text))
     rest, calls = stream.finish()
     assert calls == []

@@ -73,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sequences that run together (%(default)s)",
     )
     common.add_template_option(group)
+    group.add_argument(
+        "--reasoning-format",
+        choices=("deepseek", "none"),
+        default="deepseek",
+        help="thoughts between <think> and </think>: as reasoning_content, or none: within the text (%(default)s)",
+    )
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
     limits_of_server.add_options(parser)
     common.add_engine_options(parser)
@@ -125,7 +131,12 @@ class _Serve:
         hosts = LOOPBACK | allowed if is_loopback or allowed else None
         access = Access(keys, hosts, tuple(arguments.cors_origin))
         self._service = Service(
-            self._limits, names, arguments.metrics_prefix, arguments.max_num_seqs, arguments.chat_template_kwargs
+            self._limits,
+            names,
+            arguments.metrics_prefix,
+            arguments.max_num_seqs,
+            arguments.chat_template_kwargs,
+            arguments.reasoning_format,
         )
         sock = listen(arguments.host, arguments.port)
         self._http = HttpThread(make_app(self._service, access), self._service, sock)

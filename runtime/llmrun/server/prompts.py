@@ -58,7 +58,7 @@ def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]
         raise bad(f"{where}.content is missing.", f"{where}.content", "missing_required_parameter")
     role = "system" if message["role"] == "developer" else message["role"]
     flat: dict[str, Any] = {"role": role, "content": content or ""}
-    for name in ("name", "tool_call_id"):
+    for name in ("name", "tool_call_id", "reasoning_content"):
         if name in message:
             flat[name] = message[name]
     if calls:

@@ -70,17 +70,25 @@ def _report(error: Exception) -> ApiError:
     return known
 
 
-def usage(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Return the tokens of a request; a prompt counts once, however many answers it has."""
+def usage(choices: Sequence[Choice], *, num_thought: int | None = None) -> dict[str, Any]:
+    """Return the tokens of a request; a prompt counts once, however many answers it has.
+
+    Args:
+        choices: the answers.
+        num_thought: how many tokens were the model's thoughts; None: it has none.
+    """
     prompts = {choice.prompt_index: choice.num_prompt for choice in choices}
     cached = {c.prompt_index: c.ticket.request.num_cached_prompt for c in reversed(choices) if c.ticket is not None}
     generated = sum(choice.num_generated for choice in choices)
-    return {
+    numbers: dict[str, Any] = {
         "prompt_tokens": sum(prompts.values()),
         "completion_tokens": generated,
         "total_tokens": sum(prompts.values()) + generated,
         "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
     }
+    if num_thought is not None:
+        numbers["completion_tokens_details"] = {"reasoning_tokens": num_thought}
+    return numbers
 
 
 class TokenTexts:

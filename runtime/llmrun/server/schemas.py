@@ -108,6 +108,7 @@ class Schemas:
                 "name": Text(64, 1),
                 "tool_calls": ListOf(call, limits.max_tools),
                 "tool_call_id": Text(256),
+                "reasoning_content": text,
             },
             required=("role",),
         )

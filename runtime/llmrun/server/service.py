@@ -23,6 +23,7 @@ from llmrun.server.json_body import parse_json
 from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
 from llmrun.server.schemas import Schemas
+from llmrun.server.thoughts import REASONING_FORMATS, may_think
 from llmrun.server.workers import Workers
 
 if TYPE_CHECKING:
@@ -49,9 +50,21 @@ class Service:
         metrics_prefix: str,
         max_num_seqs: int,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        reasoning_format: str = REASONING_FORMATS[0],
     ) -> None:
-        """`names`: of the model, the first of which responses carry; `chat_template_kwargs`: where a request has none."""
+        """Prepare to serve.
+
+        Args:
+            limits: of requests and connections.
+            names: of the model, the first of which responses carry.
+            metrics_prefix: of the names in /metrics.
+            max_num_seqs: sequences that run together.
+            chat_template_kwargs: where a request has none.
+            reasoning_format: one of REASONING_FORMATS.
+        """
         self._chat_template_kwargs = chat_template_kwargs or {}
+        self._reasoning_format = reasoning_format
+        self.tells_thoughts = False  # apart from an answer's text; known with the model
         self.limits, self.names, self.model_name = limits, tuple(names), names[0]
         self.schemas = Schemas(limits)
         self.metrics = Metrics(self.model_name, metrics_prefix)
@@ -86,6 +99,7 @@ class Service:
         self.engine = engine
         self.fingerprint = f"fp_{engine.job.artifact.digest[:10]}"
         tokenizer, model = engine.tokenizer, engine.manifest.model
+        self.tells_thoughts = self._reasoning_format != "none" and may_think(tokenizer)
         self.grammars = (
             None
             if tokenizer is None

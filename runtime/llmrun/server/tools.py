@@ -8,7 +8,7 @@ Which form a model was trained on is read off its template:
     Functionary   <function=name>{...}</function>, one after the other
 
 Tags that are special tokens are part of the answer's text here (`ToolForm.shown_tokens`). What a model thinks before it
-answers, between <think> and </think>, is text, whatever it says of calls.
+answers (`llmrun.server.thoughts`) makes no calls, whatever it says of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import functools
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
 from llmrun.server.json_schema import changed_schema, check_size, checked_schema, closed_schema
 from llmrun.server.limits import Limits
+from llmrun.server.thoughts import last_place
 from llmrun.tokenizer_backends import alternation
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 _HERMES, _MISTRAL, _FUNCTION = "<tool_call>", "[TOOL_CALLS]", "<function="
 _CLOSINGS = {_HERMES: "</tool_call>", _MISTRAL: "", _FUNCTION: "</function>"}
-_THINK, _THOUGHT = "<think>", "</think>"
 _BETWEEN = re.compile(r"[ \t\r\n;,]*")
 _LIST = re.compile(re.escape(_MISTRAL) + r"\s*\[(?=[\s\"'{]|\Z)")  # as a template has it, in a literal or ending one
 # What stands between name and arguments, behind tags that a name may follow; with bounds, so that no text takes long.
@@ -115,14 +115,6 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
         closing = _CLOSINGS[_FUNCTION]
         return ToolForm(opening=_FUNCTION, closing=closing, middle=">", tag=_FUNCTION, tokens=tokens(closing))
     return ToolForm("parameters" if '"parameters"' in template or "'parameters'" in template else "arguments")
-
-
-def begins_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
-    """Tell whether a prompt ends with the beginning of the model's thoughts."""
-    if tokenizer is None:
-        return False
-    end = b"".join(map(tokenizer.token_bytes, prompt[-2 * len(_THINK) :]))
-    return end.rstrip().endswith(_THINK.encode())
 
 
 def call_grammar(
@@ -329,14 +321,13 @@ def _after_space(text: str, at: int) -> int:
 
 
 class ToolStream:
-    """The text of one answer as it comes, with calls held back until the end; see `find_calls`."""
+    """The text of one answer, behind its thoughts, as it comes, with calls held back until the end; see `find_calls`."""
 
     def __init__(
         self,
         form: ToolForm,
         tools: Sequence[Mapping[str, Any]],
         *,
-        is_thinking: bool = False,
         has_grammar: bool = False,
     ) -> None:
         """Begin an answer.
@@ -344,13 +335,10 @@ class ToolStream:
         Args:
             form: how the model calls tools.
             tools: the request's.
-            is_thinking: the prompt has begun the model's thoughts.
             has_grammar: a call begins with the form's tag and has nothing beside it, and what begins otherwise has none.
         """
         self._form, self._tools, self._has_grammar = form, tools, has_grammar and bool(form.tag)
         self._held = ""
-        self._is_thinking = is_thinking
-        self._may_think = not is_thinking  # nothing has come yet that is not the beginning of <think>
         self._is_text = False  # the answer did not begin as a call
 
     def push(self, text: str) -> str:
@@ -359,34 +347,16 @@ class ToolStream:
         if self._has_grammar:
             self._is_text |= not self._form.tag.startswith(self._held[: len(self._form.tag)])
             return self._release(len(self._held) if self._is_text else 0)
-        if self._may_think:
-            start = self._held.lstrip()
-            self._is_thinking = start.startswith(_THINK)
-            self._may_think = not self._is_thinking and _THINK.startswith(start)
-        thought = ""
-        if self._is_thinking:
-            end = self._held.find(_THOUGHT)
-            if end < 0:
-                return self._release(_last_place(self._held, [_THOUGHT]))
-            self._is_thinking = False
-            thought = self._release(end + len(_THOUGHT))
-        if self._may_think or (not self._is_text and may_be_call(self._form, self._held)):
-            return thought
+        if not self._is_text and may_be_call(self._form, self._held):
+            return ""
         self._is_text = True
         found = _first_tag(self._form, self._held, 0)
-        return thought + self._release(_last_place(self._held, self._form.tags) if found is None else found[0])
+        return self._release(last_place(self._held, self._form.tags) if found is None else found[0])
 
     def finish(self) -> tuple[str | None, list[dict[str, Any]]]:
         """Return the rest of the text and the calls."""
-        held = self._release(len(self._held))
-        return (held, []) if self._is_thinking else find_calls(self._form, self._tools, held)
+        return find_calls(self._form, self._tools, self._release(len(self._held)))
 
     def _release(self, end: int) -> str:
         piece, self._held = self._held[:end], self._held[end:]
         return piece
-
-
-def _last_place(text: str, tags: Iterable[str]) -> int:
-    """Return where the end of a text begins that may be the beginning of a tag: the text's end if there is none."""
-    places = (i for tag in tags for i in range(max(0, len(text) - len(tag) + 1), len(text)) if tag.startswith(text[i:]))
-    return min(places, default=len(text))

@@ -1,0 +1,181 @@
+"""What a model thinks before it answers, between <think> and </think>, told apart from the answer.
+
+Whether a model thinks is read off its chat template, which names the tags. Where the template ends a prompt with <think>
+(DeepSeek-R1's), the answer begins within the thoughts; elsewhere (Qwen 3's) the model begins them itself, or does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llmrun.constraint import Constraint
+    from llmrun.tokenizer import Tokenizer
+
+REASONING_FORMATS = ("deepseek", "none")  # as reasoning_content, as DeepSeek's API has it; or within the text
+_OPENING, _CLOSING = "<think>", "</think>"
+
+
+def may_think(tokenizer: Tokenizer | None) -> bool:
+    """Tell whether the model's chat template knows of thoughts."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    return template is not None and _CLOSING in template
+
+
+def begins_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
+    """Tell whether a prompt ends with the beginning of the model's thoughts."""
+    if tokenizer is None:
+        return False
+    shown = {token_id: text.encode() for token_id, text in shown_tokens(tokenizer).items()}
+    end = b"".join(shown.get(i) or tokenizer.token_bytes(i) for i in prompt[-2 * len(_OPENING) :])
+    return end.rstrip().endswith(_OPENING.encode())
+
+
+def shown_tokens(tokenizer: Tokenizer | None) -> dict[int, str]:
+    """Return the tags that are special tokens, which have no text otherwise, and their texts."""
+    special = {} if tokenizer is None else tokenizer.special_tokens
+    return {special[tag]: tag for tag in (_OPENING, _CLOSING) if tag in special}
+
+
+class ThoughtStream:
+    """The text of one answer as it comes, in two: thoughts and the rest; which of them a tag begins is known when it ends."""
+
+    def __init__(self, *, has_begun: bool = False, is_apart: bool = True) -> None:
+        """Begin an answer.
+
+        Args:
+            has_begun: the prompt has begun the thoughts.
+            is_apart: thoughts come without tags, and both without the white space between them; otherwise as written.
+        """
+        self._has_begun, self._is_apart = has_begun, is_apart
+        self._held = ""
+        self._is_decided = False  # whether there are thoughts
+        self._is_bare = is_apart  # nothing of the thoughts, or behind them, has been told yet
+        self.is_thinking = has_begun  # so far
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Take more text; return what is certain of the thoughts, and of the rest."""
+        self._held += text
+        if not self._is_decided and not self._decide():
+            return "", ""
+        if not self.is_thinking:
+            return "", self._told(len(self._held))
+        end = self._held.find(_CLOSING)
+        if end < 0:
+            end = last_place(self._held, [_CLOSING])
+            return self._told(len(self._held[:end].rstrip()) if self._is_apart else end), ""
+        self.is_thinking = False
+        if not self._is_apart:
+            return self._told(end + len(_CLOSING)), self._told(len(self._held))
+        thought = self._told(len(self._held[:end].rstrip()))
+        self._held = self._held.lstrip().removeprefix(_CLOSING)
+        self._is_bare = True
+        return thought, self._told(len(self._held))
+
+    def finish(self) -> tuple[str, str]:
+        """Return the rest of both."""
+        if not self._is_decided:
+            self._is_bare &= self._has_begun
+        if self.is_thinking:
+            return self._told(len(self._held.rstrip()) if self._is_apart else len(self._held)), ""
+        return "", self._told(len(self._held))
+
+    def _decide(self) -> bool:
+        start = self._held.lstrip()
+        if start.startswith(_OPENING):
+            self._has_begun = True  # a second time, as some models do
+            if self._is_apart:
+                self._held = start.removeprefix(_OPENING)
+        elif _OPENING.startswith(start):
+            return False
+        self._is_decided, self.is_thinking = True, self._has_begun
+        self._is_bare &= self._has_begun
+        return True
+
+    def _told(self, end: int) -> str:
+        piece, self._held = self._held[:end], self._held[end:]
+        if self._is_bare:
+            piece = piece.lstrip()
+            self._is_bare = not piece
+        return piece
+
+
+class ThoughtConstraint:
+    """A grammar that holds from the end of the thoughts on (`llmrun.constraint.Constraint`).
+
+    Thoughts are free but for the tokens that end an answer. The grammar's text begins with the token after the one that
+    completes </think>. A model that has not begun to think may begin, if <think> is one token of its own, unless the
+    grammar itself allows that.
+    """
+
+    def __init__(
+        self, grammar: Constraint, tokenizer: Tokenizer, end_ids: Iterable[int], *, has_begun: bool = False
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            grammar: of the answer; with bits of 32 as its mask.
+            tokenizer: whose ids come.
+            end_ids: the tokens that end an answer.
+            has_begun: the prompt has begun the thoughts.
+        """
+        self._grammar, self._tokenizer, self._is_thinking = grammar, tokenizer, has_begun
+        self._opening = None if has_begun else _opening_id(tokenizer)
+        self._shown = shown_tokens(tokenizer)
+        self._end = b""  # of the thoughts, as far as they may be the beginning of </think>
+        self._free = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
+        allowed = np.ones(32 * len(self._free), np.uint8)
+        allowed[[*filter(lambda i: i < len(allowed), end_ids), *range(tokenizer.vocab_size, len(allowed))]] = 0
+        self._free[:] = np.packbits(allowed, bitorder="little").view("<i4")
+
+    def mask(self, tokens: Sequence[int]) -> NDArray[Any]:
+        """Return the tokens that may follow, as bits."""
+        if self._is_thinking:
+            return self._free
+        bits = self._grammar.mask(tokens)
+        if self._opening is not None:
+            word, bit = divmod(self._opening, 32)
+            if bits.view(np.uint32)[word] >> bit & 1:
+                self._opening = None  # it is the grammar's own
+            else:
+                bits = bits.copy()
+                bits.view(np.uint32)[word] |= np.uint32(1 << bit)
+        return bits
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that was sampled."""
+        if self._is_thinking:
+            text = self._shown.get(token_id, "").encode() or self._tokenizer.token_bytes(token_id)
+            self._end += text
+            self._is_thinking = _CLOSING.encode() not in self._end
+            self._end = self._end[1 - len(_CLOSING) :]
+        elif token_id == self._opening:
+            self._is_thinking, self._opening = True, None
+        else:
+            self._opening = None
+            self._grammar.accept(token_id)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing can follow."""
+        return not self._is_thinking and self._grammar.is_done
+
+
+def _opening_id(tokenizer: Tokenizer) -> int | None:
+    special = tokenizer.special_tokens
+    if _OPENING in special:
+        return special[_OPENING]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else next(iter(special.values()), None)
+    ids = tokenizer.encode_segments([_OPENING] if first is None else [first, _OPENING])
+    ids = ids if first is None else ids[1:]
+    return ids[0] if len(ids) == 1 else None
+
+
+def last_place(text: str, tags: Iterable[str]) -> int:
+    """Return where the end of a text begins that may be the beginning of a tag: the text's end if there is none."""
+    places = (i for tag in tags for i in range(max(0, len(text) - len(tag) + 1), len(text)) if tag.startswith(text[i:]))
+    return min(places, default=len(text))
