@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answer_pieces import pieces_of, the_pieces
 from hypothesis import given
 from hypothesis import strategies as st
 from tool_forms import HERMES, TOOLS
-from writers import a_writer, written_by
 
 from llmrun.constraint import allowed_tokens
 from llmrun.server.grammar import Grammars
@@ -93,15 +93,15 @@ def test_what_the_template_and_the_prompt_say(tokenizer: Tokenizer, monkeypatch:
 
 
 def test_an_answer_has_its_thoughts_beside_it() -> None:
-    writer = a_writer({"messages": MESSAGES}, tells_thoughts=True)
-    pieces = written_by(writer, "<think>\nOh\n</think>\n\nYes")
+    answer = the_pieces({"messages": MESSAGES}, tells_thoughts=True)
+    pieces = pieces_of(answer, "<think>\nOh\n</think>\n\nYes")
     assert "".join(piece.thought for piece in pieces) == "Oh"
     assert "".join(piece.text for piece in pieces) == "Yes"
     assert pieces[-1].reason == "stop"
-    assert writer.usage([])["completion_tokens_details"] == {"reasoning_tokens": 13}  # from ">", when it is decided
-    writer = a_writer({"messages": MESSAGES})  # a model of which nothing is known
-    assert "".join(piece.text for piece in written_by(writer, "<think>a</think> b")) == "<think>a</think> b"
-    assert "completion_tokens_details" not in writer.usage([])
+    assert answer.num_thought == 13  # from ">", when it is decided
+    answer = the_pieces({"messages": MESSAGES})  # a model of which nothing is known
+    assert "".join(piece.text for piece in pieces_of(answer, "<think>a</think> b")) == "<think>a</think> b"
+    assert answer.num_thought is None
 
 
 @pytest.mark.parametrize(("tells", "begins"), [(True, False), (True, True), (False, False), (False, True)])
@@ -109,12 +109,14 @@ def test_calls_in_thoughts_are_none(tells: bool, begins: bool) -> None:
     thought = f"A <tool_call>{CALL}</tool_call>, or not."
     written = ("" if begins else "<think>") + f"{thought}</think>\n\n<tool_call>\n{CALL}\n</tool_call>"
     body = {"messages": MESSAGES, "tools": TOOLS}
-    pieces = written_by(a_writer(body, HERMES, tells_thoughts=tells, is_thinking=begins), written)
+    pieces = pieces_of(the_pieces(body, HERMES, tells_thoughts=tells, is_thinking=begins), written)
     assert [call["function"]["name"] for call in pieces[-1].calls] == ["weather"]
     assert pieces[-1].reason == "tool_calls"
     told = "".join(piece.thought for piece in pieces), "".join(piece.text for piece in pieces).rstrip()
     assert told == ((thought, "") if tells else ("", ("" if begins else "<think>") + thought + "</think>"))
-    cut = written_by(a_writer(body, HERMES, tells_thoughts=tells, is_thinking=begins), written.partition("</think>")[0])
+    cut = pieces_of(
+        the_pieces(body, HERMES, tells_thoughts=tells, is_thinking=begins), written.partition("</think>")[0]
+    )
     assert (cut[-1].calls, cut[-1].reason) == ([], "stop")
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from answer_pieces import pieces_of, the_pieces
 from hypothesis import given
 from hypothesis import strategies as st
 from tool_forms import FORMS, FUNCTION, HERMES, LLAMA, MISTRAL, NAMED, TOOLS
-from writers import a_writer, written_by
 
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError
@@ -209,7 +209,7 @@ def test_ids_of_calls_are_those_that_the_template_takes() -> None:
 def test_one_call_where_several_are_not_wanted(field: dict[str, bool], expected: int) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **field}
     request: Any = None
-    piece = a_writer(body, LLAMA).take(Choice(0, 0), Event(request, None, f"{CALL};{CALL}", None, "stop"))
+    piece = the_pieces(body, LLAMA).take(Choice(0, 0), Event(request, None, f"{CALL};{CALL}", None, "stop"))
     assert (len(piece.calls), piece.reason) == (expected, "tool_calls")
 
 
@@ -221,7 +221,7 @@ def test_an_answer_by_a_schema_streams_beside_tools() -> None:
     ):  # LLAMA's calls begin alike
         form_of_answers = {"response_format": {"type": "json_object"}}
         body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, **form_of_answers}
-        pieces = written_by(a_writer(body, form), answer)
+        pieces = pieces_of(the_pieces(body, form), answer)
         assert [piece.text for piece in pieces] == expected
         assert (pieces[-1].calls, pieces[-1].reason) == ([], "stop")
 
@@ -231,7 +231,7 @@ def test_calls_are_found_behind_text_where_the_grammar_is_the_clients_own(form: 
     written = f"So: {form.opening}{CALL}{form.closing}"
     source = {"grammar": f"start: {json.dumps(written)}"}
     body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "structured_outputs": source}
-    pieces = written_by(a_writer(body, form), written)
+    pieces = pieces_of(the_pieces(body, form), written)
     assert "".join(piece.text for piece in pieces) == "So: "
     assert [len(pieces[-1].calls), pieces[-1].reason] == [1, "tool_calls"]
 

@@ -1,0 +1,190 @@
+"""From a checked chat request to the pieces of its answers: prompt, grammar, submission, thoughts and calls found in the text.
+
+What objects tell of it is the routes' (`chats`, `responses_api`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import Receive
+
+from llmrun.logprobs import TokenLogprobs
+from llmrun.requests import Event
+from llmrun.server import tools as toolbox
+from llmrun.server.errors import bad, naming_field
+from llmrun.server.prompts import chat_ids
+from llmrun.server.schemas import ChatCall
+from llmrun.server.service import Service
+from llmrun.server.tasks import Answer, Choice
+from llmrun.server.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, shown_tokens
+
+if TYPE_CHECKING:
+    from llmrun.constraint import Constraint
+    from llmrun.engine_loop import Ticket
+
+_Grammar = tuple[str, Any] | None
+
+
+@contextlib.asynccontextmanager
+async def answering(service: Service, call: ChatCall, receive: Receive) -> AsyncIterator[tuple[Answer, Pieces]]:
+    """Submit a request; yield its answers, which end with the context, and what their events add.
+
+    Raises:
+        ApiError: the request cannot be carried out.
+    """
+    service.check_model(call.model)
+    work = _Work(service, call)
+    grammar = await service.in_thread(work.grammar)
+    await service.compile(grammar)
+    async with Answer(service, receive, call.sampled.n) as answer:
+        prompt = await service.in_thread(work.prompt)
+        await answer.submit([work.submitter(prompt, grammar)], call.sampled.n)
+        yield answer, Pieces(service, call, work.form, is_thinking=work.begins_thought(prompt, grammar))
+
+
+class _Work:
+    """One request's; `form`: how the model calls tools, None: it is not to."""
+
+    def __init__(self, service: Service, call: ChatCall) -> None:
+        self._service, self._call = service, call
+        self.form: toolbox.ToolForm | None = None
+        if call.tool_choice != "none":
+            self.form = toolbox.tool_form(service.engine.tokenizer)
+            if self.form is None:
+                raise bad("this model's chat template does not know tools.", "tools", "unsupported_value")
+
+    def grammar(self) -> _Grammar:
+        """Return what the answer must be; takes the longer the larger the tools' schemas are, and they may fill a body."""
+        call, form, limits = self._call, self.form, self._service.limits
+        grammar = call.sampled.grammar
+        if form is not None and call.tool_choice != "auto":
+            return toolbox.call_grammar(form, call.tools, call.tool_choice, limits)
+        if form is not None and grammar is not None and grammar[0] == "json":
+            return toolbox.call_grammar(form, call.tools, call.tool_choice, limits, answer=grammar[1])
+        return grammar
+
+    def prompt(self) -> list[int]:
+        service, call = self._service, self._call
+        tokenizer = service.engine.tokenizer
+        if tokenizer is None:
+            raise bad("this artifact has no tokenizer: use /v1/completions with token ids.", "messages")
+        return chat_ids(
+            tokenizer,
+            call.messages,
+            call.tools if self.form is not None else (),
+            max_depth=service.limits.max_json_depth,
+            chat_template_kwargs=service.template_kwargs(call.chat_template_kwargs),
+        )
+
+    def begins_thought(self, prompt: Sequence[int], grammar: _Grammar) -> bool:
+        service = self._service
+        return (grammar is None or service.tells_thoughts) and begins_thought(service.engine.tokenizer, prompt)
+
+    def submitter(self, prompt: list[int], grammar: _Grammar) -> Callable[[Callable[[Event], None], int], Ticket]:
+        call, form, service = self._call, self.form, self._service
+        sampled = call.sampled
+        room = service.engine.max_seq_len - len(prompt)
+        max_tokens = max(room, 1) if sampled.max_tokens is None else sampled.max_tokens
+        shown = {} if form is None else form.shown_tokens
+        if form is not None or service.tells_thoughts:
+            shown = {**shown, **shown_tokens(service.engine.tokenizer)}
+
+        def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
+            with naming_field("messages", service.engine.max_seq_len):
+                return service.loop.submit(
+                    prompt,
+                    on_event=on_event,
+                    max_tokens=max_tokens,
+                    logprobs=call.top_logprobs,
+                    shown_tokens=shown,
+                    **sampled.options(self._constraint(prompt, grammar), i),
+                )
+
+        return submit
+
+    def _constraint(self, prompt: Sequence[int], grammar: _Grammar) -> Constraint | None:
+        """Return what the answer is held to: behind the thoughts, where these are told apart."""
+        service = self._service
+        engine, constraint = service.engine, service.constraint(grammar)
+        if constraint is None or engine.tokenizer is None or not service.tells_thoughts:
+            return constraint
+        has_begun = begins_thought(engine.tokenizer, prompt)
+        return ThoughtConstraint(constraint, engine.tokenizer, engine.manifest.eos_token_ids, has_begun=has_begun)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an event adds to a choice: thoughts, then text, then calls as OpenAI's chats have them; `reason`: why it ended."""
+
+    thought: str
+    text: str
+    calls: list[dict[str, Any]]
+    entries: list[TokenLogprobs]
+    reason: str | None
+
+
+class Pieces:
+    """What events add to the answers of one request.
+
+    Attributes:
+        is_late: other things may come before the text, or instead.
+        num_thought: tokens of thoughts so far; None: these are text here.
+    """
+
+    def __init__(
+        self, service: Service, call: ChatCall, form: toolbox.ToolForm | None, *, is_thinking: bool = False
+    ) -> None:
+        """`is_thinking`: the prompt has begun the thoughts."""
+        self.is_late = form is not None or service.tells_thoughts
+        self.num_thought: int | None = 0 if service.tells_thoughts else None
+        self._call = call
+        self._thoughts: dict[int, ThoughtStream] | None = None
+        if self.is_late:
+            self._thoughts = collections.defaultdict(
+                lambda: ThoughtStream(has_begun=is_thinking, is_apart=service.tells_thoughts)
+            )
+        self._parsers: dict[int, toolbox.ToolStream] | None = None
+        if form is not None:
+            # Any other kind is the client's alone, and may have text before a call.
+            has_grammar = call.sampled.grammar is not None and call.sampled.grammar[0] == "json"
+            self._parsers = collections.defaultdict(
+                lambda: toolbox.ToolStream(form, call.tools, has_grammar=has_grammar)
+            )
+
+    def take(self, choice: Choice, event: Event) -> Piece:
+        """Return what an event adds to a choice."""
+        entries = [event.logprobs] if event.logprobs is not None and event.token_id is not None else []
+        reason, calls = event.finish_reason, []
+        thought, text = self._split(choice, event)
+        if self._parsers is not None:
+            parser = self._parsers[choice.index]
+            text = parser.push(text)
+            if reason is not None:
+                rest, calls = parser.finish()
+                text += rest or ""
+        if not self._call.may_call_several:
+            del calls[1:]
+        if calls and reason == "stop" and not self._call.tool_choice.startswith("="):  # a named tool: OpenAI: "stop"
+            reason = "tool_calls"
+        if self.num_thought is None:
+            thought, text = "", thought + text
+        return Piece(thought, text, calls, entries, reason)
+
+    def _split(self, choice: Choice, event: Event) -> tuple[str, str]:
+        """Return what an event adds to the thoughts, and to the rest of a choice."""
+        if self._thoughts is None:
+            return "", event.text
+        stream = self._thoughts[choice.index]
+        was_thinking = stream.is_thinking
+        thought, text = stream.push(event.text)
+        if self.num_thought is not None and event.token_id is not None:
+            self.num_thought += was_thinking or stream.is_thinking
+        if event.finish_reason is not None:
+            last_thought, last_text = stream.finish()
+            thought, text = thought + last_thought, text + last_text
+        return thought, text
