@@ -23,6 +23,7 @@ from llmrun.server.guard import Access, Guard
 from llmrun.server.prompts import chat_ids
 from llmrun.server.replies import TokenTexts
 from llmrun.server.responses import Json
+from llmrun.server.responses_api import Responses
 from llmrun.server.service import Service
 
 
@@ -40,6 +41,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/completions", Completions(service), methods=["POST"]),
             Route("/v1/chat/completions", Chats(service), methods=["POST"]),
+            Route("/v1/responses", Responses(service), methods=["POST"]),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/detokenize", routes.detokenize, methods=["POST"]),
         ],

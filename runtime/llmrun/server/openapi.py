@@ -64,6 +64,7 @@ def document(schemas: Schemas) -> dict[str, Any]:
         "info": {"title": "llmrun", "version": __version__},
         "paths": {
             "/v1/chat/completions": post("Answer a chat", "Chat", streams),
+            "/v1/responses": post("Answer a chat, in items", "Responses", streams),
             "/v1/completions": post("Continue a text", "Completion", streams),
             "/v1/models": get("The model that is served"),
             "/v1/models/{name}": {**get("The model under that name"), "parameters": [name_in_path]},
@@ -78,6 +79,7 @@ def document(schemas: Schemas) -> dict[str, Any]:
             "schemas": {
                 "Error": error,
                 "Chat": schemas.chat.schema(),
+                "Responses": schemas.responses.schema(),
                 "Completion": schemas.completion.schema(),
                 "Tokenize": schemas.tokenize.schema(),
                 "Detokenize": schemas.detokenize.schema(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -34,8 +34,11 @@ def frame(value: Any) -> bytes:
 class Stream:
     """A response of server-sent events, which begins and ends with a context; an error in that is its last event."""
 
-    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
-        self._send = send
+    def __init__(
+        self, send: Send, headers: Mapping[str, str], failure: Callable[[ApiError], bytes] | None = None
+    ) -> None:
+        """`failure`: returns the event of an error."""
+        self._send, self._failure = send, failure or (lambda error: frame(error.body()))
         self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def __aenter__(self) -> Stream:
@@ -51,7 +54,7 @@ class Stream:
         if isinstance(error, ClientGoneError) or not isinstance(error, Exception | None):
             return False
         if error is not None:
-            await self.write(frame(_report(error).body()))
+            await self.write(self._failure(_report(error)))
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
 

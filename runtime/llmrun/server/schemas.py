@@ -27,6 +27,7 @@ from llmrun.server.fields import (
 )
 from llmrun.server.grammar import lenient
 from llmrun.server.limits import Limits
+from llmrun.server.responses_input import responses_record
 from llmrun.text_stream import MAX_STOP_CHARS
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class Schemas:
             },
             required=("messages",),
         )
+        self.responses = responses_record(limits, self.chat)
         self.tokenize = Record(
             {"model": Text(256), "prompt": text, "messages": ListOf(message, limits.max_messages, 1)}
             | {name: Flag() for name in ("add_special_tokens", "add_generation_prompt", "return_token_strs")}
