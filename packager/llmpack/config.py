@@ -31,6 +31,8 @@ class _Family:
         attention_bias: None: config.json says it.
         has_mlp_bias: whether config.json may say it.
         window: which layers of attention may look back no further than a window.
+        has_window: whether there is one where config.json does not say it.
+        has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
     """
 
     architecture: str
@@ -39,7 +41,10 @@ class _Family:
     head_dim: int | None = None
     attention_bias: bool | None = None
     has_mlp_bias: bool = False
+    rms_norm_eps: float = 1e-6
     window: Literal["none", "all layers", "by layer"] = "none"
+    has_window: bool = True
+    has_partial_rotary: bool = False
 
 
 _FAMILIES = {
@@ -47,12 +52,20 @@ _FAMILIES = {
     "mistral": _Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="all layers"),
     "qwen2": _Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, attention_bias=True, window="by layer"),
     "qwen3": _Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, window="by layer"),
+    "phi3": _Family(
+        "Phi3ForCausalLM",
+        4096,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        window="all layers",
+        has_window=False,
+        has_partial_rotary=True,
+    ),
 }
 _WINDOW = 4096  # sliding_window where config.json does not say it
 # Keys that change what a model computes when they differ from these values; everything else in config.json is ignored.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
-    "partial_rotary_factor": (1.0, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "logit_scale": (1.0, None),
@@ -72,7 +85,9 @@ _ROPE_NUMBERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _OUTSIDE),
     "yarn": ("factor", _OUTSIDE),
+    "longrope": (_OUTSIDE,),
 }
+_OLD_LONGROPE = ("su", "yarn")  # what Phi 3 called it
 
 
 def open_regular(path: Path) -> int:
@@ -186,11 +201,11 @@ def read_config(model_dir: Path) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=reader.size("vocab_size"),
         max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=reader.positive("rms_norm_eps", 1e-6),
+        rms_norm_eps=reader.positive("rms_norm_eps", family.rms_norm_eps),
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
         attention_bias=reader.flag("attention_bias") if family.attention_bias is None else family.attention_bias,
         mlp_bias=family.has_mlp_bias and reader.flag("mlp_bias"),
-        rope=_read_rope(reader, max_position_embeddings),
+        rope=_read_rope(reader, family, head_dim, max_position_embeddings),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         sliding_window=_read_window(reader, family, num_hidden_layers),
     )
@@ -209,7 +224,7 @@ def _read_window(reader: _Reader, family: _Family, num_hidden_layers: int) -> in
     window = raw.get("sliding_window")
     if family.window == "none" and window is not None and raw.get("use_sliding_window") is not False:
         raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
-    has_window = window is not None or "sliding_window" not in raw  # null is none
+    has_window = window is not None or ("sliding_window" not in raw and family.has_window)  # null is none
     first = raw.get("max_window_layers", 28)  # the layer from which on they slide, where layer_types does not say it
     slides = has_window and not (type(first) is int and first >= num_hidden_layers)
     is_used = by_layer and ("sliding_attention" in layer_types if layer_types else slides)
@@ -218,8 +233,11 @@ def _read_window(reader: _Reader, family: _Family, num_hidden_layers: int) -> in
     return reader.size("sliding_window", _WINDOW) if is_used else None
 
 
-def _read_rope(reader: _Reader, max_position_embeddings: int) -> dict[str, Any]:
-    """Return {"rope_type", "rope_theta", ...the type's numbers}, whichever spelling config.json uses."""
+def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_embeddings: int) -> dict[str, Any]:
+    """Return {"rope_type", "rope_theta", ...the type's numbers}, whichever spelling config.json uses.
+
+    And `rotary_dim`, if it is less than `head_dim`: the features of each head that are rotated, the first ones.
+    """
     raw, path = reader.raw, reader.path
     spellings = []
     for key in ("rope_parameters", "rope_scaling"):
@@ -229,12 +247,10 @@ def _read_rope(reader: _Reader, max_position_embeddings: int) -> dict[str, Any]:
         if not isinstance(given, dict):
             raise IncompatibleError(f"{path}: {key} is {given!r}; expected an object or null.")
         kind = given.get("rope_type", given.get("type", "default"))
+        if family.architecture == "Phi3ForCausalLM" and kind in _OLD_LONGROPE:
+            kind = "longrope"
         if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
             raise IncompatibleError(f"{path}: {key}.rope_type is {kind!r}; supported: {', '.join(_ROPE_NUMBERS)}.")
-        if given.get("partial_rotary_factor") not in (None, 1.0):
-            raise IncompatibleError(
-                f"{path}: {key}.partial_rotary_factor is {given['partial_rotary_factor']!r}; not supported."
-            )
         inner = _Reader(given, path, f"{key}.")
         rope: dict[str, Any] = {"rope_type": kind}
         rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
@@ -254,14 +270,52 @@ def _read_rope(reader: _Reader, max_position_embeddings: int) -> dict[str, Any]:
             )
         if kind == "yarn":
             _read_yarn(inner, rope)
-        spellings.append(rope)
+        rotary_dim = _read_rotary_dim(inner if "partial_rotary_factor" in given else reader, family, head_dim)
+        if kind == "longrope":
+            _read_longrope(inner, rope, rotary_dim, max_position_embeddings)
+        spellings.append({**rope, **_part(rotary_dim, head_dim)})
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         raise IncompatibleError(
             f"{path}: rope_parameters {spellings[0]} and rope_scaling {spellings[1]} contradict each other."
         )
     if spellings:
         return spellings[0]
-    return {"rope_type": "default", "rope_theta": reader.positive("rope_theta", 10000.0)}
+    rotary_dim = _read_rotary_dim(reader, family, head_dim)
+    rope_theta = reader.positive("rope_theta", 10000.0)
+    return {"rope_type": "default", "rope_theta": rope_theta, **_part(rotary_dim, head_dim)}
+
+
+def _part(rotary_dim: int, head_dim: int) -> dict[str, int]:
+    return {} if rotary_dim == head_dim else {"rotary_dim": rotary_dim}
+
+
+def _read_rotary_dim(reader: _Reader, family: _Family, head_dim: int) -> int:
+    """Return how many features of each head are rotated."""
+    share = reader.positive("partial_rotary_factor", 1.0)
+    where = f"{reader.path}: {reader.prefix}partial_rotary_factor is {share:g}"
+    if share != 1 and not family.has_partial_rotary:
+        raise IncompatibleError(f"{where}, which is not supported; supported: 1.0.")
+    rotary_dim = int(head_dim * min(share, 2.0))
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise IntegrityError(f"{where}; expected pairs of up to {head_dim} features.", code="E310")
+    return rotary_dim
+
+
+def _read_longrope(reader: _Reader, rope: dict[str, Any], rotary_dim: int, max_position_embeddings: int) -> None:
+    """Add LongRoPE's other numbers to `rope`: short_factor and long_factor, of each pair, and attention_factor."""
+    for name in ("short_factor", "long_factor"):
+        given = reader.raw.get(name)
+        if not isinstance(given, list) or len(given) != rotary_dim // 2:
+            found = f"a list of {len(given)}" if isinstance(given, list) else repr(given)
+            raise IntegrityError(
+                f"{reader.path}: {reader.prefix}{name} is {found}; expected {rotary_dim // 2} numbers.", code="E310"
+            )
+        own = _Reader({f"{name}[{i}]": number for i, number in enumerate(given)}, reader.path, reader.prefix)
+        rope[name] = [own.positive(key) for key in own.raw]
+    original = rope[_OUTSIDE]
+    factor = reader.positive("factor", max_position_embeddings / original)
+    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    rope["attention_factor"] = reader.positive("attention_factor", grown)
 
 
 def _read_yarn(reader: _Reader, rope: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from llmpack.rope import attention_scale, rope_frequencies
+from llmpack.rope import attention_scale, rope_frequencies, rotation_scale
 from llmpack.weights import source_shape
 from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
 
@@ -127,7 +127,10 @@ class _Graph:
         angles = self.standard("Mul", f"{name}.angles", [column, frequencies])
         cos = self.standard("Cos", f"{name}.cos", [angles])
         sin = self.standard("Sin", f"{name}.sin", [angles])
-        return self.standard("Concat", f"{name}.cos_sin", [cos, sin], axis=1)
+        cos_sin = self.standard("Concat", f"{name}.cos_sin", [cos, sin], axis=1)
+        if (scale := rotation_scale(self.config)) is None:
+            return cos_sin
+        return self.standard("Mul", f"{name}.scaled", [cos_sin, self.constant(f"{name}.scale", scale[None, :])])
 
     def caches(self, layer: int, spec: KvCacheSpec) -> list[str]:
         blocks = {f"{name}.{layer}": block for name, block in spec.shapes(is_gpu=False).items()}

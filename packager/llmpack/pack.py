@@ -24,7 +24,7 @@ from llmpack.generation import Generation, read_generation
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import KernelSpec, plan_kernels
 from llmpack.options import Options
-from llmpack.rope import longest_sequence
+from llmpack.rope import for_sequences, longest_sequence
 from llmpack.selfcheck import PackedRank, selfcheck
 from llmpack.split import split
 from llmpack.store import write_weights
@@ -32,6 +32,7 @@ from llmpack.tokenizer_files import TokenizerFiles, read_tokenizer
 from llmpack.weights import (
     EMBEDDING,
     HEAD,
+    Place,
     Quantization,
     RankWeight,
     check_options,
@@ -105,7 +106,7 @@ class _Job:
     Attributes:
         config: the checkpoint's, as it is packed.
         quantization: of all roles.
-        names: the checkpoint's tensor for each of the model's (`resolve_sources`).
+        places: where each of the model's sources is in the checkpoint (`resolve_sources`).
         ranks: the plan of each.
         max_seq_len: in positions.
         kv_cache: of one rank.
@@ -118,7 +119,7 @@ class _Job:
 
     config: ModelConfig
     quantization: Quantization
-    names: dict[str, str]
+    places: dict[str, Place]
     ranks: list[list[RankWeight]]
     max_seq_len: int
     kv_cache: KvCacheSpec
@@ -145,11 +146,11 @@ def _decide(
     """Read all but the weights, choose what was left open, and refuse what cannot be packed."""
     config = checkpoint.config
     try:
-        names = resolve_sources(config, {name: info.shape for name, info in checkpoint.tensors.items()})
+        places = resolve_sources(config, {name: info.shape for name, info in checkpoint.tensors.items()})
     except IntegrityError as error:
         raise IntegrityError(f"{model_dir}: {error}", code=error.code) from None
     notes = list(checkpoint.notes)
-    tied = names[f"{EMBEDDING}.weight"], names[f"{HEAD}.weight"]
+    tied = places[f"{EMBEDDING}.weight"].tensor, places[f"{HEAD}.weight"].tensor
     if config.tie_word_embeddings and not checkpoint.are_equal(*tied):
         config = dataclasses.replace(config, tie_word_embeddings=False)
         notes.append(
@@ -165,6 +166,8 @@ def _decide(
     max_seq_len = limit if options.max_seq_len is None else options.max_seq_len
     if not 1 <= max_seq_len <= limit:
         raise UsageError(f"--max-seq-len {max_seq_len}: expected 1 to {what}.")
+    config, note = for_sequences(config, max_seq_len)
+    notes += [note] * bool(note)
     ranks = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]
     kv_dtype = KV_DTYPES[options.kv_dtype or ("f32" if quantization.scheme == "f32" else "f16")]
     has_gpu = len(targets) > 1
@@ -178,7 +181,7 @@ def _decide(
     generation = read_generation(model_dir, config.vocab_size)
     summary["notes"] = [*notes, *(tokenizer.notes if tokenizer else (_NO_TOKENIZER,)), *generation.notes]
     return _Job(
-        config, quantization, names, ranks, max_seq_len, kv_cache, targets, specs, tokenizer, generation, summary
+        config, quantization, places, ranks, max_seq_len, kv_cache, targets, specs, tokenizer, generation, summary
     )
 
 
@@ -192,7 +195,7 @@ def _write(job: _Job, checkpoint: Checkpoint, staging: Staging, on_progress: Pro
         sources = background.submit(checkpoint.hash_sources, job.used, stopped.is_set)
         _add_graphs(job, staging)
         code = _add_kernels(job, staging, on_progress)
-        write_weights(checkpoint, job.names, job.ranks, staging, on_progress)
+        write_weights(checkpoint, job.places, job.ranks, staging, on_progress)
         on_progress("self-check", 0, 1)
         staging.add("selfcheck.json", canonical_json(_selfcheck(job, staging)))
         tokenizer = _add_tokenizer(job.tokenizer, staging)

@@ -1,4 +1,4 @@
-"""RoPE: a model's settings -> the angle of each pair per position, the scale of attention, and how far they reach.
+"""RoPE: a model's settings -> the angle of each pair per position, the scale of attention, which features are pairs, how far.
 
 In: a ModelConfig, whose `rope` has every number (config.py). Out: numbers. The arithmetic is that of transformers'
 modeling_rope_utils.py, in float64.
@@ -6,6 +6,7 @@ modeling_rope_utils.py, in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,16 +17,18 @@ _MAX_POSITIONS = (1 << 31) - 1  # int32 in the graph
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Return the angle per position of each rotated pair: [head_dim / 2], float32.
+    """Return the angle per position of each pair: [head_dim / 2], float32; 0 of those that are not rotated.
 
     `linear` divides all frequencies by its factor (position interpolation, arXiv 2306.15595); `llama3` divides the low ones
-    and blends in between (Llama 3.1's published code), and so does `yarn`, between two pairs (arXiv 2309.00071).
+    and blends in between (Llama 3.1's published code), and so does `yarn`, between two pairs (arXiv 2309.00071). `longrope`
+    divides each by a factor of its own (arXiv 2402.13753), of those that `for_sequences` has chosen.
 
     Raises:
         IncompatibleError: one of them is beyond float32.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         frequencies = _frequencies(config).astype(np.float32)
+        frequencies = np.pad(frequencies, (0, config.head_dim // 2 - len(frequencies)))
     if not np.isfinite(frequencies).all():
         numbers = ", ".join(f"{name} {value}" for name, value in config.rope.items())
         raise IncompatibleError(f"config.json: RoPE's angles are beyond float32: {numbers}.")
@@ -33,9 +36,11 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _frequencies(config: ModelConfig) -> np.ndarray:
-    rope = config.rope
-    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    rope, dim = config.rope, rotary_dim(config)
+    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     kind, factor = rope["rope_type"], rope.get("factor", 1.0)
+    if kind == "longrope":
+        return frequencies / np.array(rope["factors"])
     if kind == "default":
         return frequencies
     keep = np.zeros(len(frequencies))  # the share of each frequency as it is; the rest of it is divided
@@ -61,10 +66,56 @@ def _pair_that_turns(config: ModelConfig, times: float) -> float:
     return config.head_dim * log_wavelength / (2 * math.log(rope["rope_theta"]))
 
 
+def rotary_dim(config: ModelConfig) -> int:
+    """Return how many features of each head are rotated: the first ones, of which j and j + half of them are a pair."""
+    return config.rope.get("rotary_dim", config.head_dim)
+
+
+def order_of_features(config: ModelConfig) -> list[slice]:
+    """Return the features of a head of q or k in the order in which j and j + head_dim / 2 are pairs (FORMAT 4.2).
+
+    Attention's products are the same in any order that both have. Where all features are rotated it is their own.
+    """
+    dim, size = rotary_dim(config), config.head_dim
+    if dim == size:
+        return [slice(0, size)]
+    middle = dim + (size - dim) // 2
+    return [slice(0, dim // 2), slice(dim, middle), slice(dim // 2, dim), slice(middle, size)]
+
+
+def for_sequences(config: ModelConfig, max_seq_len: int) -> tuple[ModelConfig, str]:
+    """Return the configuration for sequences of such a length at most, and what a user should know of it, or nothing.
+
+    LongRoPE has factors for short and for long sequences. transformers goes from one to the other in the midst of a sequence,
+    and computes all of it again; an artifact has one, as vLLM and llama.cpp have.
+    """
+    rope = config.rope
+    if rope["rope_type"] != "longrope":
+        return config, ""
+    original = int(rope["original_max_position_embeddings"])
+    is_long = max_seq_len > original
+    kept = {name: value for name, value in rope.items() if name not in ("short_factor", "long_factor")}
+    chosen = dataclasses.replace(config, rope={**kept, "factors": rope["long_factor" if is_long else "short_factor"]})
+    note = f"longrope: packed for sequences beyond {original}; --max-seq-len {original} packs for those up to there"
+    return chosen, note * is_long
+
+
 def attention_scale(config: ModelConfig) -> float:
-    """Return what a query's product with a key is multiplied by; YaRN's factor is of both."""
-    factor = config.rope.get("attention_factor", 1.0)
+    """Return what a query's product with a key is multiplied by; YaRN's or LongRoPE's factor is of both, if all is rotated."""
+    factor = config.rope.get("attention_factor", 1.0) if rotary_dim(config) == config.head_dim else 1.0
     return factor * factor / math.sqrt(config.head_dim)
+
+
+def rotation_scale(config: ModelConfig) -> np.ndarray | None:
+    """Return what cosines and sines are multiplied by: [head_dim], float32; None: nothing.
+
+    Where a part of each head is rotated, the factor of `attention_scale` is of that part.
+    """
+    factor = config.rope.get("attention_factor", 1.0)
+    if factor == 1 or rotary_dim(config) == config.head_dim:
+        return None
+    is_rotated = np.arange(config.head_dim // 2) < rotary_dim(config) // 2
+    return np.tile(np.where(is_rotated, factor, 1.0), 2).astype(np.float32)
 
 
 def longest_sequence(config: ModelConfig) -> tuple[int, str]:

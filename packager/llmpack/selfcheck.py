@@ -21,7 +21,7 @@ import numpy as np
 
 from llmpack.layout import untile_nibbles, untile_rows, untile_six_bits
 from llmpack.native import VECTORS, packed_product
-from llmpack.rope import attention_scale, rope_frequencies
+from llmpack.rope import attention_scale, rope_frequencies, rotation_scale
 from llmpack.weights import EMBEDDING, HEAD, Initializer, RankWeight, heads_per_rank
 from llmpack_ops import reference
 from llmrun.artifact import LARGEST_LOGIT, ROW_TILE, IncompatibleError, InternalError, ModelConfig
@@ -155,6 +155,8 @@ def forward(
     positions = np.tile(np.arange(num_tokens), num_sequences)
     angles = positions[:, None] * rope_frequencies(config).astype(np.float64)
     cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    if (scale := rotation_scale(config)) is not None:
+        cos_sin *= scale
     empty = np.zeros((num_sequences, num_tokens, num_kv_heads, config.head_dim), kv_dtype)
     sequences = {
         "slot_mapping": np.arange(num_sequences * num_tokens),

@@ -182,7 +182,9 @@ class _Passes:
             elif node.name == "/model/embed_tokens":
                 width = hidden
             elif node.name.startswith("/model/rotary_emb/"):
-                width = {"column": 1, "cos_sin": head_dim}.get(node.name.rpartition("/")[2], head_dim // 2)
+                width = {"column": 1, "cos_sin": head_dim, "scaled": head_dim}.get(
+                    node.name.rpartition("/")[2], head_dim // 2
+                )
             for value in node.outputs:
                 value.shape = [rows] if node.name == "/model/rotary_emb/positions" else [rows, width]
                 value.dtype = node.inputs[0].dtype if node.op == "Gather" else np.float32

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmpack.checkpoint import Checkpoint
 from llmpack.native import NotFiniteError, pack_rows
-from llmpack.weights import Block, RankWeight, num_bytes
+from llmpack.weights import Block, Place, RankWeight, num_bytes
 from llmpack.write import Staging
 from llmrun.artifact import ROW_TILE, IncompatibleError, InternalError
 
@@ -30,7 +30,7 @@ Write = Callable[[int, np.ndarray], None]
 
 def write_weights(
     checkpoint: Checkpoint,
-    names: dict[str, str],
+    places: dict[str, Place],
     plans: list[list[RankWeight]],
     staging: Staging,
     on_progress: Callable[[str, int, int], None],
@@ -39,7 +39,7 @@ def write_weights(
 
     Args:
         checkpoint: where tensors are read from.
-        names: source name in the weight table -> tensor to read.
+        places: source name in the weight table -> where it is read.
         plans: every rank's weights.
         staging: where files are written to.
         on_progress: called with ("weights", bytes done, bytes in all).
@@ -53,7 +53,7 @@ def write_weights(
     num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     for rank, plan in enumerate(plans):
         with staging.create(f"rank-{rank}/weights.bin", num_bytes(plan)) as write:
-            worker = _Worker(checkpoint, names, write)
+            worker = _Worker(checkpoint, places, write)
             pool = ThreadPoolExecutor(num_threads)
             try:
                 # Few runs wait at a time: an error or Ctrl-C then has little to finish.
@@ -91,8 +91,8 @@ def _runs(plan: list[RankWeight]) -> Iterator[_Run]:
 class _Worker:
     """What a thread does with a run; `pack` may be called from any number of threads."""
 
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], write: Write) -> None:
-        self.checkpoint, self.names, self.write = checkpoint, names, write
+    def __init__(self, checkpoint: Checkpoint, places: dict[str, Place], write: Write) -> None:
+        self.checkpoint, self.places, self.write = checkpoint, places, write
         self._memory = threading.local()
 
     def pack(self, run: _Run) -> int:
@@ -122,8 +122,9 @@ class _Worker:
         for block in run.weight.blocks:
             first, last = max(run.first, start), min(run.last, start + block.num_rows)
             if first < last:
-                rows = slice(block.rows.start + first - start, block.rows.start + last - start)
-                pieces.append((self.names[block.source], Block(block.source, rows, block.columns)))
+                place = self.places[block.source]
+                begin = place.first_row + block.rows.start - start
+                pieces.append((place.tensor, Block(block.source, slice(begin + first, begin + last), block.columns)))
             start += block.num_rows
         return pieces
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from llmpack.rope import order_of_features
 from llmrun.artifact import ROW_TILE, WEIGHT_ALIGNMENT, IntegrityError, ModelConfig, UsageError
 
 Split = Literal["column", "row", "vocab", "replicated"]
@@ -74,6 +75,14 @@ class Block:
     def num_rows(self) -> int:
         """Rows of the rectangle."""
         return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a source is in the checkpoint: in rows of a tensor, from the first one on."""
+
+    tensor: str
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,19 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
     return out_in if kind == "weight" else out_in[:1]
 
 
-def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> dict[str, str]:
+def _fused(config: ModelConfig, source: str) -> tuple[str, tuple[str, ...]] | None:
+    """Return the tensor that holds a source beside others, and all of these in order; None: one of its own."""
+    if config.architecture != "Phi3ForCausalLM":
+        return None
+    root, _, kind = source.rpartition(".")
+    parent, _, name = root.rpartition(".")
+    for tensor, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+        if name in parts:
+            return f"{parent}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts)
+    return None
+
+
+def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> dict[str, Place]:
     """Match the table with the tensors of a checkpoint.
 
     Args:
@@ -167,7 +188,8 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
         found: tensor name -> shape.
 
     Returns:
-        source name in the table -> tensor to read; they differ only for tied embeddings stored once.
+        source name in the table -> where it is read: in the tensor of that name but for tied embeddings stored once, and
+        in Phi 3, which stores q, k and v, and gate and up, in one.
 
     Raises:
         IntegrityError: a tensor is missing, has another shape, or is unknown (all are listed).
@@ -177,28 +199,34 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
             f"config.json has num_hidden_layers {config.num_hidden_layers}, but the files hold only {len(found)} tensors.",
             code="E313",
         )
-    wanted = [source for row in weight_rows(config) for source in row.sources]
-    names = {source: source for source in wanted}
+    shapes: dict[str, tuple[int, ...]] = {}  # of the tensors
+    places: dict[str, Place] = {}
+    for source in (source for row in weight_rows(config) for source in row.sources):
+        shape = source_shape(config, source)
+        tensor, parts = _fused(config, source) or (source, (source,))
+        before = [source_shape(config, part)[0] for part in parts[: parts.index(source)]]
+        places[source] = Place(tensor, sum(before))
+        shapes[tensor] = (sum(before) + shape[0], *shape[1:])  # the last part's is the whole
+    names = {tensor: tensor for tensor in shapes}
     if config.tie_word_embeddings:
         pair = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
         present = [name for name in pair if name in found]
         names.update({name: present[0] for name in pair if present and name not in found})
     missing = sorted({name for name in names.values() if name not in found})
     # Older checkpoints carry RoPE's frequencies, which follow from the configuration.
-    unknown = sorted(n for n in found if n not in wanted and not n.endswith(".rotary_emb.inv_freq"))
+    unknown = sorted(n for n in found if n not in shapes and not n.endswith(".rotary_emb.inv_freq"))
     if missing or unknown:
         raise IntegrityError(
             f"the tensors do not fit config.json; missing: {_listed(missing)}; not known to a model of this configuration:"
             f" {_listed(unknown)}.",
             code="E313",
         )
-    for source, name in names.items():
-        if found[name] != source_shape(config, source):
+    for tensor, name in names.items():
+        if found[name] != shapes[tensor]:
             raise IntegrityError(
-                f"{name}: shape {list(found[name])}, but config.json asks for {list(source_shape(config, source))}.",
-                code="E313",
+                f"{name}: shape {list(found[name])}, but config.json asks for {list(shapes[tensor])}.", code="E313"
             )
-    return names
+    return {source: Place(names[place.tensor], place.first_row) for source, place in places.items()}
 
 
 def _listed(names: list[str]) -> str:
@@ -250,7 +278,7 @@ def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank
     """Return every weight of one rank, with the blocks to read and the initializers to write, offsets included."""
     offset, weights = 0, []
     for row in weight_rows(config):
-        blocks = tuple(_block(config, source, row.split, shards, rank) for source in row.sources)
+        blocks = tuple(block for source in row.sources for block in _blocks(config, source, row.split, shards, rank))
         padding = vocab_per_rank(config, shards) - blocks[0].num_rows if row.split == "vocab" else 0
         num_rows = sum(block.num_rows for block in blocks) + padding
         num_columns = blocks[0].columns.stop - blocks[0].columns.start
@@ -283,6 +311,17 @@ def heads_per_rank(config: ModelConfig, shards: int) -> tuple[int, int]:
 def vocab_per_rank(config: ModelConfig, shards: int) -> int:
     """Return the rows of the head on each rank, padding included (FORMAT 4.6)."""
     return -(-config.vocab_size // shards)
+
+
+def _blocks(config: ModelConfig, source: str, split: Split, shards: int, rank: int) -> list[Block]:
+    """Return what a rank holds of a source, in the order in which it holds it."""
+    block = _block(config, source, split, shards, rank)
+    order = order_of_features(config)
+    if len(order) == 1 or not source.rpartition(".")[0].endswith(("q_proj", "k_proj")):
+        return [block]
+    heads = range(block.rows.start, block.rows.stop, config.head_dim)
+    rows = [slice(first + part.start, first + part.stop) for first in heads for part in order]
+    return [Block(source, part, block.columns) for part in rows if part.start < part.stop]
 
 
 def _block(config: ModelConfig, source: str, split: Split, shards: int, rank: int) -> Block:

@@ -225,7 +225,9 @@ def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[st
     rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     stored = [rotated[:, num_heads : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]]
     keys, values = (
-        np.repeat(x.astype(manifest["kv_cache"]["dtype"]).astype(np.float64), num_heads // num_kv_heads, 1)
+        np.repeat(
+            x.astype(np.float32).astype(manifest["kv_cache"]["dtype"]).astype(np.float64), num_heads // num_kv_heads, 1
+        )
         for x in stored
     )
     scores = np.einsum("qhd,khd->hqk", rotated[:, :num_heads], keys) * sizes["scale"]
@@ -266,6 +268,16 @@ DEFAULT_DOMAIN: dict[str, Callable[..., Array]] = {
 }
 
 
+def _in_own_order(rows: Array, dim: int, rotary_dim: int) -> Array:
+    """Return q or k with the features of each head in the order of the checkpoint (4.2)."""
+    half, rest = rotary_dim // 2, (dim - rotary_dim) // 2
+    heads = rows.reshape(-1, dim, rows.shape[1])
+    first, second = np.split(heads, 2, 1)
+    own = [first[:, :half], second[:, :half], first[:, half:], second[:, half:]]
+    assert first[:, half:].shape[1] == rest
+    return np.concatenate(own, 1).reshape(rows.shape)
+
+
 def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
     """Return the whole model's matrices and norms, under the checkpoint's names (4.2, 4.5, 4.6)."""
     config, cache, size = manifest["model"], manifest["kv_cache"], len(ranks)
@@ -287,6 +299,9 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
                 for i, head in enumerate(np.split(matrices[part], held)):
                     assert np.array_equal(heads.setdefault(first + i, head), head)
             model[f"{prefix}self_attn.{name}.weight"] = np.concatenate([heads[i] for i in range(num_kv_heads)])
+        for name in ("q_proj", "k_proj"):
+            whole = f"{prefix}self_attn.{name}.weight"
+            model[whole] = _in_own_order(model[whole], dim, config["rope"].get("rotary_dim", dim))
         halves = [np.split(m, 2) for m in of_all(f"{prefix}mlp.gate_up_proj.weight")]
         model[f"{prefix}mlp.gate_proj.weight"] = np.concatenate([gate for gate, _ in halves])
         model[f"{prefix}mlp.up_proj.weight"] = np.concatenate([up for _, up in halves])
@@ -296,6 +311,15 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
         if name.endswith("norm.weight"):
             assert all(np.array_equal(rank.tensors[name], tensor) for rank in ranks)
             model[name] = tensor
+    if config["architecture"] == "Phi3ForCausalLM":
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            for whole, parts in (
+                ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+            ):
+                own = [model.pop(f"{prefix}{part}.weight") for part in parts]
+                model[f"{prefix}{whole}.weight"] = np.concatenate(own)
     embedding = "model.embed_tokens.weight"
     model[embedding] = ranks[0].matrices.get(embedding, ranks[0].tensors[embedding])
     (last,) = {[n for n in rank.nodes if n.op_type.startswith("MatMul")][-1].input[1] for rank in ranks}

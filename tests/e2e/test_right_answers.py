@@ -27,6 +27,17 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+PHI3 = {"model_type": "phi3", "pad_token_id": 0}
+# Of 12 pairs in heads of 32, of which the rest is as it is.
+LONGROPE = {
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+        "short_factor": [1 + i / 8 for i in range(12)], "long_factor": [1 + i for i in range(12)],
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
 VARIANTS = {
     "gqa": {},
     "mha": {"num_key_value_heads": 8},
@@ -57,6 +68,8 @@ VARIANTS = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 64},
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+    "phi3": {**PHI3},
+    "phi3-partly-rotated": {**PHI3, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -66,6 +79,7 @@ SPLIT_VARIANTS = {
     "tied-and-wide-heads": (2, {"tie_word_embeddings": True, "head_dim": 64, "dtype": "bfloat16"}),
     "biases-of-q-k-and-v-alone": (2, {"model_type": "qwen2"}),
     "norms-of-heads": (4, {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2}),
+    "stored-together": (4, {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
 }
 
 
@@ -99,6 +113,17 @@ def test_sequences_end_where_a_window_would_hide_what_comes_first(model_type, tm
     np.testing.assert_allclose(ours, truth[:32], rtol=0, atol=F32)
     whole = make_checkpoint(tmp_path / "whole", model_type=model_type, **{**window, "sliding_window": 128})
     assert np.abs(transformers_logits(whole, [ids])[0] - truth)[-1].max() > 10 * F32
+
+
+@pytest.mark.parametrize(("max_seq_len", "num_ids"), [(64, 40), (128, 70)])
+def test_longrope_is_that_of_the_longest_sequence(max_seq_len, num_ids, tmp_path):
+    """As transformers computes sequences of that length; shorter ones of a long artifact have the long factors too."""
+    folder = make_checkpoint(tmp_path / "m", **PHI3, **LONGROPE)
+    summary = pack(folder, tmp_path / "a", Options(scheme="f32", max_seq_len=max_seq_len))
+    assert any("longrope" in note for note in summary["notes"]) == (max_seq_len > 64)
+    ids = [(37 * i + 11) % 250 for i in range(num_ids)]
+    with Engine(tmp_path / "a") as engine:
+        np.testing.assert_allclose(engine.logits(ids), transformers_logits(folder, [ids])[0], rtol=0, atol=F32)
 
 
 @pytest.mark.parametrize("quant", ["q4", "q8"])

@@ -249,7 +249,7 @@ class Step:
         if "rotary_emb" not in node.name:
             raise NotImplementedError(f"{node.name}: {node.op_type}")
         self._angles.append(node)
-        if node.op_type == "Concat":
+        if node.op_type == "Concat" or node.name.endswith("/scaled"):
             width = self.model.infos[node.output[0]].type.tensor_type.shape.dim[1].dim_value
             self._make(node.output[0], TensorProto.FLOAT, (self.num_tokens, width))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmpack.config import read_config
-from llmpack.rope import attention_scale, longest_sequence, rope_frequencies
+from llmpack.rope import attention_scale, for_sequences, longest_sequence, rope_frequencies, rotation_scale
 from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
 
 BASE = {
@@ -35,7 +35,7 @@ def read(tmp_path, **changes):
     return read_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
 
@@ -45,7 +45,7 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    assert ours.rope == theirs.rope_parameters
+    assert {"partial_rotary_factor": 1.0, **ours.rope} == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
     assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
 
 
@@ -113,6 +113,57 @@ def test_angles_beyond_float32_are_refused_in_one_sentence(tmp_path, scaling):
         IncompatibleError, match=r"^config.json: RoPE's angles are beyond float32: .* factor 1e-320[^.]*"
     ):
         rope_frequencies(read(tmp_path, rope_scaling=scaling))
+
+
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]}
+PHI3 = {**BASE, "model_type": "phi3", "partial_rotary_factor": 0.75, "rope_scaling": LONGROPE, "rope_theta": 20000.0}
+PHI3 |= {"hidden_size": 32, "max_position_embeddings": 256, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": {**LONGROPE, "type": "yarn"}},
+        {"rope_scaling": {**LONGROPE, "attention_factor": 1.25}},
+        {"rope_scaling": {**LONGROPE, "factor": 8.0}},
+        {"max_position_embeddings": 64},
+        {"rope_scaling": None, "rope_parameters": {**LONGROPE, "rope_type": "longrope", "partial_rotary_factor": 0.75}},
+        {"rope_scaling": None},
+        {"rope_scaling": None, "partial_rotary_factor": 0.5},
+    ],
+)
+@pytest.mark.parametrize("num_positions", [64, 65])
+def test_phi3s_frequencies_and_scale_equal_transformers(tmp_path, changes, num_positions):
+    import torch
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    config, note = for_sequences(read(tmp_path, **{**PHI3, **changes}), num_positions)
+    theirs = Phi3RotaryEmbedding(Phi3Config.from_pretrained(tmp_path))
+    theirs(torch.zeros(1, num_positions, 8), torch.arange(num_positions)[None])  # which decides for short or long
+    ours = rope_frequencies(config)
+    assert ours.shape == (4,)
+    np.testing.assert_allclose(ours[: len(theirs.inv_freq)], theirs.inv_freq.numpy(), rtol=2e-6)
+    assert not ours[len(theirs.inv_freq) :].any()
+    # Cosines and sines are multiplied there; of features that are not rotated there are none.
+    scale = rotation_scale(config)
+    half = np.ones(4) if scale is None else scale[:4]
+    expected = np.where(np.arange(4) < len(theirs.inv_freq), theirs.attention_scaling, 1.0)
+    np.testing.assert_allclose(half, expected, rtol=1e-6)
+    assert scale is None or np.array_equal(scale[4:], half)
+    assert attention_scale(config) == pytest.approx(1 / 8**0.5)
+    assert bool(note) == (num_positions > 64 and "longrope" in str(config.rope))
+
+
+def test_longropes_factor_is_attentions_where_all_is_rotated(tmp_path):
+    four = {**LONGROPE, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "attention_factor": 1.25}
+    config, _ = for_sequences(read(tmp_path, **{**PHI3, "partial_rotary_factor": 1.0, "rope_scaling": four}), 65)
+    assert (rotation_scale(config), attention_scale(config)) == (None, pytest.approx(1.25**2 / 8**0.5))
+
+
+def test_phi3s_first_name_of_longrope(tmp_path):
+    assert read(tmp_path, **{**PHI3, "rope_scaling": {**LONGROPE, "type": "su"}}) == read(tmp_path, **PHI3)
 
 
 def test_sequences_are_as_long_as_yarn_makes_them(tmp_path):
@@ -210,7 +261,6 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
             "layer_types is",
         ),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"quantization_config": {"quant_method": "gptq", "ignore": ["x"] * 999}}, r"\(quant_method 'gptq'\); .{,99}$"),
         ({"sliding_window": 4096}, "sliding_window"),
@@ -256,6 +306,13 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"rope_scaling": {**YARN, "mscale": "1", "mscale_all_dim": 1}}, "rope_scaling.mscale is '1'"),
         ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1; expected more than 1"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "rope_scaling.truncate is 1"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.short_factor is None; expected 8 numbers"),
+        ({**PHI3, "rope_scaling": {**LONGROPE, "long_factor": [1]}}, "long_factor is a list of 1; expected 3 numbers"),
+        ({**PHI3, "rope_scaling": {**LONGROPE, "long_factor": [1, 2, 0]}}, r"rope_scaling.long_factor\[2\] is 0"),
+        ({**PHI3, "partial_rotary_factor": 0.4}, "partial_rotary_factor is 0.4; expected pairs of up to 8"),
+        ({**PHI3, "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; expected pairs of up to 8"),
+        ({**PHI3, "partial_rotary_factor": 1e-9}, "partial_rotary_factor is 1e-09"),
+        ({**PHI3, "partial_rotary_factor": 1e300}, "partial_rotary_factor is 1e"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor is 1; .* low_freq_factor 1"),
     ],
 )

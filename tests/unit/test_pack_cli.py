@@ -87,7 +87,7 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
     assert summary["bits_per_weight_of_file"] == pytest.approx(bits / summary["parameters"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3"])
 def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
     from transformers import AutoModelForCausalLM
 
@@ -98,6 +98,7 @@ def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint)
         "biased": {"attention_bias": True, "mlp_bias": True},
         "qwen2": {"model_type": "qwen2"},
         "qwen3": {"model_type": "qwen3"},
+        "phi3": {"model_type": "phi3", "pad_token_id": 0},
     }
     folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
     if name == "tied-in-name-only":
