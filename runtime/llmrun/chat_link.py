@@ -2,8 +2,9 @@
 
 The process that was typed keeps the terminal, with its editing, its signals and its size; the ranks have none of that,
 under either mpirun. It sends `{"ask": messages}`, and `{"stop": n}` to end the n-th answer; rank 0 says `ready` once,
-and for each question any number of `text` and then one `done` or `error`. The end of rank 0's input ends the job.
-Being a message and no signal, a stop never meets the wrong answer, and Ctrl-C is the terminal side's affair alone.
+and for each question any number of `text` (with `is_thought`, where the model only thinks it) and then one `done` or
+`error`. The end of rank 0's input ends the job. Being a message and no signal, a stop never meets the wrong answer, and
+Ctrl-C is the terminal side's affair alone.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class _Terminal:
             if "text" not in event:
                 break
             pieces.append(event["text"])
-            self._write(event["text"])
+            self._write(event["text"], is_dim=event.get("is_thought", False))
         if "error" in event:
             self._say(event["error"])
             return
@@ -243,8 +243,9 @@ class _Terminal:
         dim, plain = self._style if is_dim and text else ("", "")
         console.say(dim + console.harmless(text) + plain)
 
-    def _write(self, text: str) -> None:
-        shown = console.harmless(text) if self._is_answer_shown else text
+    def _write(self, text: str, *, is_dim: bool = False) -> None:
+        dim, plain = self._style if is_dim and self._is_answer_shown else ("", "")
+        shown = dim + console.harmless(text) + plain if self._is_answer_shown else text
         try:
             console.write_all(self._answer_stream, shown.encode("utf-8", "replace"))
         except BrokenPipeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -19,6 +20,7 @@ from harness import LEFTOVER_S
 from terminal import Terminal
 
 from llmrun import chat_terminal
+from models import DEMO
 
 Packed = Callable[..., Path]
 
@@ -231,6 +233,22 @@ def test_a_terminal_without_colours(environment: dict[str, str], tmp_path: Path,
         assert not re.search(rb"\x1b\[\d+m", chat.raw)
         if "TERM" in environment:
             assert b"\x1b" not in chat.raw
+        chat.type(CTRL_D)
+        assert chat.finish() == 0
+
+
+@pytest.mark.parametrize("ending", ["<think>\n", ""], ids=["thinks", "answers"])
+def test_thoughts_are_dim(ending: str, tmp_path: Path, packed: Packed) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}" + ending
+    (folder / "chat_template.jinja").write_text(template)
+    with Chat(tmp_path, packed(folder, 1, "q8"), "-n", "9", "--temperature", "0") as chat:
+        chat.wait("/help shows")
+        chat.ask("The king\r")  # this model never ends what it has begun
+        answer = chat.raw.rpartition(b"The king")[2].partition(b"[9 tokens")[0].removesuffix(b"\x1b[2m")
+        assert (b"\x1b[2m" in answer) == bool(ending)
+        assert len(re.sub(rb"\x1b\[\d+m|\s", b"", answer)) > 9
         chat.type(CTRL_D)
         assert chat.finish() == 0
 

@@ -86,8 +86,7 @@ class _Chat:
                 break
             messages.append({"role": "user", "content": text})
             with signals.answering():
-                write = (lambda _: None) if arguments.json else common.write
-                completion = self._answer(engine, messages, write, signals.stop_answer.is_set)
+                completion = self._answer(engine, messages, self._write_plainly, signals.stop_answer.is_set)
             if arguments.json:
                 common.write_json(completion.as_json())
             else:
@@ -111,10 +110,11 @@ class _Chat:
                 stopped = inbox.has_stopped(number)
                 return stopped
 
+            def write(text: str, is_thought: bool) -> None:
+                chat_link.send_event(common.write, text=text, **({"is_thought": True} if is_thought else {}))
+
             try:
-                completion = self._answer(
-                    engine, messages, lambda text: chat_link.send_event(common.write, text=text), should_stop
-                )
+                completion = self._answer(engine, messages, write, should_stop)
             except UsageError as error:  # too long, or the template's refusal: the person may go on
                 chat_link.send_event(common.write, error=console.error_line(error))
                 continue
@@ -130,31 +130,49 @@ class _Chat:
             )
         return 0
 
+    def _write_plainly(self, text: str, _is_thought: bool) -> None:
+        if not self._arguments.json:
+            common.write(text)
+
     def _answer(
-        self, engine: Engine, messages: Messages, write: Callable[[str], None], should_stop: Callable[[], bool]
+        self, engine: Engine, messages: Messages, write: Callable[[str, bool], None], should_stop: Callable[[], bool]
     ) -> Completion:
-        """Answer messages; `write` gets the text as it comes.
+        """Answer messages; `write` gets the text as it comes, and whether the model only thinks it.
 
         Raises:
             UsageError: the messages do not fit the context or the template.
         """
-        arguments = self._arguments
+        from llmrun.thoughts import ThoughtStream, begins_thought, may_think, shown_tokens
+
+        arguments, tokenizer = self._arguments, engine.tokenizer
         prompt_ids = self._encode(engine, messages)
+        thoughts = None
+        if may_think(tokenizer):
+            thoughts = ThoughtStream(has_begun=begins_thought(tokenizer, prompt_ids), is_apart=False)
+
+        def tell(thought: str, text: str) -> None:
+            if thought:
+                write(thought, True)
+            if text:
+                write(text, False)
+
         room = engine.max_seq_len - len(prompt_ids)
         request = engine.submit(
             prompt_ids,
             max_tokens=min(arguments.max_tokens or DEFAULT_ANSWER_TOKENS, max(room, 1)),
             stop=arguments.stop,
             ignore_eos=arguments.ignore_eos,
+            shown_tokens=None if thoughts is None else shown_tokens(tokenizer),
             **common.sampling_of(arguments),
         )
         try:
             while request.finish_reason is None and not should_stop():
                 for event in engine.step():
-                    if event.text:
-                        write(event.text)
+                    tell(*(("", event.text) if thoughts is None else thoughts.push(event.text)))
         finally:
             engine.cancel(request)
+        if thoughts is not None:
+            tell(*thoughts.finish())
         completion = engine.completion(request)
         self._answered = ([*messages], prompt_ids, completion.ids)
         return completion

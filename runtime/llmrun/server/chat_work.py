@@ -21,7 +21,7 @@ from llmrun.server.prompts import chat_ids
 from llmrun.server.schemas import ChatCall
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
-from llmrun.server.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, shown_tokens
+from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, shown_tokens
 
 if TYPE_CHECKING:
     from llmrun.constraint import Constraint

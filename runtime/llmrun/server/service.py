@@ -23,8 +23,8 @@ from llmrun.server.json_body import parse_json
 from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
 from llmrun.server.schemas import Schemas
-from llmrun.server.thoughts import REASONING_FORMATS, may_think
 from llmrun.server.workers import Workers
+from llmrun.thoughts import REASONING_FORMATS, may_think
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine

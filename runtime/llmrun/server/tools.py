@@ -8,7 +8,7 @@ Which form a model was trained on is read off its template:
     Functionary   <function=name>{...}</function>, one after the other
 
 Tags that are special tokens are part of the answer's text here (`ToolForm.shown_tokens`). What a model thinks before it
-answers (`llmrun.server.thoughts`) makes no calls, whatever it says of them.
+answers (`llmrun.thoughts`) makes no calls, whatever it says of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
 from llmrun.server.json_schema import changed_schema, check_size, checked_schema, closed_schema
 from llmrun.server.limits import Limits
-from llmrun.server.thoughts import last_place
+from llmrun.thoughts import last_place
 from llmrun.tokenizer_backends import alternation
 
 if TYPE_CHECKING:

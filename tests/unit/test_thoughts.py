@@ -16,7 +16,7 @@ from tool_forms import HERMES, TOOLS
 
 from llmrun.constraint import allowed_tokens
 from llmrun.server.grammar import Grammars
-from llmrun.server.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, may_think, shown_tokens
+from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, may_think, shown_tokens
 from llmrun.tokenizer import Tokenizer
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
