@@ -3,6 +3,7 @@
 Controls at the end take a check out and see the lie pass.
 """
 
+import hashlib
 import json
 
 import pytest
@@ -113,6 +114,11 @@ def test_2_1_nested_sixteen_deep_and_no_deeper(members, innermost):
 
 
 # 2.2: canonical bytes
+
+
+def test_2_2_the_digest_is_that_of_the_file_without_its_line(data):
+    (line,) = (line for line in data.splitlines(keepends=True) if line.startswith(b' "manifest_sha256": '))
+    assert hashlib.sha256(data.replace(line, b"")).hexdigest() in line.decode()
 
 
 def test_2_2_flipped_bits_of_every_byte_are_found(data):
