@@ -347,7 +347,9 @@ def _check_tree(root: Path, manifest: Manifest, ranks: Sequence[int] | None) -> 
             relative = (here / name).as_posix()
             if (root / relative).is_symlink() or relative not in folders:
                 raise IntegrityError(
-                    f"{root / relative}: a folder that the manifest does not list, or a link.", code="E305"
+                    f"{root / relative}: a folder that the manifest does not list, or a link. Remove it, or copy the artifact"
+                    " again.",
+                    code="E305",
                 )
         for name in files:
             relative = (here / name).as_posix()

@@ -229,7 +229,9 @@ def test_1_3_file_that_is_not_listed(artifact, name):
 @pytest.mark.parametrize("name", ["extra", "rank-2", ".git", "rank-0/rank-1", "tokenizer/__pycache__"])
 def test_1_3_folder_that_is_not_listed(artifact, name):
     (artifact / name).mkdir()
-    assert refusal(lambda: check(artifact)).code == "E305"
+    error = refusal(lambda: check(artifact))
+    assert error.code == "E305"
+    assert str(error).endswith("Remove it, or copy the artifact again.")
 
 
 @pytest.mark.parametrize("name", LISTED)
