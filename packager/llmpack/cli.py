@@ -32,14 +32,14 @@ exit codes: 0 ok, 1 internal, 2 usage, 3 damaged input, 4 not supported, 5 disk 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pack",
-        description="Turn a Hugging Face Llama checkpoint into an artifact that `llmrun` runs on one or more ranks.",
+        description="Turn a Hugging Face checkpoint of the Llama family into an artifact, which `llmrun` runs on its ranks.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model_dir", metavar="MODEL_DIR", type=Path, help="directory with config.json and *.safetensors"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="artifact to create (not with --dry-run)")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="artifact to create (--dry-run needs none)")
     parser.add_argument(
         "--shards", metavar="N", type=int, default=Options.shards, help="number of ranks (default: %(default)s)"
     )

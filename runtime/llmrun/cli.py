@@ -25,7 +25,8 @@ llmrun ARTIFACT -p TEXT  complete TEXT; `llmrun COMMAND --help` lists a command'
 An artifact of several ranks is started under this environment's mpirun; `mpirun -n N llmrun ...` works as well
 (the -n before `llmrun` is mpirun's number of ranks, the -n after it is --max-tokens).
 
-exit codes: 0 ok, 1 internal, 2 usage, 3 integrity, 4 incompatible, 5 resources, 6 peer lost or stuck, 7 numeric
+exit codes: 0 ok, 1 internal, 2 usage, 3 integrity, 4 incompatible, 5 resources, 6 peer lost or stuck, 7 numeric,
+130/143 interrupted
 """
 
 
@@ -40,7 +41,7 @@ def build_parser(wanted: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser of the whole command line; only the `wanted` commands are imported and know their options."""
     parser = _Parser(
         prog="llmrun",
-        description="Run a packed Llama model.",
+        description="Run a model that `pack` has packed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -49,8 +50,9 @@ def build_parser(wanted: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name in wanted:
         module = _module_of(name)
-        text = (module.__doc__ or "").partition(".\n")[0].removesuffix(".")
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        text = module.__doc__ or ""
+        first = text.partition(".\n")[0].removesuffix(".")
+        command = commands.add_parser(name, help=first, description=text, allow_abbrev=False)
         module.add_arguments(command)
     return parser
 
@@ -68,12 +70,15 @@ def complete_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _parse(complete: Sequence[str], typed: Sequence[str]) -> argparse.Namespace:
     try:
-        return build_parser(complete[:1] if complete[0] in COMMANDS else COMMANDS).parse_args(complete)
+        chosen, rest = build_parser(complete[:1] if complete[0] in COMMANDS else COMMANDS).parse_known_args(complete)
+        if rest:
+            raise UsageError(f"unrecognized arguments: {' '.join(rest)}. `llmrun {chosen.command} --help` shows how.")
     except UsageError as error:
         if list(complete) == list(typed) or typed[0].startswith("-") or os.path.exists(typed[0]):
             raise
         what = f"{typed[0]}: found neither an artifact nor a command ({', '.join(COMMANDS)})"
         raise UsageError(f"{what}; {error}") from None
+    return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

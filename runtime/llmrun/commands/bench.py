@@ -1,8 +1,8 @@
 """Measure prompt and generation speed, in llama-bench's form; with --profile, where the time of a step goes.
 
-The roofline of generation is reading a step's weights once: weight_bytes_per_token of all ranks, over the read
-bandwidth that the ranks reach together (each sums a large array with its own threads, all at the same time; best of
-several).
+The column roofline says how near generation comes to what reading a step's weights once would take: weight_bytes_per_token
+of all ranks, over the read bandwidth that the ranks reach together (each sums a large array with its own threads, all at the
+same time; best of several).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     common.add_artifact(parser)
     add_chat_options(parser)
-    common.add_sampling_options(parser)
-    common.add_engine_options(parser)
+    common.add_sampling_options(parser, f"{DEFAULT_ANSWER_TOKENS}")
+    common.add_engine_options(parser, speculates=True)
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from llmrun import console, failstop, launcher, stdin
 from llmrun.errors import PeerError, ResourceError, UsageError
 from llmrun.job_options import ISAS, PROVIDER_CHOICES, VERIFY_MODES, JobOptions
 from llmrun.memory import give_large_blocks_back
+from llmrun.requests import MAX_DRAFTS
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -28,10 +29,17 @@ def add_artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `Engine` takes."""
-    group = parser.add_argument_group("running")
-    group.add_argument("--provider", choices=PROVIDER_CHOICES, default=JobOptions.provider)
+def add_engine_options(
+    parser: argparse.ArgumentParser, title: str = "running", *, verifies: bool = True, speculates: bool = False
+) -> None:
+    """Add what `Engine` takes: how much is verified, and how far it guesses ahead, where the command leaves that open."""
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        "--provider",
+        choices=PROVIDER_CHOICES,
+        default=JobOptions.provider,
+        help="where to compute; auto: on GPUs that the artifact has code for and onnxruntime a provider, else on the CPU",
+    )
     group.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU where there are too few")
     group.add_argument("--threads", type=int, metavar="N", help="threads a rank (its share of the cores)")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="positions of a sequence (as packed)")
@@ -39,25 +47,33 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-mb", type=int, metavar="MB", help="memory for keys and values, a rank (what is needed)"
     )
     group.add_argument(
-        "--speculate", type=int, default=0, metavar="K", help="guess K tokens ahead from the text (0: off)"
-    )
-    group.add_argument(
-        "--verify",
-        choices=VERIFY_MODES,
-        default=JobOptions.verify,
-        help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
-    )
-    group.add_argument(
         "--isa",
         choices=ISAS,
         help="instruction set of the CPU kernels (default: the best that the machine has)",
     )
+    if verifies:
+        group.add_argument(
+            "--verify",
+            choices=VERIFY_MODES,
+            default=JobOptions.verify,
+            help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
+        )
+    if speculates:
+        group.add_argument(
+            "--speculate",
+            type=int,
+            default=0,
+            metavar="K",
+            help=f"guess K tokens ahead, at most {MAX_DRAFTS}, from the text so far (0: off)",
+        )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the length, the ways to sample, and the stop texts."""
+def add_sampling_options(parser: argparse.ArgumentParser, most_tokens: str) -> None:
+    """Add the length, of which help says what it is by default, the ways to sample, and the stop texts."""
     group = parser.add_argument_group("sampling (the artifact has the defaults)")
-    group.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens to generate at most")
+    group.add_argument(
+        "-n", "--max-tokens", type=int, metavar="N", help=f"tokens to generate at most ({most_tokens}, or what fits)"
+    )
     group.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
     group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens of total probability P")
@@ -214,7 +230,7 @@ def _start(arguments: argparse.Namespace, work: RankWork) -> Engine:
             max_seq_len=arguments.max_seq_len,
             max_num_seqs=getattr(arguments, "max_num_seqs", work.max_num_seqs),
             kv_cache_mb=arguments.kv_cache_mb,
-            speculate=arguments.speculate,
+            speculate=getattr(arguments, "speculate", 0),
             verify=arguments.verify,
             isa=arguments.isa,
             share_gpu=arguments.share_gpu,

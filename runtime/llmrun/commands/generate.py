@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmrun import console, stdin
 from llmrun.commands import chat, common
 from llmrun.errors import UsageError
+from llmrun.requests import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -24,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from FILE")
     parser.add_argument("--ids", action="store_true", help="the prompt is a JSON list of token ids")
     chat.set_chat_defaults(parser)
-    common.add_sampling_options(parser)
-    common.add_engine_options(parser)
+    common.add_sampling_options(parser, f"{DEFAULT_MAX_TOKENS}, in a chat {chat.DEFAULT_ANSWER_TOKENS}")
+    common.add_engine_options(parser, speculates=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,6 +50,10 @@ class _Generate:
     def prepare(self, engine: Engine) -> None:
         """Read and check the prompt, on rank 0 before the weights are read."""
         text, where = self._read()
+        if not text:
+            raise UsageError(
+                f"{where}: the prompt is empty. Give a text with -p, -f or on standard input.", code="E203"
+            )
         self._prompt = common.parse_ids(text, where) if self._arguments.ids else text
         engine.check_prompt(self._prompt, self._arguments.max_tokens)
 

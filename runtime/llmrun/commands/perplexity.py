@@ -25,9 +25,9 @@ DEFAULT_WINDOW = 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     common.add_artifact(parser)
-    parser.add_argument("file", metavar="FILE", help="the text")
+    parser.add_argument("file", metavar="FILE", help="the text, in UTF-8")
     parser.add_argument("--ids", action="store_true", help="FILE is a JSON list of token ids")
-    parser.add_argument("--window", type=int, metavar="N", help=f"tokens in a window (at most {DEFAULT_WINDOW})")
+    parser.add_argument("--window", type=int, metavar="N", help=f"tokens in a window ({DEFAULT_WINDOW}, or what fits)")
     parser.add_argument("--logits-out", metavar="F.npy", help="write the logits, float32 [tokens, vocab_size]")
     common.add_engine_options(parser)
 

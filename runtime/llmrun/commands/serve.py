@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
     limits_of_server.add_options(parser)
-    common.add_engine_options(parser)
+    common.add_engine_options(parser, speculates=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

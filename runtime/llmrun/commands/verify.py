@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     common.add_artifact(parser)
-    parser.add_argument("--deep", action="store_true", help="also run the model on its own examples")
+    parser.add_argument("--deep", action="store_true", help="also run the model on the packager's examples")
     parser.add_argument(
         "--ranks", type=_ranks, metavar="N,N", help="of a host that holds only these ranks' folders; default: all"
     )
-    common.add_engine_options(parser)
+    common.add_engine_options(parser, "running, with --deep", verifies=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
