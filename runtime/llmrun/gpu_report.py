@@ -108,7 +108,7 @@ def _time(job: Job, rows: int, width: int) -> float:
 
 
 def of_artifact(path: str) -> str | LlmpackError | None:
-    """Time the collectives of an artifact's ranks under mpirun, on every rank; None: there is no job, or no GPU code."""
+    """Time the collectives of an artifact's ranks under mpirun, on every rank; None: no job, no GPU code, or no artifact."""
     from llmrun import launcher
     from llmrun.artifact import open_artifact
     from llmrun.job import Job
@@ -116,6 +116,9 @@ def of_artifact(path: str) -> str | LlmpackError | None:
 
     try:
         manifest = open_artifact(path, ranks=[]).manifest
+    except LlmpackError:  # doctor says so of the artifact itself
+        return None
+    try:
         if launcher.launcher_family() is None or manifest.shards == 1 or not manifest.kernels:
             return None
         job = Job(path, JobOptions(verify="size"))

@@ -1,4 +1,4 @@
-"""`llmrun doctor` where there is no MPI library, and an operator library that does not load."""
+"""`llmrun doctor` without an MPI library, without an artifact, and with an operator library that does not load."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def test_a_library_for_a_newer_system_says_where_to_build_it() -> None:
     old = OSError("/lib/libc.so.6: version `GLIBC_2.36' not found (required by libllmpack_ops.so)")
     assert "on an older one" in str(library.cannot_load(Path("x.so"), old))
     assert "older" not in str(library.cannot_load(Path("x.so"), OSError("file too short")))
+
+
+def test_no_artifact_is_said_once(tmp_path: Path) -> None:
+    outcome = run_alone("doctor", tmp_path / "none", "--json")
+    assert outcome.code == 2
+    assert [entry["check"] for entry in json.loads(outcome.stdout)["checks"] if not entry["ok"]] == ["artifact"]
