@@ -75,7 +75,7 @@ class Operators:
         best = _best_isa = _best_isa or self.isa.encode()
         isa = best if name is None else name.encode()
         if self.functions.llmpack_ops_set_isa(isa) != 0:
-            raise UsageError(f"--isa {name}: {self.last_error}")
+            raise UsageError(f"--isa {name}: {self.last_error.removeprefix(f'llmpack_ops_set_isa: {name} is ')}")
         return isa.decode()
 
     def set_communicator(self, communicator: MPI.Intracomm) -> None:

@@ -1,9 +1,10 @@
-"""What the commands' helps say is so, and an option that would do nothing is not offered."""
+"""What the commands' helps say is so, an option that would do nothing is not offered, and messages name what a user typed."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,3 +70,11 @@ def test_no_prompt_says_where_one_comes_from(packed_tiny: Packed) -> None:
         done = llmrun(packed_tiny(1, "q8"), *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.endswith("the prompt is empty. Give a text with -p, -f or on standard input.\n")
+
+
+def test_instruction_sets_of_the_machine_are_named(packed_tiny: Packed) -> None:
+    other = "avx2" if platform.machine() == "aarch64" else "neon"
+    done = llmrun(packed_tiny(1, "q8"), "-p", "x", "--isa", other)
+    says = f"error[E201]: --isa {other}: not an instruction set of this machine, expected one of: "
+    assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+    assert "portable" in done.stderr
