@@ -1,4 +1,4 @@
-"""The README's Python examples run, as they stand, on the packed demo model."""
+"""The README's Python examples run, as they stand, on the packed demo model, and the files that it names exist."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from mpi.harness import mpirun_command
 
 README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_files_of_the_house_exist() -> None:
+    (house,) = re.findall(r"## The house\n\n```\n(.*?)```", README.read_text(), re.DOTALL)
+    folder, missing = README.parent, []
+    for line in house.splitlines():
+        if line and line[0] != " ":
+            folder = README.parent / (line.split()[0] if line.split()[0].endswith("/") else "")
+        here = folder / next(iter(re.findall(r"^  (\w+/)", line)), "")
+        missing += [name for name in re.findall(r"\b\w+\.(?:py|h|md|toml)\b", line) if not any(here.rglob(name))]
+    assert missing == []
 
 
 def test_there_are_examples() -> None:
