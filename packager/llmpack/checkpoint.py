@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from llmpack.config import open_regular, read_config, read_json, refuse_pointer
+from llmpack.config import EXPECTED, open_regular, read_config, read_json, refuse_pointer
 from llmpack.model_files import list_names
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
@@ -167,7 +167,7 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
     """
     if not os.path.isdir(model_dir):
         found = "not a directory" if os.path.exists(model_dir) else "no such directory"
-        raise UsageError(f"{model_dir}: {found}; expected a Hugging Face model directory.", code="E202")
+        raise UsageError(f"{model_dir}: {found}; {EXPECTED}.", code="E202")
     try:
         names = list_names(model_dir)
     except OSError as error:
@@ -219,7 +219,7 @@ def _weight_files(model_dir: Path) -> list[str]:
             f"{model_dir}: found pickled weights (.bin) only, which can run code when loaded. Convert them to safetensors.",
             code="E202",
         )
-    raise UsageError(f"{model_dir}: no *.safetensors; expected a Hugging Face model directory.", code="E202")
+    raise UsageError(f"{model_dir}: no *.safetensors; {EXPECTED}.", code="E202")
 
 
 def _read_header(model_dir: Path, name: str) -> dict[str, TensorInfo]:

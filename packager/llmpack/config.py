@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, UsageError
 
+EXPECTED = "expected a Hugging Face model directory, as `hf download NAME --local-dir DIR` leaves it"
+
 
 @dataclass(frozen=True)
 class _Family:
@@ -102,7 +104,7 @@ def open_regular(path: Path) -> int:
     except FileNotFoundError:
         if path.is_symlink():
             raise IntegrityError(f"{path}: a link to a file that is missing. Fetch it again.", code="E311") from None
-        raise UsageError(f"{path}: no such file; expected a Hugging Face model directory.", code="E202") from None
+        raise UsageError(f"{path}: no such file; {EXPECTED}.", code="E202") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.", code="E202") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -15,7 +16,7 @@ import llmpack.checkpoint
 from llmpack.checkpoint import open_checkpoint
 from llmpack.pack import Options, pack
 from llmrun.artifact import IncompatibleError, IntegrityError, LlmpackError, UsageError, open_artifact
-from models import make_checkpoint
+from models import DEMO, make_checkpoint
 
 NO_TOKENIZER = "no tokenizer: llmrun takes token ids only"
 
@@ -284,6 +285,16 @@ def test_a_tensor_in_two_files_is_refused(model_dir):
     save_file({"lm_head.weight": torch.zeros(2, 2)}, model_dir / "b.safetensors")
     with pytest.raises(IntegrityError, match=r"lm_head.weight occurs in a.safetensors and in b.safetensors"):
         open_checkpoint(model_dir)
+
+
+def test_what_is_no_model_directory_says_how_to_get_one(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "weightless").mkdir()
+    shutil.copy(DEMO / "config.json", tmp_path / "weightless")
+    for name in ("meta-llama/Llama-2-7b-hf", "empty", "file", "weightless"):
+        with pytest.raises(UsageError, match="as `hf download NAME --local-dir DIR` leaves it"):
+            open_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd"])
