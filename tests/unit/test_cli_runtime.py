@@ -157,7 +157,7 @@ def test_ids_in_ids_out_without_a_tokenizer(packed: Packed, tiny_checkpoint: Pat
     )
     assert [int(i) for i in done.stdout.split()] == answer["ids"]
     assert answer["text"] is None
-    refused(llmrun(path, "-p", "text"), 2, "no tokenizer")
+    refused(llmrun(path, "-p", "text"), 2, "no tokenizer: give token ids with --ids.")
     refused(llmrun("chat", path, stdin=b"hello\n"), 2, "no tokenizer")
 
 

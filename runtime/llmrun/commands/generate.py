@@ -54,6 +54,8 @@ class _Generate:
             raise UsageError(
                 f"{where}: the prompt is empty. Give a text with -p, -f or on standard input.", code="E203"
             )
+        if engine.tokenizer is None and not self._arguments.ids:
+            raise UsageError("the artifact has no tokenizer: give token ids with --ids.", code="E205")
         self._prompt = common.parse_ids(text, where) if self._arguments.ids else text
         engine.check_prompt(self._prompt, self._arguments.max_tokens)
 
