@@ -56,7 +56,7 @@ def add_engine_options(
             "--verify",
             choices=VERIFY_MODES,
             default=JobOptions.verify,
-            help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: no digests",
+            help="auto: hash what has changed since it was last hashed; full: hash every file; size, off: compare sizes alone",
         )
     if speculates:
         group.add_argument(
