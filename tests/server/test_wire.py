@@ -235,6 +235,42 @@ def test_bad_http_is_answered_and_closed(data: bytes, statuses: tuple[int, ...],
     assert served.health() == 200
 
 
+def read_response(sock: socket.socket) -> tuple[bytes, bytes]:
+    """Read one response that says its length; return its first line and its body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = sock.recv(65536)
+        assert piece, data
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0])
+    while len(body) < length:
+        body += sock.recv(65536)
+    return head.partition(b"\r\n")[0], body
+
+
+def test_a_refusal_before_the_body_came_leaves_the_connection_to_the_next_request(served: Served) -> None:
+    body = json.dumps({"input": "a"}).encode()
+    head, _, _ = raw_post("/v1/embeddings", body).partition(b"\r\n\r\n")
+    long = json.dumps({**LONG, "n": 8, "stream": True}).encode()  # takes longer than the server waits for a body
+    with served.connect() as sock:
+        sock.sendall(head + b"\r\n\r\n")
+        assert b"404" in read_response(sock)[0]
+        sock.sendall(body + raw_post("/v1/completions", long, "Connection: close"))
+        started = time.monotonic()
+        answer = read_all(sock)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"data: [DONE]" in answer, f"it was cut off after {time.monotonic() - started:.1f} s"
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])  # urllib and nginx send the first
+def test_a_client_that_still_sends_gets_its_refusal(connection: str, served: Served) -> None:
+    for _ in range(5):
+        body = b"x" * 5_000_000
+        headers = {"Content-Type": "application/json", "Connection": connection}
+        assert served.request("/v1/completions", body, headers=headers).status == 413
+
+
 def test_two_requests_in_one_packet(served: Served) -> None:
     sock = served.connect()
     body = json.dumps({"prompt": "The king", "max_tokens": 2}).encode()

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
+from llmrun.server import guard
 from llmrun.server.errors import ApiError
 from llmrun.server.guard import Access, ClientGoneError, Guard, read_body
 from llmrun.server.limits import Limits
 from llmrun.server.responses import Json
+
+
+def part(data: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.request", "body": data, "more_body": more}
 
 
 class Exchange:
@@ -20,6 +25,8 @@ class Exchange:
     def __init__(self, access: Access, fails: Exception | None = None, *, begins: bool = False) -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             self.path = scope["path"]
+            if scope["method"] == "POST":
+                await receive()
             if begins:
                 await send({"type": "http.response.start", "status": 200})
             if fails is not None:
@@ -29,12 +36,14 @@ class Exchange:
         self.statuses: list[int] = []
         self.path = ""  # that the application saw
         self.sent: list[Any] = []
+        self.body: list[dict[str, Any]] = [part(b"{}", False)]  # that the client sends
         self._guard = Guard(app, Limits(), access, self.statuses.append)
 
     def ask(
         self, method: str = "GET", path: str = "/v1/models", **headers: str | None
     ) -> tuple[int, dict[str, str], bytes]:
         self.sent = sent = []
+        coming = list(self.body)
         raw_path, _, query = path.partition("?")
         all_headers = {"host": "127.0.0.1:8000", **{name.replace("_", "-"): value for name, value in headers.items()}}
         raw = [(name.encode(), value.encode("latin-1")) for name, value in all_headers.items() if value is not None]
@@ -48,11 +57,16 @@ class Exchange:
         }
 
         async def send(message: Any) -> None:
-            sent.append(message)
+            sent.append({**message, "left": len(coming)})
 
-        asyncio.run(self._guard(scope, None, send))  # type: ignore[arg-type]
+        async def receive() -> Any:
+            if not coming:
+                await asyncio.sleep(60)
+            return coming.pop(0)
+
+        asyncio.run(self._guard(scope, receive, send))  # type: ignore[arg-type]
         got = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        return sent[0]["status"], got, b"".join(message["body"] for message in sent[1:])
+        return sent[0]["status"], got, b"".join(message.get("body", b"") for message in sent[1:])
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]", "LOCALHOST.:80"])
@@ -143,7 +157,7 @@ def test_a_body_must_be_json_and_as_it_is() -> None:
 
 
 def test_two_lengths_of_a_body_are_refused() -> None:
-    json_body = {"content_type": "application/json", "content_length": "2"}
+    json_body: dict[str, str] = {"content_type": "application/json", "content_length": "2"}
     assert Exchange(Access()).ask("POST", **json_body)[0] == 200
     assert Exchange(Access()).ask("POST", **json_body, transfer_encoding="chunked")[0] == 400
 
@@ -197,9 +211,6 @@ def test_a_body_is_bounded_in_size_and_time() -> None:
 
         return asyncio.run(read_body({"headers": headers}, receive, limits))
 
-    def part(data: bytes, more: bool = True) -> dict[str, Any]:
-        return {"type": "http.request", "body": data, "more_body": more}
-
     small = Limits(max_body_bytes=4, body_timeout=0.05)
     assert read(small, part(b"ab"), part(b"cd", False)) == b"abcd"
     with pytest.raises(ApiError) as caught:
@@ -215,3 +226,31 @@ def test_a_body_is_bounded_in_size_and_time() -> None:
     assert caught.value.status == 408
     with pytest.raises(ClientGoneError):
         read(small, part(b"ab"), {"type": "http.disconnect"})
+
+
+@pytest.mark.parametrize("length", [{"content_length": "4"}, {"transfer_encoding": "chunked"}])
+@pytest.mark.parametrize("last", [part(b"cd", False), {"type": "http.disconnect"}])
+def test_a_refusal_is_sent_before_the_rest_of_the_body_and_ends_after_it(length: Any, last: Any) -> None:
+    exchange = Exchange(Access(keys=("secret",)))
+    exchange.body = [part(b"ab"), last]
+    assert exchange.ask("POST", **length)[0] == 401
+    seen = [(bool(message.get("body")), message.get("more_body", False), message["left"]) for message in exchange.sent]
+    assert seen == [(False, False, 2), (True, True, 2), (False, False, 0)]
+
+
+def test_a_response_does_not_wait_long_for_a_body_nor_at_all_for_none_or_one_that_was_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exchange = Exchange(Access(keys=("secret",)))
+    exchange.body = []
+    for length in (None, "0"):
+        assert exchange.ask("POST", content_length=length)[0] == 401
+        assert len(exchange.sent) == 2
+    json_body: dict[str, str] = {"content_type": "application/json", "content_length": "2"}
+    whole = Exchange(Access())
+    assert whole.ask("POST", **json_body)[0] == 200
+    assert len(whole.sent) == 2
+    monkeypatch.setattr(guard, "LINGER_S", 0.01)
+    exchange.body = [part(b"ab")]
+    assert exchange.ask("POST", content_length="4")[0] == 401
+    assert len(exchange.sent) == 3

@@ -8,6 +8,7 @@ server's own or allowed, and a body must be application/json, which a browser se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -26,6 +27,7 @@ from llmrun.server.responses import error_response
 
 OPEN_PATHS = ("/", "/health")  # no key: a page without secrets, and whether the server lives
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
+LINGER_S = 1.0  # closing with unread data in the socket resets the connection, and the client loses the response
 
 _ABSOLUTE = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE | re.DOTALL)
 _FIELD_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:[ \t]*,[ \t]*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
@@ -60,6 +62,27 @@ class Access:
         return found and scheme.lower() == "bearer"
 
 
+class _Incoming:
+    """A request's body; what nobody reads before the response has ended is discarded."""
+
+    def __init__(self, headers: Headers, receive: Receive) -> None:
+        self._receive = receive
+        self.is_read = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+
+    async def receive(self) -> Message:
+        """Return the next message from the client."""
+        message = await self._receive()
+        self.is_read = self.is_read or not message.get("more_body", False)  # a client that left sends no more
+        return message
+
+    async def discard(self) -> None:
+        """Read what is left, for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not self.is_read:
+                    await self.receive()
+
+
 class Guard:
     """ASGI middleware; turns every error into a response, and ends no process."""
 
@@ -78,6 +101,7 @@ class Guard:
         has_started = False
         headers = Headers(scope=scope)
         cors = self._cors(headers)
+        incoming = _Incoming(headers, receive)
 
         async def sending(message: Message) -> None:
             nonlocal has_started
@@ -85,15 +109,22 @@ class Guard:
                 has_started = True
                 self._responded(message["status"])
                 message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff"), *cors]
+            elif not incoming.is_read and not message.get("more_body", False):
+                # All of the response is on its way; its end, with which uvicorn may close the connection, comes after.
+                await send({**message, "more_body": True})
+                await incoming.discard()
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
             self._check_headers(scope, headers, None if target is None else target[1].decode("ascii"))
             if scope["method"] == "OPTIONS" and cors:
-                await Response(status_code=204, headers={"access-control-max-age": "600"})(scope, receive, sending)
+                await Response(status_code=204, headers={"access-control-max-age": "600"})(
+                    scope, incoming.receive, sending
+                )
                 return
             self._check_request(scope, headers)
-            await self._app(scope, receive, sending)
+            await self._app(scope, incoming.receive, sending)
         except ClientGoneError:
             return
         except Exception as error:
@@ -102,7 +133,7 @@ class Guard:
                 console.show_traceback(error)
                 console.say(console.error_line(error))
             if not has_started:
-                await error_response(known)(scope, receive, sending)
+                await error_response(known)(scope, incoming.receive, sending)
             else:
                 raise
 

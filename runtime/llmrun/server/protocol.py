@@ -3,9 +3,9 @@
     from the connection, and from the end of a response, to the end of a request's headers    header_timeout
     a response that the client does not read                                                  write_timeout
     connections beyond max_connections                                                        503, closed at once
-    a response sent before the request's body was read (413, 401)                             closed after LINGER_S
+    a request's body that is not there when the response has ended                            closed
 
-The time and size of a body are the application's business (`guard.read_body`).
+The time and size of a body are the application's business, as is what comes of it behind a refusal (`guard.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llmrun.server.errors import ApiError
 from llmrun.server.limits import Limits
-
-LINGER_S = 1.0  # closing with unread data in the socket resets the connection, and the client loses the response
 
 
 class BoundedProtocol(H11Protocol):
@@ -71,8 +69,8 @@ class BoundedProtocol(H11Protocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self.loop.call_later(self._limits.write_timeout, self.transport.abort)
-        elif self.conn.their_state in (h11.SEND_BODY, h11.MUST_CLOSE) or self.conn.our_state is h11.MUST_CLOSE:
-            self.loop.call_later(LINGER_S, self._end)
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._end()
         elif self.cycle is None or self.cycle.response_complete:
             self._expect_headers()
 
