@@ -2,7 +2,8 @@
 
     from the connection, and from the end of a response, to the end of a request's headers    header_timeout
     a response that the client does not read                                                  write_timeout
-    connections beyond max_connections                                                        503, closed at once
+    connections beyond max_connections                                                        503, closed after LINGER_S
+    and beyond as many that are told so                                                       503, closed at once
     a request's body that is not there when the response has ended                            closed
 
 The time and size of a body are the application's business, as is what comes of it behind a refusal (`guard.py`).
@@ -11,6 +12,7 @@ The time and size of a body are the application's business, as is what comes of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 from typing import Any
@@ -19,15 +21,17 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llmrun.server.errors import ApiError
+from llmrun.server.guard import LINGER_S
 from llmrun.server.limits import Limits
 
 
 class BoundedProtocol(H11Protocol):
     """One connection."""
 
-    def __init__(self, limits: Limits, **arguments: Any) -> None:
+    def __init__(self, limits: Limits, refused: set[BoundedProtocol], **arguments: Any) -> None:
+        """`refused`: of all connections, those that are told so."""
         super().__init__(**arguments)
-        self._limits = limits
+        self._limits, self._refused = limits, refused
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -43,7 +47,13 @@ class BoundedProtocol(H11Protocol):
                 f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             )
             transport.write(head.encode() + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body)
-            self._end()
+            if len(self._refused) < self._limits.max_connections:
+                self._refused.add(self)
+                with contextlib.suppress(OSError):  # reset already
+                    transport.write_eof()
+                self.loop.call_later(LINGER_S, self._end)
+            else:
+                self._end()
             return
         super().connection_made(transport)
         self._expect_headers()
@@ -61,6 +71,7 @@ class BoundedProtocol(H11Protocol):
         """Forget a connection."""
         self._stop_header_timer()
         self._stop_write_timer()
+        self._refused.discard(self)
         if self.flow is not None:
             super().connection_lost(exc)
 
@@ -112,4 +123,4 @@ class BoundedProtocol(H11Protocol):
 
 def protocol_class(limits: Limits) -> Any:
     """Return what uvicorn calls to make a connection's protocol."""
-    return functools.partial(BoundedProtocol, limits)
+    return functools.partial(BoundedProtocol, limits, set())
