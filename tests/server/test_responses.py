@@ -120,6 +120,30 @@ def test_log_probabilities(client: openai.OpenAI, served: Served) -> None:
     assert len(told) == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("<think>\nA name.\n</think>Vasili <3 us.", ["reasoning", "message"]),
+        ("<think>A name.", ["reasoning"]),
+        (f"Let me see.<tool_call>{CALL}</tool_call>", ["message", "function_call"]),
+        (f"<tool_call>{CALL}</tool_call>", ["function_call"]),
+        ("<tool_call>none", ["message"]),
+    ],
+)
+def test_log_probabilities_are_those_of_the_text(
+    client: openai.OpenAI, served: Served, text: str, kinds: list[str]
+) -> None:
+    given: Any = {"model": served.model, "input": ASKED, "tools": [TOOL], **writes(text), "top_logprobs": 1}
+    whole, (_, final) = client.responses.create(**given), streamed(client, **given)
+    assert same(whole) == same(final)
+    assert [item.type for item in whole.output] == kinds
+    for item in whole.output:
+        if item.type == "message":
+            (part,) = item.content
+            assert part.type == "output_text"
+            assert "".join(entry.token for entry in part.logprobs or ()).strip() == part.text
+
+
 def test_a_schema(client: openai.OpenAI, served: Served) -> None:
     parsed = client.responses.parse(model=served.model, input="A person.", text_format=Person, max_output_tokens=200)
     assert isinstance(parsed.output_parsed, Person)

@@ -119,12 +119,19 @@ class _Work:
 
 @dataclass(frozen=True)
 class Piece:
-    """What an event adds to a choice: thoughts, then text, then calls as OpenAI's chats have them; `reason`: why it ended."""
+    """What an event adds to a choice: thoughts, then text, then calls as OpenAI's chats have them.
+
+    Attributes:
+        entries: of the event's token, whose text may be held back for a later piece.
+        is_thought: that token is one of thoughts, which are told apart.
+        reason: why the choice ended.
+    """
 
     thought: str
     text: str
     calls: list[dict[str, Any]]
     entries: list[TokenLogprobs]
+    is_thought: bool
     reason: str | None
 
 
@@ -160,7 +167,7 @@ class Pieces:
         """Return what an event adds to a choice."""
         entries = [event.logprobs] if event.logprobs is not None and event.token_id is not None else []
         reason, calls = event.finish_reason, []
-        thought, text = self._split(choice, event)
+        thought, text, is_thought = self._split(choice, event)
         if self._parsers is not None:
             parser = self._parsers[choice.index]
             text = parser.push(text)
@@ -173,18 +180,19 @@ class Pieces:
             reason = "tool_calls"
         if self.num_thought is None:
             thought, text = "", thought + text
-        return Piece(thought, text, calls, entries, reason)
+        elif is_thought and event.token_id is not None:
+            self.num_thought += 1
+        return Piece(thought, text, calls, entries, is_thought and self.num_thought is not None, reason)
 
-    def _split(self, choice: Choice, event: Event) -> tuple[str, str]:
-        """Return what an event adds to the thoughts, and to the rest of a choice."""
+    def _split(self, choice: Choice, event: Event) -> tuple[str, str, bool]:
+        """Return what an event adds to the thoughts, and to the rest of a choice, and whether its token is a thought's."""
         if self._thoughts is None:
-            return "", event.text
+            return "", event.text, False
         stream = self._thoughts[choice.index]
         was_thinking = stream.is_thinking
         thought, text = stream.push(event.text)
-        if self.num_thought is not None and event.token_id is not None:
-            self.num_thought += was_thinking or stream.is_thinking
+        is_thought = was_thinking or stream.is_thinking
         if event.finish_reason is not None:
             last_thought, last_text = stream.finish()
             thought, text = thought + last_thought, text + last_text
-        return thought, text
+        return thought, text, is_thought

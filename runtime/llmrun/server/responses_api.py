@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from llmrun.logprobs import TokenLogprobs
 from llmrun.server.chat_work import Piece, Pieces, answering
 from llmrun.server.errors import ApiError
 from llmrun.server.replies import PING, Stream, TokenTexts, usage
@@ -56,6 +57,7 @@ class _Response:
         self._texts = TokenTexts(service.engine.tokenizer)
         self._items: list[dict[str, Any]] = []
         self._is_open = False  # the last item, a message or thoughts
+        self._entries: list[TokenLogprobs] = []  # of tokens whose text, if they are text's, is still to come
         self._number = 0  # of the next event
         sampling = service.engine.sampling_params(**call.sampled.sampling)
         tool_choice = given.get("tool_choice", "auto")
@@ -123,9 +125,13 @@ class _Response:
         events: list[_Event] = []
         if piece.thought:
             events += self._write("reasoning", piece.thought, [])
-        if piece.text or (piece.entries and not piece.thought):
-            entries = [] if piece.thought and not piece.text else self._logprobs(piece)
-            events += self._write("message", piece.text, entries)
+        if piece.is_thought:
+            self._entries = []  # so were those before it
+        self._entries += piece.entries
+        if piece.text:
+            events += self._write("message", piece.text, self._logprobs())
+        if piece.is_thought or piece.calls:
+            self._entries = []
         for call in piece.calls:
             events += self._close("completed")
             function = call["function"]
@@ -196,9 +202,11 @@ class _Response:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1, "content_index": 0}
 
-    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
+    def _logprobs(self) -> list[dict[str, Any]]:
+        """Return the log-probabilities of the text that is about to be written."""
+        entries, self._entries = self._entries, []
         top = self._call.top_logprobs
-        return [] if top is None else self._texts.chat(piece.entries, top)["content"]
+        return [] if top is None else self._texts.chat(entries, top)["content"]
 
 
 async def _whole(answer: Answer, response: _Response) -> dict[str, Any]:
