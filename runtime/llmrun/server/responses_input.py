@@ -119,6 +119,13 @@ class _Item:
     def check(self, value: Any, where: str) -> dict[str, Any]:
         """See `Kind`."""
         kind = value.get("type") or "message" if isinstance(value, dict) else "message"
+        if kind == "item_reference":
+            raise bad(
+                f"{where} refers to an item of an earlier answer, and this server keeps none: send the item itself, as "
+                "clients do that are told store: false (the AI SDK: in providerOptions.openai).",
+                f"{where}.type",
+                "unsupported_value",
+            )
         if not isinstance(kind, str) or kind not in self._kinds:
             known = ", ".join(self._kinds)
             raise bad(
@@ -204,7 +211,10 @@ def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
             call = {"name": item["name"], "arguments": item["arguments"]}
             turn.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": call})
     # Thoughts without anything behind them: an answer that was cut off.
-    return [message for message in messages if message.keys() - {"role", "reasoning_content"}]
+    messages = [message for message in messages if message.keys() - {"role", "reasoning_content"}]
+    if not messages:
+        raise bad("input has no message, only thoughts: expected at least one.", "input")
+    return messages
 
 
 def _text(content: Any, where: str) -> str:
