@@ -68,6 +68,9 @@ def streamed(client: openai.OpenAI, **given: Any) -> tuple[list[Any], Response]:
     done = [event.item for event in events if event.type == "response.output_item.done"]
     assert [item.id for item in added] == [item.id for item in final.output]
     assert done == final.output
+    for event in events:
+        if event.type == "response.content_part.added":  # what it will hold comes by the events behind
+            assert (event.part.text, getattr(event.part, "logprobs", None) or []) == ("", [])
     for kind, whole in (("output_text", "text"), ("reasoning_text", "text"), ("function_call_arguments", "arguments")):
         pieces: dict[str, str] = {}
         for event in events:

@@ -152,8 +152,7 @@ class _Response:
 
     def _add(self, item: dict[str, Any]) -> _Event:
         self._items.append(item)
-        shown = {name: [*value] if isinstance(value, list) else value for name, value in item.items()}
-        return self._event("response.output_item.added", output_index=len(self._items) - 1, item=shown)
+        return self._event("response.output_item.added", output_index=len(self._items) - 1, item=_now(item))
 
     def _open(self, kind: str) -> list[_Event]:
         """Begin an item of text, or of thoughts."""
@@ -168,7 +167,7 @@ class _Response:
         added = self._add(item)
         item["content"].append(part)
         self._is_open = True
-        return [added, self._event("response.content_part.added", **self._place(), part={**part})]
+        return [added, self._event("response.content_part.added", **self._place(), part=_now(part))]
 
     def _write(self, kind: str, text: str, entries: list[dict[str, Any]]) -> list[_Event]:
         events: list[_Event] = []
@@ -207,6 +206,11 @@ class _Response:
         entries, self._entries = self._entries, []
         top = self._call.top_logprobs
         return [] if top is None else self._texts.chat(entries, top)["content"]
+
+
+def _now(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an item or a part as it is now: it grows before its event is written."""
+    return {name: [*inner] if isinstance(inner, list) else inner for name, inner in value.items()}
 
 
 async def _whole(answer: Answer, response: _Response) -> dict[str, Any]:
