@@ -65,17 +65,21 @@ values = st.recursive(
 )
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
+)
 def test_known_fields_with_any_values(path: str, served: Served) -> None:
     record = {
         "/v1/completions": SCHEMAS.completion,
         "/v1/chat/completions": SCHEMAS.chat,
+        "/v1/responses": SCHEMAS.responses,
         "/tokenize": SCHEMAS.tokenize,
         "/detokenize": SCHEMAS.detokenize,
     }[path]
     base = {
         "/v1/completions": {"prompt": "a", "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+        "/v1/responses": {"input": "a", "max_output_tokens": 2},
     }
 
     @settings(max_examples=500 if IS_LONG else 15, suppress_health_check=list(HealthCheck))

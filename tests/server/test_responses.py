@@ -111,6 +111,20 @@ def test_a_text(client: openai.OpenAI, served: Served) -> None:
     assert sum(event.type == "response.output_text.delta" for event in events) > 3  # as it is written
 
 
+def test_sampling_is_that_of_a_chat(served: Served) -> None:
+    sampling = {
+        **{"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3, "stop": ["e"]},
+        **{"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"300": 9}},
+    }
+    answer = served.ask("/v1/responses", {"input": "Who?", "max_output_tokens": 30, **sampling})[1]
+    messages = [{"role": "user", "content": "Who?"}]
+    chat = served.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 30, **sampling})[1]
+    assert answer["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+    del sampling["logit_bias"]
+    chat = served.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 30, **sampling})[1]
+    assert answer["output"][0]["content"][0]["text"] != chat["choices"][0]["message"]["content"]
+
+
 def test_log_probabilities(client: openai.OpenAI, served: Served) -> None:
     given: Any = {"model": served.model, "input": "Who?", "max_output_tokens": 4, "temperature": 0, "top_logprobs": 2}
     given["include"] = ["message.output_text.logprobs"]

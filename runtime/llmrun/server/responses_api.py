@@ -38,7 +38,7 @@ class Responses:
         body, headers = await service.read(scope, receive, service.schemas.responses)
         given = service.schemas.responses.check(body, "")
         try:
-            call = service.schemas.chat_call(chat_body(given))
+            call = service.schemas.chat_call(chat_body(body, given))
             async with answering(service, call, receive) as (answer, pieces):
                 response = _Response(service, call, given, pieces)
                 if call.sampled.stream:

@@ -138,29 +138,32 @@ class _Item:
         return {"anyOf": [kind.schema() for kind in self._kinds.values()]}
 
 
-def chat_body(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the body of a chat that means what a checked request does.
+def chat_body(body: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body of a chat that means what a request does.
 
+    Args:
+        body: the request as it came, because a chat's fields will be checked as such.
+        given: the same, checked.
     Raises:
         ApiError: 400: an item holds something else than text.
     """
-    body = {name: given[name] for name in _SHARED if name in given}
-    body["messages"] = _messages(given)
+    chat = {name: body[name] for name in _SHARED if name in given}
+    chat["messages"] = _messages(given)
     if "max_output_tokens" in given:
-        body["max_tokens"] = given["max_output_tokens"]
+        chat["max_tokens"] = given["max_output_tokens"]
     if _LOGPROBS in given.get("include", ()) or "top_logprobs" in given:
-        body["logprobs"] = True
+        chat["logprobs"] = True
     if tools := given.get("tools"):
-        body["tools"] = [
+        chat["tools"] = [
             {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}} for tool in tools
         ]
     if (choice := given.get("tool_choice")) is not None:
-        body["tool_choice"] = (
+        chat["tool_choice"] = (
             choice if isinstance(choice, str) else {"type": "function", "function": {"name": choice["name"]}}
         )
     if (form := given.get("text", {}).get("format")) is not None:
-        body["response_format"] = _response_format(form)
-    return body
+        chat["response_format"] = _response_format(form)
+    return chat
 
 
 def renamed(error: ApiError) -> ApiError:
