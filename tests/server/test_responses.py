@@ -256,6 +256,14 @@ def test_instructions_and_all_kinds_of_content(client: openai.OpenAI, served: Se
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
         ({"input": "x", "tool_choice": {"type": "function", "name": "a"}, "tools": [TOOL]}, "tool_choice", "'a'"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "missing"),
+        (
+            {"input": "x", "text": {"format": {"type": "json_object"}}, "structured_outputs": {"choice": ["a"]}},
+            *("text.format", "text.format, structured_outputs"),
+        ),
+        (
+            {"instructions": "x", "input": [{"role": "user", "content": "x"}] * 1024},
+            *("input", "input is a list of 1025"),
+        ),
         ({"input": "x " * 5000}, "input", "maximum context length"),
         ({"input": "x", "max_output_tokens": 1_000_000}, "max_output_tokens", "maximum context length"),
         ({"input": "x", "model": "other"}, "model", "does not exist"),

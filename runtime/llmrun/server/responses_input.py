@@ -168,8 +168,10 @@ def chat_body(body: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
 
 def renamed(error: ApiError) -> ApiError:
     """Return an error of the chat as one of the request, which has other names for some fields."""
-    if error.param in _RENAMED:
-        error.param = _RENAMED[error.param]
+    if (name := error.param) in _RENAMED:
+        error.param = _RENAMED[name]
+        if error.message.startswith(name):
+            error.message = error.param + error.message.removeprefix(name)
     return error
 
 
