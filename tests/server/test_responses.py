@@ -261,6 +261,10 @@ def test_instructions_and_all_kinds_of_content(client: openai.OpenAI, served: Se
             *("text.format", "text.format, structured_outputs"),
         ),
         (
+            {"input": [{"type": "function_call", "call_id": "a", "name": "b", "arguments": "{}"}] * 129},
+            *("input", "input means a chat"),
+        ),
+        (
             {"instructions": "x", "input": [{"role": "user", "content": "x"}] * 1024},
             *("input", "input is a list of 1025"),
         ),

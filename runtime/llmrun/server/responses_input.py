@@ -172,6 +172,8 @@ def renamed(error: ApiError) -> ApiError:
         error.param = _RENAMED[name]
         if error.message.startswith(name):
             error.message = error.param + error.message.removeprefix(name)
+    elif name is not None and name.startswith("messages["):  # calls of one turn, say, which are too many together
+        error.param, error.message = "input", f"input means a chat that is refused: {error.message}"
     return error
 
 
