@@ -253,7 +253,7 @@ def test_instructions_and_all_kinds_of_content(client: openai.OpenAI, served: Se
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "no message"),
         ({"input": [{"role": "user"}]}, "input[0].content", "is missing"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content", "only reads text"),
-        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"input": "x", "tools": [TOOL, {"type": "web_search"}]}, "tools[1].type", "'web_search', and this server"),
         ({"input": "x", "tool_choice": {"type": "function", "name": "a"}, "tools": [TOOL]}, "tool_choice", "'a'"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "missing"),
         (

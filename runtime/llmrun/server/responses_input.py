@@ -38,7 +38,7 @@ def responses_record(limits: Limits, chat: Record) -> Record:
     text, name = Text(limits.max_body_bytes), Text(64, 1)
     function: Any = chat.fields["tools"]
     of_function = {"type": Text(choices=("function",))}
-    tool = _Typed(Record({**of_function, **function.item.fields["function"].fields}, required=("type", "name")))
+    tool = _Tool(Record({**of_function, **function.item.fields["function"].fields}, required=("type", "name")))
     named = _Typed(Record({**of_function, "name": name}, required=("type", "name")))
     form = Record(
         {
@@ -87,6 +87,21 @@ class _Typed:
     def schema(self) -> dict[str, Any]:
         """See `Kind`."""
         return self._record.schema()
+
+
+class _Tool(_Typed):
+    """A function; agents offer tools that OpenAI's servers run, or groups of them, as long as nobody switches these off."""
+
+    def check(self, value: Any, where: str) -> dict[str, Any]:
+        """See `Kind`."""
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise bad(
+                f"{where} is of type {kind[:40]!r}, and this server only knows functions: switch it off in the client.",
+                f"{where}.type",
+                "unsupported_value",
+            )
+        return super().check(value, where)
 
 
 class _Item:
