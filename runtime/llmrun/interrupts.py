@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["InterruptsLater"]
+
+# What is behind `signal.signal` and `signal.getsignal`, which try to make enums of handlers: 10 us a step.
+_signal: Any = importlib.import_module("_signal")
 
 
 class InterruptsLater:
@@ -25,9 +29,9 @@ class InterruptsLater:
         self._handler: Any = None
         if threading.current_thread() is not threading.main_thread():
             return
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _signal.getsignal(signal.SIGINT)
         if callable(handler):  # else it is no Python code's, and not ours to replace
-            signal.signal(signal.SIGINT, self._note)
+            _signal.signal(signal.SIGINT, self._note)
             self._handler = handler
 
     def __exit__(
@@ -36,7 +40,7 @@ class InterruptsLater:
         """Call the handler if a signal has come."""
         if self._handler is None:
             return
-        signal.signal(signal.SIGINT, self._handler)
+        _signal.signal(signal.SIGINT, self._handler)
         if self._arrived is not None:
             self._handler(*self._arrived)
 
