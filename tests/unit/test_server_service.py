@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import re
 import threading
@@ -16,6 +17,7 @@ import pytest
 from llmrun.errors import UsageError
 from llmrun.logprobs import TokenLogprobs
 from llmrun.requests import Event
+from llmrun.server import replies, responses_api
 from llmrun.server import tools as toolbox
 from llmrun.server.chats import Chats
 from llmrun.server.errors import ApiError
@@ -191,3 +193,12 @@ def test_schemas_of_tools_are_read_beside_the_thread_that_serves_all(
         asyncio.run(Chats(service)({}, unused, unused))
     assert threads != [threading.current_thread()]
     assert len(threads) == 1
+
+
+def test_an_event_is_one_line_for_clients_that_split_at_unicodes_line_ends() -> None:
+    value = {"type": "x", "delta": "a\x85b\u2028c\u2029d\x0b\x1ce\r\n\u00e9"}
+    for data, num_lines in ((replies.frame(value), 1), (responses_api.frame(value), 2)):
+        lines = data.decode().splitlines()  # as httpx does
+        assert len(lines) == num_lines + 1
+        assert json.loads(lines[-2].removeprefix("data: ")) == value
+        assert "\u00e9" in lines[-2]

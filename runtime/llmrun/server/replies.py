@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from llmrun.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON has escapes for those of ASCII
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -28,7 +30,13 @@ _STREAM_HEADERS = [
 
 def frame(value: Any) -> bytes:
     """Return one event of a stream."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + one_line(value) + b"\n\n"
+
+
+def one_line(value: Any) -> bytes:
+    """Return a value's JSON without what some client takes for the end of a line (httpx: also Unicode's)."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
 
 
 class Stream:

@@ -5,7 +5,6 @@ An answer is a list of items: what the model thought, its text, its calls, each 
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from llmrun.logprobs import TokenLogprobs
 from llmrun.server.chat_work import Piece, Pieces, answering
 from llmrun.server.errors import ApiError
-from llmrun.server.replies import PING, Stream, TokenTexts, usage
+from llmrun.server.replies import PING, Stream, TokenTexts, one_line, usage
 from llmrun.server.responses import Json
 from llmrun.server.responses_input import chat_body, renamed
 from llmrun.server.schemas import ChatCall
@@ -239,5 +238,4 @@ async def _stream(answer: Answer, response: _Response, stream: Stream) -> None:
 
 def frame(event: _Event) -> bytes:
     """Return one event of a stream, which has its type outside as well."""
-    data = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return b"event: " + event["type"].encode() + b"\ndata: " + data + b"\n\n"
+    return b"event: " + event["type"].encode() + b"\ndata: " + one_line(event) + b"\n\n"
