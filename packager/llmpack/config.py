@@ -35,6 +35,7 @@ class _Family:
         window: which layers of attention may look back no further than a window.
         has_window: whether there is one where config.json does not say it.
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
+        original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
     """
 
     architecture: str
@@ -47,6 +48,7 @@ class _Family:
     window: Literal["none", "all layers", "by layer"] = "none"
     has_window: bool = True
     has_partial_rotary: bool = False
+    original_max_position_embeddings: int | None = None
 
 
 _FAMILIES = {
@@ -62,6 +64,7 @@ _FAMILIES = {
         window="all layers",
         has_window=False,
         has_partial_rotary=True,
+        original_max_position_embeddings=4096,
     ),
 }
 _WINDOW = 4096  # sliding_window where config.json does not say it
@@ -257,13 +260,12 @@ def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_emb
         rope: dict[str, Any] = {"rope_type": kind}
         rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
         for number in _ROPE_NUMBERS[kind]:
-            outside = raw.get(number) if number == _OUTSIDE else None
+            outside = raw.get(number) or family.original_max_position_embeddings if number == _OUTSIDE else None
             default = outside or max_position_embeddings if number == _OUTSIDE else None  # as transformers 5
             rope[number] = inner.positive(number, default)
             if outside not in (None, rope[number]):
-                raise IncompatibleError(
-                    f"{path}: {key}.{number} {given[number]} and {number} {outside!r} contradict each other."
-                )
+                other = f"{number} {outside!r}" + " (the default)" * (raw.get(number) is None)
+                raise IncompatibleError(f"{path}: {key}.{number} {given[number]} and {other} contradict each other.")
         if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
             raise IntegrityError(
                 f"{path}: {key}.high_freq_factor is {rope['high_freq_factor']:g}; expected more than low_freq_factor"

@@ -128,18 +128,20 @@ PHI3 |= {"hidden_size": 32, "max_position_embeddings": 256, "original_max_positi
         {"rope_scaling": {**LONGROPE, "attention_factor": 1.25}},
         {"rope_scaling": {**LONGROPE, "factor": 8.0}},
         {"max_position_embeddings": 64},
+        {"max_position_embeddings": 8192, "original_max_position_embeddings": ...},  # not there
         {"rope_scaling": None, "rope_parameters": {**LONGROPE, "rope_type": "longrope", "partial_rotary_factor": 0.75}},
         {"rope_scaling": None},
         {"rope_scaling": None, "partial_rotary_factor": 0.5},
     ],
 )
-@pytest.mark.parametrize("num_positions", [64, 65])
+@pytest.mark.parametrize("num_positions", [64, 65, 4097])
 def test_phi3s_frequencies_and_scale_equal_transformers(tmp_path, changes, num_positions):
     import torch
     from transformers import Phi3Config
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-    config, note = for_sequences(read(tmp_path, **{**PHI3, **changes}), num_positions)
+    given = {key: value for key, value in {**PHI3, **changes}.items() if value is not ...}
+    config, note = for_sequences(read(tmp_path, **given), num_positions)
     theirs = Phi3RotaryEmbedding(Phi3Config.from_pretrained(tmp_path))
     theirs(torch.zeros(1, num_positions, 8), torch.arange(num_positions)[None])  # which decides for short or long
     ours = rope_frequencies(config)
@@ -153,7 +155,8 @@ def test_phi3s_frequencies_and_scale_equal_transformers(tmp_path, changes, num_p
     np.testing.assert_allclose(half, expected, rtol=1e-6)
     assert scale is None or np.array_equal(scale[4:], half)
     assert attention_scale(config) == pytest.approx(1 / 8**0.5)
-    assert bool(note) == (num_positions > 64 and "longrope" in str(config.rope))
+    original = (theirs.config.rope_parameters or {}).get("original_max_position_embeddings", num_positions)
+    assert bool(note) == (num_positions > original)
 
 
 def test_longropes_factor_is_attentions_where_all_is_rotated(tmp_path):
@@ -284,6 +287,10 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
             "contradict",
         ),
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}, "64 and .* 32 contradict"),
+        (
+            {"model_type": "phi3", "rope_scaling": {**LONGROPE, "original_max_position_embeddings": 8192}},
+            r"8192 and .* 4096 \(the default\) contradict",
+        ),
     ],
 )
 def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
