@@ -110,10 +110,15 @@ def rotation_scale(config: ModelConfig) -> np.ndarray | None:
     """Return what cosines and sines are multiplied by: [head_dim], float32; None: nothing.
 
     Where a part of each head is rotated, the factor of `attention_scale` is of that part.
+
+    Raises:
+        IncompatibleError: the factor is beyond float32.
     """
     factor = config.rope.get("attention_factor", 1.0)
     if factor == 1 or rotary_dim(config) == config.head_dim:
         return None
+    if factor > float(np.finfo(np.float32).max):
+        raise IncompatibleError(f"config.json: RoPE's attention_factor {factor:g} is beyond float32.")
     is_rotated = np.arange(config.head_dim // 2) < rotary_dim(config) // 2
     return np.tile(np.where(is_rotated, factor, 1.0), 2).astype(np.float32)
 

@@ -165,6 +165,13 @@ def test_longropes_factor_is_attentions_where_all_is_rotated(tmp_path):
     assert (rotation_scale(config), attention_scale(config)) == (None, pytest.approx(1.25**2 / 8**0.5))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_factor_beyond_float32_is_refused_in_one_sentence(tmp_path):
+    config, _ = for_sequences(read(tmp_path, **{**PHI3, "rope_scaling": {**LONGROPE, "attention_factor": 1e300}}), 64)
+    with pytest.raises(IncompatibleError, match=r"^config.json: RoPE's attention_factor 1e\+300 is beyond float32\.$"):
+        rotation_scale(config)
+
+
 def test_phi3s_first_name_of_longrope(tmp_path):
     assert read(tmp_path, **{**PHI3, "rope_scaling": {**LONGROPE, "type": "su"}}) == read(tmp_path, **PHI3)
 
