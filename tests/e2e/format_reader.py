@@ -223,7 +223,7 @@ def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[st
     heads = qkv.reshape(len(qkv), num_heads + 2 * num_kv_heads, dim)
     first, second = heads[..., :half], heads[..., half:]
     rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    stored = [rotated[:, num_heads : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]]
+    stored = [rotated[:, num_heads : num_heads + num_kv_heads].astype(np.float32), heads[:, num_heads + num_kv_heads :]]
     keys, values = (
         np.repeat(
             x.astype(np.float32).astype(manifest["kv_cache"]["dtype"]).astype(np.float64), num_heads // num_kv_heads, 1

@@ -77,6 +77,16 @@ def test_a_reader_of_the_specification_finds_the_model(
         assert difference <= (2e-4 if quant == "f32" else expected["tolerance"])
 
 
+@pytest.mark.parametrize("quant", ERRORS)
+def test_a_reader_of_the_specification_rounds_keys_as_the_packager_does(quant: str, packed_demo: Packed) -> None:
+    """A key that lies halfway between two float16 may go either way; in the demo's q4 one shows in the logits."""
+    folder = packed_demo(1, quant)
+    manifest = read_manifest(folder)
+    expected = json.loads((folder / "selfcheck.json").read_text())
+    logits = compute([Rank(folder, manifest, 0)], manifest, expected["ids"])
+    assert np.abs(logits[-1] - expected["logits"]).max() <= 5.1e-5  # four decimals
+
+
 def test_a_file_of_weights_ends_where_another_weight_could_begin(packed: Packed, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(
         tmp_path, vocab_size=259, hidden_size=96, head_dim=48
