@@ -225,9 +225,7 @@ def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[st
     rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     stored = [rotated[:, num_heads : num_heads + num_kv_heads].astype(np.float32), heads[:, num_heads + num_kv_heads :]]
     keys, values = (
-        np.repeat(
-            x.astype(np.float32).astype(manifest["kv_cache"]["dtype"]).astype(np.float64), num_heads // num_kv_heads, 1
-        )
+        np.repeat(x.astype(manifest["kv_cache"]["dtype"]).astype(np.float64), num_heads // num_kv_heads, 1)
         for x in stored
     )
     scores = np.einsum("qhd,khd->hqk", rotated[:, :num_heads], keys) * sizes["scale"]
