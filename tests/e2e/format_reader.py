@@ -97,7 +97,9 @@ class Rank:
         is_used = np.zeros(len(data), bool)
         for tensor in self.model.graph.initializer:
             if not tensor.external_data:
-                self.tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
+                constant = self.tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
+                assert constant.dtype == (np.int64 if constant.ndim == 1 else np.float32)  # 3.1
+                assert constant.ndim == 1 or constant.shape in _of_rotation(manifest["model"])
                 continue
             where = {item.key: item.value for item in tensor.external_data}
             start, size = int(where["offset"]), int(where["length"])
@@ -123,6 +125,12 @@ class Rank:
         looked_up = {name for node in self.nodes if reads_embedding(node) for name in node.input}
         others = {name for node in self.nodes if not reads_embedding(node) for name in node.input}
         return sum(self.tensors[name].nbytes for name in looked_up - others if name in self.tensors)
+
+
+def _of_rotation(model: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the shapes of the frequencies, and of the factors of a part of each head (3.1)."""
+    dim = model["head_dim"]
+    return [(1, dim // 2)] + [(1, dim)] * ("rotary_dim" in model["rope"])
 
 
 def reads_embedding(node: onnx.NodeProto) -> bool:
