@@ -252,6 +252,10 @@ def test_instructions_and_all_kinds_of_content(client: openai.OpenAI, served: Se
         ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input[0].type", "knows message, function_call"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "no message"),
         ({"input": [{"role": "user"}]}, "input[0].content", "is missing"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": None}]}]},
+            *("input[0].content[0].text", "is missing"),
+        ),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content", "only reads text"),
         ({"input": "x", "tools": [TOOL, {"type": "web_search"}]}, "tools[1].type", "'web_search', and this server"),
         ({"input": "x", "tool_choice": {"type": "function", "name": "a"}, "tools": [TOOL]}, "tool_choice", "'a'"),

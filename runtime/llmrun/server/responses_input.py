@@ -245,6 +245,8 @@ def _text(content: Any, where: str) -> str:
     texts = []
     for i, part in enumerate(content):
         text = part.get("text", part.get("refusal"))
+        if text is None and part["type"].endswith("text"):
+            raise bad(f"{where}[{i}].text is missing.", f"{where}[{i}].text", "missing_required_parameter")
         if text is None:
             raise bad(f"{where}[{i}] is of type {part['type'][:40]!r}: this model only reads text.", where)
         texts.append(text)
