@@ -28,11 +28,20 @@ def may_think(tokenizer: Tokenizer | None) -> bool:
 
 def begins_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
     """Tell whether a prompt ends with the beginning of the model's thoughts."""
+    return _ends_with(_OPENING, tokenizer, prompt)
+
+
+def ends_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
+    """Tell whether a prompt ends with the end of thoughts: the model is not to think (Qwen 3's `enable_thinking`)."""
+    return _ends_with(_CLOSING, tokenizer, prompt)
+
+
+def _ends_with(tag: str, tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
     if tokenizer is None:
         return False
     shown = {token_id: text.encode() for token_id, text in shown_tokens(tokenizer).items()}
-    end = b"".join(shown.get(i) or tokenizer.token_bytes(i) for i in prompt[-2 * len(_OPENING) :])
-    return end.rstrip().endswith(_OPENING.encode())
+    end = b"".join(shown.get(i) or tokenizer.token_bytes(i) for i in prompt[-2 * len(tag) :])
+    return end.rstrip().endswith(tag.encode())
 
 
 def shown_tokens(tokenizer: Tokenizer | None) -> dict[int, str]:
@@ -109,11 +118,17 @@ class ThoughtConstraint:
 
     Thoughts are free but for the tokens that end an answer. The grammar's text begins with the token after the one that
     completes </think>. A model that has not begun to think may begin, if <think> is one token of its own, unless the
-    grammar itself allows that.
+    prompt has ended the thoughts or the grammar itself allows that.
     """
 
     def __init__(
-        self, grammar: Constraint, tokenizer: Tokenizer, end_ids: Iterable[int], *, has_begun: bool = False
+        self,
+        grammar: Constraint,
+        tokenizer: Tokenizer,
+        end_ids: Iterable[int],
+        *,
+        has_begun: bool = False,
+        has_ended: bool = False,
     ) -> None:
         """Begin an answer.
 
@@ -122,9 +137,10 @@ class ThoughtConstraint:
             tokenizer: whose ids come.
             end_ids: the tokens that end an answer.
             has_begun: the prompt has begun the thoughts.
+            has_ended: it has ended them, too.
         """
         self._grammar, self._tokenizer, self._is_thinking = grammar, tokenizer, has_begun
-        self._opening = None if has_begun else _opening_id(tokenizer)
+        self._opening = None if has_begun or has_ended else _opening_id(tokenizer)
         self._shown = shown_tokens(tokenizer)
         self._end = b""  # of the thoughts, as far as they may be the beginning of </think>
         self._free = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)

@@ -125,6 +125,13 @@ def test_sampling_is_that_of_a_chat(served: Served) -> None:
     assert answer["output"][0]["content"][0]["text"] != chat["choices"][0]["message"]["content"]
 
 
+def test_a_choice_of_no_tools(client: openai.OpenAI, served: Served) -> None:
+    given: Any = {"model": served.model, "input": "Who?", "max_output_tokens": 2, "tool_choice": "auto"}
+    for tools in ([], openai.omit):
+        answer = client.responses.create(**given, tools=tools)
+        assert (answer.status, answer.tool_choice, answer.tools) == ("incomplete", "auto", [])
+
+
 def test_log_probabilities(client: openai.OpenAI, served: Served) -> None:
     given: Any = {"model": served.model, "input": "Who?", "max_output_tokens": 4, "temperature": 0, "top_logprobs": 2}
     given["include"] = ["message.output_text.logprobs"]

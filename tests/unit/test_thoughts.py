@@ -16,7 +16,7 @@ from tool_forms import HERMES, TOOLS
 
 from llmrun.constraint import allowed_tokens
 from llmrun.server.grammar import Grammars
-from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, may_think, shown_tokens
+from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, ends_thought, may_think, shown_tokens
 from llmrun.tokenizer import Tokenizer
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -82,6 +82,8 @@ def test_no_text_is_lost(text: str, has_begun: bool, cuts: list[int]) -> None:
 def test_what_the_template_and_the_prompt_say(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, expected in (("assistant:\n<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)):
         assert begins_thought(tokenizer, tokenizer.encode(text)) is expected
+    for text, expected in (("a\n<think>\n\n</think>\n\n", True), ("</think>x", False), ("<think>", False), ("", False)):
+        assert ends_thought(tokenizer, tokenizer.encode(text)) is expected
     assert not may_think(None)
     assert not may_think(tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ content.split('</think>')[-1] }}")
@@ -159,6 +161,10 @@ def test_a_model_may_begin_to_think(grammars: Grammars, tokenizer: Tokenizer, mo
     assert set(np.flatnonzero(mask != without)) == {4}
     assert taken(begun, tokenizer, [4, *tokenizer.encode("Oh", add_bos=False), 63]) == []
     assert (allowed_tokens(begun.mask([]), tokenizer.vocab_size) == without).all()  # and not a second time
+    ended = ThoughtConstraint(
+        grammars.constraint("regex", "yes|no"), tokenizer, tokenizer.eos_token_ids, has_ended=True
+    )
+    assert (allowed_tokens(ended.mask([]), tokenizer.vocab_size) == without).all()
     at_once = constraint()
     first = int(np.flatnonzero(without)[0])
     assert taken(at_once, tokenizer, [first]) == []

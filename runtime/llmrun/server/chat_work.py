@@ -21,7 +21,7 @@ from llmrun.server.prompts import chat_ids
 from llmrun.server.schemas import ChatCall
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
-from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, shown_tokens
+from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, ends_thought, shown_tokens
 
 if TYPE_CHECKING:
     from llmrun.constraint import Constraint
@@ -113,8 +113,13 @@ class _Work:
         engine, constraint = service.engine, service.constraint(grammar)
         if constraint is None or engine.tokenizer is None or not service.tells_thoughts:
             return constraint
-        has_begun = begins_thought(engine.tokenizer, prompt)
-        return ThoughtConstraint(constraint, engine.tokenizer, engine.manifest.eos_token_ids, has_begun=has_begun)
+        return ThoughtConstraint(
+            constraint,
+            engine.tokenizer,
+            engine.manifest.eos_token_ids,
+            has_begun=begins_thought(engine.tokenizer, prompt),
+            has_ended=ends_thought(engine.tokenizer, prompt),
+        )
 
 
 @dataclass(frozen=True)

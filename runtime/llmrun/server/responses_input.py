@@ -172,7 +172,8 @@ def chat_body(body: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
         chat["tools"] = [
             {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}} for tool in tools
         ]
-    if (choice := given.get("tool_choice")) is not None:
+    choice = given.get("tool_choice")
+    if choice is not None and (choice != "auto" or tools):  # OpenAI's default here, tools or not
         chat["tool_choice"] = (
             choice if isinstance(choice, str) else {"type": "function", "function": {"name": choice["name"]}}
         )
