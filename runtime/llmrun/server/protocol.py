@@ -63,8 +63,7 @@ class BoundedProtocol(H11Protocol):
         if self.flow is None or self.transport.is_closing():
             return
         super().data_received(data)
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering or self.conn.their_state is not h11.IDLE:
+        if self.conn.their_state is not h11.IDLE:  # which it is again when the response has ended
             self._stop_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
