@@ -279,9 +279,10 @@ def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_emb
             _read_longrope(inner, rope, rotary_dim, max_position_embeddings)
         spellings.append({**rope, **_part(rotary_dim, head_dim)})
     if len(spellings) == 2 and spellings[0] != spellings[1]:
-        raise IncompatibleError(
-            f"{path}: rope_parameters {spellings[0]} and rope_scaling {spellings[1]} contradict each other."
-        )
+        one, other = spellings
+        differing = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        found = ", ".join(f"{name} {one.get(name)!r:.60} and {other.get(name)!r:.60}" for name in differing)
+        raise IncompatibleError(f"{path}: rope_parameters and rope_scaling contradict each other: {found}.")
     if spellings:
         return spellings[0]
     rotary_dim = _read_rotary_dim(reader, family, head_dim)
@@ -301,7 +302,10 @@ def _read_rotary_dim(reader: _Reader, family: _Family, head_dim: int) -> int:
         raise IncompatibleError(f"{where}, which is not supported; supported: 1.0.")
     rotary_dim = int(head_dim * min(share, 2.0))
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise IntegrityError(f"{where}; expected pairs of up to {head_dim} features.", code="E310")
+        raise IntegrityError(
+            f"{where} of head_dim {head_dim}; expected a share that is an even number of features, from 2 to {head_dim}.",
+            code="E310",
+        )
     return rotary_dim
 
 
@@ -310,7 +314,7 @@ def _read_longrope(reader: _Reader, rope: dict[str, Any], rotary_dim: int, max_p
     for name in ("short_factor", "long_factor"):
         given = reader.raw.get(name)
         if not isinstance(given, list) or len(given) != rotary_dim // 2:
-            found = f"a list of {len(given)}" if isinstance(given, list) else repr(given)
+            found = f"a list of {len(given)}" if isinstance(given, list) else f"{given!r:.60}"
             raise IntegrityError(
                 f"{reader.path}: {reader.prefix}{name} is {found}; expected {rotary_dim // 2} numbers.", code="E310"
             )

@@ -291,7 +291,11 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": {**LLAMA3}},
-            "contradict",
+            "rope_parameters and rope_scaling contradict each other: rope_type 'default' and 'llama3', factor None and 8.0",
+        ),
+        (
+            {**PHI3, "rope_parameters": {**LONGROPE, "short_factor": [9.125] * 3}},
+            r"contradict each other: short_factor \[9.125, 9.125, 9.125\] and \[1.0, 1.5, 2.0\].$",
         ),
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}, "64 and .* 32 contradict"),
         (
@@ -321,10 +325,14 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1; expected more than 1"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "rope_scaling.truncate is 1"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.short_factor is None; expected 8 numbers"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": "x" * 999}}, "short_factor is 'x{,99}; expected 8"),
         ({**PHI3, "rope_scaling": {**LONGROPE, "long_factor": [1]}}, "long_factor is a list of 1; expected 3 numbers"),
         ({**PHI3, "rope_scaling": {**LONGROPE, "long_factor": [1, 2, 0]}}, r"rope_scaling.long_factor\[2\] is 0"),
-        ({**PHI3, "partial_rotary_factor": 0.4}, "partial_rotary_factor is 0.4; expected pairs of up to 8"),
-        ({**PHI3, "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; expected pairs of up to 8"),
+        (
+            {**PHI3, "partial_rotary_factor": 0.4},
+            "partial_rotary_factor is 0.4 of head_dim 8; .* even number of features",
+        ),
+        ({**PHI3, "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5 of head_dim 8; .* from 2 to 8"),
         ({**PHI3, "partial_rotary_factor": 1e-9}, "partial_rotary_factor is 1e-09"),
         ({**PHI3, "partial_rotary_factor": 1e300}, "partial_rotary_factor is 1e"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor is 1; .* low_freq_factor 1"),
