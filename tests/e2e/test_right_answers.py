@@ -101,11 +101,11 @@ def test_every_variant_agrees_with_transformers(variant, packed):
             np.testing.assert_allclose(ours, truth, rtol=0, atol=F32)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3"])
 def test_sequences_end_where_a_window_would_hide_what_comes_first(model_type, tmp_path, packed):
     """Up to the window the answer is transformers'; one token more, and transformers' is another than without a window."""
     ids = [(37 * i + 11) % 250 for i in range(33)]
-    window = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0}
+    window = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0, "pad_token_id": 0}
     folder = make_checkpoint(tmp_path / "m", model_type=model_type, **window)
     with Engine(packed(folder, 1, "f32")) as engine:
         assert engine.max_seq_len == 32
