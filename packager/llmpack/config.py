@@ -4,8 +4,8 @@ In: a model directory. Out: `ModelConfig`, in which every default is filled in a
 (`rope_scaling` with `rope_theta`; transformers 5's `rope_parameters`) are one. It reads no weights.
 
 The families differ in a few points from Llama, and in what a key means that is not there (transformers' configuration_*.py):
-Mistral and Qwen may look back no further than a window, Qwen 2 has biases on q, k and v only, Qwen 3 norms on
-the heads of q and k.
+Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2 has biases on q, k and v only, Qwen 3 norms on the
+heads of q and k; Phi 3 may rotate a part of each head alone.
 """
 
 from __future__ import annotations

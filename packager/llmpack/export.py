@@ -5,7 +5,7 @@ quantization or layouts: each projection is one `Linear (x [T, in_features], wei
 [T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` take their
 operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
 
-The arithmetic is that of transformers' modeling_llama.py and modeling_qwen3.py.
+The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py and modeling_phi3.py.
 """
 
 from __future__ import annotations

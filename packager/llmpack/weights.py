@@ -55,7 +55,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class WeightRow:
-    """`name` + ".weight" (or ".bias") in the artifact; `sources` are tensors of the checkpoint, stacked row by row."""
+    """`name` + ".weight" (or ".bias") in the artifact; `sources` are tensors of the checkpoint, or their rows, stacked."""
 
     name: str
     sources: tuple[str, ...]
@@ -65,7 +65,7 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of one source tensor that belongs to a rank."""
+    """A rectangle of one source that belongs to a rank."""
 
     source: str
     rows: slice
@@ -148,7 +148,7 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
 
 
 def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
-    """Return the shape that a tensor of the checkpoint must have: [out_features, in_features], or [size]."""
+    """Return the shape that a source must have: [out_features, in_features], or [size]."""
     root, _, kind = source.rpartition(".")
     hidden, intermediate = config.hidden_size, config.intermediate_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -321,7 +321,7 @@ def _blocks(config: ModelConfig, source: str, split: Split, shards: int, rank: i
         return [block]
     heads = range(block.rows.start, block.rows.stop, config.head_dim)
     rows = [slice(first + part.start, first + part.stop) for first in heads for part in order]
-    return [Block(source, part, block.columns) for part in rows if part.start < part.stop]
+    return [Block(source, part, block.columns) for part in rows]
 
 
 def _block(config: ModelConfig, source: str, split: Split, shards: int, rank: int) -> Block:
