@@ -274,7 +274,8 @@ def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_emb
             )
         if kind == "yarn":
             _read_yarn(inner, rope)
-        rotary_dim = _read_rotary_dim(inner if "partial_rotary_factor" in given else reader, family, head_dim)
+        is_outside = given.get("partial_rotary_factor") is None
+        rotary_dim = _read_rotary_dim(reader if is_outside else inner, family, head_dim)
         if kind == "longrope":
             _read_longrope(inner, rope, rotary_dim, max_position_embeddings)
         spellings.append({**rope, **_part(rotary_dim, head_dim)})

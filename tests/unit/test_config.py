@@ -172,6 +172,11 @@ def test_a_factor_beyond_float32_is_refused_in_one_sentence(tmp_path):
         rotation_scale(config)
 
 
+def test_null_is_not_said(tmp_path):
+    plain = {**PHI3, "rope_scaling": None, "partial_rotary_factor": 0.5}
+    assert read(tmp_path, **plain, rope_parameters={"partial_rotary_factor": None}).rope == read(tmp_path, **plain).rope
+
+
 def test_phi3s_first_name_of_longrope(tmp_path):
     assert read(tmp_path, **{**PHI3, "rope_scaling": {**LONGROPE, "type": "su"}}) == read(tmp_path, **PHI3)
 
