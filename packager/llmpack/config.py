@@ -244,6 +244,7 @@ def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_emb
     And `rotary_dim`, if it is less than `head_dim`: the features of each head that are rotated, the first ones.
     """
     raw, path = reader.raw, reader.path
+    original = family.original_max_position_embeddings if raw.get(_OUTSIDE) is None else raw[_OUTSIDE]
     spellings = []
     for key in ("rope_parameters", "rope_scaling"):
         given = raw.get(key)
@@ -260,10 +261,11 @@ def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_emb
         rope: dict[str, Any] = {"rope_type": kind}
         rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
         for number in _ROPE_NUMBERS[kind]:
-            outside = raw.get(number) or family.original_max_position_embeddings if number == _OUTSIDE else None
-            default = outside or max_position_embeddings if number == _OUTSIDE else None  # as transformers 5
+            outside = original if number == _OUTSIDE else None
+            # As transformers 5.
+            default = max_position_embeddings if number == _OUTSIDE and outside is None else outside
             rope[number] = inner.positive(number, default)
-            if outside not in (None, rope[number]):
+            if given.get(number) is not None and outside not in (None, rope[number]):
                 other = f"{number} {outside!r}" + " (the default)" * (raw.get(number) is None)
                 raise IncompatibleError(f"{path}: {key}.{number} {given[number]} and {other} contradict each other.")
         if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:

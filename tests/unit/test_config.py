@@ -172,6 +172,11 @@ def test_a_factor_beyond_float32_is_refused_in_one_sentence(tmp_path):
         rotation_scale(config)
 
 
+def test_a_number_that_no_float_holds_contradicts_nothing(tmp_path):
+    config = read(tmp_path, rope_scaling=LLAMA3_OUTSIDE, original_max_position_embeddings=2**53 + 1)
+    assert config.rope["original_max_position_embeddings"] == 2.0**53
+
+
 def test_null_is_not_said(tmp_path):
     plain = {**PHI3, "rope_scaling": None, "partial_rotary_factor": 0.5}
     assert read(tmp_path, **plain, rope_parameters={"partial_rotary_factor": None}).rope == read(tmp_path, **plain).rope
@@ -329,6 +334,7 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"rope_scaling": {**YARN, "mscale": "1", "mscale_all_dim": 1}}, "rope_scaling.mscale is '1'"),
         ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta is 1; expected more than 1"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "rope_scaling.truncate is 1"),
+        ({"rope_scaling": LLAMA3_OUTSIDE, "original_max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.short_factor is None; expected 8 numbers"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": "x" * 999}}, "short_factor is 'x{,99}; expected 8"),
         ({**PHI3, "rope_scaling": {**LONGROPE, "long_factor": [1]}}, "long_factor is a list of 1; expected 3 numbers"),
