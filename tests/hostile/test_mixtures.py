@@ -146,6 +146,10 @@ def test_3_1_a_graph_cut_or_changed_anywhere_gives_one_of_our_errors(artifact):
         *(b"", b"\0", b"\x3a", b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"{}", b"x" * 99),
         b"\x3a\x02\x08\x05",  # a graph whose node is a number
         b"\x3a\x07\x0a\x05\x08\x05\x22\x01A",  # a node whose input is a number
+        b"\x3a\x00\x42\x00",  # operators of no version
+        b"\x3a\x00\x42\x04\x10\x14\x10\x15",  # of two
+        b"\x3a\x00\x42\x03\x12\x01\x14",  # of a text
+        b"\x3a" + b"\x80" * 10 + b"\0",  # a graph whose length takes eleven bytes
     ],
 )
 def test_3_1_not_a_graph(artifact, data):
@@ -174,6 +178,19 @@ def test_3_1_weights_of_another_size_than_their_shape(artifact, change):
 def test_3_1_a_sparse_tensor(artifact):
     change_graph(artifact, lambda model: model.graph.sparse_initializer.add())
     assert graph_refusal(artifact).code == "E320"
+
+
+def test_3_1_a_graph_without_its_last_byte(artifact):
+    path = artifact / "rank-0/cpu.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert graph_refusal(artifact).code == "E320"
+
+
+@pytest.mark.parametrize("field", [b"\x99\x06" + b"\xff" * 8, b"\x9d\x06" + b"\xff" * 4], ids=["64", "32"])
+def test_3_1_fields_that_nobody_knows_are_passed_over(artifact, field):
+    path = artifact / "rank-0/cpu.onnx"
+    path.write_bytes(path.read_bytes() + field)
+    assert check_graph(path, artifact / "rank-0/weights.bin", 0, 2, OPS_VERSION)
 
 
 def test_3_1_protobuf_that_would_be_merged(artifact):

@@ -1,6 +1,7 @@
 """Graphs with right digests, not by `pack`: strange operators (3.5), caches that are none (5.5), weights elsewhere (3.1)."""
 
 import math
+import os
 
 import onnx
 import pytest
@@ -10,6 +11,7 @@ from hostile.bad_input import assert_refused, read_members, write_members
 from hostile.graphs import ASK, change_graph, graph_refusal
 from llmrun import Engine
 from llmrun.artifact import OPS_VERSION, IncompatibleError, IntegrityError
+from llmrun.graph_check import check_graph
 from mpi.harness import run_alone
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,6 +30,8 @@ def loop_body():
     )
 
 
+TENSOR = helper.make_tensor("t", onnx.TensorProto.FLOAT, [1], [0.0])
+SPARSE = helper.make_sparse_tensor(TENSOR, helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0]), [1])
 STRANGE_NODES = {
     "default-domain": (("Identity", ["logits"], ["z"]), {}),
     "loop": (("Loop", [], ["z"]), {"body": loop_body()}),
@@ -37,7 +41,11 @@ STRANGE_NODES = {
     "not-a-word": (("A\nllmrun: error[E101]: x", ["logits"], ["z"]), {}),
     "empty": (("", ["logits"], ["z"]), {}),
     "hidden-graph": (("Add", ["logits", "logits"], ["z"]), {"body": loop_body()}),
-    "hidden-tensor": (("Cast", ["logits"], ["z"]), {"to": helper.make_tensor("t", 1, [1], [0.0])}),
+    "hidden-graphs": (("Add", ["logits", "logits"], ["z"]), {"body": [loop_body()]}),
+    "hidden-tensor": (("Cast", ["logits"], ["z"]), {"to": TENSOR}),
+    "hidden-tensors": (("Cast", ["logits"], ["z"]), {"to": [TENSOR]}),
+    "hidden-sparse": (("Cast", ["logits"], ["z"]), {"to": SPARSE}),
+    "hidden-sparses": (("Cast", ["logits"], ["z"]), {"to": [SPARSE]}),
 }
 
 
@@ -50,8 +58,11 @@ def test_3_5_operators_that_no_graph_has(artifact, case):
 
 def test_3_5_functions_and_training_code(artifact):
     function = helper.make_function("d", "f", ["x"], ["y"], [], [helper.make_opsetid("", 21)])
-    change_graph(artifact, lambda model: model.functions.append(function))
-    assert "functions" in str(graph_refusal(artifact))
+    training = onnx.TrainingInfoProto(algorithm=loop_body())
+    for change in (lambda model: model.functions.append(function), lambda model: model.training_info.append(training)):
+        change_graph(artifact, lambda model: (model.ClearField("functions"), model.ClearField("training_info")))
+        change_graph(artifact, change)
+        assert "functions" in str(graph_refusal(artifact))
 
 
 @pytest.mark.parametrize("case", ["loop", "not-a-word"])
@@ -165,6 +176,16 @@ def test_3_1_external_data_elsewhere(artifact, entries):
     assert graph_refusal(artifact).code == "E320"
 
 
+def test_3_1_weights_end_where_their_file_does(artifact):
+    weights, graph = artifact / "rank-0/weights.bin", onnx.load(artifact / "rank-0/cpu.onnx", load_external_data=False)
+    places = [{e.key: e.value for e in tensor.external_data} for tensor in graph.graph.initializer]
+    end = max(int(place["offset"]) + int(place["length"]) for place in places if place)
+    os.truncate(weights, end)
+    assert check_graph(artifact / "rank-0/cpu.onnx", weights, 0, 2, OPS_VERSION)
+    os.truncate(weights, end - 1)
+    assert graph_refusal(artifact).code == "E320"
+
+
 def test_3_1_external_data_described_twice(artifact):
     def change(model):
         tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
@@ -236,6 +257,20 @@ def test_3_1_weights_in_the_graph_itself(artifact, role):
     error = graph_refusal(artifact)
     assert error.code == "E320"
     assert role in str(error)
+
+
+IN_THE_GRAPH = {
+    "two-rows": helper.make_tensor("a", onnx.TensorProto.FLOAT, [2, 8], bytes(64), raw=True),
+    "row-of-another-type": helper.make_tensor("a", onnx.TensorProto.FLOAT16, [1, 8], bytes(16), raw=True),
+    "axes-in-two-dimensions": helper.make_tensor("a", onnx.TensorProto.INT64, [1, 1], [0]),
+    "elsewhere-nowhere": onnx.TensorProto(name="a", data_type=onnx.TensorProto.INT64, dims=[1], data_location=1),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_GRAPH)
+def test_3_1_what_is_in_the_graph_is_an_axis_or_a_row(artifact, case):
+    change_graph(artifact, lambda model: model.graph.initializer.append(IN_THE_GRAPH[case]))
+    assert graph_refusal(artifact).code == "E320"
 
 
 @pytest.mark.mpi
