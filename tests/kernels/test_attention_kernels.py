@@ -98,7 +98,7 @@ def test_prefill_of_one_sequence(heads: str) -> None:
     world.step([(0, 36, 37)])
 
 
-@pytest.mark.parametrize("head_dim", [2, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [2, 64, 80, 96, 128])
 def test_head_dims(head_dim: int) -> None:
     World(2, 1, head_dim, 16, [12]).step([(0, 0, 12)])
 
