@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ TINY: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+
+# Of the kind of Phi-4-mini: a part of each head is rotated, by LongRoPE.
+PARTLY_ROTATED: dict[str, Any] = {
+    "model_type": "phi3",
+    "pad_token_id": 0,
+    "num_attention_heads": 4,
+    "original_max_position_embeddings": 32,
+    "rope_parameters": {
+        **{"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32},
+        **{"partial_rotary_factor": 0.75, "short_factor": [1.0] * 24, "long_factor": [1 + i for i in range(24)]},
+    },
+}
+
+
+def demo_with_template(folder: Path, chat_template: str) -> Path:
+    """Copy the demo checkpoint with another chat template; return the folder."""
+    shutil.copytree(DEMO, folder)
+    (folder / "chat_template.jinja").write_text(chat_template)
+    return folder
 
 
 def make_checkpoint(

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from e2e.format_reader import Rank, compute, encode_golden, read_manifest, stitch
 from llmrun import Engine
-from models import DEMO, make_checkpoint
+from models import DEMO, PARTLY_ROTATED, make_checkpoint
 from unit.tokenizer_makers import train_byte_level
 
 Packed = Callable[..., Path]
@@ -23,16 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "q-k-v-biases": {"model_type": "qwen2"},
     "normalised-heads": {"model_type": "qwen3", "head_dim": 64},
-    "partly-rotated": {
-        "model_type": "phi3",
-        "pad_token_id": 0,
-        "num_attention_heads": 4,
-        "original_max_position_embeddings": 32,
-        "rope_parameters": {
-            **{"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32},
-            **{"partial_rotary_factor": 0.75, "short_factor": [1.0] * 24, "long_factor": [1 + i for i in range(24)]},
-        },
-    },
+    "partly-rotated": PARTLY_ROTATED,
 }
 # The largest difference from the checkpoint, of its largest weight.
 ERRORS = {"f32": 0, "f16": 2**-11, "q8": 0.51 / 127, "q4": 0.13}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import standin
 
-from models import make_checkpoint
+from models import PARTLY_ROTATED, make_checkpoint
 
 WORKER = Path(standin.HERE) / "worker.py"
 # float16 between operators (2^-11 each), two layers, against float64, relative to the largest logit: seen 1e-3.
@@ -83,16 +83,7 @@ def test_a_gpu_gives_the_logits_of_the_packed_bytes(quant, gpu_artifact, tiny_ch
 FAMILIES = {
     "biased": {"model_type": "qwen2"},
     "normalised": {"model_type": "qwen3", "head_dim": 64},
-    "partly-rotated": {
-        "model_type": "phi3",
-        "pad_token_id": 0,
-        "num_attention_heads": 4,
-        "original_max_position_embeddings": 32,
-        "rope_parameters": {
-            **{"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32},
-            **{"partial_rotary_factor": 0.75, "short_factor": [1.0] * 24, "long_factor": [1 + i for i in range(24)]},
-        },
-    },
+    "partly-rotated": PARTLY_ROTATED,
 }
 
 

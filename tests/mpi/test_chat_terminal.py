@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
@@ -20,7 +19,7 @@ from harness import LEFTOVER_S
 from terminal import Terminal
 
 from llmrun import chat_terminal
-from models import DEMO
+from models import demo_with_template
 
 Packed = Callable[..., Path]
 
@@ -239,10 +238,8 @@ def test_a_terminal_without_colours(environment: dict[str, str], tmp_path: Path,
 
 @pytest.mark.parametrize("ending", ["<think>\n", ""], ids=["thinks", "answers"])
 def test_thoughts_are_dim(ending: str, tmp_path: Path, packed: Packed) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(DEMO, folder)
     template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}" + ending
-    (folder / "chat_template.jinja").write_text(template)
+    folder = demo_with_template(tmp_path / "model", template)
     with Chat(tmp_path, packed(folder, 1, "q8"), "-n", "9", "--temperature", "0") as chat:
         chat.wait("/help shows")
         chat.ask("The king\r")  # this model never ends what it has begun

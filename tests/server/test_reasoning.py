@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from serving import Served, events
 
-from models import DEMO
+from models import demo_with_template
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.reasoning_content %}({{ m.reasoning_content }}) {% endif %}"
@@ -23,10 +22,7 @@ BODY = {"messages": MESSAGES, "max_tokens": 100, "structured_outputs": {"choice"
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, packed: Callable[..., Path]) -> Path:
-    folder = tmp_path_factory.mktemp("thoughts") / "model"
-    shutil.copytree(DEMO, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return packed(folder, 1, "q8")
+    return packed(demo_with_template(tmp_path_factory.mktemp("thoughts") / "model", TEMPLATE), 1, "q8")
 
 
 def joined(served: Served, field: str, **given: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from openai.types.responses import Response
 from pydantic import BaseModel, Field
 from serving import Served
 
-from models import DEMO
+from models import demo_with_template
 from unit.tool_forms import WEATHER
 
 TEMPLATE = (
@@ -35,10 +34,7 @@ class Person(BaseModel):
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, packed: Callable[..., Path]) -> Path:
-    folder = tmp_path_factory.mktemp("responses") / "model"
-    shutil.copytree(DEMO, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return packed(folder, 1, "q8")
+    return packed(demo_with_template(tmp_path_factory.mktemp("responses") / "model", TEMPLATE), 1, "q8")
 
 
 @pytest.fixture(scope="module")

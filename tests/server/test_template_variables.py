@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from serving import Served
 
-from models import DEMO
+from models import demo_with_template
 
 TEMPLATE = "{{ mood }}, {{ way.of[0] }}{% for m in messages %} {{ m.content }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "Who is the prince?"}]
@@ -19,9 +18,7 @@ MESSAGES = [{"role": "user", "content": "Who is the prince?"}]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, packed: Callable[..., Path]) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("variables") / "model"
-    shutil.copytree(DEMO, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    folder = demo_with_template(tmp_path_factory.mktemp("variables") / "model", TEMPLATE)
     given = json.dumps({"mood": "Gay", "way": {"of": ["life"]}})
     with Served(packed(folder, 1, "q8"), "--chat-template-kwargs", given) as served:
         yield served
