@@ -128,7 +128,7 @@ def longest_sequence(config: ModelConfig) -> tuple[int, str]:
     limit, what = config.max_position_embeddings, f"max_position_embeddings {config.max_position_embeddings}"
     rope = config.rope
     if rope["rope_type"] == "yarn":  # Qwen's instructions add it and leave max_position_embeddings as it was
-        stretched = int(rope["original_max_position_embeddings"] * rope["factor"])
+        stretched = int(min(rope["original_max_position_embeddings"] * rope["factor"], _MAX_POSITIONS))
         if stretched > limit:
             limit, what = stretched, f"{stretched}, YaRN's factor times original_max_position_embeddings"
     window = config.sliding_window

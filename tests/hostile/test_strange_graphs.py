@@ -263,7 +263,9 @@ IN_THE_GRAPH = {
     "two-rows": helper.make_tensor("a", onnx.TensorProto.FLOAT, [2, 8], bytes(64), raw=True),
     "row-of-another-type": helper.make_tensor("a", onnx.TensorProto.FLOAT16, [1, 8], bytes(16), raw=True),
     "axes-in-two-dimensions": helper.make_tensor("a", onnx.TensorProto.INT64, [1, 1], [0]),
-    "elsewhere-nowhere": onnx.TensorProto(name="a", data_type=onnx.TensorProto.INT64, dims=[1], data_location=1),
+    "elsewhere-nowhere": onnx.TensorProto(
+        name="a", data_type=onnx.TensorProto.INT64, dims=[1], data_location=onnx.TensorProto.EXTERNAL
+    ),
 }
 
 
