@@ -68,7 +68,7 @@ class _Passes:
         self.row_of = {source: w for w in self.matrices.values() for source in w.row.sources}
         self.vectors = {w.row.name: w for w in weights if w.row.role == "bias"}
         self.embedding = next(w for w in weights if w.row.role == "embedding")
-        # One for each name: a tied head and the embedding may be the same initializer.
+        # One for each name: a tied head and the embedding may be the same initializer, and graphsurgeon warns of two.
         self.placeholders: dict[str, Any] = {}
 
     def fuse(self) -> None:

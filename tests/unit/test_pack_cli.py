@@ -60,6 +60,9 @@ def test_group_size_falls_back_where_64_does_not_divide_and_an_explicit_one_is_r
     assert "group_size 64 does not divide every in_features per rank" in result.stdout
     assert "projections" in result.stdout
     assert "biases" not in result.stdout  # there are none
+    for chosen in (run(folder, "--dry-run", "--group-size", "32"), run(DEMO, "--dry-run")):
+        assert "does not divide" not in chosen.stdout
+    assert pack(folder, None, Options(scheme="f16"))["group_size"] is None
     refused = run(folder, "--dry-run", "--group-size", "64")
     assert refused.returncode == 2
     assert "--group-size 32 works" in refused.stderr
