@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
+MAKEFLAGS += -j2  # the two environments of `make test` are made side by side
 
 .PHONY: demo test test-all test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-server bench-quick clean
 
