@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from llmrun.constraint import Constraint
     from llmrun.tokenizer import Tokenizer
 
@@ -139,14 +138,16 @@ class ThoughtConstraint:
             has_begun: the prompt has begun the thoughts.
             has_ended: it has ended them, too.
         """
+        import numpy as np  # not above: the command line reads REASONING_FORMATS before anything may import numpy
+
         self._grammar, self._tokenizer, self._is_thinking = grammar, tokenizer, has_begun
         self._opening = None if has_begun or has_ended else _opening_id(tokenizer)
         self._shown = shown_tokens(tokenizer)
         self._end = b""  # of the thoughts, as far as they may be the beginning of </think>
-        self._free = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
-        allowed = np.ones(32 * len(self._free), np.uint8)
-        allowed[[*filter(lambda i: i < len(allowed), end_ids), *range(tokenizer.vocab_size, len(allowed))]] = 0
-        self._free[:] = np.packbits(allowed, bitorder="little").view("<i4")
+        allowed = np.zeros(-(-tokenizer.vocab_size // 32) * 32, np.uint8)
+        allowed[: tokenizer.vocab_size] = 1
+        allowed[[i for i in end_ids if i < len(allowed)]] = 0
+        self._free = np.packbits(allowed, bitorder="little").view("<i4")
 
     def mask(self, tokens: Sequence[int]) -> NDArray[Any]:
         """Return the tokens that may follow, as bits."""
@@ -155,11 +156,11 @@ class ThoughtConstraint:
         bits = self._grammar.mask(tokens)
         if self._opening is not None:
             word, bit = divmod(self._opening, 32)
-            if bits.view(np.uint32)[word] >> bit & 1:
+            if int(bits[word]) >> bit & 1:
                 self._opening = None  # it is the grammar's own
             else:
                 bits = bits.copy()
-                bits.view(np.uint32)[word] |= np.uint32(1 << bit)
+                bits.view("u4")[word] |= 1 << bit
         return bits
 
     def accept(self, token_id: int) -> None:

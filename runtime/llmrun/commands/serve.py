@@ -19,6 +19,7 @@ from llmrun.commands import common
 from llmrun.errors import IncompatibleError, UsageError
 from llmrun.job_options import JobOptions
 from llmrun.server import limits as limits_of_server
+from llmrun.thoughts import REASONING_FORMATS
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -75,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_template_option(group)
     group.add_argument(
         "--reasoning-format",
-        choices=("deepseek", "none"),
-        default="deepseek",
+        choices=REASONING_FORMATS,
+        default=REASONING_FORMATS[0],
         help="thoughts between <think> and </think>: as reasoning_content, or none: within the text (%(default)s)",
     )
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
