@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from llmpack.config import EXPECTED, open_regular, read_config, read_json, refuse_pointer
+from llmpack.config import read_config
 from llmpack.model_files import list_names
+from llmpack.model_reader import EXPECTED, open_regular, read_json, refuse_pointer
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

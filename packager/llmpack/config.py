@@ -10,18 +10,13 @@ heads of q and k; Phi 3 may rotate a part of each head alone.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import stat
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, UsageError
-
-EXPECTED = "expected a Hugging Face model directory, as `hf download NAME --local-dir DIR` leaves it"
+from llmpack.model_reader import Reader, read_json
+from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -95,54 +90,6 @@ _ROPE_NUMBERS = {
 _OLD_LONGROPE = ("su", "yarn")  # what Phi 3 called it
 
 
-def open_regular(path: Path) -> int:
-    """Open a checkpoint's file for reading; return the descriptor.
-
-    Raises:
-        UsageError: it is not there, may not be read, or is something else than a file (a pipe would be waited for).
-        IntegrityError: a link to nothing, as an interrupted download leaves it.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise IntegrityError(f"{path}: a link to a file that is missing. Fetch it again.", code="E311") from None
-        raise UsageError(f"{path}: no such file; {EXPECTED}.", code="E202") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}.", code="E202") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UsageError(f"{path}: cannot be read: not a regular file.", code="E202")
-    return descriptor
-
-
-def read_file(path: Path) -> bytes:
-    """Read a small file of a checkpoint; errors as those of `open_regular`, and a Git LFS pointer is explained."""
-    with open(open_regular(path), "rb") as file:
-        data = file.read()
-    refuse_pointer(path, data)
-    return data
-
-
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Refuse a file that begins as those do that Git leaves in place of large ones."""
-    if start.startswith(b"version https://git-lfs"):
-        raise IntegrityError(
-            f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.", code="E310"
-        )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or broken file is an error that names it."""
-    try:
-        value = json.loads(read_file(path))
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: not JSON: {error}.", code="E310") from None
-    if not isinstance(value, dict):
-        raise IntegrityError(f"{path}: found a JSON {type(value).__name__}, expected an object.", code="E310")
-    return value
-
-
 def read_config(model_dir: Path) -> ModelConfig:
     """Read and check config.json.
 
@@ -153,7 +100,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     """
     path = model_dir / "config.json"
     raw = read_json(path)
-    reader = _Reader(raw, path)
+    reader = Reader(raw, path)
     model_type = raw.get("model_type")
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -216,7 +163,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     )
 
 
-def _read_window(reader: _Reader, family: _Family, num_hidden_layers: int) -> int | None:
+def _read_window(reader: Reader, family: _Family, num_hidden_layers: int) -> int | None:
     """Return how many positions some layer looks back, its own among them; None: every layer to the first."""
     raw, path = reader.raw, reader.path
     by_layer = family.window == "by layer" and reader.flag("use_sliding_window")
@@ -238,7 +185,7 @@ def _read_window(reader: _Reader, family: _Family, num_hidden_layers: int) -> in
     return reader.size("sliding_window", _WINDOW) if is_used else None
 
 
-def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_embeddings: int) -> dict[str, Any]:
+def _read_rope(reader: Reader, family: _Family, head_dim: int, max_position_embeddings: int) -> dict[str, Any]:
     """Return {"rope_type", "rope_theta", ...the type's numbers}, whichever spelling config.json uses.
 
     And `rotary_dim`, if it is less than `head_dim`: the features of each head that are rotated, the first ones.
@@ -257,7 +204,7 @@ def _read_rope(reader: _Reader, family: _Family, head_dim: int, max_position_emb
             kind = "longrope"
         if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
             raise IncompatibleError(f"{path}: {key}.rope_type is {kind!r}; supported: {', '.join(_ROPE_NUMBERS)}.")
-        inner = _Reader(given, path, f"{key}.")
+        inner = Reader(given, path, f"{key}.")
         rope: dict[str, Any] = {"rope_type": kind}
         rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
         for number in _ROPE_NUMBERS[kind]:
@@ -297,7 +244,7 @@ def _part(rotary_dim: int, head_dim: int) -> dict[str, int]:
     return {} if rotary_dim == head_dim else {"rotary_dim": rotary_dim}
 
 
-def _read_rotary_dim(reader: _Reader, family: _Family, head_dim: int) -> int:
+def _read_rotary_dim(reader: Reader, family: _Family, head_dim: int) -> int:
     """Return how many features of each head are rotated."""
     share = reader.positive("partial_rotary_factor", 1.0)
     where = f"{reader.path}: {reader.prefix}partial_rotary_factor is {share:g}"
@@ -312,7 +259,7 @@ def _read_rotary_dim(reader: _Reader, family: _Family, head_dim: int) -> int:
     return rotary_dim
 
 
-def _read_longrope(reader: _Reader, rope: dict[str, Any], rotary_dim: int, max_position_embeddings: int) -> None:
+def _read_longrope(reader: Reader, rope: dict[str, Any], rotary_dim: int, max_position_embeddings: int) -> None:
     """Add LongRoPE's other numbers to `rope`: short_factor and long_factor, of each pair, and attention_factor."""
     for name in ("short_factor", "long_factor"):
         given = reader.raw.get(name)
@@ -321,7 +268,7 @@ def _read_longrope(reader: _Reader, rope: dict[str, Any], rotary_dim: int, max_p
             raise IntegrityError(
                 f"{reader.path}: {reader.prefix}{name} is {found}; expected {rotary_dim // 2} numbers.", code="E310"
             )
-        own = _Reader({f"{name}[{i}]": number for i, number in enumerate(given)}, reader.path, reader.prefix)
+        own = Reader({f"{name}[{i}]": number for i, number in enumerate(given)}, reader.path, reader.prefix)
         rope[name] = [own.positive(key) for key in own.raw]
     original = rope[_OUTSIDE]
     factor = reader.positive("factor", max_position_embeddings / original)
@@ -329,7 +276,7 @@ def _read_longrope(reader: _Reader, rope: dict[str, Any], rotary_dim: int, max_p
     rope["attention_factor"] = reader.positive("attention_factor", grown)
 
 
-def _read_yarn(reader: _Reader, rope: dict[str, Any]) -> None:
+def _read_yarn(reader: Reader, rope: dict[str, Any]) -> None:
     """Add YaRN's other numbers to `rope`: attention_factor, which may follow from others, beta_fast, beta_slow, truncate."""
     for beta, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         rope[beta] = reader.positive(beta, default)
@@ -343,38 +290,3 @@ def _read_yarn(reader: _Reader, rope: dict[str, Any]) -> None:
     share, of_all = shares if all(shares) else (1.0, 0.0)
     growth = 0.1 * math.log(max(rope["factor"], 1.0))
     rope["attention_factor"] = reader.positive("attention_factor", (share * growth + 1) / (of_all * growth + 1))
-
-
-class _Reader:
-    """Typed look-ups in a JSON object; errors name file, key and value."""
-
-    def __init__(self, raw: dict[str, Any], path: Path, prefix: str = "") -> None:
-        self.raw, self.path, self.prefix = raw, path, prefix
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.raw.get(key)
-        if value is None and default is None:
-            raise IntegrityError(f"{self.path}: {self.prefix}{key} is missing.", code="E310")
-        return default if value is None else value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if type(value) is not int or not 1 <= value < 1 << 31:
-            raise IntegrityError(
-                f"{self.path}: {self.prefix}{key} is {value!r}; expected an integer of at least 1.", code="E310"
-            )
-        return value
-
-    def positive(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            raise IntegrityError(
-                f"{self.path}: {self.prefix}{key} is {value!r}; expected a positive number.", code="E310"
-            )
-        return float(value)
-
-    def flag(self, key: str, *, default: bool = False) -> bool:
-        value = self._get(key, default)
-        if type(value) is not bool:
-            raise IntegrityError(f"{self.path}: {self.prefix}{key} is {value!r}; expected true or false.", code="E310")
-        return value

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llmpack.config import read_file, read_json
+from llmpack.model_reader import read_file, read_json
 from llmrun.artifact import IncompatibleError
 
 _MORE_TEMPLATES = "additional_chat_templates"
