@@ -34,6 +34,19 @@ PARTLY_ROTATED: dict[str, Any] = {
     },
 }
 
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.09,
+    "logits_scaling": 3.0,
+}
+GRANITE: dict[str, Any] = {"model_type": "granite", **MULTIPLIERS}
+# Of the kind of Granite 4's plain transformers: gate and up stored together, and down under another name.
+HYBRID_GRANITE: dict[str, Any] = {
+    **{**GRANITE, "model_type": "granitemoehybrid", "num_local_experts": 0, "position_embedding_type": "rope"},
+    **{"layer_types": ["full_attention"] * 2, "intermediate_size": 64, "shared_intermediate_size": 512},
+}
+
 
 def demo_with_template(folder: Path, chat_template: str) -> Path:
     """Copy the demo checkpoint with another chat template; return the folder."""

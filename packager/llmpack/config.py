@@ -5,7 +5,8 @@ In: a model directory. Out: `ModelConfig`, in which every default is filled in a
 
 The families differ in a few points from Llama, and in what a key means that is not there (transformers' configuration_*.py):
 Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2 has biases on q, k and v only, Qwen 3 norms on the
-heads of q and k; Phi 3 may rotate a part of each head alone.
+heads of q and k; Phi 3 may rotate a part of each head alone; Granite multiplies the embedding, what is added to the residual
+stream, attention's products and the logits by numbers of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class _Family:
         has_window: whether there is one where config.json does not say it.
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
         original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
+        has_multipliers: whether config.json may say the four of Granite.
+        is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
 
     architecture: str
@@ -44,6 +47,8 @@ class _Family:
     has_window: bool = True
     has_partial_rotary: bool = False
     original_max_position_embeddings: int | None = None
+    has_multipliers: bool = False
+    is_hybrid: bool = False
 
 
 _FAMILIES = {
@@ -61,6 +66,8 @@ _FAMILIES = {
         has_partial_rotary=True,
         original_max_position_embeddings=4096,
     ),
+    "granite": _Family("GraniteForCausalLM", 2048, has_mlp_bias=True, has_multipliers=True),
+    "granitemoehybrid": _Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),
 }
 _WINDOW = 4096  # sliding_window where config.json does not say it
 # Keys that change what a model computes when they differ from these values; everything else in config.json is ignored.
@@ -69,13 +76,17 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "logit_scale": (1.0, None),
-    "embedding_multiplier": (1.0, None),
-    "residual_multiplier": (1.0, None),
-    "attention_multiplier": (None,),
     "num_local_experts": (None, 0, 1),
     "use_qk_norm": (False, None),
     "is_encoder_decoder": (False, None),
     "is_causal": (True, None),
+}
+# The same of these, but in Granite, where each is 1 by default.
+_MULTIPLIERS: dict[str, tuple[Any, ...]] = {
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "attention_multiplier": (None,),
+    "logits_scaling": (1.0, None),
 }
 _MAX_HEAD_DIM = 256  # of PagedAttention: custom_ops/cpu/isa.h
 # May stand beside rope_scaling, and transformers 5 takes that; 4 the one within.
@@ -109,7 +120,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     architectures = raw.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs {[family.architecture]}.")
-    for key, allowed in _MUST_BE.items():
+    for key, allowed in (_MUST_BE if family.has_multipliers else {**_MUST_BE, **_MULTIPLIERS}).items():
         if raw.get(key) not in allowed:
             raise IncompatibleError(
                 f"{path}: {key} is {raw[key]!r}, which is not supported; supported: {allowed[0]!r}."
@@ -120,6 +131,9 @@ def read_config(model_dir: Path) -> ModelConfig:
             f"{path}: has a quantization_config (quant_method {method!r}); llmpack packs f32, f16 and bf16 weights: take the"
             " model that it was made from."
         )
+
+    if family.is_hybrid:
+        _check_hybrid(reader)
 
     hidden_size = reader.size("hidden_size")
     num_hidden_layers = reader.size("num_hidden_layers")
@@ -146,7 +160,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     return ModelConfig(
         architecture=family.architecture,
         hidden_size=hidden_size,
-        intermediate_size=reader.size("intermediate_size"),
+        intermediate_size=reader.size("shared_intermediate_size" if family.is_hybrid else "intermediate_size"),
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
@@ -160,14 +174,26 @@ def read_config(model_dir: Path) -> ModelConfig:
         rope=_read_rope(reader, family, head_dim, max_position_embeddings),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         sliding_window=_read_window(reader, family, num_hidden_layers),
+        **({key: reader.positive(key, 1.0) for key in _MULTIPLIERS} if family.has_multipliers else {}),
     )
+
+
+def _check_hybrid(reader: Reader) -> None:
+    """Refuse what a hybrid model may have beside attention and one MLP in a layer; layers' kinds are checked as all models'."""
+    for key, allowed in (("num_local_experts", 0), ("position_embedding_type", "rope")):
+        if reader.raw.get(key) != allowed:
+            raise IncompatibleError(
+                f"{reader.path}: {key} is {reader.raw.get(key)!r}, which is not supported; supported: {allowed!r}."
+            )
+    if not reader.raw.get("layer_types"):
+        raise IncompatibleError(f"{reader.path}: layer_types is missing; supported: 'attention' for every layer.")
 
 
 def _read_window(reader: Reader, family: _Family, num_hidden_layers: int) -> int | None:
     """Return how many positions some layer looks back, its own among them; None: every layer to the first."""
     raw, path = reader.raw, reader.path
     by_layer = family.window == "by layer" and reader.flag("use_sliding_window")
-    kinds = ("full_attention", "sliding_attention") if by_layer else ("full_attention",)
+    kinds = ("full_attention", *(["sliding_attention"] * by_layer), *(["attention"] * family.is_hybrid))
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind not in kinds for kind in layer_types):
         raise IncompatibleError(

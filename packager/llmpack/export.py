@@ -5,7 +5,8 @@ quantization or layouts: each projection is one `Linear (x [T, in_features], wei
 [T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` take their
 operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
 
-The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py and modeling_phi3.py.
+The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py and modeling_granite.py, the
+last one's rearranged as in multipliers.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from llmpack.multipliers import embedding_scale, logit_scale, norm_epsilon
 from llmpack.rope import attention_scale, rope_frequencies, rotation_scale
 from llmpack.weights import source_shape
 from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
@@ -72,7 +74,7 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
         )
     normed, _ = graph.norm("model.norm", hidden, residual)
     chosen = graph.standard("Gather", "model.logit_rows", [normed, "logit_rows"], axis=0)
-    graph.linear("lm_head", chosen, False, output="logits")
+    graph.linear("lm_head", graph.times("model.logit_rows", chosen, logit_scale(config)), False, output="logits")
     return graph.finish()
 
 
@@ -115,7 +117,15 @@ class _Graph:
         rows = self.standard(
             "Gather", "model.embed_tokens", [self.weight("model.embed_tokens.weight"), "input_ids"], axis=0
         )
-        return self.standard("Cast", "model.embed_tokens.float32", [rows], to=TensorProto.FLOAT)
+        hidden = self.standard("Cast", "model.embed_tokens.float32", [rows], to=TensorProto.FLOAT)
+        return self.times("model.embed_tokens", hidden, embedding_scale(self.config))
+
+    def times(self, name: str, x: str, scale: float) -> str:
+        """Multiply by a number; no node where that is 1."""
+        if scale == 1:
+            return x
+        factor = self.constant(f"{name}.scale", np.array([[scale]], np.float32))
+        return self.standard("Mul", f"{name}.scaled", [x, factor])
 
     def rope_table(self) -> str:
         """Cos and sin of every token's angles, once per step for all layers: [T, head_dim]."""
@@ -143,7 +153,7 @@ class _Graph:
     def norm(self, name: str, x: str, residual: str | None) -> tuple[str, str]:
         """RMSNorm of x, or of x + residual; return (normed, the sum so far)."""
         weight = self.weight(f"{name}.weight")
-        epsilon = self.config.rms_norm_eps
+        epsilon = norm_epsilon(self.config)
         if residual is None:
             return self.op("RMSNorm", name, [x, weight], epsilon=epsilon), x
         total = f"{name}.residual"

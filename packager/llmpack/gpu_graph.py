@@ -124,8 +124,8 @@ class _Rewrite:
             return []  # of the embedding's rows, which are float32 here
         elif op == "Gather":
             self.types[new.output[0]] = self.types[new.input[0]]
-        elif op == "Add":
-            return self._bias(new)
+        elif op == "Add" or (op == "Mul" and self.types.get(new.input[0]) == _HALF):
+            return self._in_half(new)
         elif op not in ("Cast", "Mul", "Cos", "Sin", "Concat", "Unsqueeze"):
             raise ValueError(f"{node.name}: operator {op} has no counterpart on a GPU")
         return [new]
@@ -149,8 +149,8 @@ class _Rewrite:
             "EmbeddingF16", [ids, weight], [cast.output[0]], node.name, domain=OPS_DOMAIN, in_features=width
         )
 
-    def _bias(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """Add in float16: the stored float32 bias is rounded in front of it."""
+    def _in_half(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Add a bias, or multiply, in float16: the stored float32 values are rounded in front of it."""
         (place,) = [i for i, name in enumerate(node.input) if name in self.dims]
         rounded = f"{node.input[place]}.float16"
         cast = helper.make_node("Cast", [node.input[place]], [rounded], f"{node.name}/float16", to=_HALF)

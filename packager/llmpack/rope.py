@@ -103,7 +103,8 @@ def for_sequences(config: ModelConfig, max_seq_len: int) -> tuple[ModelConfig, s
 def attention_scale(config: ModelConfig) -> float:
     """Return what a query's product with a key is multiplied by; YaRN's or LongRoPE's factor is of both, if all is rotated."""
     factor = config.rope.get("attention_factor", 1.0) if rotary_dim(config) == config.head_dim else 1.0
-    return factor * factor / math.sqrt(config.head_dim)
+    multiplier = config.attention_multiplier or 1 / math.sqrt(config.head_dim)
+    return factor * factor * multiplier
 
 
 def rotation_scale(config: ModelConfig) -> np.ndarray | None:

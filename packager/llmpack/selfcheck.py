@@ -166,7 +166,9 @@ def forward(
     }
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
-        if not (np.linalg.norm(x, axis=1) < math.sqrt(_LARGEST)).all():
+        if not (
+            np.linalg.norm(x, axis=1) < math.sqrt(_LARGEST) * config.residual_multiplier
+        ).all():  # as graphs hold it
             raise IncompatibleError(f"{name}: its input's squares are beyond float32's range; {_TOO_LARGE}.")
         return reference.rms_norm(x, ranks[0].vector(name), config.rms_norm_eps)
 
@@ -180,7 +182,10 @@ def forward(
         y = product(rank, name, x)
         return y + rank.vector(name, is_bias=True) if has_bias else y
 
-    x = np.tile(ranks[0].embedding(ids), (num_sequences, 1))
+    def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x + y * config.residual_multiplier
+
+    x = np.tile(ranks[0].embedding(ids), (num_sequences, 1)) * config.embedding_multiplier
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         normed = norm(f"{layer}.input_layernorm", x)
@@ -200,17 +205,18 @@ def forward(
                 raise IncompatibleError(
                     f"{layer}.self_attn: its keys or values are beyond {kv_dtype}'s range; {advice}."
                 )
-            x = x + product(rank, f"{layer}.self_attn.o_proj", attended)
+            x = add(x, product(rank, f"{layer}.self_attn.o_proj", attended))
         if config.has_output_bias:
-            x = x + ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True)
+            x = add(x, ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True))
         normed = norm(f"{layer}.post_attention_layernorm", x)
         for rank in ranks:
             gate_up = project(rank, f"{layer}.mlp.gate_up_proj", normed, has_bias=config.mlp_bias)
-            x = x + product(rank, f"{layer}.mlp.down_proj", reference.swiglu(gate_up))
+            x = add(x, product(rank, f"{layer}.mlp.down_proj", reference.swiglu(gate_up)))
         if config.mlp_bias:
-            x = x + ranks[0].vector(f"{layer}.mlp.down_proj", is_bias=True)
+            x = add(x, ranks[0].vector(f"{layer}.mlp.down_proj", is_bias=True))
     normed = norm("model.norm", x)
-    return np.concatenate([product(rank, HEAD, normed) for rank in ranks], axis=1)[:, : config.vocab_size]
+    logits = np.concatenate([product(rank, HEAD, normed) for rank in ranks], axis=1)[:, : config.vocab_size]
+    return logits / config.logits_scaling
 
 
 def round_activations(x: np.ndarray, group_size: int) -> np.ndarray:

@@ -28,6 +28,17 @@ SCHEMES = ("f32", "f16", "q8", "q4")
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
 _MAX_SHARDS = 64
+# Tensors of other names than in a Llama, and the sources that each holds.
+_TENSORS = {
+    "Phi3ForCausalLM": (
+        ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
+    ),
+    "GraniteMoeHybridForCausalLM": (
+        ("shared_mlp.input_linear", ("gate_proj", "up_proj")),
+        ("shared_mlp.output_linear", ("down_proj",)),
+    ),
+}
 QUANTIZED = ("q8", "q6", "q4")  # storages with scales
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -168,15 +179,14 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
     return out_in if kind == "weight" else out_in[:1]
 
 
-def _fused(config: ModelConfig, source: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return the tensor that holds a source beside others, and all of these in order; None: one of its own."""
-    if config.architecture != "Phi3ForCausalLM":
-        return None
+def _renamed(config: ModelConfig, source: str) -> tuple[str, tuple[str, ...]] | None:
+    """Return the tensor of another name that holds a source, and all sources in it, in order; None: one of its own."""
     root, _, kind = source.rpartition(".")
     parent, _, name = root.rpartition(".")
-    for tensor, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+    for tensor, parts in _TENSORS.get(config.architecture, ()):
         if name in parts:
-            return f"{parent}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts)
+            folder = parent.rpartition(".")[0]
+            return f"{folder}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts)
     return None
 
 
@@ -188,8 +198,8 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
         found: tensor name -> shape.
 
     Returns:
-        source name in the table -> where it is read: in the tensor of that name but for tied embeddings stored once, and
-        in Phi 3, which stores q, k and v, and gate and up, in one.
+        source name in the table -> where it is read: in the tensor of that name but for tied embeddings stored once, and in
+        families that store some in one tensor (q, k and v; gate and up), or under another name.
 
     Raises:
         IntegrityError: a tensor is missing, has another shape, or is unknown (all are listed).
@@ -203,7 +213,7 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
     places: dict[str, Place] = {}
     for source in (source for row in weight_rows(config) for source in row.sources):
         shape = source_shape(config, source)
-        tensor, parts = _fused(config, source) or (source, (source,))
+        tensor, parts = _renamed(config, source) or (source, (source,))
         before = [source_shape(config, part)[0] for part in parts[: parts.index(source)]]
         places[source] = Place(tensor, sum(before))
         shapes[tensor] = (sum(before) + shape[0], *shape[1:])  # the last part's is the whole

@@ -48,6 +48,10 @@ class ModelConfig:
     Attributes:
         attention_bias: of q, k and v, and of o but in Qwen 2.
         sliding_window: positions that some layer looks back, never less than max_seq_len; None: all.
+        embedding_multiplier: of the embedding's rows.
+        residual_multiplier: of what attention and MLP add to the residual stream.
+        attention_multiplier: of a query's product with a key; None: 1 / sqrt(head_dim).
+        logits_scaling: what logits are divided by.
     """
 
     architecture: str
@@ -65,7 +69,12 @@ class ModelConfig:
     mlp_bias: bool
     rope: dict[str, Any]
     dtype: str
-    sliding_window: int | None = field(default_factory=lambda: None)  # a factory: may be absent from a manifest
+    # Factories: may be absent from a manifest.
+    sliding_window: int | None = field(default_factory=lambda: None)
+    embedding_multiplier: float = field(default_factory=lambda: 1.0)
+    residual_multiplier: float = field(default_factory=lambda: 1.0)
+    attention_multiplier: float | None = field(default_factory=lambda: None)
+    logits_scaling: float = field(default_factory=lambda: 1.0)
 
     @property
     def has_output_bias(self) -> bool:

@@ -99,7 +99,7 @@ class Rank:
             if not tensor.external_data:
                 constant = self.tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
                 assert constant.dtype == (np.int64 if constant.ndim == 1 else np.float32)  # 3.1
-                assert constant.ndim == 1 or constant.shape in _of_rotation(manifest["model"])
+                assert constant.ndim == 1 or constant.shape in _of_constants(manifest["model"])
                 continue
             where = {item.key: item.value for item in tensor.external_data}
             start, size = int(where["offset"]), int(where["length"])
@@ -127,10 +127,11 @@ class Rank:
         return sum(self.tensors[name].nbytes for name in looked_up - others if name in self.tensors)
 
 
-def _of_rotation(model: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return the shapes of the frequencies, and of the factors of a part of each head (3.1)."""
+def _of_constants(model: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the shapes of the frequencies, of the factors of a part of each head, and of multipliers (3.1)."""
     dim = model["head_dim"]
-    return [(1, dim // 2)] + [(1, dim)] * ("rotary_dim" in model["rope"])
+    multipliers = {model[name] for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")}
+    return [(1, dim // 2)] + [(1, dim)] * ("rotary_dim" in model["rope"]) + [(1, 1)] * (multipliers != {1})
 
 
 def reads_embedding(node: onnx.NodeProto) -> bool:
@@ -326,6 +327,12 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
             ):
                 own = [model.pop(f"{prefix}{part}.weight") for part in parts]
                 model[f"{prefix}{whole}.weight"] = np.concatenate(own)
+    if config["architecture"] == "GraniteMoeHybridForCausalLM":
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            own = [model.pop(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up", "down")]
+            model[f"{prefix}shared_mlp.input_linear.weight"] = np.concatenate(own[:2])
+            model[f"{prefix}shared_mlp.output_linear.weight"] = own[2]
     embedding = "model.embed_tokens.weight"
     model[embedding] = ranks[0].matrices.get(embedding, ranks[0].tensors[embedding])
     (last,) = {[n for n in rank.nodes if n.op_type.startswith("MatMul")][-1].input[1] for rank in ranks}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmpack.pack import Options, pack
 from llmrun import Engine
 from llmrun.job_options import ISAS
-from models import DEMO, make_checkpoint, store_a_head
+from models import DEMO, GRANITE, HYBRID_GRANITE, make_checkpoint, store_a_head
 from mpi.harness import RunningJob, mpirun_command
 
 F32 = 2e-4
@@ -70,6 +70,17 @@ VARIANTS = {
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
     "phi3": {**PHI3},
     "phi3-partly-rotated": {**PHI3, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+    "granite": {**GRANITE, "attention_bias": True, "mlp_bias": True},
+    "granite-yarn": {
+        **{**GRANITE, "tie_word_embeddings": True},
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "granite-hybrid": {**HYBRID_GRANITE, "attention_bias": True},
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -79,6 +90,7 @@ SPLIT_VARIANTS = {
     "tied-and-wide-heads": (2, {"tie_word_embeddings": True, "head_dim": 64, "dtype": "bfloat16"}),
     "biases-of-q-k-and-v-alone": (2, {"model_type": "qwen2"}),
     "norms-of-heads": (4, {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2}),
+    "multiplied": (4, HYBRID_GRANITE),
     "stored-together": (4, {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
 }
 

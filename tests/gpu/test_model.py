@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import standin
 
-from models import PARTLY_ROTATED, make_checkpoint
+from models import GRANITE, PARTLY_ROTATED, make_checkpoint
 
 WORKER = Path(standin.HERE) / "worker.py"
 # float16 between operators (2^-11 each), two layers, against float64, relative to the largest logit: seen 1e-3.
@@ -84,6 +84,7 @@ FAMILIES = {
     "biased": {"model_type": "qwen2"},
     "normalised": {"model_type": "qwen3", "head_dim": 64},
     "partly-rotated": PARTLY_ROTATED,
+    "multiplied": GRANITE,
 }
 
 

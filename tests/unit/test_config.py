@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from llmpack.config import read_config
+from llmpack.multipliers import embedding_scale, logit_scale, norm_epsilon
 from llmpack.rope import attention_scale, for_sequences, longest_sequence, rope_frequencies, rotation_scale
 from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
+from models import MULTIPLIERS
 
 BASE = {
     "model_type": "llama",
@@ -27,6 +29,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+HYBRID = {
+    "model_type": "granitemoehybrid",
+    "num_local_experts": 0,
+    "position_embedding_type": "rope",
+    "layer_types": ["attention"],
+    "shared_intermediate_size": 96,
+}
 LLAMA3_OUTSIDE = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
 
 
@@ -35,7 +44,7 @@ def read(tmp_path, **changes):
     return read_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite"])
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
 
@@ -47,6 +56,30 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert {"partial_rotary_factor": 1.0, **ours.rope} == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
     assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
+    if model_type == "granite":
+        for name in MULTIPLIERS:
+            assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_the_mlp_of_a_hybrid_that_is_none_has_the_shared_size(tmp_path):
+    """`attention` is transformers 4's name of that kind of layer, `full_attention` is 5's."""
+    for kind in ("attention", "full_attention"):
+        assert read(tmp_path, **{**HYBRID, "layer_types": [kind]}).intermediate_size == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "number", "words"),
+    [
+        ({"embedding_multiplier": 1e30, "residual_multiplier": 1e-10}, embedding_scale, "is 1e+40"),
+        ({"residual_multiplier": 1e-30}, norm_epsilon, "is 1e+54"),
+        ({"residual_multiplier": 1e30}, norm_epsilon, "is 1e-66"),
+        ({"logits_scaling": 1e-40}, logit_scale, "is 1e+40"),
+    ],
+)
+def test_multipliers_that_no_graph_can_hold_are_refused(changes, number, words, tmp_path):
+    config = read(tmp_path, model_type="granite", **changes)
+    with pytest.raises(IncompatibleError, match=re.escape(words) + r", beyond float32\.$"):
+        number(config)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +327,15 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"is_causal": False}, "is_causal is False"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
+        *(({name: 2.5}, f"{name} is 2.5, which is not supported") for name in MULTIPLIERS),
+        ({**HYBRID, "num_local_experts": 1}, "num_local_experts is 1, .* supported: 0"),
+        ({**HYBRID, "num_local_experts": None}, "num_local_experts is None, .* supported: 0"),
+        ({**HYBRID, "position_embedding_type": None}, "position_embedding_type is None, .* supported: 'rope'"),
+        (
+            {**HYBRID, "layer_types": ["attention", "mamba"]},
+            "layer_types is .*'mamba'.*; supported: .*'attention' only",
+        ),
+        ({**HYBRID, "layer_types": None}, "layer_types is missing; supported: 'attention'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"head_dim": 258}, "head_dim 258; .* 256"),

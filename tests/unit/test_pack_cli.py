@@ -90,11 +90,13 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
     assert summary["bits_per_weight_of_file"] == pytest.approx(bits / summary["parameters"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3", "granite-hybrid"]
+)
 def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
     from transformers import AutoModelForCausalLM
 
-    from models import make_checkpoint, store_a_head
+    from models import HYBRID_GRANITE, make_checkpoint, store_a_head
 
     options = {
         "tied": {"tie_word_embeddings": True},
@@ -102,6 +104,7 @@ def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint)
         "qwen2": {"model_type": "qwen2"},
         "qwen3": {"model_type": "qwen3"},
         "phi3": {"model_type": "phi3", "pad_token_id": 0},
+        "granite-hybrid": HYBRID_GRANITE,
     }
     folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
     if name == "tied-in-name-only":
