@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
+AT_ONCE := -n 2 --dist worksteal  # tests side by side: many wait for processes (ARGS="-n 0": one after another)
 MAKEFLAGS += -j2  # the two environments of `make test` are made side by side
 
 .PHONY: demo test test-all test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-server bench-quick clean
@@ -13,11 +14,11 @@ demo: $(VENV)/.run
 	$(BIN)/mpirun -n 2 $(BIN)/llmrun $(DEMO) -p "In the evening the prince" --max-tokens 80 --seed 7
 
 test: $(VENV)/.test .venv-lowest/.done lint
-	LLMPACK_LOWEST_PYTHON=$(CURDIR)/.venv-lowest/bin/python $(BIN)/pytest -m "not extended" $(ARGS)
+	LLMPACK_LOWEST_PYTHON=$(CURDIR)/.venv-lowest/bin/python $(BIN)/pytest $(AT_ONCE) -m "not extended" $(ARGS)
 
 # Minutes more: tests/conftest.py says of what.
 test-all: $(VENV)/.test .venv-lowest/.done lint
-	LLMPACK_LOWEST_PYTHON=$(CURDIR)/.venv-lowest/bin/python $(BIN)/pytest $(ARGS)
+	LLMPACK_LOWEST_PYTHON=$(CURDIR)/.venv-lowest/bin/python $(BIN)/pytest $(AT_ONCE) $(ARGS)
 
 # The chat page in Debian's chromium. `make test` runs these too where chromium is on PATH.
 test-browser: $(VENV)/.test

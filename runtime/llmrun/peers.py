@@ -94,7 +94,7 @@ def _ancestors(pid: int) -> list[int]:
 
 
 def rank_of_process(pid: int) -> int | None:
-    """Return the rank that a launcher gave a process, in a job as large as ours; None: none did, or it is gone.
+    """Return the rank that a launcher like ours gave a process, in a job as large as ours; None: none did, or it is gone.
 
     The shell that `srun --pty` or an mpirun started is rank 0 of a job of one, and so is all that is typed there.
     """
@@ -103,7 +103,7 @@ def rank_of_process(pid: int) -> int | None:
     except OSError:
         return None
     environment = {name: value for name, _, value in (line.partition("=") for line in lines)}
-    if launcher.launcher_size(environment) != launcher.launcher_size():
+    if any(of(environment) != of() for of in (launcher.launcher_size, launcher.launcher_family)):
         return None
     return console.launched_rank(environment)
 

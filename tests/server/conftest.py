@@ -27,6 +27,9 @@ def served(packed_demo: Callable[..., Path]) -> Iterator[Served]:
     server = Served(packed_demo(2, "f32"), *SMALL_LIMITS)
     with server:
         yield server
-        assert server.health() == 200, "a test has harmed the server"
+        try:
+            assert server.health() == 200
+        except OSError:
+            pytest.fail(f"a test has harmed the server: {server.wait()}")
     assert server.outcome is not None
     assert (server.outcome.code, server.outcome.errors, server.outcome.leftovers) == (0, [], [])

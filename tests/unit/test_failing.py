@@ -106,3 +106,18 @@ def test_a_program_between_launcher_and_rank_goes_on(other_rank: int) -> None:
                 wrapper.wait(14)
         finally:
             wrapper.kill()
+
+
+def test_a_rank_of_another_mpi_is_no_rank_of_this_job() -> None:
+    """A rank that is refused takes along those that its own launcher started, and nobody else's."""
+    program = "from llmrun.peers import siblings; print([peer.pid for peer in siblings()])"
+    script = """
+        OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 sleep 30 & other=$!
+        PMI_SIZE=2 PMI_RANK=0 sleep 30 & own=$!
+        PMI_SIZE=2 PMI_RANK=1 "$@"
+        echo "[$own]"; kill $own $other"""
+    outcome = subprocess.run(
+        ["/bin/sh", "-c", script, "sh", sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False
+    )
+    found, expected = outcome.stdout.splitlines()
+    assert found == expected
