@@ -70,7 +70,7 @@ VARIANTS = {
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
     "phi3": {**PHI3},
     "phi3-partly-rotated": {**PHI3, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
-    "granite": {**GRANITE, "attention_bias": True, "mlp_bias": True},
+    "granite": {**GRANITE, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2},
     "granite-yarn": {
         **{**GRANITE, "tie_word_embeddings": True},
         "rope_parameters": {

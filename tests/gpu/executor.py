@@ -211,6 +211,13 @@ class Step:
         self._owned.append(address)
         self._tensors[name] = (kind, tuple(shape), address)
 
+    def _place_constant(self, name: str) -> None:
+        """Put a constant of the graph on the device."""
+        if name in self.model.constants and name not in self._tensors:
+            value = self.model.constants[name]
+            self._make(name, TensorProto.FLOAT, value.shape)
+            self.model.device.write(self._tensors[name][2], value)
+
     def _by_hand(self, node: onnx.NodeProto) -> None:
         if node.op_type == "Gather" and node.input[1] == "logit_rows":
             kind, (_, width), source = self._tensors[node.input[0]]
@@ -224,27 +231,32 @@ class Step:
 
             self._breaks.append((self._plan.length, copy))
             return
-        if node.op_type == "Cast" and "rotary_emb" not in node.name:  # of a bias
+        if "rotary_emb" not in node.name:
+            for name in node.input:
+                self._place_constant(name)
+        if node.op_type == "Cast" and "rotary_emb" not in node.name:  # of a bias, or of a multiplier
             _, shape, source = self._tensors[node.input[0]]
             self._make(node.output[0], TensorProto.FLOAT16, shape)
             rounded = self.model.device.read(source, shape, np.float32).astype(np.float16)
             self.model.device.write(self._tensors[node.output[0]][2], rounded)
             return
-        if node.op_type == "Add":
+        if node.op_type in ("Add", "Mul") and "rotary_emb" not in node.name:
+            operation = {"Add": np.add, "Mul": np.multiply}[node.op_type]
             kind, shape, x = self._tensors[node.input[0]]
-            _, width, bias = self._tensors[node.input[1]]
+            other_kind, width, other = self._tensors[node.input[1]]
+            assert other_kind == kind
             self._make(node.output[0], kind, shape)
             y = self._tensors[node.output[0]][2]
 
-            def add() -> None:
+            def compute() -> None:
                 self.model.device.synchronize()
                 parts = (
                     self.model.device.read(x, shape, DTYPES[kind]),
-                    self.model.device.read(bias, width, DTYPES[kind]),
+                    self.model.device.read(other, width, DTYPES[kind]),
                 )
-                self.model.device.write(y, parts[0] + parts[1])
+                self.model.device.write(y, operation(*parts))
 
-            self._breaks.append((self._plan.length, add))
+            self._breaks.append((self._plan.length, compute))
             return
         if "rotary_emb" not in node.name:
             raise NotImplementedError(f"{node.name}: {node.op_type}")
