@@ -46,6 +46,13 @@ HYBRID_GRANITE: dict[str, Any] = {
     **{**GRANITE, "model_type": "granitemoehybrid", "num_local_experts": 0, "position_embedding_type": "rope"},
     **{"layer_types": ["full_attention"] * 2, "intermediate_size": 64, "shared_intermediate_size": 512},
 }
+# Of the kind of SmolLM3: a layer that does not know where a token stands.
+SMOLLM: dict[str, Any] = {
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 2,
+    "num_hidden_layers": 4,
+    "pad_token_id": 0,
+}
 
 
 def demo_with_template(folder: Path, chat_template: str) -> Path:

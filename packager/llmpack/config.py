@@ -6,7 +6,7 @@ In: a model directory. Out: `ModelConfig`, in which every default is filled in a
 The families differ in a few points from Llama, and in what a key means that is not there (transformers' configuration_*.py):
 Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2 has biases on q, k and v only, Qwen 3 norms on the
 heads of q and k; Phi 3 may rotate a part of each head alone; Granite multiplies the embedding, what is added to the residual
-stream, attention's products and the logits by numbers of its own.
+stream, attention's products and the logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class _Family:
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
         original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
         has_multipliers: whether config.json may say the four of Granite.
+        has_no_rope_layers: whether config.json may say, or leave to transformers' rule, which layers do not rotate.
         is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
 
@@ -43,11 +44,14 @@ class _Family:
     attention_bias: bool | None = None
     has_mlp_bias: bool = False
     rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
     window: Literal["none", "all layers", "by layer"] = "none"
     has_window: bool = True
     has_partial_rotary: bool = False
     original_max_position_embeddings: int | None = None
     has_multipliers: bool = False
+    has_no_rope_layers: bool = False
     is_hybrid: bool = False
 
 
@@ -65,6 +69,15 @@ _FAMILIES = {
         has_window=False,
         has_partial_rotary=True,
         original_max_position_embeddings=4096,
+    ),
+    "smollm3": _Family(
+        "SmolLM3ForCausalLM",
+        32768,
+        num_key_value_heads=4,
+        has_mlp_bias=True,
+        tie_word_embeddings=True,
+        rope_theta=2000000.0,
+        has_no_rope_layers=True,
     ),
     "granite": _Family("GraniteForCausalLM", 2048, has_mlp_bias=True, has_multipliers=True),
     "granitemoehybrid": _Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),
@@ -168,14 +181,30 @@ def read_config(model_dir: Path) -> ModelConfig:
         vocab_size=reader.size("vocab_size"),
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=reader.positive("rms_norm_eps", family.rms_norm_eps),
-        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", default=family.tie_word_embeddings),
         attention_bias=reader.flag("attention_bias") if family.attention_bias is None else family.attention_bias,
         mlp_bias=family.has_mlp_bias and reader.flag("mlp_bias"),
         rope=_read_rope(reader, family, head_dim, max_position_embeddings),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         sliding_window=_read_window(reader, family, num_hidden_layers),
+        no_rope_layers=_read_no_rope_layers(reader, num_hidden_layers) if family.has_no_rope_layers else None,
         **({key: reader.positive(key, 1.0) for key in _MULTIPLIERS} if family.has_multipliers else {}),
     )
+
+
+def _read_no_rope_layers(reader: Reader, num_hidden_layers: int) -> tuple[int, ...] | None:
+    """Return 1 for each layer that rotates, and 0 for each that does not; None: all do."""
+    given = reader.raw.get("no_rope_layers")
+    if given is None:
+        interval = reader.size("no_rope_layer_interval", 4)
+        given = [int((i + 1) % interval != 0) for i in range(num_hidden_layers)]
+    if not isinstance(given, list) or len(given) < num_hidden_layers or any(flag not in (0, 1) for flag in given):
+        raise IntegrityError(
+            f"{reader.path}: no_rope_layers is {given!r:.100}; expected 0 or 1 for each of {num_hidden_layers} layers.",
+            code="E310",
+        )
+    flags = tuple(map(int, given[:num_hidden_layers]))
+    return None if all(flags) else flags
 
 
 def _check_hybrid(reader: Reader) -> None:
@@ -232,7 +261,7 @@ def _read_rope(reader: Reader, family: _Family, head_dim: int, max_position_embe
             raise IncompatibleError(f"{path}: {key}.rope_type is {kind!r}; supported: {', '.join(_ROPE_NUMBERS)}.")
         inner = Reader(given, path, f"{key}.")
         rope: dict[str, Any] = {"rope_type": kind}
-        rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
+        rope["rope_theta"] = inner.positive("rope_theta", reader.positive("rope_theta", family.rope_theta))
         for number in _ROPE_NUMBERS[kind]:
             outside = original if number == _OUTSIDE else None
             # As transformers 5.
@@ -262,7 +291,7 @@ def _read_rope(reader: Reader, family: _Family, head_dim: int, max_position_embe
     if spellings:
         return spellings[0]
     rotary_dim = _read_rotary_dim(reader, family, head_dim)
-    rope_theta = reader.positive("rope_theta", 10000.0)
+    rope_theta = reader.positive("rope_theta", family.rope_theta)
     return {"rope_type": "default", "rope_theta": rope_theta, **_part(rotary_dim, head_dim)}
 
 

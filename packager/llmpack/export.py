@@ -5,8 +5,8 @@ quantization or layouts: each projection is one `Linear (x [T, in_features], wei
 [T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` take their
 operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
 
-The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py and modeling_granite.py, the
-last one's rearranged as in multipliers.py.
+The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py, modeling_smollm3.py and
+modeling_granite.py, the last one's rearranged as in multipliers.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
     """
     graph = _Graph(config)
     hidden = graph.embed()
-    cos_sin = graph.rope_table()
+    tables = graph.rope_tables()
     kv_heads = config.num_key_value_heads  # of all ranks
     spec = KvCacheSpec(kv_dtype, block_size, config.num_hidden_layers, kv_heads, config.head_dim)
     residual = None
@@ -65,7 +65,7 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
         heads = [q, k, v]
         if config.has_qk_norm:
             heads = [graph.qk_norm(f"{layer}.self_attn", heads)]
-        attention = graph.attention(f"{layer}.self_attn.attention", heads, cos_sin, caches)
+        attention = graph.attention(i, heads, tables[config.rotates(i)], caches)
         hidden = graph.linear(f"{layer}.self_attn.o_proj", attention, config.has_output_bias)
         normed, residual = graph.norm(f"{layer}.post_attention_layernorm", hidden, residual)
         gate, up = (graph.linear(f"{layer}.mlp.{p}", normed, config.mlp_bias) for p in ("gate_proj", "up_proj"))
@@ -127,20 +127,28 @@ class _Graph:
         factor = self.constant(f"{name}.scale", np.array([[scale]], np.float32))
         return self.standard("Mul", f"{name}.scaled", [x, factor])
 
-    def rope_table(self) -> str:
-        """Cos and sin of every token's angles, once per step for all layers: [T, head_dim]."""
+    def rope_tables(self) -> dict[bool, str]:
+        """Cos and sin of every token's angles, [T, head_dim], once per step for all layers; by whether these rotate."""
         name = "model.rotary_emb"
-        frequencies = self.constant(f"{name}.inv_freq", rope_frequencies(self.config)[None, :])
         axis = self.constant(f"{name}.axis", np.array([1], np.int64))
         positions = self.standard("Cast", f"{name}.positions", ["positions"], to=TensorProto.FLOAT)
         column = self.standard("Unsqueeze", f"{name}.column", [positions, axis])
-        angles = self.standard("Mul", f"{name}.angles", [column, frequencies])
+        frequencies = rope_frequencies(self.config)
+        tables: dict[bool, str] = {}
+        for rotates in sorted({self.config.rotates(i) for i in range(self.config.num_hidden_layers)}):
+            part = name if rotates else f"{name}.identity"
+            cos_sin = tables[rotates] = self._cos_sin(part, column, frequencies if rotates else frequencies * 0)
+            if rotates and (scale := rotation_scale(self.config)) is not None:
+                factors = self.constant(f"{name}.scale", scale[None, :])
+                tables[rotates] = self.standard("Mul", f"{name}.scaled", [cos_sin, factors])
+        return tables
+
+    def _cos_sin(self, name: str, positions: str, frequencies: np.ndarray) -> str:
+        inv_freq = self.constant(f"{name}.inv_freq", frequencies[None, :])
+        angles = self.standard("Mul", f"{name}.angles", [positions, inv_freq])
         cos = self.standard("Cos", f"{name}.cos", [angles])
         sin = self.standard("Sin", f"{name}.sin", [angles])
-        cos_sin = self.standard("Concat", f"{name}.cos_sin", [cos, sin], axis=1)
-        if (scale := rotation_scale(self.config)) is None:
-            return cos_sin
-        return self.standard("Mul", f"{name}.scaled", [cos_sin, self.constant(f"{name}.scale", scale[None, :])])
+        return self.standard("Concat", f"{name}.cos_sin", [cos, sin], axis=1)
 
     def caches(self, layer: int, spec: KvCacheSpec) -> list[str]:
         blocks = {f"{name}.{layer}": block for name, block in spec.shapes(is_gpu=False).items()}
@@ -171,10 +179,11 @@ class _Graph:
         attributes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
         return self.op("QKNorm", f"{name}.qk_norm", [*heads, *weights], None, epsilon=config.rms_norm_eps, **attributes)
 
-    def attention(self, name: str, heads: list[str], cos_sin: str, caches: list[str]) -> str:
+    def attention(self, layer: int, heads: list[str], cos_sin: str, caches: list[str]) -> str:
+        name = f"model.layers.{layer}.self_attn.attention"
         inputs = [*heads, cos_sin, *caches, "slot_mapping", "query_start", "seq_lens", "block_table"]
         num_heads, num_kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        scale = attention_scale(self.config)
+        scale = attention_scale(self.config, layer)
         return self.op("PagedAttention", name, inputs, num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale)
 
     def finish(self) -> onnx.ModelProto:

@@ -100,9 +100,10 @@ def for_sequences(config: ModelConfig, max_seq_len: int) -> tuple[ModelConfig, s
     return chosen, note * is_long
 
 
-def attention_scale(config: ModelConfig) -> float:
+def attention_scale(config: ModelConfig, layer: int) -> float:
     """Return what a query's product with a key is multiplied by; YaRN's or LongRoPE's factor is of both, if all is rotated."""
-    factor = config.rope.get("attention_factor", 1.0) if rotary_dim(config) == config.head_dim else 1.0
+    is_whole = rotary_dim(config) == config.head_dim and config.rotates(layer)
+    factor = config.rope.get("attention_factor", 1.0) if is_whole else 1.0
     multiplier = config.attention_multiplier or 1 / math.sqrt(config.head_dim)
     return factor * factor * multiplier
 

@@ -157,6 +157,7 @@ def forward(
     cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     if (scale := rotation_scale(config)) is not None:
         cos_sin *= scale
+    identity = np.repeat([[1.0, 0.0]], config.head_dim // 2, axis=1).repeat(len(positions), axis=0)
     empty = np.zeros((num_sequences, num_tokens, num_kv_heads, config.head_dim), kv_dtype)
     sequences = {
         "slot_mapping": np.arange(num_sequences * num_tokens),
@@ -197,8 +198,8 @@ def forward(
                 qkv = reference.qk_norm(qkv, *weights, **sizes)
             with np.errstate(over="ignore", invalid="ignore"):
                 attended, _, _ = reference.paged_attention(
-                    qkv, cos_sin, empty, empty, **sequences,
-                    num_heads=num_heads, num_kv_heads=num_kv_heads, scale=attention_scale(config),
+                    qkv, cos_sin if config.rotates(i) else identity, empty, empty, **sequences,
+                    num_heads=num_heads, num_kv_heads=num_kv_heads, scale=attention_scale(config, i),
                 )  # fmt: skip
             if not np.isfinite(attended).all():
                 advice = "--kv-dtype f32 can hold more" if kv_dtype == "float16" else _TOO_LARGE

@@ -52,6 +52,7 @@ class ModelConfig:
         residual_multiplier: of what attention and MLP add to the residual stream.
         attention_multiplier: of a query's product with a key; None: 1 / sqrt(head_dim).
         logits_scaling: what logits are divided by.
+        no_rope_layers: of each layer, 1 if q and k are rotated and 0 if not, as transformers has it; None: all are.
     """
 
     architecture: str
@@ -75,6 +76,7 @@ class ModelConfig:
     residual_multiplier: float = field(default_factory=lambda: 1.0)
     attention_multiplier: float | None = field(default_factory=lambda: None)
     logits_scaling: float = field(default_factory=lambda: 1.0)
+    no_rope_layers: tuple[int, ...] | None = field(default_factory=lambda: None)
 
     @property
     def has_output_bias(self) -> bool:
@@ -85,6 +87,10 @@ class ModelConfig:
     def has_qk_norm(self) -> bool:
         """Whether every head of q and of k is normalised before it is rotated."""
         return self.architecture == "Qwen3ForCausalLM"
+
+    def rotates(self, layer: int) -> bool:
+        """Whether q and k of a layer are rotated by their positions."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from e2e.format_reader import Rank, compute, encode_golden, read_manifest, stitch
 from llmrun import Engine
-from models import DEMO, HYBRID_GRANITE, PARTLY_ROTATED, make_checkpoint
+from models import DEMO, HYBRID_GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
 from unit.tokenizer_makers import train_byte_level
 
 Packed = Callable[..., Path]
@@ -25,6 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "normalised-heads": {"model_type": "qwen3", "head_dim": 64},
     "partly-rotated": PARTLY_ROTATED,
     "multiplied": HYBRID_GRANITE,
+    "not-all-rotated": SMOLLM,
 }
 # The largest difference from the checkpoint, of its largest weight.
 ERRORS = {"f32": 0, "f16": 2**-11, "q8": 0.51 / 127, "q4": 0.13}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmpack.pack import Options, pack
 from llmrun import Engine
 from llmrun.job_options import ISAS
-from models import DEMO, GRANITE, HYBRID_GRANITE, make_checkpoint, store_a_head
+from models import DEMO, GRANITE, HYBRID_GRANITE, SMOLLM, make_checkpoint, store_a_head
 from mpi.harness import RunningJob, mpirun_command
 
 F32 = 2e-4
@@ -81,6 +81,17 @@ VARIANTS = {
         },
     },
     "granite-hybrid": {**HYBRID_GRANITE, "attention_bias": True},
+    "smollm3": SMOLLM,
+    "smollm3-yarn": {
+        **SMOLLM,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "attention_factor": 1.5,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -91,6 +102,7 @@ SPLIT_VARIANTS = {
     "biases-of-q-k-and-v-alone": (2, {"model_type": "qwen2"}),
     "norms-of-heads": (4, {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2}),
     "multiplied": (4, HYBRID_GRANITE),
+    "not-all-rotated": (2, {**SMOLLM, "no_rope_layers": [0, 1, 1, 0]}),
     "stored-together": (4, {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
 }
 

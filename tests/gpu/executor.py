@@ -185,9 +185,8 @@ class Step:
         values: dict[str, np.ndarray] = {**self.model.constants, "positions": feeds["positions"]}
         for node in self._angles:
             values[node.output[0]] = _standard(node, [values[name] for name in node.input])
-        if self._angles:
-            final = self._angles[-1].output[0]
-            self.model.device.write(self._tensors[final][2], values[final])
+            if node.output[0] in self._tensors:
+                self.model.device.write(self._tensors[node.output[0]][2], values[node.output[0]])
 
     def run(self) -> None:
         """Launch everything; returns before the device is done."""

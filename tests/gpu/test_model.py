@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import standin
 
-from models import GRANITE, PARTLY_ROTATED, make_checkpoint
+from models import GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
 
 WORKER = Path(standin.HERE) / "worker.py"
 # float16 between operators (2^-11 each), two layers, against float64, relative to the largest logit: seen 1e-3.
@@ -85,6 +85,7 @@ FAMILIES = {
     "normalised": {"model_type": "qwen3", "head_dim": 64},
     "partly-rotated": PARTLY_ROTATED,
     "multiplied": GRANITE,
+    "not-all-rotated": SMOLLM,
 }
 
 

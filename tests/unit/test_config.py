@@ -44,7 +44,7 @@ def read(tmp_path, **changes):
     return read_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"])
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
 
@@ -56,6 +56,9 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert {"partial_rotary_factor": 1.0, **ours.rope} == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
     assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
+    if model_type == "smollm3":
+        longer = {**given, "num_hidden_layers": 9}
+        assert list(read(tmp_path, **longer).no_rope_layers) == AutoConfig.for_model(**longer).no_rope_layers
     if model_type == "granite":
         for name in MULTIPLIERS:
             assert getattr(ours, name) == getattr(theirs, name), name
@@ -127,7 +130,7 @@ def test_frequencies_and_scale_equal_transformers(tmp_path, changes):
     theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))
     np.testing.assert_allclose(rope_frequencies(config), theirs.inv_freq.numpy(), rtol=2e-6)
     # Cosines and sines are multiplied there, of queries and of keys.
-    assert attention_scale(config) == pytest.approx(theirs.attention_scaling**2 / 4)
+    assert attention_scale(config, 0) == pytest.approx(theirs.attention_scaling**2 / 4)
 
 
 @pytest.mark.parametrize("extreme", [5e-324, 1e308])
@@ -187,7 +190,7 @@ def test_phi3s_frequencies_and_scale_equal_transformers(tmp_path, changes, num_p
     expected = np.where(np.arange(4) < len(theirs.inv_freq), theirs.attention_scaling, 1.0)
     np.testing.assert_allclose(half, expected, rtol=1e-6)
     assert scale is None or np.array_equal(scale[4:], half)
-    assert attention_scale(config) == pytest.approx(1 / 8**0.5)
+    assert attention_scale(config, 0) == pytest.approx(1 / 8**0.5)
     original = (theirs.config.rope_parameters or {}).get("original_max_position_embeddings", num_positions)
     assert bool(note) == (num_positions > original)
 
@@ -195,7 +198,7 @@ def test_phi3s_frequencies_and_scale_equal_transformers(tmp_path, changes, num_p
 def test_longropes_factor_is_attentions_where_all_is_rotated(tmp_path):
     four = {**LONGROPE, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "attention_factor": 1.25}
     config, _ = for_sequences(read(tmp_path, **{**PHI3, "partial_rotary_factor": 1.0, "rope_scaling": four}), 65)
-    assert (rotation_scale(config), attention_scale(config)) == (None, pytest.approx(1.25**2 / 8**0.5))
+    assert (rotation_scale(config), attention_scale(config, 0)) == (None, pytest.approx(1.25**2 / 8**0.5))
 
 
 @pytest.mark.filterwarnings("error")
@@ -223,7 +226,7 @@ def test_sequences_are_as_long_as_yarn_makes_them(tmp_path):
     assert longest_sequence(read(tmp_path, rope_scaling=YARN, max_position_embeddings=64))[0] == 256
     assert longest_sequence(read(tmp_path, rope_scaling=YARN, max_position_embeddings=300))[0] == 300
     most = read(tmp_path, rope_scaling={**YARN, "factor": 1e308, "attention_factor": 1e308})
-    assert (longest_sequence(most)[0], attention_scale(most)) == (2**31 - 1, float("inf"))
+    assert (longest_sequence(most)[0], attention_scale(most, 0)) == (2**31 - 1, float("inf"))
     assert longest_sequence(read(tmp_path, rope_scaling=LLAMA3, max_position_embeddings=64))[0] == 64
 
 
@@ -369,6 +372,9 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"hidden_size": 1e99}, "hidden_size"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"model_type": "smollm3", "no_rope_layers": []}, r"no_rope_layers is \[\]; expected 0 or 1 for each of 1"),
+        ({"model_type": "smollm3", "no_rope_layers": [2]}, r"no_rope_layers is \[2\]; expected 0 or 1"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),

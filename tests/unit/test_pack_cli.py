@@ -91,12 +91,12 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3", "granite-hybrid"]
+    "name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3", "granite-hybrid", "smollm3"]
 )
 def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
     from transformers import AutoModelForCausalLM
 
-    from models import HYBRID_GRANITE, make_checkpoint, store_a_head
+    from models import HYBRID_GRANITE, SMOLLM, make_checkpoint, store_a_head
 
     options = {
         "tied": {"tie_word_embeddings": True},
@@ -105,6 +105,7 @@ def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint)
         "qwen3": {"model_type": "qwen3"},
         "phi3": {"model_type": "phi3", "pad_token_id": 0},
         "granite-hybrid": HYBRID_GRANITE,
+        "smollm3": SMOLLM,
     }
     folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
     if name == "tied-in-name-only":
