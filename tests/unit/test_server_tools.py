@@ -11,7 +11,7 @@ import pytest
 from answer_pieces import pieces_of, the_pieces
 from hypothesis import given
 from hypothesis import strategies as st
-from tool_forms import FORMS, FUNCTION, HERMES, LLAMA, MISTRAL, NAMED, TOOLS
+from tool_forms import FORMS, FUNCTION, GRANITE, HERMES, LLAMA, MISTRAL, NAMED, PHI, TOOLS
 
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError
@@ -52,12 +52,19 @@ def test_the_form_of_calls_is_read_off_the_template(tokenizer: Tokenizer, monkey
         ("{# [TOOL_CALLS] [TOOL_RESULTS] #}", replace(MISTRAL, opening="[TOOL_CALLS][")),
         ("{{- '[TOOL_CALLS]' + name }}{{- '[ARGS]' + arguments }}", NAMED),
         ("<tool_call>", replace(HERMES, tokens=(("<tool_call>", 5),))),
+        ("{{- 'respond with <|tool_call|> followed by a JSON list' }}", GRANITE),
+        ("{{- 'assistant<|end_of_role|><|tool_call|>' + message['content'] }}", GRANITE),
+        ("<|tool_call|>{{ calls | tojson }}<|/tool_call|>", replace(PHI, tokens=GRANITE.tokens)),
+        (
+            """respond like this: <|tool_call|>{"name": "foo", "arguments": {"a": 1}}<|/tool_call|>""",
+            replace(PHI, opening="<|tool_call|>", closing="<|/tool_call|>", tokens=GRANITE.tokens),
+        ),
     ],
 )
 def test_tags_that_are_special_tokens_are_ids(
     template: str, expected: ToolForm, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    special = {"[TOOL_CALLS]": 1, "[ARGS]": 0, "<tool_call>": 5}
+    special = {"[TOOL_CALLS]": 1, "[ARGS]": 0, "<tool_call>": 5, "<|tool_call|>": 1}
     monkeypatch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, **special})
     assert tool_form(with_template(tokenizer, "{{ tools }}" + template, monkeypatch)) == expected
     assert expected.shown_tokens == {special[tag]: tag for tag, _ in expected.tokens}
@@ -189,6 +196,19 @@ def check_found(stream: ToolStream, text: str, cuts: list[int], expected: str | 
             (FUNCTION, f"<function=weather>{ARGUMENTS}</function><function=weather>{ARGUMENTS}", None, 2),
             (FUNCTION, "<function=weather>Rome</function>", "<function=weather>Rome</function>", 0),
             (LLAMA, f"<function=weather>{ARGUMENTS}</function>", f"<function=weather>{ARGUMENTS}</function>", 0),
+            (GRANITE, f"<|tool_call|>[{CALL}, {CALL}]", None, 2),
+            (GRANITE, f"<|tool_call|> [\n {CALL},\n {CALL}\n]\n", None, 2),
+            (GRANITE, f"Let me see.<|tool_call|>[{CALL}] and more", "Let me see.and more", 1),
+            (GRANITE, f"<|tool_call|>{CALL}", None, 1),
+            (GRANITE, f"<tool_call>[{CALL}, {CALL}]", None, 2),
+            (GRANITE, f"<|tool_call|><tool_call>[{CALL}]", None, 1),
+            (GRANITE, f"<tool_call>{CALL}</tool_call>", None, 1),
+            (GRANITE, "<|tool_call|>[]", "<|tool_call|>[]", 0),
+            (GRANITE, "a <|tool_calls", "a <|tool_calls", 0),
+            (GRANITE, '<|tool_call|>[{"name": "unknown"}]', '<|tool_call|>[{"name": "unknown"}]', 0),
+            (PHI, f"<|tool_call|>[{CALL}, {CALL}]<|/tool_call|>", None, 2),
+            (PHI, f"<|tool_call|>{CALL}<|/tool_call|><|tool_call|>{CALL}<|/tool_call|>", None, 2),
+            (PHI, f"So: <|tool_call|>[{CALL}]", "So: ", 1),
         ]
     ),
     st.lists(st.integers(0, 100), max_size=12),
@@ -236,7 +256,7 @@ def test_calls_are_found_behind_text_where_the_grammar_is_the_clients_own(form: 
     assert [len(pieces[-1].calls), pieces[-1].reason] == [1, "tool_calls"]
 
 
-@given(st.text(alphabet='{}[]"<tol_ca>/;: \nTOLCASRG', max_size=60), st.sampled_from(FORMS))
+@given(st.text(alphabet='{}[]"<tol_ca>/;: \nTOLCASRG|', max_size=60), st.sampled_from(FORMS))
 def test_no_text_is_lost_or_breaks_the_parser(text: str, form: ToolForm) -> None:
     stream = ToolStream(form, TOOLS)
     said = "".join(map(stream.push, text))

@@ -14,7 +14,13 @@ NAMED = ToolForm(
     opening="[TOOL_CALLS]", middle="[ARGS]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1), ("[ARGS]", 0))
 )
 FUNCTION = ToolForm(opening="<function=", closing="</function>", middle=">", tag="<function=")
-FORMS = [LLAMA, HERMES, MISTRAL, NAMED, FUNCTION]
+GRANITE = ToolForm("arguments", "<|tool_call|>[", "]", tag="<|tool_call|>", tokens=(("<|tool_call|>", 1),))
+PHI = ToolForm(
+    *("arguments", "<|tool_call|>[", "]<|/tool_call|>"),
+    tag="<|tool_call|>",
+    tokens=(("<|tool_call|>", 1), ("<|/tool_call|>", 0)),
+)
+FORMS = [LLAMA, HERMES, MISTRAL, NAMED, FUNCTION, GRANITE, PHI]
 WEATHER = {
     "type": "function",
     "function": {

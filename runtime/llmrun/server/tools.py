@@ -6,6 +6,8 @@ Which form a model was trained on is read off its template:
     Hermes, Qwen  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, one after the other
     Mistral       [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]; later [TOOL_CALLS]name[ARGS]{...}, one after the other
     Functionary   <function=name>{...}</function>, one after the other
+    Granite 3     <|tool_call|>[{"name": ..., "arguments": {...}}, ...]; what it writes may begin with <tool_call>[ instead
+    Phi 4 mini    <|tool_call|>[...]<|/tool_call|>, or <|tool_call|>{...}<|/tool_call|>, one after the other
 
 Tags that are special tokens are part of the answer's text here (`ToolForm.shown_tokens`). What a model thinks before it
 answers (`llmrun.thoughts`) makes no calls, whatever it says of them.
@@ -32,10 +34,11 @@ from llmrun.tokenizer_backends import alternation
 if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
 
-_HERMES, _MISTRAL, _FUNCTION = "<tool_call>", "[TOOL_CALLS]", "<function="
-_CLOSINGS = {_HERMES: "</tool_call>", _MISTRAL: "", _FUNCTION: "</function>"}
+_HERMES, _MISTRAL, _FUNCTION, _GRANITE = "<tool_call>", "[TOOL_CALLS]", "<function=", "<|tool_call|>"
+_CLOSINGS = {_HERMES: "</tool_call>", _MISTRAL: "", _FUNCTION: "</function>", _GRANITE: "<|/tool_call|>"}
 _BETWEEN = re.compile(r"[ \t\r\n;,]*")
 _LIST = re.compile(re.escape(_MISTRAL) + r"\s*\[(?=[\s\"'{]|\Z)")  # as a template has it, in a literal or ending one
+_OBJECT = re.compile(re.escape(_GRANITE) + r"\s*\{\s*\\?\"")  # as llama.cpp's template for Phi 4 mini tells the model
 # What stands between name and arguments, behind tags that a name may follow; with bounds, so that no text takes long.
 _MIDDLES = {
     _MISTRAL: re.compile(r"\s{,8}(?:\[CALL_ID\]\s{,8}\w{,64}\s{,8})?(?:\[ARGS\]\s{,8})?(?=\{)"),
@@ -111,6 +114,12 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
         found = _LIST.search(template)
         opening = f"{_MISTRAL}[" if found is None else found[0]
         return ToolForm("arguments", opening, "]", tag=_MISTRAL, tokens=tokens(_MISTRAL))
+    if _GRANITE in template:
+        opening, closing = (_GRANITE, "") if _OBJECT.search(template) else (f"{_GRANITE}[", "]")
+        if _CLOSINGS[_GRANITE] in template:
+            closing += _CLOSINGS[_GRANITE]
+        known = tokens(_GRANITE, _CLOSINGS[_GRANITE])
+        return ToolForm("arguments", opening, closing, tag=_GRANITE, tokens=known)
     if _FUNCTION in template and "<parameter=" not in template:
         closing = _CLOSINGS[_FUNCTION]
         return ToolForm(opening=_FUNCTION, closing=closing, middle=">", tag=_FUNCTION, tokens=tokens(closing))
@@ -235,10 +244,11 @@ def find_calls(
             rest += stripped[at:start]
             some, at = _tagged_at(stripped, start + len(tag), tag, names)
             closing = _CLOSINGS[tag]
-            if not some or not (at == len(stripped) or stripped.startswith(closing, at)):
+            is_closed = stripped.startswith(closing, at)
+            if not some or not (is_closed or at == len(stripped) or tag == _GRANITE):  # Granite closes nothing
                 return text, []
             calls += some
-            at += len(closing)
+            at += len(closing) if is_closed else 0
             if len(calls) > MAX_CALLS:
                 break
         rest = (rest + stripped[at:]).strip()
@@ -264,7 +274,9 @@ def _tagged_at(text: str, start: int, tag: str, names: set[str]) -> tuple[list[t
         arguments = _arguments(value)
         return ([], end) if arguments is None else ([(name, arguments)], _after_space(text, end))
     start = _after_space(text, start)
-    if tag != _MISTRAL or not text.startswith("[", start):
+    if tag == _GRANITE and text.startswith(_HERMES, start):
+        start = _after_space(text, start + len(_HERMES))
+    if not text.startswith("[", start):
         return _objects_at(text, start, names)
     calls, end = _objects_at(text, start + 1, names)
     return calls, _after_space(text, end + text.startswith("]", end))
