@@ -207,19 +207,17 @@ def test_of_four_ranks_the_stopped_one_is_named(packed_tiny: Packed) -> None:
 LONG = ("-p", "a", "-n", 100, "--ignore-eos")
 
 
-def shared_files() -> set[str]:
-    """Return what is in shared memory by name, which outlives processes."""
-    return set(os.listdir("/dev/shm"))
+def shared_files(job: RunningJob) -> set[Path]:
+    """Return what the job's processes have mapped by name of shared memory, which outlives processes.
 
-
-def left_behind(before: set[str]) -> set[str]:
-    """Return what is new there and no process has mapped, as another job beside this one would."""
-    if new := shared_files() - before:
-        for maps in Path("/proc").glob("[0-9]*/maps"):
-            with contextlib.suppress(OSError):
-                mapped = maps.read_text()
-                new -= {name for name in new if f"/dev/shm/{name}\n" in mapped}
-    return new & shared_files()
+    What is new there may as well be of a rank that another test beside this one has killed while it started.
+    """
+    found = set()
+    for pid in job.processes():
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line}
+    return {path for path in found if path.exists()}  # most have no name any more
 
 
 SLOW = {"LLMRUN_FAULT": "0:decode:slow"}  # so that there is time to send a signal
@@ -230,15 +228,15 @@ SLOW = {"LLMRUN_FAULT": "0:decode:slow"}  # so that there is time to send a sign
 def test_a_signal_ends_it_quickly_and_quietly(
     number: signal.Signals, code: int, shards: int, packed_tiny: Packed
 ) -> None:
-    shared_before = shared_files()
     job = RunningJob(llmrun_command(packed_tiny(shards, "f32"), *LONG), environment=SLOW)
     job.wait_for_output()
+    shared = shared_files(job)
     sent = time.monotonic()
     job.process.send_signal(number)
     outcome = job.finish()
     assert (outcome.code, outcome.stderr, outcome.leftovers) == (code, "", [])
     assert time.monotonic() - sent < 5
-    assert left_behind(shared_before) == set()
+    assert [path for path in shared if path.exists()] == []
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -255,14 +253,14 @@ def test_a_hangup_that_is_ignored_from_the_start_stays_ignored(shards: int, pack
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_users_mpirun_leaves_nothing(number: signal.Signals, packed_tiny: Packed) -> None:
-    shared_before = shared_files()
     job = RunningJob([*mpirun_command(2), *llmrun_command(packed_tiny(2, "f32"), *LONG)], environment=SLOW)
     job.wait_for_output()
+    shared = shared_files(job)
     job.process.send_signal(number)
     outcome = job.finish()
     assert outcome.code != 0
     assert outcome.leftovers == []
-    assert left_behind(shared_before) == set()
+    assert [path for path in shared if path.exists()] == []
     assert "Traceback" not in outcome.stderr
 
 
