@@ -224,10 +224,12 @@ def _read_window(reader: Reader, family: _Family, num_hidden_layers: int) -> int
     by_layer = family.window == "by layer" and reader.flag("use_sliding_window")
     kinds = ("full_attention", *(["sliding_attention"] * by_layer), *(["attention"] * family.is_hybrid))
     layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind not in kinds for kind in layer_types):
-        raise IncompatibleError(
-            f"{path}: layer_types is {raw['layer_types']!r}; supported: {' and '.join(map(repr, kinds))} only."
-        )
+    supported = f"supported: {' and '.join(map(repr, kinds))} only"
+    if not isinstance(layer_types, list):
+        raise IncompatibleError(f"{path}: layer_types is {layer_types!r:.60}; {supported}.")
+    for i, kind in enumerate(layer_types):
+        if kind not in kinds:
+            raise IncompatibleError(f"{path}: layer_types[{i}] is {kind!r:.60}; {supported}.")
     window = raw.get("sliding_window")
     if family.window == "none" and window is not None and raw.get("use_sliding_window") is not False:
         raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
