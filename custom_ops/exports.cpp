@@ -77,6 +77,15 @@ int llmpack_ops_all_gather(const float* x, float* y, int64_t rows, int64_t colum
     return guarded("llmpack_ops_all_gather", [&] { llmpack::all_gather(x, y, rows, columns, out_features); });
 }
 
+void llmpack_ops_weigh_runs(const float* logits, int64_t n, float highest, float inverse_temperature,
+                            double* sums) {
+    llmpack::kernels().weigh_runs(logits, n, highest, inverse_temperature, sums);
+}
+
+int64_t llmpack_ops_find_above(const float* logits, int64_t n, float threshold, int32_t* ids) {
+    return llmpack::kernels().find_above(logits, n, threshold, ids);
+}
+
 void llmpack_ops_collective_state(uint64_t* begun, uint64_t* ended) {
     llmpack::collective_state(begun, ended);
 }

@@ -88,6 +88,15 @@ LLMPACK_EXPORT int llmpack_ops_all_reduce(const float* x, float* y, int64_t n);
 LLMPACK_EXPORT int llmpack_ops_all_gather(const float* x, float* y, int64_t rows, int64_t columns,
                                           int64_t out_features);
 
+// What sampling asks of a row of logits [n], of which none is NaN or infinity and `highest` is the largest
+// (minus infinity may be among them). sums [n / 256, rounded up] = e^((logit - highest) *
+// inverse_temperature), added up in each run of 256.
+LLMPACK_EXPORT void llmpack_ops_weigh_runs(const float* logits, int64_t n, float highest,
+                                           float inverse_temperature, double* sums);
+
+// ids [n] = where a logit is above the threshold, ascending. Returns how many there are.
+LLMPACK_EXPORT int64_t llmpack_ops_find_above(const float* logits, int64_t n, float threshold, int32_t* ids);
+
 // Collectives begun and ended by this process. A watchdog thread may poll it: begun > ended for long means
 // that this rank waits for a peer.
 LLMPACK_EXPORT void llmpack_ops_collective_state(uint64_t* begun, uint64_t* ended);

@@ -13,6 +13,7 @@ namespace llmpack {
 
 constexpr int64_t kTileRows = 16;       // output features of one weight tile (FORMAT.md 4.3)
 constexpr int64_t kMaxHeadDim = 256;    // PagedAttention keeps its accumulators on the stack
+constexpr int64_t kRunTokens = 256;     // of a row of logits, whose weights make one sum
 constexpr int64_t kPositionGroup = 16;  // positions of a vector of scores; cache blocks hold whole groups
 
 enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4 };
@@ -132,6 +133,11 @@ struct Kernels {
     // Work items [begin, end) of tiles * num_kv_heads: attend with the query heads of one KV head, for the
     // tokens of one tile.
     void (*attention_read)(const PagedAttention& args, int64_t begin, int64_t end);
+
+    // Of a row of logits [n], none of them NaN: see llmpack_ops_weigh_runs and llmpack_ops_find_above.
+    void (*weigh_runs)(const float* logits, int64_t n, float highest, float inverse_temperature,
+                       double* sums);
+    int64_t (*find_above)(const float* logits, int64_t n, float threshold, int32_t* ids);
 };
 
 // The table in use: for nodes that are made now, and for packing.

@@ -9,6 +9,7 @@ const Kernels& table() {
         matmul_float,     embedding,
         rms_norm,         swiglu,
         attention_write,  attention_read,
+        weigh_runs,       find_above,
     };
     return kernels;
 }

@@ -148,6 +148,10 @@ def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
     library.llmpack_ops_all_reduce.restype = ctypes.c_int
     library.llmpack_ops_all_gather.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3]
     library.llmpack_ops_all_gather.restype = ctypes.c_int
+    library.llmpack_ops_weigh_runs.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_float] * 2, ctypes.c_void_p]
+    library.llmpack_ops_weigh_runs.restype = None
+    library.llmpack_ops_find_above.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p]
+    library.llmpack_ops_find_above.restype = ctypes.c_int64
     counter = ctypes.POINTER(ctypes.c_uint64)
     library.llmpack_ops_collective_state.argtypes = [counter, counter]
     library.llmpack_ops_collective_state.restype = None

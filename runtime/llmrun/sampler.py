@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrun.errors import NumericError, UsageError
+from llmrun.row_scan import RUN_TOKENS, find_at_least, weigh_runs
 
 __all__ = ["Sampler", "SamplingParams", "TokenHistory"]
 
@@ -36,7 +37,6 @@ _LARGEST_BIAS = 3e38  # float32
 # finding them.
 _TOP_P_FIRST_GUESS = 128
 _LEAST_TEMPERATURE = 1e-30  # in float32: greedy
-_RUN = 256  # tokens
 _PARTS = 64  # of a row, a token of each side by side: the largest of every column is found at the speed of memory
 
 
@@ -147,6 +147,7 @@ class Sampler:
         """
         if logits.ndim != 1 or logits.shape[0] == 0:
             raise UsageError(f"sampling: logits have shape {logits.shape}: expected [vocab_size]")
+        logits = np.ascontiguousarray(logits, np.float32)
         if allowed is not None:
             if not allowed.any():
                 raise UsageError("sampling: the constraint allows no token")
@@ -177,30 +178,35 @@ class Sampler:
             # Temperature does not change the order, so top-k may come first and leave it less to do.
             ids = _top_k(logits, self.params.top_k)
             return self._draw(logits[ids], highest, ids)
-        return self._draw(logits, highest, None)
+        return self._draw_from_row(logits, highest)
 
-    def _draw(self, logits: NDArray[np.float32], highest: float, ids: NDArray[np.integer[Any]] | None) -> int:
-        """Draw from what top-k has left; ids None: from a whole row, in float32: three to ten times as fast (LOG.md)."""
-        params = self.params
-        # Subtracting before dividing keeps every score <= 0: a tiny temperature gives exp(-inf) = 0, no overflow.
-        with np.errstate(over="ignore"):
-            if ids is None:
-                scores = (logits - np.float32(highest)) / np.float32(max(params.temperature, _LEAST_TEMPERATURE))
-            else:
-                scores = (logits.astype(np.float64) - highest) / params.temperature
-        weights = np.exp(scores, out=scores)
-        if params.top_p < 1.0:
-            kept = _top_p(weights, params.top_p)
-            weights = weights[kept]
-            ids = kept if ids is None else ids[kept]
-        if params.min_p > 0.0:
+    def _draw_from_row(self, logits: NDArray[np.float32], highest: float) -> int:
+        """Draw from a whole row: nothing of its size is made (LOG.md)."""
+        temperature = max(self.params.temperature, _LEAST_TEMPERATURE)
+        if self.params.top_p < 1.0:
+            ids = _nucleus(logits, highest, temperature, self.params.top_p)
+            return self._draw_weighted(_weights(logits[ids], highest, temperature), ids)
+        if self.params.min_p > 0.0:
+            threshold = np.float32(highest + temperature * math.log(self.params.min_p))
+            ids = find_at_least(logits, np.nextafter(threshold, np.float32(-np.inf)))  # rounding may have lifted it
+            return self._draw_weighted(_weights(logits[ids], highest, temperature), ids)
+        return _place_in_row(logits, highest, temperature, self._rng.random())
+
+    def _draw(self, logits: NDArray[np.float32], highest: float, ids: NDArray[np.integer[Any]]) -> int:
+        """Draw from what top-k has left."""
+        weights = _weights(logits, highest, self.params.temperature)
+        if self.params.top_p < 1.0:
+            kept = _top_p(weights, self.params.top_p)
+            weights, ids = weights[kept], ids[kept]
+        return self._draw_weighted(weights, ids)
+
+    def _draw_weighted(self, weights: NDArray[np.float64], ids: NDArray[np.integer[Any]]) -> int:
+        """Draw from what top-k and top-p have left."""
+        if self.params.min_p > 0.0:
             # The largest weight is exp(0) = 1, so a ratio to it is the weight itself.
-            kept = np.flatnonzero(weights >= params.min_p)
-            weights = weights[kept]
-            ids = kept if ids is None else ids[kept]
-        if ids is None:
-            return _place_in_row(weights, self._rng.random())
-        cumulative = np.cumsum(weights, dtype=np.float64)
+            kept = np.flatnonzero(weights >= self.params.min_p)
+            weights, ids = weights[kept], ids[kept]
+        cumulative = np.cumsum(weights)
         return int(ids[_place(cumulative, self._rng.random() * cumulative[-1])])
 
 
@@ -281,45 +287,64 @@ def _place(cumulative: NDArray[np.float64], drawn: float) -> int:
     return int(min(place, np.searchsorted(cumulative, cumulative[-1], side="left")))
 
 
-def _place_in_row(weights: NDArray[np.float32], drawn: float) -> int:
-    """Do the same for a whole row and `drawn` of [0, 1): first by runs of tokens, so that few sums are made one by one."""
-    end = len(weights) // _RUN * _RUN
-    sums = np.append(weights[:end].reshape(-1, _RUN).sum(axis=1), weights[end:].sum())
-    cumulative = np.cumsum(sums, dtype=np.float64)
+def _weights(logits: NDArray[np.float32], highest: float, temperature: float) -> NDArray[np.float64]:
+    """Return exp((logit - highest) / temperature), `highest` being the largest."""
+    # Subtracting before dividing keeps every score <= 0: a tiny temperature gives exp(-inf) = 0, no overflow.
+    with np.errstate(over="ignore"):
+        return np.exp((logits.astype(np.float64) - highest) / temperature)
+
+
+def _place_in_row(logits: NDArray[np.float32], highest: float, temperature: float, drawn: float) -> int:
+    """Do what `_place` does for a whole row and `drawn` of [0, 1): first by runs, so that few weights are made."""
+    cumulative = np.cumsum(weigh_runs(logits, highest, temperature))
     target = drawn * float(cumulative[-1])
     run = _place(cumulative, target)
     before = float(cumulative[run - 1]) if run else 0.0
-    start = run * _RUN
-    return start + _place(np.cumsum(weights[start : start + _RUN], dtype=np.float64), target - before)
+    start = run * RUN_TOKENS
+    weights = _weights(logits[start : start + RUN_TOKENS], highest, temperature)
+    return start + _place(np.cumsum(weights), target - before)
 
 
-def _top_k(scores: NDArray[np.floating], k: int) -> NDArray[np.intp]:
+def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.integer[Any]]:
     """Return the ids of the k highest scores, ascending; of equal scores the lower ids."""
     candidates = None
     if k <= (width := len(scores) // _PARTS):
         # The k-th of the largest of each part is no larger than the k-th of all, and few scores are as large.
         largest = scores[: width * _PARTS].reshape(_PARTS, width).max(axis=0)
-        candidates = np.flatnonzero(scores >= np.partition(largest, width - k)[width - k])
-        scores = scores[candidates]
+        threshold = np.partition(largest, width - k)[width - k]
+        if math.isfinite(threshold):
+            candidates = find_at_least(scores, threshold)
+            scores = scores[candidates]
     kept = _highest(scores, np.partition(scores, len(scores) - k)[len(scores) - k], k)
     return kept if candidates is None else candidates[kept]
+
+
+def _nucleus(logits: NDArray[np.float32], highest: float, temperature: float, top_p: float) -> NDArray[np.integer[Any]]:
+    """Return what `_top_p` would of a row's weights.
+
+    Few of a large row come most likely first: a guess of how many, four times as many whenever they do not add up to
+    top_p. Others come in their order.
+    """
+    guess = _TOP_P_FIRST_GUESS
+    if guess <= len(logits) // _PARTS:
+        wanted = top_p * float(weigh_runs(logits, highest, temperature).sum())
+    while guess <= len(logits) // _PARTS:
+        ids = _top_k(logits, guess)
+        order = ids[np.argsort(-logits[ids], kind="stable")]
+        cumulative = np.cumsum(_weights(logits[order], highest, temperature))
+        if cumulative[-1] >= wanted:
+            return order[: _num_kept(cumulative, wanted)]
+        guess *= 4
+    with np.errstate(over="ignore"):
+        return _top_p(np.exp((logits - np.float32(highest)) / np.float32(temperature)), top_p)
 
 
 def _top_p(weights: NDArray[np.floating], top_p: float) -> NDArray[np.intp]:
     """Return the ids whose more likely tokens add up to less than top_p (arXiv:1904.09751); of equal ones the lower ids.
 
-    Few of a large row come most likely first: a guess of how many, four times as many whenever they do not add up to
-    top_p. Others come in their order: then the weights alone are sorted, which is much faster than with their places.
+    The weights alone are sorted, which is much faster than with their places.
     """
     wanted = top_p * float(weights.sum())
-    guess = _TOP_P_FIRST_GUESS
-    while guess <= len(weights) // _PARTS:
-        ids = _top_k(weights, guess)
-        order = ids[np.argsort(-weights[ids], kind="stable")]
-        cumulative = np.cumsum(weights[order], dtype=np.float64)
-        if cumulative[-1] >= wanted:
-            return order[: _num_kept(cumulative, wanted)]
-        guess *= 4
     descending = np.sort(weights)[::-1]
     count = _num_kept(np.cumsum(descending, dtype=np.float64), wanted)
     return _highest(weights, descending[count - 1], count)

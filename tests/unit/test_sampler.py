@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmrun.constraint import allowed_tokens
 from llmrun.errors import InternalError, NumericError, UsageError
 from llmrun.logprobs import token_logprobs
-from llmrun.sampler import Sampler, SamplingParams, TokenHistory, _top_k, _top_p
+from llmrun.sampler import Sampler, SamplingParams, TokenHistory, _nucleus, _top_k, _top_p
 
 
 def _logits(seed, size=50, scale=3.0):
@@ -112,11 +112,15 @@ def test_the_highest_of_a_large_vocabulary_are_those_of_a_sort(k, place):
 @pytest.mark.parametrize("scale", [0.01, 0.7, 6.0], ids=["flat", "between", "steep"])
 @pytest.mark.parametrize("size", [1, 300, 20_037])
 def test_top_p_keeps_the_likeliest_that_add_up_to_it(size, scale, top_p):
-    weights = np.exp(np.round(_logits(6, size, scale), 2))  # many are equal
+    logits = np.round(_logits(6, size, scale), 2)  # many are equal
+    weights = np.exp(logits.astype(np.float64) - float(logits.max()))
     order = np.argsort(-weights, kind="stable")
-    sums = np.cumsum(weights[order], dtype=np.float64)
+    sums = np.cumsum(weights[order])
     expected = order[np.append(0.0, sums[:-1]) < top_p * float(weights.sum())]
     np.testing.assert_array_equal(np.sort(_top_p(weights, top_p)), np.sort(expected))
+    found = _nucleus(logits, float(logits.max()), 1.0, top_p)
+    assert len(set(found)) == len(found)
+    assert weights[np.setxor1d(found, expected)].sum() <= 1e-6 * weights.sum()  # of sums in float32
 
 
 def test_top_p_sorts_beyond_its_first_guess():
