@@ -1,11 +1,11 @@
-"""config.json: both spellings of RoPE, defaults, and refusals that name key and value. The oracle is transformers."""
+"""config.json: both spellings of RoPE, and refusals that name key and value. The oracle is transformers."""
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from config_files import BASE, HYBRID, read
 
 from llmpack.config import read_config
 from llmpack.multipliers import embedding_scale, logit_scale, norm_epsilon
@@ -13,14 +13,6 @@ from llmpack.rope import attention_scale, for_sequences, longest_sequence, rope_
 from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
 from models import MULTIPLIERS
 
-BASE = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -29,45 +21,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-HYBRID = {
-    "model_type": "granitemoehybrid",
-    "num_local_experts": 0,
-    "position_embedding_type": "rope",
-    "layer_types": ["attention"],
-    "shared_intermediate_size": 96,
-}
 LLAMA3_OUTSIDE = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
-
-
-def read(tmp_path, **changes):
-    (tmp_path / "config.json").write_text(json.dumps({**BASE, **changes}))
-    return read_config(tmp_path)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"])
-def test_defaults_are_transformers_defaults(tmp_path, model_type):
-    from transformers import AutoConfig
-
-    given = {**BASE, "num_attention_heads": 32, "model_type": model_type}
-    ours, theirs = read(tmp_path, **given), AutoConfig.for_model(**given)
-    for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
-    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    assert {"partial_rotary_factor": 1.0, **ours.rope} == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
-    assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
-    if model_type == "smollm3":
-        longer = {**given, "num_hidden_layers": 9}
-        assert list(read(tmp_path, **longer).no_rope_layers) == AutoConfig.for_model(**longer).no_rope_layers
-    if model_type == "granite":
-        for name in MULTIPLIERS:
-            assert getattr(ours, name) == getattr(theirs, name), name
-
-
-def test_the_mlp_of_a_hybrid_that_is_none_has_the_shared_size(tmp_path):
-    """`attention` is transformers 4's name of that kind of layer, `full_attention` is 5's."""
-    for kind in ("attention", "full_attention"):
-        assert read(tmp_path, **{**HYBRID, "layer_types": [kind]}).intermediate_size == 96
 
 
 @pytest.mark.parametrize(
@@ -102,6 +56,8 @@ def test_multipliers_that_no_graph_can_hold_are_refused(changes, number, words, 
         {"rope_scaling": {**YARN, "beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5}},
         {"rope_scaling": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.8, "truncate": False}},
         {"rope_scaling": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.0, "factor": 0.5}},
+        {"rope_scaling": {**YARN, "mscale": 1.2}},
+        {"rope_theta": 1.5, "rope_scaling": YARN},
         {"rope_parameters": {**YARN, "rope_theta": 20.0, "original_max_position_embeddings": 100000}},
     ],
     ids=[
@@ -119,6 +75,8 @@ def test_multipliers_that_no_graph_can_hold_are_refused(changes, number, words, 
         "yarn-betas-and-factor",
         "yarn-mscales",
         "yarn-less",
+        "yarn-one-mscale",
+        "yarn-low-theta",
         "yarn-no-pair-is-slow",
     ],
 )
@@ -163,6 +121,7 @@ PHI3 |= {"hidden_size": 32, "max_position_embeddings": 256, "original_max_positi
         {"rope_scaling": {**LONGROPE, "type": "yarn"}},
         {"rope_scaling": {**LONGROPE, "attention_factor": 1.25}},
         {"rope_scaling": {**LONGROPE, "factor": 8.0}},
+        {"rope_scaling": {**LONGROPE, "factor": 0.5}},
         {"max_position_embeddings": 64},
         {"max_position_embeddings": 8192, "original_max_position_embeddings": ...},  # not there
         {"rope_scaling": None, "rope_parameters": {**LONGROPE, "rope_type": "longrope", "partial_rotary_factor": 0.75}},
@@ -218,6 +177,12 @@ def test_null_is_not_said(tmp_path):
     assert read(tmp_path, **plain, rope_parameters={"partial_rotary_factor": None}).rope == read(tmp_path, **plain).rope
 
 
+def test_longrope_from_one_position_on_has_no_factor(tmp_path):
+    """Its logarithm is 0, and transformers divides by that."""
+    config = read(tmp_path, **{**PHI3, "original_max_position_embeddings": 1})
+    assert config.rope["attention_factor"] == 1
+
+
 def test_phi3s_first_name_of_longrope(tmp_path):
     assert read(tmp_path, **{**PHI3, "rope_scaling": {**LONGROPE, "type": "su"}}) == read(tmp_path, **PHI3)
 
@@ -250,6 +215,8 @@ def test_values_that_change_nothing_are_accepted(tmp_path):
         "logit_scale": 1.0,
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
+        "attention_multiplier": None,
+        "logits_scaling": 1.0,
         "num_local_experts": 0,
         "use_qk_norm": False,
         "is_encoder_decoder": False,
@@ -268,42 +235,10 @@ def test_head_dim_need_not_be_hidden_size_by_heads(tmp_path):
         read(tmp_path, hidden_size=66)
 
 
-def test_a_window_that_is_not_used_by_its_own_words_is_none(tmp_path):
-    assert read(tmp_path, sliding_window=4096, use_sliding_window=False) == read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model_type": "mistral"},
-        {"model_type": "mistral", "sliding_window": None},
-        {"model_type": "mistral", "sliding_window": 100},
-        {"model_type": "qwen2", "sliding_window": 100},
-        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
-        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},
-        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": 100},
-        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 100},
-        {
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": 100,
-            "max_window_layers": 1,
-            "layer_types": ["sliding_attention"],
-        },
-    ],
-)
-def test_a_window_is_that_of_transformers_where_a_layer_has_one(tmp_path, changes):
-    from transformers import AutoConfig
-
-    ours = read(tmp_path, num_key_value_heads=4, **changes).sliding_window
-    theirs = AutoConfig.from_pretrained(tmp_path)
-    has_layer = theirs.model_type == "mistral" or "sliding_attention" in theirs.layer_types
-    assert ours == (theirs.sliding_window if has_layer else None)
-
-
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_both_spellings_of_the_data_type(tmp_path, key):
     assert read(tmp_path, **{key: "bfloat16"}).dtype == "bfloat16"
+    assert read(tmp_path, **{key: None}).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -319,6 +254,7 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"quantization_config": {"quant_method": "gptq", "ignore": ["x"] * 999}}, r"\(quant_method 'gptq'\); .{,99}$"),
+        ({"quantization_config": "gptq"}, r"\(quant_method 'gptq'\)"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
         ({"rope_scaling": {"rope_type": [1], "factor": 2.0}}, r"rope_scaling.rope_type is \[1\]"),
@@ -371,6 +307,7 @@ def test_unsupported_is_refused_by_key_and_value(tmp_path, changes, words):
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"hidden_size": 1e99}, "hidden_size"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"model_type": "smollm3", "no_rope_layers": []}, r"no_rope_layers is \[\]; expected 0 or 1 for each of 1"),
         ({"model_type": "smollm3", "no_rope_layers": [2]}, r"no_rope_layers is \[2\]; expected 0 or 1"),
@@ -402,10 +339,16 @@ def test_impossible_numbers_are_named(tmp_path, changes, words):
         read(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "version https://git-lfs.github.com/spec/v1\n"])
-def test_not_a_config_at_all(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *(("", "not JSON"), ("[]", "a JSON list, expected an object"), ("{", "not JSON"), ("\xff", "not JSON")),
+        ("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, .* `git lfs pull`"),
+    ],
+)
+def test_not_a_config_at_all(tmp_path, text, words):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(IntegrityError, match=r"config\.json"):
+    with pytest.raises(IntegrityError, match=rf"config\.json: .*{words}"):
         read_config(tmp_path)
 
 

@@ -54,6 +54,12 @@ def test_what_was_left_out_is_told(tiny_text_checkpoint, tmp_path):
         ),
         ({"do_sample": True, "temperature": None, "top_k": None}, GenerationDefaults(temperature=1.0)),
         ({"top_k": 50.0}, GenerationDefaults(top_k=50)),
+        ({"do_sample": True, "temperature": 0.0, "top_k": 0, "min_p": 0.0}, GenerationDefaults()),
+        (
+            {"do_sample": True, "temperature": 100, "top_p": 1, "repetition_penalty": 10},
+            GenerationDefaults(100.0, repeat_penalty=10.0),
+        ),
+        ({"repetition_penalty": 0.5}, GenerationDefaults(repeat_penalty=0.5)),
     ],
 )
 def test_sampling_defaults(tmp_path, config, expected):
@@ -65,14 +71,17 @@ def test_sampling_defaults(tmp_path, config, expected):
     ("key", "value"),
     [
         ("temperature", -1),
+        ("temperature", 100.5),
         ("temperature", "0.6"),
         ("top_k", 1.5),
         ("top_k", True),
         ("top_k", float("inf")),
         ("top_k", float("nan")),
         ("top_p", 0),
+        ("top_p", 1.5),
         ("min_p", 1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 10.5),
         ("repetition_penalty", float("nan")),
         ("eos_token_id", -1),
         ("eos_token_id", "2"),

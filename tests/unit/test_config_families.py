@@ -1,0 +1,94 @@
+"""What families of models differ in: defaults, biases, windows. The oracle is transformers."""
+
+import pytest
+from config_files import BASE, HYBRID, read
+
+from models import MULTIPLIERS
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"])
+def test_defaults_are_transformers_defaults(tmp_path, model_type):
+    from transformers import AutoConfig
+
+    given = {**BASE, "num_attention_heads": 32, "model_type": model_type}
+    ours, theirs = read(tmp_path, **given), AutoConfig.for_model(**given)
+    for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert {"partial_rotary_factor": 1.0, **ours.rope} == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
+    assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
+    if model_type == "smollm3":
+        longer = {**given, "num_hidden_layers": 9}
+        assert list(read(tmp_path, **longer).no_rope_layers) == AutoConfig.for_model(**longer).no_rope_layers
+    if model_type == "granite":
+        for name in MULTIPLIERS:
+            assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_the_mlp_of_a_hybrid_that_is_none_has_the_shared_size(tmp_path):
+    """`attention` is transformers 4's name of that kind of layer, `full_attention` is 5's."""
+    for kind in ("attention", "full_attention"):
+        assert read(tmp_path, **{**HYBRID, "layer_types": [kind]}).intermediate_size == 96
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "granitemoehybrid", "smollm3"]
+)
+def test_biases_are_those_of_transformers_whatever_a_family_ignores(tmp_path, model_type, said):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = {**BASE, **(HYBRID if model_type == "granitemoehybrid" else {}), "model_type": model_type}
+    ours = read(tmp_path, **given, num_key_value_heads=4, attention_bias=said, mlp_bias=said)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path, pad_token_id=0))
+    biases = {name.split(".")[3] for name, _ in theirs.named_parameters() if name.endswith(".bias")}
+    assert (ours.attention_bias, ours.mlp_bias) == ("self_attn" in biases, "mlp" in biases)
+
+
+def test_a_window_that_is_not_used_by_its_own_words_is_none(tmp_path):
+    assert read(tmp_path, sliding_window=4096, use_sliding_window=False) == read(tmp_path)
+
+
+def test_a_deep_llama_has_no_window(tmp_path):
+    """It says nothing of max_window_layers either, which is 28 where windows are used."""
+    assert read(tmp_path, num_hidden_layers=80).sliding_window is None
+
+
+def test_layers_that_are_not_counted_all_have_the_window(tmp_path):
+    said = {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": None}
+    assert read(tmp_path, model_type="qwen2", num_key_value_heads=4, **said).sliding_window == 100
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 100},
+        {"model_type": "qwen2", "sliding_window": 100},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": 100},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 100},
+        {"model_type": "qwen2", "max_window_layers": 0, "sliding_window": 100},
+        {"model_type": "qwen2", "use_sliding_window": True, "num_hidden_layers": 28},
+        {"model_type": "qwen2", "use_sliding_window": True, "num_hidden_layers": 29},
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 100,
+            "max_window_layers": 1,
+            "layer_types": ["sliding_attention"],
+        },
+    ],
+)
+def test_a_window_is_that_of_transformers_where_a_layer_has_one(tmp_path, changes):
+    from transformers import AutoConfig
+
+    ours = read(tmp_path, num_key_value_heads=4, **changes).sliding_window
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    has_layer = theirs.model_type == "mistral" or "sliding_attention" in theirs.layer_types
+    assert ours == (theirs.sliding_window if has_layer else None)
