@@ -121,3 +121,23 @@ def test_a_rank_of_another_mpi_is_no_rank_of_this_job() -> None:
     )
     found, expected = outcome.stdout.splitlines()
     assert found == expected
+
+
+def test_a_rank_of_another_job_is_no_rank_of_this_one() -> None:
+    """Of two jobs on a host, as large as each other: each has a launcher of its own, which a shell stands for.
+
+    Between the launcher and the rank is another process of that rank, as where a server's rank 0 outlives its job.
+    """
+    program = """
+from llmrun.peers import process_started, siblings
+print([(peer.rank, peer.pid) for peer in siblings() if peer.started == process_started(peer.pid)])
+"""
+    rank_0 = "PMI_SIZE=2 PMI_RANK=0 sleep 30 & rank_0=$!;"
+    with subprocess.Popen(["/bin/sh", "-c", f"{rank_0} read line; kill $rank_0"], stdin=subprocess.PIPE) as other:
+        script = f'{rank_0} PMI_SIZE=2 PMI_RANK=1 "$@"; echo "[(0, $rank_0)]"; kill $rank_0'
+        rank_1 = ["/bin/sh", "-c", '"$@"; exit', "sh", sys.executable, "-c", program]
+        command = ["/bin/sh", "-c", script, "sh", *rank_1]
+        outcome = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        other.communicate(b"\n")
+    found, expected = outcome.stdout.splitlines()
+    assert found == expected
