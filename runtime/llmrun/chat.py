@@ -12,7 +12,7 @@ way round.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrun import template_sandbox
@@ -28,6 +28,7 @@ _MAX_DEPTH = 64  # of variables: every level costs a few frames of recursion
 _ROLES = ("system", "user", "assistant", "tool")
 _TAKEN = {"messages", "add_generation_prompt", "tools", "bos_token", "eos_token"}
 _KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+_WrittenCalls = Callable[[Sequence[Mapping[str, Any]]], Iterable[tuple[str, bool]]]
 
 
 def render_chat(
@@ -62,11 +63,15 @@ def encode_chat(
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    written_calls: _WrittenCalls | None = None,
 ) -> list[int]:
     """Return the ids of the prompt for messages; special tokens in what is given are plain text.
 
     The ids are those of transformers' `apply_chat_template(tokenize=True)` unless a message holds the text of
     a special token. No BOS is added: the template writes it where the model wants one.
+
+    `written_calls` is for a template that has no place for `tool_calls`: of a message's it returns what ends the content
+    instead, texts, and whether special tokens in each are tokens.
 
     Raises:
         UsageError: as `render_chat`.
@@ -74,7 +79,7 @@ def encode_chat(
     _check_messages(messages)
     kwargs = checked_kwargs(chat_template_kwargs)
     marks = _unused_characters(tokenizer, [messages, tools, kwargs])
-    prompt = _render_marked(tokenizer, messages, marks, add_generation_prompt, tools, kwargs)
+    prompt = _render_marked(tokenizer, messages, marks, add_generation_prompt, tools, kwargs, written_calls)
     if marks[0] not in prompt and marks[1] not in prompt:
         return tokenizer.encode(prompt, add_bos=False, parse_special=True)
     return tokenizer.encode_segments(_segments(tokenizer, prompt, marks))
@@ -129,6 +134,7 @@ def _render_marked(
     add_generation_prompt: bool,
     tools: Sequence[Mapping[str, Any]] | None,
     kwargs: Mapping[str, Any],
+    written_calls: _WrittenCalls | None = None,
 ) -> str:
     """Render messages with marks around the special tokens that they, and what is given beside them, hold."""
 
@@ -141,7 +147,13 @@ def _render_marked(
 
     marked = None if tools is None else mark(list(tools))
     variables = {name: mark(value) for name, value in kwargs.items()}
-    return _render(tokenizer, mark(list(messages)), add_generation_prompt, marked, variables)
+    turns = mark(list(messages))
+    if written_calls is not None:
+        for message, turn in zip(messages, turns, strict=True):
+            pieces = written_calls(message.get("tool_calls") or ())
+            # All of what a call holds is marked, lest its end be a special token with what comes next.
+            turn["content"] += "".join(text if is_own else f"{marks[0]}{text}{marks[1]}" for text, is_own in pieces)
+    return _render(tokenizer, turns, add_generation_prompt, marked, variables)
 
 
 def _segments(tokenizer: Tokenizer, prompt: str, marks: tuple[str, str]) -> list[str | int]:

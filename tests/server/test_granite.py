@@ -134,6 +134,20 @@ def test_prompts_are_those_of_transformers(given: Any, system: Any, checkpoint: 
     assert answer["usage"]["prompt_tokens"] == len(expected)
 
 
+def test_the_model_is_told_what_it_called(checkpoint: Path, served: Served) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(checkpoint)
+    asked = [{"id": str(i), "type": "function", "function": call} for i, call in enumerate(json.loads(LISTED))]
+    for call in asked:
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    results = [{"role": "tool", "content": text, "tool_call_id": str(i)} for i, text in enumerate(("no", "yes"))]
+    written = [*MESSAGES, {"role": "assistant", "content": f"{CALL}{LISTED}"}, *results]
+    messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": asked}, *results]
+    expected = theirs.apply_chat_template(written, add_generation_prompt=True, return_dict=False)
+    assert served.ask("/tokenize", {"messages": messages})[1]["tokens"] == expected
+
+
 def test_the_end_of_a_text_ends_an_answer(client: openai.OpenAI, served: Served, special: dict[str, int]) -> None:
     body: Any = {"model": served.model, "messages": MESSAGES, "max_tokens": 50}
     choice = client.chat.completions.create(**body, logit_bias={str(special[END]): 100}).choices[0]

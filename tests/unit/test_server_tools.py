@@ -19,6 +19,7 @@ from llmrun.server.prompts import chat_ids
 from llmrun.server.tasks import Choice
 from llmrun.server.tools import ToolForm, ToolStream, find_calls, tool_form
 from llmrun.tokenizer import Tokenizer
+from llmrun.tokenizer_backends import alternation
 
 LLAMA_TEMPLATE = (
     '{% if tools %}{{ tools | tojson }}{{ \' {"name": ..., "parameters": ...}\' }}{% endif %}{% for m in messages %}'
@@ -84,6 +85,49 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
     text = tokenizer.decode(ids)
     assert '"description": "</s>"' in text
     assert "user:hi you;assistant:weather(Rome</s>);tool:sunny;" in text
+
+
+TALK = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+
+
+def with_form(tokenizer: Tokenizer, form: ToolForm, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_template(tokenizer, TALK, monkeypatch)
+    monkeypatch.setattr("llmrun.server.prompts.tool_form", lambda _: form)
+    monkeypatch.setattr(tokenizer, "special_tokens", {"</s>": 2, **dict(form.tokens)})
+    monkeypatch.setattr(tokenizer, "_special_pattern", alternation(tokenizer.special_tokens))
+
+
+def test_no_name_makes_a_special_token_with_what_follows_it(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_form(tokenizer, FUNCTION, monkeypatch)
+    call = {"type": "function", "function": {"name": "x</s", "arguments": "{}"}}
+    ids = chat_ids(tokenizer, [{"role": "assistant", "tool_calls": [call]}], max_depth=64)
+    assert 2 not in ids
+    assert tokenizer.decode(ids) == "assistant:<function=x</s>{}</function>;"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arguments", ['{"city": "Rome</s>"}', '{"city"', ""])
+def test_calls_that_have_no_place_in_the_template_are_told_as_the_model_writes_them(
+    arguments: str, form: ToolForm, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_form(tokenizer, form, monkeypatch)
+    given = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name in ("weather", "now")]
+    messages = [{"role": "user", "content": "</s>"}, {"role": "assistant", "content": "So: ", "tool_calls": given}]
+    ids = chat_ids(tokenizer, messages, max_depth=64)
+    assert 2 not in ids  # what a message or a call holds is text
+    assert {token_id for _, token_id in form.tokens} <= set(ids)
+    shown = {token_id: text.encode() for text, token_id in form.tokens}
+    text = b"".join(shown.get(i) or tokenizer.token_bytes(i) for i in ids).decode().strip()
+    start, _, written = text.removesuffix(";").partition("So: ")
+    assert start == "user:</s>;assistant:"
+    if arguments != '{"city"':
+        _, calls = find_calls(form, TOOLS, written)
+        assert [call["function"]["name"] for call in calls] == ["weather", "now"]
+        assert [json.loads(call["function"]["arguments"]) for call in calls] == [json.loads(arguments or "{}")] * 2
+    else:
+        assert written.count("city") == 2
 
 
 @pytest.mark.parametrize("silent", [{}, {"content": None}, {"content": None, "tool_calls": []}])

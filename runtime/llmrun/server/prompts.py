@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrun.chat import encode_chat
 from llmrun.server.errors import ApiError, bad
 from llmrun.server.json_body import parse_json
+from llmrun.server.tools import ToolForm, tool_form
 from llmrun.tokenizer import Tokenizer
 
 
@@ -23,19 +26,23 @@ def chat_ids(
     """Return the prompt's ids.
 
     The arguments of calls, which are JSON in a text, reach the template as an object, unless they are none or nested
-    more than `max_depth` deep: then as the text.
+    more than `max_depth` deep: then as the text. To a template that knows tools and has no place for calls (Granite 3's)
+    they are text, as the model wrote them.
 
     Raises:
         ApiError: 400: a message holds something else than text.
         UsageError: the template refuses the messages.
     """
     flat = [_flat(message, f"messages[{i}]", max_depth) for i, message in enumerate(messages)]
+    has_place = "tool_calls" in (tokenizer.chat_template or "")
+    form = None if has_place or not any("tool_calls" in message for message in flat) else tool_form(tokenizer)
     return encode_chat(
         tokenizer,
         flat,
         add_generation_prompt=add_generation_prompt,
         tools=tools or None,
         chat_template_kwargs=chat_template_kwargs,
+        written_calls=None if form is None else functools.partial(_written, form),
     )
 
 
@@ -76,3 +83,20 @@ def _call(call: dict[str, Any], max_depth: int) -> dict[str, Any]:
     if not isinstance(arguments, dict):  # what a model has written, which it may be told
         arguments = text
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _written(form: ToolForm, calls: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+    """Return calls as the model writes them: texts, and whether special tokens in each are tokens."""
+    if not calls:
+        return []
+    between = [(", ", False)] if form.opening.endswith("[") else [(form.closing or "; ", True), (form.opening, True)]
+    pieces = [(form.opening, True)]
+    for i, function in enumerate(call["function"] for call in calls):
+        name, arguments = function["name"], function["arguments"]
+        pieces += between if i else []
+        if form.key:
+            pieces.append((json.dumps({"name": name, form.key: arguments}, ensure_ascii=False), False))
+        else:
+            written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            pieces += [(name, False), (form.middle, True), (written, False)]
+    return [*pieces, (form.closing, True)]
