@@ -87,6 +87,32 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
     assert "user:hi you;assistant:weather(Rome</s>);tool:sunny;" in text
 
 
+TOLD_BY_SYSTEM = (
+    "{% for message in messages %}{{ message['role'] + ':' + message['content'] }}"
+    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}{% endif %};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief.</s>"])
+def test_tools_are_the_system_messages_where_the_template_takes_them_there(
+    system: str | None, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does Phi 4 mini's own template, which shows no call."""
+    with_template(tokenizer, TOLD_BY_SYSTEM, monkeypatch)
+    assert tool_form(tokenizer) == replace(PHI, tokens=(), tells_by_system=True)
+    given = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*given, {"role": "user", "content": "hi"}]
+    described = {"name": "weather", "description": "</s>"}
+    ids = chat_ids(tokenizer, messages, [{"type": "function", "function": described}], max_depth=64)
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    told = f"<|tool|>{json.dumps([described])}<|/tool|>"
+    content = system or "You are a helpful assistant with some tools."
+    assert tokenizer.decode(ids) == f"system:{content}{told};user:hi;"
+    plain = tokenizer.decode(chat_ids(tokenizer, messages, max_depth=64))
+    assert plain == "".join(f"{message['role']}:{message['content']};" for message in messages)
+
+
 TALK = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
 
 

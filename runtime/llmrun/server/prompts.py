@@ -34,15 +34,17 @@ def chat_ids(
         UsageError: the template refuses the messages.
     """
     flat = [_flat(message, f"messages[{i}]", max_depth) for i, message in enumerate(messages)]
+    form = tool_form(tokenizer) if tools or any("tool_calls" in message for message in flat) else None
+    if tools and form is not None and form.tells_by_system:
+        flat = _told_by_system(flat, tools)
     has_place = "tool_calls" in (tokenizer.chat_template or "")
-    form = None if has_place or not any("tool_calls" in message for message in flat) else tool_form(tokenizer)
     return encode_chat(
         tokenizer,
         flat,
         add_generation_prompt=add_generation_prompt,
         tools=tools or None,
         chat_template_kwargs=chat_template_kwargs,
-        written_calls=None if form is None else functools.partial(_written, form),
+        written_calls=None if form is None or has_place else functools.partial(_written, form),
     )
 
 
@@ -71,6 +73,14 @@ def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]
     if calls:
         flat["tool_calls"] = [_call(call, max_depth) for call in calls]
     return flat
+
+
+def _told_by_system(messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages of which the first, a system message, has the tools as Phi 4 mini was taught them."""
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": "You are a helpful assistant with some tools."}, *messages]
+    described = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    return [{**messages[0], "tools": described}, *messages[1:]]
 
 
 def _call(call: dict[str, Any], max_depth: int) -> dict[str, Any]:

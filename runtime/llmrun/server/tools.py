@@ -39,6 +39,7 @@ _CLOSINGS = {_HERMES: "</tool_call>", _MISTRAL: "", _FUNCTION: "</function>", _G
 _BETWEEN = re.compile(r"[ \t\r\n;,]*")
 _LIST = re.compile(re.escape(_MISTRAL) + r"\s*\[(?=[\s\"'{]|\Z)")  # as a template has it, in a literal or ending one
 _OBJECT = re.compile(re.escape(_GRANITE) + r"\s*\{\s*\\?\"")  # as llama.cpp's template for Phi 4 mini tells the model
+_OF_MESSAGE = re.compile(r"""\bmessage(?:\.tools\b|\[['"]tools['"]\])""")  # as Phi 4 mini's own template has tools
 # What stands between name and arguments, behind tags that a name may follow; with bounds, so that no text takes long.
 _MIDDLES = {
     _MISTRAL: re.compile(r"\s{,8}(?:\[CALL_ID\]\s{,8}\w{,64}\s{,8})?(?:\[ARGS\]\s{,8})?(?=\{)"),
@@ -57,6 +58,7 @@ class ToolForm:
         middle: what stands between name and arguments.
         tag: what tells a call from text; empty: its first brace.
         tokens: those of its tags that are special tokens of the tokenizer, and their ids.
+        tells_by_system: the template takes the tools as JSON in the system message, not as a variable.
     """
 
     key: str = ""
@@ -65,6 +67,7 @@ class ToolForm:
     middle: str = ""
     tag: str = ""
     tokens: tuple[tuple[str, int], ...] = ()
+    tells_by_system: bool = False
 
     @property
     def shown_tokens(self) -> dict[int, str]:
@@ -97,7 +100,10 @@ def _names_in(template: str) -> frozenset[str]:
 def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
     """Return how the model calls tools; None if its template does not know them."""
     template = None if tokenizer is None else tokenizer.chat_template
-    if tokenizer is None or template is None or "tools" not in _names_in(template):
+    if tokenizer is None or template is None:
+        return None
+    tells_by_system = "tools" not in (names := _names_in(template))
+    if tells_by_system and not ("messages" in names and _OF_MESSAGE.search(template)):
         return None
     special = tokenizer.special_tokens
 
@@ -114,12 +120,12 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
         found = _LIST.search(template)
         opening = f"{_MISTRAL}[" if found is None else found[0]
         return ToolForm("arguments", opening, "]", tag=_MISTRAL, tokens=tokens(_MISTRAL))
-    if _GRANITE in template:
+    if _GRANITE in template or tells_by_system:
         opening, closing = (_GRANITE, "") if _OBJECT.search(template) else (f"{_GRANITE}[", "]")
-        if _CLOSINGS[_GRANITE] in template:
+        if _CLOSINGS[_GRANITE] in template or tells_by_system:
             closing += _CLOSINGS[_GRANITE]
         known = tokens(_GRANITE, _CLOSINGS[_GRANITE])
-        return ToolForm("arguments", opening, closing, tag=_GRANITE, tokens=known)
+        return ToolForm("arguments", opening, closing, tag=_GRANITE, tokens=known, tells_by_system=tells_by_system)
     if _FUNCTION in template and "<parameter=" not in template:
         closing = _CLOSINGS[_FUNCTION]
         return ToolForm(opening=_FUNCTION, closing=closing, middle=">", tag=_FUNCTION, tokens=tokens(closing))
