@@ -2,6 +2,7 @@
 
 Whether a model thinks is read off its chat template, which names the tags. Where the template ends a prompt with <think>
 (DeepSeek-R1's), the answer begins within the thoughts; elsewhere (Qwen 3's) the model begins them itself, or does not.
+Granite 3.3's asks for the answer behind them between <response> and </response>.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ if TYPE_CHECKING:
 
 REASONING_FORMATS = ("deepseek", "none")  # as reasoning_content, as DeepSeek's API has it; or within the text
 _OPENING, _CLOSING = "<think>", "</think>"
+_RESPONSE, _RESPONSE_END = "<response>", "</response>"
 
 
 def may_think(tokenizer: Tokenizer | None) -> bool:
     """Tell whether the model's chat template knows of thoughts."""
     template = None if tokenizer is None else tokenizer.chat_template
     return template is not None and _CLOSING in template
+
+
+def tags_answers(tokenizer: Tokenizer | None) -> bool:
+    """Tell whether the model's chat template asks for tags around the answer behind thoughts."""
+    return may_think(tokenizer) and tokenizer is not None and _RESPONSE in (tokenizer.chat_template or "")
 
 
 def begins_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
@@ -52,17 +59,20 @@ def shown_tokens(tokenizer: Tokenizer | None) -> dict[int, str]:
 class ThoughtStream:
     """The text of one answer as it comes, in two: thoughts and the rest; which of them a tag begins is known when it ends."""
 
-    def __init__(self, *, has_begun: bool = False, is_apart: bool = True) -> None:
+    def __init__(self, *, has_begun: bool = False, is_apart: bool = True, is_tagged: bool = False) -> None:
         """Begin an answer.
 
         Args:
             has_begun: the prompt has begun the thoughts.
             is_apart: thoughts come without tags, and both without the white space between them; otherwise as written.
+            is_tagged: behind thoughts the rest may have tags, too, which it then comes without.
         """
         self._has_begun, self._is_apart = has_begun, is_apart
         self._held = ""
         self._is_decided = False  # whether there are thoughts
         self._is_bare = is_apart  # nothing of the thoughts, or behind them, has been told yet
+        self._is_tagged = is_apart and is_tagged
+        self._in_tags: bool | None = False  # whether the rest is between its tags; None: it has yet to begin
         self.is_thinking = has_begun  # so far
 
     def push(self, text: str) -> tuple[str, str]:
@@ -71,7 +81,7 @@ class ThoughtStream:
         if not self._is_decided and not self._decide():
             return "", ""
         if not self.is_thinking:
-            return "", self._told(len(self._held))
+            return "", self._rest()
         end = self._held.find(_CLOSING)
         if end < 0:
             end = last_place(self._held, [_CLOSING])
@@ -82,7 +92,8 @@ class ThoughtStream:
         thought = self._told(len(self._held[:end].rstrip()))
         self._held = self._held.lstrip().removeprefix(_CLOSING)
         self._is_bare = True
-        return thought, self._told(len(self._held))
+        self._in_tags = None if self._is_tagged else False
+        return thought, self._rest()
 
     def finish(self) -> tuple[str, str]:
         """Return the rest of both."""
@@ -91,6 +102,25 @@ class ThoughtStream:
         if self.is_thinking:
             return self._told(len(self._held.rstrip()) if self._is_apart else len(self._held)), ""
         return "", self._told(len(self._held))
+
+    def _rest(self) -> str:
+        if self._in_tags is None:
+            start = self._held.lstrip()
+            if start.startswith(_RESPONSE):
+                self._held, self._in_tags = start.removeprefix(_RESPONSE), True
+            elif _RESPONSE.startswith(start):
+                return ""
+            else:
+                self._in_tags = False
+        if not self._in_tags:
+            return self._told(len(self._held))
+        end = self._held.find(_RESPONSE_END)
+        if end < 0:
+            # White space before the end may belong to the tag.
+            return self._told(len(self._held[: last_place(self._held, [_RESPONSE_END])].rstrip()))
+        piece = self._told(len(self._held[:end].rstrip()))
+        self._held, self._in_tags = self._held.lstrip().removeprefix(_RESPONSE_END), False
+        return piece + self._told(len(self._held))
 
     def _decide(self) -> bool:
         start = self._held.lstrip()

@@ -30,7 +30,7 @@ TEMPLATE = """\
     {%- if available_tools %}
         {%- set system_message = system_message + " To use a tool, write <|tool_call|> and a JSON list." %}
     {%- elif thinking %}
-        {%- set system_message = system_message + " Think between <think></think>." %}
+        {%- set system_message = system_message + " Think between <think></think>, answer between <response></response>." %}
     {%- endif %}
     {%- if 'citations' in controls and documents %}
         {%- set system_message = system_message + ' Cite.' %}
@@ -152,6 +152,17 @@ def test_the_end_of_a_text_ends_an_answer(client: openai.OpenAI, served: Served,
     body: Any = {"model": served.model, "messages": MESSAGES, "max_tokens": 50}
     choice = client.chat.completions.create(**body, logit_bias={str(special[END]): 100}).choices[0]
     assert (choice.message.content, choice.finish_reason) == ("", "stop")
+
+
+def test_an_answer_behind_thoughts_comes_without_its_tags(client: openai.OpenAI, served: Served) -> None:
+    written = "<think>\nTwo towns.\n</think>\n\n<response>\nNo: 12 < 13.\n</response>"
+    body: Any = {"model": served.model, "messages": MESSAGES, "max_tokens": 200}
+    more = {"structured_outputs": {"choice": [written]}, "chat_template_kwargs": {"thinking": True}}
+    message = client.chat.completions.create(**body, extra_body=more).choices[0].message
+    assert message.content == "No: 12 < 13."
+    assert message.model_dump()["reasoning_content"] == "Two towns."
+    chunks = client.chat.completions.create(**body, extra_body=more, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == message.content
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])

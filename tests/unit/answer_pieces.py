@@ -16,7 +16,7 @@ from llmrun.server.tools import ToolForm
 def the_pieces(
     body: dict[str, Any], form: ToolForm | None = None, *, tells_thoughts: bool = False, is_thinking: bool = False
 ) -> Pieces:
-    service: Any = SimpleNamespace(tells_thoughts=tells_thoughts)
+    service: Any = SimpleNamespace(tells_thoughts=tells_thoughts, tags_answers=False)
     return Pieces(service, Schemas(Limits()).chat_call(body), form, is_thinking=is_thinking)
 
 

@@ -16,7 +16,15 @@ from tool_forms import HERMES, TOOLS
 
 from llmrun.constraint import allowed_tokens
 from llmrun.server.grammar import Grammars
-from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, ends_thought, may_think, shown_tokens
+from llmrun.thoughts import (
+    ThoughtConstraint,
+    ThoughtStream,
+    begins_thought,
+    ends_thought,
+    may_think,
+    shown_tokens,
+    tags_answers,
+)
 from llmrun.tokenizer import Tokenizer
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -77,6 +85,43 @@ def test_no_text_is_lost(text: str, has_begun: bool, cuts: list[int]) -> None:
     stream = ThoughtStream(has_begun=has_begun, is_apart=False)
     pieces = [*map(stream.push, in_pieces(text, cuts)), stream.finish()]
     assert "".join(thought for thought, _ in pieces) + "".join(rest for _, rest in pieces) == text
+
+
+TAGGED = [
+    ("<think>a</think>\n\n<response>\nb < c\n</response>\n", "b < c"),
+    ("<think>a</think><response>b</response>", "b"),
+    ("<think>a</think><response>b </respons", "b </respons"),
+    ("<think>a</think><response></response>c", "c"),
+    ("<think>a</think><resp", "<resp"),
+    ("<think>a</think>b <response>c</response>", "b <response>c</response>"),
+    ("<response>b</response>", "<response>b</response>"),
+]
+
+
+@given(st.sampled_from(TAGGED), st.lists(st.integers(0, 50), max_size=12))
+def test_an_answer_behind_thoughts_may_have_tags_of_its_own(case: tuple[str, str], cuts: list[int]) -> None:
+    text, answer = case
+    stream = ThoughtStream(is_tagged=True)
+    pieces = [*map(stream.push, in_pieces(text, cuts)), stream.finish()]
+    assert "".join(rest for _, rest in pieces).strip() == answer
+    assert "".join(thought for thought, _ in pieces) == ("a" if "think" in text else "")
+
+
+def test_answers_come_without_tags_as_they_are_written() -> None:
+    stream = ThoughtStream(is_tagged=True)
+    text = "<think>a</think><response>bc d</response>"
+    assert [piece for piece in (stream.push(character)[1] for character in text) if piece] == ["b", "c", " d"]
+
+
+def test_tags_are_those_that_the_template_asks_for(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not tags_answers(None)
+    for template, expected in (
+        ("between <think></think> and your response between <response></response>", True),
+        ("{{ content.split('</think>')[-1] }}", False),
+        ("<response>", False),
+    ):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        assert tags_answers(tokenizer) is expected
 
 
 def test_what_the_template_and_the_prompt_say(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

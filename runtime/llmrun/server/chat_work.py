@@ -158,7 +158,9 @@ class Pieces:
         self._thoughts: dict[int, ThoughtStream] | None = None
         if self.is_late:
             self._thoughts = collections.defaultdict(
-                lambda: ThoughtStream(has_begun=is_thinking, is_apart=service.tells_thoughts)
+                lambda: ThoughtStream(
+                    has_begun=is_thinking, is_apart=service.tells_thoughts, is_tagged=service.tags_answers
+                )
             )
         self._parsers: dict[int, toolbox.ToolStream] | None = None
         if form is not None:

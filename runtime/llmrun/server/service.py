@@ -24,7 +24,7 @@ from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
 from llmrun.server.schemas import Schemas
 from llmrun.server.workers import Workers
-from llmrun.thoughts import REASONING_FORMATS, may_think
+from llmrun.thoughts import REASONING_FORMATS, may_think, tags_answers
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -64,7 +64,9 @@ class Service:
         """
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._reasoning_format = reasoning_format
-        self.tells_thoughts = False  # apart from an answer's text; known with the model
+        self.tells_thoughts = self.tags_answers = (
+            False  # apart from an answer's text, and its tags; known with the model
+        )
         self.limits, self.names, self.model_name = limits, tuple(names), names[0]
         self.schemas = Schemas(limits)
         self.metrics = Metrics(self.model_name, metrics_prefix)
@@ -100,6 +102,7 @@ class Service:
         self.fingerprint = f"fp_{engine.job.artifact.digest[:10]}"
         tokenizer, model = engine.tokenizer, engine.manifest.model
         self.tells_thoughts = self._reasoning_format != "none" and may_think(tokenizer)
+        self.tags_answers = tags_answers(tokenizer)
         self.grammars = (
             None
             if tokenizer is None
