@@ -25,7 +25,7 @@ __all__ = ["checked_kwargs", "encode_chat", "extend_chat", "render_chat"]
 
 _MAX_CHARS = template_sandbox.MAX_CHARS  # of all messages together
 _MAX_DEPTH = 64  # of variables: every level costs a few frames of recursion
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = ("system", "user", "assistant", "tool", "tool_response")
 _TAKEN = {"messages", "add_generation_prompt", "tools", "bos_token", "eos_token"}
 _KEYS = {"role", "content", "name", "tools", "tool_calls", "tool_call_id", "reasoning_content"}
 _WrittenCalls = Callable[[Sequence[Mapping[str, Any]]], Iterable[tuple[str, bool]]]
@@ -43,9 +43,9 @@ def render_chat(
 
     Args:
         tokenizer: has the template and the texts of the BOS and EOS tokens.
-        messages: each with a role (system, user, assistant, tool) and a content, both text, and maybe a name,
-            tools (for Phi 4 mini: JSON in a text), tool_calls (a list of JSON) and tool_call_id; what order they may have is
-            the template's affair.
+        messages: each with a role (system, user, assistant, tool, or Granite 3.0's tool_response) and a content, both text,
+            and maybe a name, tools (for Phi 4 mini: JSON in a text), tool_calls (a list of JSON) and tool_call_id; what
+            order they may have is the template's affair.
         add_generation_prompt: end with what comes before an answer.
         tools: JSON schemas of functions, for templates that know tools.
         chat_template_kwargs: what else the template may ask for, by name: `{"enable_thinking": False}` of Qwen 3, say.

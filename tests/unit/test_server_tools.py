@@ -87,6 +87,24 @@ def test_tools_and_calls_reach_the_template_as_text(tokenizer: Tokenizer, monkey
     assert "user:hi you;assistant:weather(Rome</s>);tool:sunny;" in text
 
 
+@pytest.mark.parametrize(
+    ("known", "role"),
+    [
+        ("m['role'] == 'tool_response'", "tool_response"),  # Granite 3.0, which writes nothing of other roles
+        ("m['role'] == 'tool'", "tool"),
+        ("m['role'] == 'tool_response' or m['role'] in ['tool']", "tool"),
+        ("'<tool_response>' != m['content']", "tool"),
+    ],
+)
+def test_results_of_tools_have_the_role_that_the_template_knows(
+    known: str, role: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = f"{{% if m['role'] == 'user' or {known} %}}{{{{ m['role'] }}}}:{{{{ m.content }}}};{{% endif %}}"
+    with_template(tokenizer, f"{{% for m in messages %}}{turn}{{% endfor %}}", monkeypatch)
+    messages = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "sunny", "tool_call_id": "1"}]
+    assert tokenizer.decode(chat_ids(tokenizer, messages, max_depth=64)) == f"user:hi;{role}:sunny;"
+
+
 TOLD_BY_SYSTEM = (
     "{% for message in messages %}{{ message['role'] + ':' + message['content'] }}"
     "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"

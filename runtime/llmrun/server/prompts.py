@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from llmrun.server.errors import ApiError, bad
 from llmrun.server.json_body import parse_json
 from llmrun.server.tools import ToolForm, tool_form
 from llmrun.tokenizer import Tokenizer
+
+# Roles of results in a template.
+_TOOL_RESPONSE, _TOOL = re.compile(r"""==\s*['"]tool_response['"]"""), re.compile(r"""['"]tool['"]""")
 
 
 def chat_ids(
@@ -27,17 +31,21 @@ def chat_ids(
 
     The arguments of calls, which are JSON in a text, reach the template as an object, unless they are none or nested
     more than `max_depth` deep: then as the text. To a template that knows tools and has no place for calls (Granite 3's)
-    they are text, as the model wrote them.
+    they are text, as the model wrote them. Results are of the role `tool_response` where it knows that one alone.
 
     Raises:
         ApiError: 400: a message holds something else than text.
         UsageError: the template refuses the messages.
     """
     flat = [_flat(message, f"messages[{i}]", max_depth) for i, message in enumerate(messages)]
+    template = tokenizer.chat_template or ""
+    if _TOOL_RESPONSE.search(template) and not _TOOL.search(template):
+        for message in flat:
+            message["role"] = "tool_response" if message["role"] == "tool" else message["role"]
     form = tool_form(tokenizer) if tools or any("tool_calls" in message for message in flat) else None
     if tools and form is not None and form.tells_by_system:
         flat = _told_by_system(flat, tools)
-    has_place = "tool_calls" in (tokenizer.chat_template or "")
+    has_place = "tool_calls" in template
     return encode_chat(
         tokenizer,
         flat,
