@@ -86,6 +86,7 @@ struct GpuPagedAttention {
         block_table.expect_shape({B, kAnySize}, "[sequences, max_blocks]");
         const int64_t M = block_table.shape[1];
         void* out = context.output_memory(0, {T, num_heads * head_dim});
+        if (T == 0) return;
         const gpu::Stream stream = context.gpu_stream();
         write.launch({T, B}, {qkv.data, cos_sin.data, keys.data, values.data, slot_mapping.data}, stream);
         Launcher& launcher = Launcher::current();

@@ -197,6 +197,23 @@ def test_a_cache_that_is_an_initializer_is_refused(run, kernels, index, name):
     assert expected in run(kernels, body)
 
 
+def test_attention_of_no_sequence(run, kernels):
+    """A step's shapes may all be zero: no kernel is launched, and nothing is divided by the number of sequences."""
+    spec = next(spec for spec in shapes.specs_of(shapes.config_of("dry")) if spec.op == "attention")
+    sizes = {key: spec.constants[key] for key in ("num_heads", "num_kv_heads", "head_dim", "block_size")}
+    heads, kv, dim, size = sizes.values()
+    body = f"""
+    node = checks.ort.node("PagedAttention", scale=1.0, **{sizes})
+    cache, some = (10, (2, {size}, {kv}, {dim})), checks.device.allocate(1 << 16)
+    floats = (10, (0, {(heads + 2 * kv) * dim})), (1, (0, {dim})), cache, cache
+    tables = (6, (0,)), (6, (1,)), (6, (0,)), (6, (0, 3))
+    before = driver.standin_count(1)
+    given = [(kind, shape, some) for kind, shape in (*floats, *tables)]
+    checks.ort.call(node, given, [(10, (0, {heads * dim}), some)], checks.device.stream)
+    print("launches", driver.standin_count(1) - before)"""
+    assert run(kernels, body) == "launches 0\n0 \n"
+
+
 # A norm and SwiGLU at once, then three times in a graph: launches in all, and those that were early.
 TWO = """
     norm, swiglu = checks.ort.node("RMSNormF16", in_features=256, epsilon=1e-5), checks.ort.node("SwiGLU", in_features=512)
