@@ -74,9 +74,21 @@ KernelRecord read_record(const KernelFile& file, const Reader& reader, size_t at
                       first_parameter <= num_parameters &&
                       count_parameters <= num_parameters - first_parameter,
                   "the tables of " + record.function + " end after the file's");
+    // Kernels may share records: without a bound, a small file could take all memory.
+    const auto expect_few = [&](uint32_t count, uint32_t most, const char* what) {
+        reader.expect(count <= most, record.function + " has " + std::to_string(count) + " " + what +
+                                         ", expected at most " + std::to_string(most));
+    };
+    expect_few(count_constants, kMostConstants, "constants");
+    expect_few(count_parameters, kMostParameters, "parameters");
     for (uint32_t i = first_constant; i < first_constant + count_constants; i++) {
         const size_t place = constants + i * kConstantBytes;
-        record.constants[reader.text(place, 24)] = reader.number<int64_t>(place + 24);
+        const std::string name = reader.text(place, 24);
+        const int64_t value = reader.number<int64_t>(place + 24);
+        reader.expect(value >= 0 && value <= INT32_MAX, record.function + " has " + name + " " +
+                                                            std::to_string(value) + ", expected 0 to " +
+                                                            std::to_string(INT32_MAX));
+        record.constants[name] = value;
     }
     for (uint32_t i = first_parameter; i < first_parameter + count_parameters; i++) {
         const size_t place = parameters + i * kParameterBytes;

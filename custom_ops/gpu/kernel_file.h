@@ -24,6 +24,8 @@ struct GridAxis {
     uint32_t dimension, divisor, factor, plus;
 };
 
+constexpr uint32_t kMostConstants = 64, kMostParameters = 64;  // of a kernel
+
 struct KernelRecord {
     std::string op, function;
     uint64_t code_offset, code_size;

@@ -180,7 +180,11 @@ Operation Launcher::operation(const std::string& op, Constants constants,
 int64_t Operation::most_rows() const { return variants_.back().max_rows; }
 
 int64_t Operation::constant(const std::string& name) const {
-    return variants_.back().record->constants.at(name);
+    const KernelRecord& record = *variants_.back().record;
+    const auto found = record.constants.find(name);
+    if (found != record.constants.end() && found->second > 0) return found->second;
+    throw GpuError(record.op + " has no " + name +
+                   " above 0: the kernel file is damaged, copy the artifact again");
 }
 
 void Operation::launch(const Step& step, std::initializer_list<Value> values, Stream stream) const {
@@ -195,12 +199,11 @@ void Operation::launch(const Step& step, std::initializer_list<Value> values, St
                        std::to_string(variant->max_rows));
     }
     static const uint64_t null = 0;
-    constexpr size_t kMost = 64;
-    void* parameters[kMost];
+    void* parameters[kMostParameters];
     const size_t count = record.parameters.size();
-    if (count > kMost || values.size() != arguments_.size()) {
-        throw GpuError(record.op + ": " + std::to_string(values.size()) + " arguments for " +
-                       std::to_string(count) + " parameters");
+    if (values.size() != arguments_.size()) {
+        throw GpuError(record.op + ": " + std::to_string(values.size()) + " arguments, expected " +
+                       std::to_string(arguments_.size()));
     }
     for (size_t i = 0; i < count; i++) {
         const Parameter& parameter = record.parameters[i];

@@ -57,7 +57,7 @@ class Operation {
     void launch(const Step& step, std::initializer_list<Value> values, Stream stream) const;
     // The most rows that a variant takes; 0: any number.
     int64_t most_rows() const;
-    // A constant that the file decided, such as `chunk`.
+    // A constant that the file decided, such as `chunk`; above 0. Throws GpuError: there is none.
     int64_t constant(const std::string& name) const;
 
   private:

@@ -11,6 +11,8 @@ import pytest
 import shapes
 import standin
 
+from llmpack.kernel_file import Parameter, from_bytes, to_bytes
+
 CODE = """
 import sys, numpy as np, box, shapes, standin
 from checks import Checks, extra_specs
@@ -212,6 +214,30 @@ def test_attention_of_no_sequence(run, kernels):
     checks.ort.call(node, given, [(10, (0, {heads * dim}), some)], checks.device.stream)
     print("launches", driver.standin_count(1) - before)"""
     assert run(kernels, body) == "launches 0\n0 \n"
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1 << 31, (1 << 63) - 1])
+def test_a_constant_that_is_no_size_is_refused(run, kernels, chunk):
+    """Columns are divided by this one."""
+    data = bytearray(kernels.read_bytes())
+    struct.pack_into("<q", data, data.index(b"chunk\0") + 24, chunk)
+    kernels.write_bytes(data)
+    if chunk == 0:
+        expected = "TopK: top_k_first has no chunk above 0: the kernel file is damaged, copy the artifact again."
+    else:
+        expected = f" has chunk {chunk}, expected 0 to 2147483647; copy the artifact again"
+    assert expected in run(kernels, "checks.top_k()")
+
+
+@pytest.mark.parametrize("what", ["constants", "parameters"])
+def test_more_constants_or_parameters_than_a_kernel_takes_are_refused(run, kernels, what):
+    """Kernels may share such records: a small file whose every kernel has all of them would fill the memory."""
+    many = {"constants": {f"c{i}": i for i in range(65)}, "parameters": (Parameter("x", "i32", 4),) * 65}
+    file = from_bytes(kernels.read_bytes(), "f")
+    changed = dataclasses.replace(file.kernels[0], **{what: many[what]})
+    kernels.write_bytes(to_bytes(dataclasses.replace(file, kernels=(changed, *file.kernels[1:]))))
+    expected = f"not a kernel file that this launcher reads: {changed.function} has 65 {what}, expected at most 64"
+    assert expected in run(kernels)
 
 
 # A norm and SwiGLU at once, then three times in a graph: launches in all, and those that were early.
