@@ -99,9 +99,10 @@ class QuantizedMatrix {
                      scales = stored_scales_.of(context);
         x.expect_shape({kAnySize, kAnySize}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1];
-        if (K % group_size_ != 0) {
+        if (K == 0 || K % group_size_ != 0) {
             throw OpError("input x has " + std::to_string(K) +
-                          " in_features, expected a multiple of group_size " + std::to_string(group_size_));
+                          " in_features, expected a multiple of group_size " + std::to_string(group_size_) +
+                          ", at least once");
         }
         check_quantized(type, weight, scales, out_features, K, group_size_);
         return {x.as<float>(), weight.as<uint8_t>(), scales.as<uint16_t>(), M, K};

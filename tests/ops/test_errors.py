@@ -65,7 +65,11 @@ MATMUL_CASES = {
     ),
     "in_features is no multiple of group_size": (
         matmul("MatMulQ8", (2, 96), ZEROS((1, 24, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=64),
-        "input x has 96 in_features, expected a multiple of group_size 64",
+        "input x has 96 in_features, expected a multiple of group_size 64, at least once",
+    ),
+    "no in_features": (
+        matmul("MatMulQ4", (40, 0), ZEROS((1, 0, 16, 4), U8), ZEROS((1, 0, 16), F16), out_features=16, group_size=32),
+        "input x has 0 in_features, expected a multiple of group_size 32, at least once",
     ),
     "q8 weight for q4": (
         matmul("MatMulQ4", (2, 32), ZEROS((1, 8, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=16, group_size=32),
