@@ -234,7 +234,7 @@ void Collectives::join_nccl(MpiTransport& mpi) {
             why_not = error.what();
         }
     }
-    why_not = agree_on(mpi, found == nullptr ? why_not : why_not.empty() ? "" : why_not);
+    why_not = agree_on(mpi, why_not);
     if (why_not.empty()) {
         mpi.allgather(&id, ids.data(), sizeof(NcclId));
         std::string trouble;

@@ -251,6 +251,7 @@ void Launcher::reserve(size_t bytes) {
     driver.make_current(device.ordinal);
     if (workspace_ != 0) driver.check(driver.call.release(workspace_), "freeing GPU memory");
     workspace_ = 0;
+    workspace_bytes_ = 0;
     driver.check(driver.call.allocate(&workspace_, bytes),
                  "allocating " + std::to_string(bytes) + " bytes of GPU memory");
     workspace_bytes_ = bytes;
