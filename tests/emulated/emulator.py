@@ -6,6 +6,7 @@ machine. Tests say what is missing where there is no cross compiler or emulator,
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import struct
 import subprocess
@@ -34,19 +35,22 @@ def missing() -> str | None:
 
 
 def build() -> None:
-    """Cross-compile the library and the host, as far as they have changed."""
+    """Cross-compile the library and the host, as far as they have changed; tests side by side do it one after another."""
     tools = Path(sys.executable).parent
     cmake = shutil.which("cmake", path=tools) or "cmake"
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=tools) or shutil.which("ninja") else []
     if ninja := shutil.which("ninja", path=tools):
         generator.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
-    for command in (
-        [cmake, "-S", ROOT / "custom_ops", "-B", BUILD, *generator, *target],
-        [cmake, "--build", BUILD, "--target", "emulated_host"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [cmake, "-S", ROOT / "custom_ops", "-B", BUILD, *generator, *target],
+            [cmake, "--build", BUILD, "--target", "emulated_host"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
 
 
 def machine_root() -> Path:
