@@ -1,7 +1,7 @@
 """A row of logits, read at the speed of memory: what its tokens weigh, and which are above a threshold.
 
-The kernels are the operator library's. numpy makes several arrays of a row's size for the same and takes five times as long
-(tests/benchmarks/LOG.md), which a batch pays for each of its sequences. Knows nothing of how tokens are chosen.
+The kernels are the operator library's. numpy makes several arrays of a row's size for the same and takes two to three times
+as long (tests/benchmarks/LOG.md), which a batch pays for each of its sequences. Knows nothing of how tokens are chosen.
 """
 
 from __future__ import annotations
