@@ -142,6 +142,8 @@ KernelFile read_kernel_file(const std::string& path) {
                                            parameters, static_cast<uint32_t>(num_constants),
                                            static_cast<uint32_t>(num_parameters)));
     }
+    // Drivers are told no size, and take for PTX what looks so, whatever the file calls it: text must end.
+    file.data.push_back(0);
     return file;
 }
 

@@ -39,7 +39,7 @@ struct KernelRecord {
 
 struct KernelFile {
     std::string path;           // for messages
-    std::vector<char> data;     // the whole file
+    std::vector<char> data;     // the whole file, and a zero byte
     std::string backend, arch;  // "cuda", "sm_89"
     CodeKind kind;
     uint32_t warp_size;
