@@ -325,10 +325,9 @@ def _nucleus(logits: NDArray[np.float32], highest: float, temperature: float, to
     Few of a large row come most likely first: a guess of how many, four times as many whenever they do not add up to
     top_p. Others come in their order.
     """
-    guess = _TOP_P_FIRST_GUESS
-    if guess <= len(logits) // _PARTS:
-        wanted = top_p * float(weigh_runs(logits, highest, temperature).sum())
-    while guess <= len(logits) // _PARTS:
+    guess, limit = _TOP_P_FIRST_GUESS, len(logits) // _PARTS
+    wanted = top_p * float(weigh_runs(logits, highest, temperature).sum()) if guess <= limit else 0.0
+    while guess <= limit:
         ids = _top_k(logits, guess)
         order = ids[np.argsort(-logits[ids], kind="stable")]
         cumulative = np.cumsum(_weights(logits[order], highest, temperature))
