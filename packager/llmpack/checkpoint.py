@@ -21,7 +21,7 @@ import safetensors
 from llmpack.config import read_config
 from llmpack.model_files import list_names
 from llmpack.model_reader import EXPECTED, open_regular, read_json, refuse_pointer
-from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
+from llmrun.artifact import MANIFEST_NAME, IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -173,6 +173,8 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
         names = list_names(model_dir)
     except OSError as error:
         raise UsageError(f"{model_dir}: cannot be read: {error.strerror}.", code="E202") from None
+    if "config.json" not in names:
+        _explain(model_dir, names)
     stamps = {name: _stamp(model_dir / name) for name in names}
     config = read_config(model_dir)
     tensors: dict[str, TensorInfo] = {}
@@ -184,6 +186,16 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
                 )
             tensors[tensor] = info
     return Checkpoint(model_dir, config, tensors, stamps)
+
+
+def _explain(model_dir: Path, names: list[str]) -> None:
+    """Raise the error for a directory of another program, if it is one that people have; it holds no config.json."""
+    if MANIFEST_NAME in names:
+        raise UsageError(f"{model_dir}: an artifact already, which `llmrun` runs; {EXPECTED}.", code="E202")
+    if any(name.endswith(".gguf") for name in names):
+        raise UsageError(
+            f"{model_dir}: weights for llama.cpp (.gguf), which `pack` does not read; {EXPECTED}.", code="E202"
+        )
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

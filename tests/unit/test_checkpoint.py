@@ -195,6 +195,19 @@ def test_pickles_are_refused(model_dir):
         open_checkpoint(model_dir)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("manifest.json", "an artifact already, which `llmrun` runs"),
+        ("model-Q4_0.gguf", r"weights for llama.cpp \(.gguf\)"),
+    ],
+)
+def test_a_directory_of_another_program_is_recognised(name, words, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=f"{words}.*; expected a Hugging Face model directory"):
+        open_checkpoint(tmp_path)
+
+
 def test_git_lfs_pointer_is_explained(model_dir):
     (model_dir / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     with pytest.raises(IntegrityError, match="git lfs pull"):
