@@ -322,6 +322,7 @@ def test_show_and_verify_and_doctor(packed_tiny: Packed) -> None:
     facts = json.loads(llmrun("show", path, "--json").stdout)
     assert (facts["shards"], facts["quantization"]["scheme"]) == (2, "q8")
     assert json.loads(llmrun("verify", path, "--json").stdout)["ok"] is True
+    refused(llmrun("verify", path, "--threads", "0"), 2, "--threads is for --deep")
     assert json.loads(llmrun("doctor", path, "--json").stdout)["ok"] is True
 
 

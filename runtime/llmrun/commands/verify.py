@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmrun import console
 from llmrun.commands import common
 from llmrun.errors import IntegrityError, UsageError
+from llmrun.job_options import JobOptions
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -35,6 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("--ranks with --deep: the model runs on all its ranks. Start them with mpirun instead.")
         arguments.verify = "full"
         return common.run_on_ranks(arguments, common.RankWork(lambda engine, _: _verify_deep(arguments, engine, _)))
+    for name, default in vars(JobOptions()).items():
+        if getattr(arguments, name, default) != default:
+            raise UsageError(f"--{name.replace('_', '-')} is for --deep: without it nothing is run.")
     if console.environment_rank() != 0:
         return 0
     from llmrun.artifact import open_artifact
