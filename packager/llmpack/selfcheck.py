@@ -166,10 +166,10 @@ def forward(
         "block_table": np.arange(num_sequences)[:, None],
     }
 
+    largest_norm = math.sqrt(_LARGEST) * config.residual_multiplier  # graphs hold the stream divided by it
+
     def norm(name: str, x: np.ndarray) -> np.ndarray:
-        if not (
-            np.linalg.norm(x, axis=1) < math.sqrt(_LARGEST) * config.residual_multiplier
-        ).all():  # as graphs hold it
+        if not (np.linalg.norm(x, axis=1) < largest_norm).all():
             raise IncompatibleError(f"{name}: its input's squares are beyond float32's range; {_TOO_LARGE}.")
         return reference.rms_norm(x, ranks[0].vector(name), config.rms_norm_eps)
 

@@ -64,9 +64,9 @@ class Service:
         """
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._reasoning_format = reasoning_format
-        self.tells_thoughts = self.tags_answers = (
-            False  # apart from an answer's text, and its tags; known with the model
-        )
+        # Both are known with the model.
+        self.tells_thoughts = False  # apart from an answer's text
+        self.tags_answers = False  # behind thoughts
         self.limits, self.names, self.model_name = limits, tuple(names), names[0]
         self.schemas = Schemas(limits)
         self.metrics = Metrics(self.model_name, metrics_prefix)
