@@ -89,6 +89,13 @@ def add_rms_norm(x: Array, residual: Array, weight: Array, epsilon: float) -> tu
     return rms_norm(total, weight, epsilon), total
 
 
+def rms_norm_add_rms_norm(
+    x: Array, x_weight: Array, residual: Array, weight: Array, epsilon: float
+) -> tuple[Float64, Float64]:
+    """Return `add_rms_norm` of x with `rms_norm` by a weight of its own, and the sum; both [T, hidden_size] (5.15)."""
+    return add_rms_norm(rms_norm(x, x_weight, epsilon), residual, weight, epsilon)
+
+
 def qk_norm(
     qkv: Array, q_weight: Array, k_weight: Array, *, num_heads: int, num_kv_heads: int, epsilon: float
 ) -> Float64:
@@ -108,6 +115,12 @@ def swiglu(gate_up: Array) -> Float64:
     # e^-|g| cannot overflow; both branches are the logistic function.
     e = np.exp(-np.abs(gate))
     return gate * np.where(gate >= 0, 1.0, e) / (1.0 + e) * up
+
+
+def geglu(gate_up: Array) -> Float64:
+    """Return gelu(gate) * up in the same way, of gelu's approximation by tanh (5.14)."""
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+    return gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up
 
 
 def rotate(heads: Array, cos_sin: Array) -> Float64:
@@ -131,6 +144,7 @@ def paged_attention(
     num_heads: int,
     num_kv_heads: int,
     scale: float,
+    window: int | None = None,
 ) -> tuple[Float64, Array, Array]:
     """Rotate, write into the cache, and compute causal grouped-query attention (5.5).
 
@@ -147,6 +161,7 @@ def paged_attention(
         num_heads: H.
         num_kv_heads: KV.
         scale: factor of the scores.
+        window: positions that a token sees at most, its own among them; None: all.
     Returns:
         out [T, H * D], and the two caches after the step, of their own type.
     """
@@ -173,11 +188,12 @@ def paged_attention(
         keys = np.repeat(flat_keys[slots].astype(np.float64), num_heads // num_kv_heads, axis=1)
         values = np.repeat(flat_values[slots].astype(np.float64), num_heads // num_kv_heads, axis=1)
         for token in range(first, end):
-            seen = length - (end - token) + 1
-            scores = np.einsum("hd,phd->hp", q64[token], keys[:seen]) * scale
+            end_seen = length - (end - token) + 1
+            seen = slice(max(0, end_seen - (window or end_seen)), end_seen)
+            scores = np.einsum("hd,phd->hp", q64[token], keys[seen]) * scale
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
-            out[token] = np.einsum("hp,phd->hd", weights, values[:seen])
+            out[token] = np.einsum("hp,phd->hd", weights, values[seen])
     return out.reshape(tokens, num_heads * head_dim), key_cache, value_cache
 
 
