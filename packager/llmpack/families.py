@@ -1,0 +1,76 @@
+"""The families of models, by `model_type` in config.json: how they differ from Llama, and what absent keys mean there.
+
+From transformers' configuration_*.py and modeling_*.py: Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2
+has biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may rotate a part of each head alone; Granite
+multiplies the embedding, what is added to the residual stream, attention's products and the logits by numbers of its own;
+SmolLM 3 rotates nothing in every fourth layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` stands for; the numbers are those of a config.json that lacks them.
+
+    Attributes:
+        num_key_value_heads: None: as many as num_attention_heads.
+        attention_bias: None: config.json says it.
+        has_mlp_bias: whether config.json may say it.
+        window: which layers of attention may look back no further than a window.
+        has_window: whether there is one where config.json does not say it.
+        has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
+        original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
+        has_multipliers: whether config.json may say the four of Granite.
+        has_no_rope_layers: whether config.json may say, or leave to transformers' rule, which layers do not rotate.
+        is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
+    """
+
+    architecture: str
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool | None = None
+    has_mlp_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    window: Literal["none", "all layers", "by layer"] = "none"
+    has_window: bool = True
+    has_partial_rotary: bool = False
+    original_max_position_embeddings: int | None = None
+    has_multipliers: bool = False
+    has_no_rope_layers: bool = False
+    is_hybrid: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", 2048, has_mlp_bias=True),
+    "mistral": Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="all layers"),
+    "qwen2": Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, attention_bias=True, window="by layer"),
+    "qwen3": Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, window="by layer"),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        4096,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        window="all layers",
+        has_window=False,
+        has_partial_rotary=True,
+        original_max_position_embeddings=4096,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        32768,
+        num_key_value_heads=4,
+        has_mlp_bias=True,
+        tie_word_embeddings=True,
+        rope_theta=2000000.0,
+        has_no_rope_layers=True,
+    ),
+    "granite": Family("GraniteForCausalLM", 2048, has_mlp_bias=True, has_multipliers=True),
+    "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),
+}
