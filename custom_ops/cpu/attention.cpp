@@ -201,14 +201,14 @@ LLMPACK_INLINE void score_groups(const Stretch<Cached>& here, int64_t first, Row
     }
 }
 
-// Scores of n rows with the first `groups` groups of a stretch.
+// Scores of n rows with groups [first, groups) of a stretch.
 template <class Cached>
 struct Keys {
     template <int n>
     struct Score {
-        static LLMPACK_INLINE void run(const Stretch<Cached>& here, int64_t groups, Rows& rows, int64_t row,
-                                       const Asked<Cached>& asked) {
-            pieces<vectors_at_once(n, kGroups)>(here, 0, groups, rows, row, asked);
+        static LLMPACK_INLINE void run(const Stretch<Cached>& here, int64_t first, int64_t groups, Rows& rows,
+                                       int64_t row, const Asked<Cached>& asked) {
+            pieces<vectors_at_once(n, kGroups)>(here, first, groups, rows, row, asked);
         }
 
         template <int vectors>
@@ -222,19 +222,24 @@ struct Keys {
     };
 };
 
-// One step of the online softmax: the scores of the first `count` positions become weights, relative to the
-// highest score so far. Those of further positions of the last group become zero.
-LLMPACK_INLINE void softmax_step(Rows& rows, int64_t row, int64_t count) {
+// One step of the online softmax: the scores of positions [first, count) become weights, relative to the
+// highest score so far. Those of other positions of the first and the last group become zero.
+LLMPACK_INLINE void softmax_step(Rows& rows, int64_t row, int64_t first, int64_t count) {
     alignas(64) static constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     float* weights = rows.weights + row * kStretch;
-    const int64_t whole = count / 16 * 16, end = (count + 15) / 16 * 16;
+    const int64_t begin = first / 16 * 16, whole = count / 16 * 16, end = (count + 15) / 16 * 16;
+    if (begin < first) {
+        const F32x16 hidden = set1(static_cast<float>(first - begin));
+        store(weights + begin,
+              select_less(load(kLanes), hidden, set1(-__builtin_inff()), load(weights + begin)));
+    }
     if (whole < end) {
         const F32x16 seen = set1(static_cast<float>(count - whole));
         store(weights + whole,
               select_less(load(kLanes), seen, load(weights + whole), set1(-__builtin_inff())));
     }
-    F32x16 most = load(weights);
-    for (int64_t i = 16; i < end; i += 16) most = max2(most, load(weights + i));
+    F32x16 most = load(weights + begin);
+    for (int64_t i = begin + 16; i < end; i += 16) most = max2(most, load(weights + i));
     float* totals = rows.totals + row * 16;
     // Mostly the highest score came earlier, and one comparison tells.
     if (any_greater(most, rows.highest[row])) {
@@ -247,7 +252,7 @@ LLMPACK_INLINE void softmax_step(Rows& rows, int64_t row, int64_t count) {
     }
     const F32x16 highest = set1(rows.highest[row]);
     F32x16 total = load(totals);
-    for (int64_t i = 0; i < end; i += 16) {
+    for (int64_t i = begin; i < end; i += 16) {
         const F32x16 weight = exp_nonpositive(load(weights + i) - highest);
         store(weights + i, weight);
         total = total + weight;
@@ -359,16 +364,21 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
     auto stretch_at = [&](int64_t start) {
         return find_stretch<Cached>(args, blocks, first_kv_head, start, last_length - start);
     };
-    Stretch<Cached> next = stretch_at(0);  // of the first KV head
-    for (int64_t start = 0; start < last_length; start += kStretch) {
+    const int64_t window = args.window;
+    const int64_t first_start = max(0, first_length - window) / kStretch * kStretch;
+    Stretch<Cached> next = stretch_at(first_start);  // of the first KV head
+    for (int64_t start = first_start; start < last_length; start += kStretch) {
         Stretch<Cached> here = next;
         next = stretch_at(start + kStretch);
         for (int64_t g = 0; g < kv_heads; g++) {
-            const int64_t first_row = g * rows_per_kv_head, end_row = first_row + rows_per_kv_head;
-            // Positions of this stretch that a row sees; rows of earlier tokens see none of it.
-            auto seen = [&](int64_t row) {
-                return min(kStretch, first_length + (row - first_row) / heads - start);
-            };
+            const int64_t first_row = g * rows_per_kv_head;
+            // Positions [from, seen) of this stretch are what a row sees; rows of earlier tokens see none of
+            // it, nor do those of tokens whose window begins behind it.
+            auto length = [&](int64_t row) { return first_length + (row - first_row) / heads - start; };
+            auto from = [&](int64_t row) { return max(0, length(row) - window); };
+            auto seen = [&](int64_t row) { return min(kStretch, length(row)); };
+            const int64_t end_row =
+                first_row + min(rows_per_kv_head, (start + kStretch + window - first_length) * heads);
             // This stretch of the next head, or the next stretch of the first one.
             Stretch<Cached> after = g + 1 == kv_heads ? next : here;
             if (g + 1 < kv_heads) after.advance(D * args.block_size);
@@ -380,24 +390,29 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
             for (; row < end_row; row += kRowsTogether) {
                 const int64_t together = min(kRowsTogether, end_row - row);
                 const int64_t groups = (seen(row + together - 1) + kPositionGroup - 1) / kPositionGroup;
-                with_count<kRowsTogether, Keys<Cached>::template Score>(together, here, groups, rows, row,
-                                                                        is_asked  ? nothing
-                                                                        : is_near ? values
-                                                                                  : keys);
-                for (int64_t r = row; r < row + together; r++) softmax_step(rows, r, seen(r));
-                // First what all these rows see, then what the later ones see besides. A position that a row
-                // does not see must not be multiplied by zero: it might be infinite.
-                const int64_t common = seen(row);
-                with_count<kRowsTogether, Values<Cached>::template Add>(together, here, int64_t{0}, common,
-                                                                        rows, row,
+                with_count<kRowsTogether, Keys<Cached>::template Score>(
+                    together, here, from(row) / kPositionGroup, groups, rows, row,
+                    is_asked  ? nothing
+                    : is_near ? values
+                              : keys);
+                for (int64_t r = row; r < row + together; r++) softmax_step(rows, r, from(r), seen(r));
+                // In the order of positions: what earlier rows see besides, what all these rows see, what
+                // later ones see besides. A position that a row does not see must not be multiplied by zero:
+                // it might be infinite.
+                const int64_t begin = min(from(row + together - 1), seen(row)), common = seen(row);
+                auto add_alone = [&](int64_t r, int64_t first, int64_t last) {
+                    if (first < last) {
+                        Values<Cached>::template Add<1>::run(here, first, last, rows, r, nothing);
+                    }
+                };
+                for (int64_t r = row; r < row + together; r++) add_alone(r, from(r), begin);
+                with_count<kRowsTogether, Values<Cached>::template Add>(together, here, begin, common, rows,
+                                                                        row,
                                                                         is_asked  ? nothing
                                                                         : is_near ? keys
                                                                                   : values);
                 is_asked = true;
-                for (int64_t r = row + 1; r < row + together; r++) {
-                    if (seen(r) <= common) continue;
-                    Values<Cached>::template Add<1>::run(here, common, seen(r), rows, r, nothing);
-                }
+                for (int64_t r = row; r < row + together; r++) add_alone(r, max(common, from(r)), seen(r));
             }
             here = after;
         }

@@ -35,8 +35,11 @@ struct QuantizedActivations {
     int64_t M, K, group_size;
 };
 
-// y [M, N] = dequantized x [M, K] * W [N, K]^T, W in tiles of 16 rows; or with `gated`, y [M, N / 2] = SwiGLU
-// of that product. Then 32 divides N, and an output tile comes of one tile of either half of W.
+// What makes of a gate and a value, side by side, one number.
+enum class Gating { kNone, kSwiGLU, kGeGLU };
+
+// y [M, N] = dequantized x [M, K] * W [N, K]^T, W in tiles of 16 rows; or with a `gating`, y [M, N / 2] =
+// that of the product. Then 32 divides N, and an output tile comes of one tile of either half of W.
 struct QuantizedMatMul {
     const QuantizedActivations* x;
     const uint8_t* weight;   // rounded up: Q8 [N / 16, K / 4, 16, 4]; Q6 [N / 16, K / 16, 3, 16, 4]; Q4
@@ -44,18 +47,18 @@ struct QuantizedMatMul {
     const uint16_t* scales;  // [N / 16, K / group_size, 16] float16 bits
     float* y;                // [M, N] or [M, N / 2]
     int64_t N;
-    bool gated;
+    Gating gating;
     WeightFetch fetch;
-    float* scratch;  // gated and more than two tokens: [M, 32], of this call alone
+    float* scratch;  // with a gating and more than two tokens: [M, 32], of this call alone
 };
 
-// y [M, N] = x [M, K] * W [N, K]^T, W in tiles of 16 rows; `gated` as above.
+// y [M, N] = x [M, K] * W [N, K]^T, W in tiles of 16 rows; `gating` as above.
 struct FloatMatMul {
     const float* x;      // [M, K]
     const void* weight;  // [N / 16, K, 16], rounded up; float or float16 bits
     float* y;            // [M, N] or [M, N / 2]
     int64_t M, N, K;
-    bool gated;
+    Gating gating;
     WeightFetch fetch;
 };
 
@@ -101,6 +104,7 @@ struct PagedAttention {
     float* out;                     // [T, num_heads * head_dim]
     CacheType cache_type;
     int64_t num_heads, num_kv_heads, head_dim, block_size, max_blocks;  // block_size: of whole groups
+    int64_t window;  // positions that a token sees at most, its own among them
     float scale;
     WeightFetch fetch;
 };
@@ -125,8 +129,8 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* residual, const float* weight, float epsilon, int64_t H,
                      float* y, float* sum, int64_t begin, int64_t end);
 
-    // Rows [begin, end): y [T, F] = silu(gate) * up with gate_up [T, 2 F].
-    void (*swiglu)(const float* gate_up, int64_t F, float* y, int64_t begin, int64_t end);
+    // Rows [begin, end): y [T, F] = act(gate) * up with gate_up [T, 2 F].
+    void (*glu)(Gating gating, const float* gate_up, int64_t F, float* y, int64_t begin, int64_t end);
 
     // Tokens [begin, end): rotate k and write k and v into the caches.
     void (*attention_write)(const PagedAttention& args, int64_t begin, int64_t end);

@@ -39,10 +39,10 @@ struct Float {
         static LLMPACK_INLINE void run(const FloatMatMul& args, int64_t tile, int64_t first_token) {
             F32x16 y[m];
             float_tile<Weight, fetch, m>(args, tile, first_token, y);
-            if (!args.gated) return store_tile<m>(y, args.y, args.N, tile, first_token);
+            if (args.gating == Gating::kNone) return store_tile<m>(y, args.y, args.N, tile, first_token);
             F32x16 up[m];
             float_tile<Weight, fetch, m>(args, tile + args.N / 2 / kTileRows, first_token, up);
-            store_gated_tile<m>(y, up, args.y, args.N, tile, first_token);
+            store_gated_tile<m>(args.gating, y, up, args.y, args.N, tile, first_token);
         }
     };
 };

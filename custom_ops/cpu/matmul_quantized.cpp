@@ -144,12 +144,12 @@ struct GatedQuantized {
             if constexpr (m <= kMostTokensOfTwoStreams) {
                 F32x16 y[2][m];
                 quantized_tiles<Scheme, fetch, 2, m>(args, tile, apart, first_token, y);
-                store_gated_tile<m>(y[0], y[1], args.y, args.N, tile, first_token);
+                store_gated_tile<m>(args.gating, y[0], y[1], args.y, args.N, tile, first_token);
             } else {
                 F32x16 gate[1][m], up[1][m];
                 quantized_tiles<Scheme, fetch, 1, m>(args, tile, 0, first_token, gate);
                 quantized_tiles<Scheme, fetch, 1, m>(args, tile + apart, 0, first_token, up);
-                store_gated_tile<m>(gate[0], up[0], args.y, args.N, tile, first_token);
+                store_gated_tile<m>(args.gating, gate[0], up[0], args.y, args.N, tile, first_token);
             }
         }
     };
@@ -292,7 +292,7 @@ void tiles_of_many_tokens(const QuantizedMatMul& args, const Together& at) {
 
 template <class Scheme>
 void many_tokens(const QuantizedMatMul& args, int64_t begin, int64_t end) {
-    if (!args.gated) {
+    if (args.gating == Gating::kNone) {
         const auto at = [&](int64_t tile) { return Together{tile, 1, args.y + tile * kTileRows, args.N}; };
         for (; begin + kTilesTogether <= end; begin += kTilesTogether)
             tiles_of_many_tokens<Scheme, kTilesTogether>(args, at(begin));
@@ -311,7 +311,7 @@ void many_tokens(const QuantizedMatMul& args, int64_t begin, int64_t end) {
         for (int64_t t = 0; t < args.x->M; t++) {
             const float* sums = args.scratch + t * kStride;
             F32x16 gate[1] = {load(sums)}, up[1] = {load(sums + kTileRows)};
-            store_gated_tile<1>(gate, up, args.y, args.N, tile, t);
+            store_gated_tile<1>(args.gating, gate, up, args.y, args.N, tile, t);
         }
     }
 }
@@ -322,7 +322,7 @@ template <class Scheme, WeightFetch fetch>
 void few_tokens(const QuantizedMatMul& args, int64_t begin, int64_t end) {
     constexpr int kBlock = block_tokens(fetch, kQuantizedBlock);
     const int64_t M = args.x->M;
-    if (args.gated) {
+    if (args.gating != Gating::kNone) {
         const int64_t apart = args.N / 2 / kTileRows;
         for (int64_t tile = begin; tile < end; tile++) {
             for (int64_t token = 0; token < M; token += kBlock) {

@@ -81,9 +81,9 @@ LLMPACK_INLINE void store_tile(const F32x16 (&values)[m], float* y, int64_t N, i
 
 // Gates the values of one output tile, and stores it.
 template <int m>
-LLMPACK_INLINE void store_gated_tile(F32x16 (&gate)[m], const F32x16 (&up)[m], float* y, int64_t N,
-                                     int64_t tile, int64_t first_token) {
-    for (int t = 0; t < m; t++) gate[t] = gated(gate[t], up[t]);
+LLMPACK_INLINE void store_gated_tile(Gating gating, F32x16 (&gate)[m], const F32x16 (&up)[m], float* y,
+                                     int64_t N, int64_t tile, int64_t first_token) {
+    for (int t = 0; t < m; t++) gate[t] = gated(gating, gate[t], up[t]);
     store_tile<m>(gate, y, N / 2, tile, first_token);
 }
 

@@ -131,9 +131,15 @@ LLMPACK_INLINE F32x16 exp_nonpositive(F32x16 x) {
 LLMPACK_INLINE F32x16 exp_nonpositive(F32x16 x) { return exp(x); }
 #endif
 
-// SwiGLU: gate / (1 + e^-gate) * up.
-LLMPACK_INLINE F32x16 gated(F32x16 gate, F32x16 up) {
-    return gate / (set1(1.0f) + exp(set1(-0.0f) - gate)) * up;
+// act(gate) * up, where act is x / (1 + e^-z): of SwiGLU with z = x; of GeGLU with the z that makes it gelu's
+// approximation by tanh, as tanh(z / 2) = 2 / (1 + e^-z) - 1.
+LLMPACK_INLINE F32x16 gated(Gating gating, F32x16 gate, F32x16 up) {
+    F32x16 z = gate;
+    if (gating == Gating::kGeGLU) {
+        const float twice = 1.5957691216f;  // 2 sqrt(2 / pi)
+        z = gate * fma(gate * gate, set1(twice * 0.044715f), set1(twice));
+    }
+    return gate / (set1(1.0f) + exp(set1(-0.0f) - z)) * up;
 }
 
 }  // namespace llmpack::LLMPACK_ISA

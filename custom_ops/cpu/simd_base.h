@@ -13,6 +13,7 @@
 namespace llmpack::LLMPACK_ISA {
 
 LLMPACK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+LLMPACK_INLINE int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
 template <class To, class From>
 LLMPACK_INLINE To bit_cast(const From& from) {

@@ -7,7 +7,7 @@ const Kernels& table() {
         LLMPACK_ISA_NAME, kQuantizedTokenBlock,
         quantize,         matmul_quantized,
         matmul_float,     embedding,
-        rms_norm,         swiglu,
+        rms_norm,         glu,
         attention_write,  attention_read,
         weigh_runs,       find_above,
     };

@@ -20,6 +20,7 @@ struct PagedAttentionOp {
     explicit PagedAttentionOp(const NodeInfo& node)
         : num_heads(node.size_attribute("num_heads")),
           num_kv_heads(node.size_attribute("num_kv_heads")),
+          window(node.size_attribute("window", kMaxSize)),
           scale(node.float_attribute("scale")) {
         if (num_heads % num_kv_heads != 0) {
             throw OpError("num_heads is " + std::to_string(num_heads) + " and num_kv_heads " +
@@ -99,6 +100,7 @@ struct PagedAttentionOp {
                                   D,
                                   block_size,
                                   max_blocks,
+                                  window,
                                   scale,
                                   weight_fetch()};
         const Kernels& k = context.kernels;
@@ -108,6 +110,7 @@ struct PagedAttentionOp {
         // together, as they lie side by side in the cache, if that leaves work for two threads.
         int64_t longest = 1;
         for (int64_t b = 0; b < B; b++) longest = std::max<int64_t>(longest, seq_lens.as<int32_t>()[b]);
+        longest = std::min(longest, window);
         const int64_t work = longest * std::min(tile_tokens, T) * (num_heads / num_kv_heads) * D * 2;
         const int64_t worthwhile = 1 + 65536 / std::max<int64_t>(work, 1);
         const int64_t neighbours =
@@ -158,7 +161,7 @@ struct PagedAttentionOp {
         }
     }
 
-    int64_t num_heads, num_kv_heads;
+    int64_t num_heads, num_kv_heads, window;
     float scale;
 };
 

@@ -1,4 +1,5 @@
-// RMSNorm, AddRMSNorm, QKNorm, SwiGLU: checks of FORMAT.md 5.2 to 5.4 and 5.13, and the division of work.
+// RMSNorm, AddRMSNorm, QKNorm, SwiGLU, GeGLU: checks of FORMAT.md 5.2 to 5.4, 5.13 and 5.14, and the division
+// of work.
 #include <algorithm>
 
 #include "cpu/isa.h"
@@ -100,12 +101,13 @@ struct QKNormOp {
     StoredInput stored_q_weight, stored_k_weight;
 };
 
-struct SwiGLUOp {
-    static constexpr const char* kName = "SwiGLU";
+template <Gating gating>
+struct GLUOp {
+    static constexpr const char* kName = gating == Gating::kSwiGLU ? "SwiGLU" : "GeGLU";
     static constexpr Port kInputs[] = {{"gate_up", kFloat}};
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
-    explicit SwiGLUOp(const NodeInfo&) {}
+    explicit GLUOp(const NodeInfo&) {}
 
     void compute(Context& context) const {
         const Tensor gate_up = context.input(0);
@@ -119,7 +121,7 @@ struct SwiGLUOp {
         float* y = context.output(0, {T, F});
         const Kernels& k = context.kernels;
         context.parallel_for(T, row_grain(F), [&](int64_t begin, int64_t end) {
-            k.swiglu(gate_up.as<float>(), F, y, begin, end);
+            k.glu(gating, gate_up.as<float>(), F, y, begin, end);
         });
     }
 };
@@ -127,7 +129,8 @@ struct SwiGLUOp {
 }  // namespace
 
 std::vector<const OrtCustomOp*> elementwise_ops() {
-    return {custom_op<RMSNormOp>(), custom_op<AddRMSNormOp>(), custom_op<QKNormOp>(), custom_op<SwiGLUOp>()};
+    return {custom_op<RMSNormOp>(), custom_op<AddRMSNormOp>(), custom_op<QKNormOp>(),
+            custom_op<GLUOp<Gating::kSwiGLU>>(), custom_op<GLUOp<Gating::kGeGLU>>()};
 }
 
 }  // namespace llmpack::ort

@@ -113,6 +113,14 @@ int64_t NodeInfo::size_attribute(const char* name) const {
                   (value < 1 ? "a positive number" : "at most " + std::to_string(kMaxSize)));
 }
 
+int64_t NodeInfo::size_attribute(const char* name, int64_t otherwise) const {
+    int64_t value = 0;
+    OrtStatus* missing = KernelInfoGetAttribute_int64(api_, info_, name, &value);
+    if (missing == nullptr) return size_attribute(name);
+    ReleaseStatus(api_, missing);
+    return otherwise;
+}
+
 void NodeInfo::expect_no_constant(size_t index) const {
     if (!constant_input(index)) return;
     throw OpError(std::string("input ") + inputs_[index].name +

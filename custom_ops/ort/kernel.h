@@ -94,6 +94,8 @@ class NodeInfo {
     float float_attribute(const char* name) const;
     // Throws OpError unless it is from 1 to kMaxSize.
     int64_t size_attribute(const char* name) const;
+    // The same, or `otherwise` where there is no such integer: what graphs of older versions lack.
+    int64_t size_attribute(const char* name, int64_t otherwise) const;
     // Throws OpError if input `index`, into which the operator writes, is an initializer: that is read-only,
     // or other nodes and later runs take it for a constant. Of an initializer that is an input of the graph
     // as well, or lies behind an Unsqueeze, ONNX Runtime says nothing: llmrun's graph_check.py refuses those.

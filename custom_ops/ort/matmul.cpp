@@ -1,7 +1,8 @@
 // MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4, the same joined with what follows them, EmbeddingQ8,
-// EmbeddingQ6: checks of FORMAT.md 4.3, 5.1, 5.10 and 5.12, and the division of work.
+// EmbeddingQ6: checks of FORMAT.md 4.3, 5.1, 5.10, 5.12 and 5.15, and the division of work.
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "ort/add_rms_norm.h"
@@ -21,9 +22,9 @@ int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
 }
 
 // A gated product's output tile comes of two tiles of the weight.
-int64_t out_features_attribute(const NodeInfo& node, bool gated) {
+int64_t out_features_attribute(const NodeInfo& node, Gating gating) {
     const int64_t N = node.size_attribute("out_features");
-    if (gated && N % (2 * kTileRows) != 0) {
+    if (gating != Gating::kNone && N % (2 * kTileRows) != 0) {
         throw OpError("attribute out_features is " + std::to_string(N) +
                       ", expected a multiple of 32: gate and up in whole tiles");
     }
@@ -31,33 +32,34 @@ int64_t out_features_attribute(const NodeInfo& node, bool gated) {
 }
 
 // A matrix class holds a product's weight. check: throws OpError unless x [M, K] and the weight go together;
-// run: y [M, N], or [M, N / 2] where SwiGLU follows, = the product.
+// run: y [M, N], or [M, N / 2] with a gating, = the product.
 template <WeightType type>
 class FloatMatrix {
   public:
     static constexpr Port kInputs[] = {{"x", kFloat},
                                        {"weight", type == WeightType::kF32 ? kFloat : kFloat16}};
 
-    FloatMatrix(const NodeInfo& node, bool gated)
-        : out_features(out_features_attribute(node, gated)), stored_weight_(node, 1) {}
+    FloatMatrix(const NodeInfo& node, Gating gating)
+        : out_features(out_features_attribute(node, gating)), stored_weight_(node, 1) {}
 
     FloatMatMul check(const Context& context) const {
         const Tensor x = context.input(0), weight = stored_weight_.of(context);
         x.expect_shape({kAnySize, kAnySize}, "[tokens, in_features]");
         const int64_t M = x.shape[0], K = x.shape[1], N = out_features;
         check_float(weight, N, K);
-        return {x.as<float>(), weight.data, nullptr, M, N, K, false, weight_fetch()};
+        return {x.as<float>(), weight.data, nullptr, M, N, K, Gating::kNone, weight_fetch()};
     }
 
-    template <bool gated>
+    template <Gating gating>
     void run(const Context& context, FloatMatMul args, float* y) const {
         if (args.M == 0) return;
         args.y = y;
-        args.gated = gated;
+        args.gating = gating;
         const int64_t tiles = (args.N + kTileRows - 1) / kTileRows;
         const int64_t bytes = args.K * kTileRows * (type == WeightType::kF32 ? 4 : 2);
         const Kernels& k = context.kernels;
-        context.parallel_for(gated ? tiles / 2 : tiles, tile_grain(gated ? 2 * bytes : bytes, args.M),
+        constexpr int64_t kTiles = gating == Gating::kNone ? 1 : 2;  // of the weight, for one of y
+        context.parallel_for(tiles / kTiles, tile_grain(kTiles * bytes, args.M),
                              [&](int64_t begin, int64_t end) { k.matmul_float(type, args, begin, end); });
     }
 
@@ -88,8 +90,8 @@ class QuantizedMatrix {
   public:
     static constexpr Port kInputs[] = {{"x", kFloat}, {"weight", kUInt8}, {"scales", kFloat16}};
 
-    QuantizedMatrix(const NodeInfo& node, bool gated)
-        : out_features(out_features_attribute(node, gated)),
+    QuantizedMatrix(const NodeInfo& node, Gating gating)
+        : out_features(out_features_attribute(node, gating)),
           group_size_(group_size_attribute(node)),
           stored_weight_(node, 1),
           stored_scales_(node, 2) {}
@@ -108,7 +110,7 @@ class QuantizedMatrix {
         return {x.as<float>(), weight.as<uint8_t>(), scales.as<uint16_t>(), M, K};
     }
 
-    template <bool gated>
+    template <Gating gating>
     void run(const Context& context, const QuantizedOperands& in, float* y) const {
         const int64_t M = in.M, K = in.K, N = out_features;
         if (M == 0) return;
@@ -126,9 +128,9 @@ class QuantizedMatrix {
         const int64_t blocks = (M + k.quantized_token_block - 1) / k.quantized_token_block;
         context.parallel_for(blocks, 4,
                              [&](int64_t begin, int64_t end) { k.quantize(in.x, activations, begin, end); });
-        const QuantizedMatMul args{&activations, in.weight, in.scales, y, N, gated, weight_fetch(), nullptr};
+        const QuantizedMatMul args{&activations, in.weight, in.scales, y, N, gating, weight_fetch(), nullptr};
         const int64_t bytes = K * kTileRows * kBits / 8;
-        if constexpr (gated) {
+        if constexpr (gating != Gating::kNone) {
             struct Scratch;
             const int64_t grain = tile_grain(2 * bytes, M);
             // For each place, before the loop, in which nothing may fail. In whole pairs of cache lines: no
@@ -157,103 +159,93 @@ class QuantizedMatrix {
     StoredInput stored_weight_, stored_scales_;
 };
 
-// A product by the storage of its weight: the operators of FORMAT.md 5.1, 5.10 and 5.12.
+// A product by the storage of its weight: the operators of FORMAT.md 5.1, 5.10, 5.12 and 5.15.
 template <WeightType type>
-struct Product;
+using Product = std::conditional_t<type == WeightType::kF32 || type == WeightType::kF16, FloatMatrix<type>,
+                                   QuantizedMatrix<type>>;
 
-template <>
-struct Product<WeightType::kF32> : FloatMatrix<WeightType::kF32> {
-    using FloatMatrix::FloatMatrix;
-    static constexpr const char *kName = "MatMulF32", *kGatedName = "MatMulF32SwiGLU",
-                                *kNormName = "MatMulF32AddRMSNorm",
-                                *kReducedNormName = "MatMulF32AllReduceAddRMSNorm";
-};
-
-template <>
-struct Product<WeightType::kF16> : FloatMatrix<WeightType::kF16> {
-    using FloatMatrix::FloatMatrix;
-    static constexpr const char *kName = "MatMulF16", *kGatedName = "MatMulF16SwiGLU",
-                                *kNormName = "MatMulF16AddRMSNorm",
-                                *kReducedNormName = "MatMulF16AllReduceAddRMSNorm";
-};
-
-template <>
-struct Product<WeightType::kQ8> : QuantizedMatrix<WeightType::kQ8> {
-    using QuantizedMatrix::QuantizedMatrix;
-    static constexpr const char *kName = "MatMulQ8", *kGatedName = "MatMulQ8SwiGLU",
-                                *kNormName = "MatMulQ8AddRMSNorm",
-                                *kReducedNormName = "MatMulQ8AllReduceAddRMSNorm";
-};
-
-template <>
-struct Product<WeightType::kQ6> : QuantizedMatrix<WeightType::kQ6> {  // of heads only, which nothing follows
-    using QuantizedMatrix::QuantizedMatrix;
-    static constexpr const char* kName = "MatMulQ6";
-};
-
-template <>
-struct Product<WeightType::kQ4> : QuantizedMatrix<WeightType::kQ4> {
-    using QuantizedMatrix::QuantizedMatrix;
-    static constexpr const char *kName = "MatMulQ4", *kGatedName = "MatMulQ4SwiGLU",
-                                *kNormName = "MatMulQ4AddRMSNorm",
-                                *kReducedNormName = "MatMulQ4AllReduceAddRMSNorm";
-};
-
-template <class Product, bool gated>
-constexpr const char* product_name() {
-    if constexpr (gated) {
-        return Product::kGatedName;
-    } else {
-        return Product::kName;
-    }
+template <WeightType type>
+constexpr auto& product_name() {
+    if constexpr (type == WeightType::kF32) return "MatMulF32";
+    if constexpr (type == WeightType::kF16) return "MatMulF16";
+    if constexpr (type == WeightType::kQ8) return "MatMulQ8";
+    if constexpr (type == WeightType::kQ6) return "MatMulQ6";  // of heads only, which nothing follows
+    if constexpr (type == WeightType::kQ4) return "MatMulQ4";
 }
 
-template <WeightType type, bool gated>
+template <size_t first_size, size_t second_size>
+constexpr std::array<char, first_size + second_size - 1> joined(const char (&first)[first_size],
+                                                                const char (&second)[second_size]) {
+    std::array<char, first_size + second_size - 1> text{};
+    for (size_t i = 0; i + 1 < first_size; i++) text[i] = first[i];
+    for (size_t i = 0; i < second_size; i++) text[first_size - 1 + i] = second[i];
+    return text;
+}
+
+template <Gating gating>
+constexpr auto& gating_name() {
+    if constexpr (gating == Gating::kNone) return "";
+    if constexpr (gating == Gating::kSwiGLU) return "SwiGLU";
+    if constexpr (gating == Gating::kGeGLU) return "GeGLU";
+}
+
+template <WeightType type, Gating gating>
 struct MatMulOp {
-    static constexpr const char* kName = product_name<Product<type>, gated>();
+    static constexpr auto kText = joined(product_name<type>(), gating_name<gating>());
+    static constexpr const char* kName = kText.data();
     static constexpr auto& kInputs = Product<type>::kInputs;
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
-    explicit MatMulOp(const NodeInfo& node) : product(node, gated) {}
+    explicit MatMulOp(const NodeInfo& node) : product(node, gating) {}
 
     void compute(Context& context) const {
         const auto operands = product.check(context);
-        const int64_t N = product.out_features;
-        product.template run<gated>(context, operands, context.output(0, {operands.M, gated ? N / 2 : N}));
+        const int64_t N = gating == Gating::kNone ? product.out_features : product.out_features / 2;
+        product.template run<gating>(context, operands, context.output(0, {operands.M, N}));
     }
 
     Product<type> product;
 };
 
-template <size_t count>
-constexpr std::array<Port, count + 2> with_norm(const Port (&inputs)[count]) {
-    std::array<Port, count + 2> all{};
+template <bool reduces, bool norms>
+constexpr auto& norm_name() {
+    if constexpr (reduces && norms) return "AllReduceRMSNormAddRMSNorm";
+    if constexpr (reduces && !norms) return "AllReduceAddRMSNorm";
+    if constexpr (!reduces && norms) return "RMSNormAddRMSNorm";
+    if constexpr (!reduces && !norms) return "AddRMSNorm";
+}
+
+template <bool norms, size_t count>
+constexpr auto with_norm(const Port (&inputs)[count]) {
+    std::array<Port, count + (norms ? 3 : 2)> all{};
     for (size_t i = 0; i < count; i++) all[i] = inputs[i];
-    all[count] = {"residual", kFloat};
-    all[count + 1] = {"norm_weight", kFloat};
+    if constexpr (norms) all[count] = {"x_weight", kFloat};
+    all[all.size() - 2] = {"residual", kFloat};
+    all[all.size() - 1] = {"norm_weight", kFloat};
     return all;
 }
 
-template <WeightType type, bool reduces>
+// norms: what is added to the residual is normalized before.
+template <WeightType type, bool reduces, bool norms>
 struct MatMulAddRMSNormOp {
-    static constexpr const char* kName = reduces ? Product<type>::kReducedNormName : Product<type>::kNormName;
-    static constexpr const char* kProfileName = Product<type>::kName;
-    static constexpr auto kInputs = with_norm(Product<type>::kInputs);
+    static constexpr auto kText = joined(product_name<type>(), norm_name<reduces, norms>());
+    static constexpr const char* kName = kText.data();
+    static constexpr const char* kProfileName = product_name<type>();
+    static constexpr auto kInputs = with_norm<norms>(Product<type>::kInputs);
     static constexpr Port kOutputs[] = {{"y", kFloat}, {"sum", kFloat}};
     static constexpr size_t kResidual = kInputs.size() - 2;
     static constexpr InPlace kInPlace[] = {{static_cast<int>(kResidual), 1}};
 
     explicit MatMulAddRMSNormOp(const NodeInfo& node)
-        : product(node, false),
-          norm(node, kResidual),
-          norm_time(
-              OpTime::named(profile_name(reduces ? "AllReduceAddRMSNorm" : "AddRMSNorm", node.name()))) {}
+        : product(node, Gating::kNone),
+          norm(node, kResidual, norms),
+          norm_time(OpTime::named(profile_name(norm_name<reduces, norms>(), node.name()))) {}
 
     void compute(Context& context) const {
         const auto operands = product.check(context);
         const int64_t M = operands.M, N = product.out_features;
         norm.run(context, M, N, [&](float* y) {
-            product.template run<false>(context, operands, y);
+            product.template run<Gating::kNone>(context, operands, y);
             context.profile.go_on_as(norm_time);
             if constexpr (reduces) call_collective([&] { all_reduce(y, y, M * N); });
             return y;
@@ -299,8 +291,11 @@ struct EmbeddingOp {
 template <WeightType type>
 void add_products(std::vector<const OrtCustomOp*>& ops) {
     for (const OrtCustomOp* op :
-         {custom_op<MatMulOp<type, false>>(), custom_op<MatMulOp<type, true>>(),
-          custom_op<MatMulAddRMSNormOp<type, false>>(), custom_op<MatMulAddRMSNormOp<type, true>>()}) {
+         {custom_op<MatMulOp<type, Gating::kNone>>(), custom_op<MatMulOp<type, Gating::kSwiGLU>>(),
+          custom_op<MatMulOp<type, Gating::kGeGLU>>(), custom_op<MatMulAddRMSNormOp<type, false, false>>(),
+          custom_op<MatMulAddRMSNormOp<type, false, true>>(),
+          custom_op<MatMulAddRMSNormOp<type, true, false>>(),
+          custom_op<MatMulAddRMSNormOp<type, true, true>>()}) {
         ops.push_back(op);
     }
 }
@@ -308,7 +303,7 @@ void add_products(std::vector<const OrtCustomOp*>& ops) {
 }  // namespace
 
 std::vector<const OrtCustomOp*> matmul_ops() {
-    std::vector<const OrtCustomOp*> ops{custom_op<MatMulOp<WeightType::kQ6, false>>(),
+    std::vector<const OrtCustomOp*> ops{custom_op<MatMulOp<WeightType::kQ6, Gating::kNone>>(),
                                         custom_op<EmbeddingOp<WeightType::kQ8>>(),
                                         custom_op<EmbeddingOp<WeightType::kQ6>>()};
     add_products<WeightType::kF32>(ops);

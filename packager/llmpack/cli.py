@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-seq-len",
         metavar="N",
         type=int,
-        help="longest sequence (default: what max_position_embeddings, YaRN's factor and sliding_window make it)",
+        help="longest sequence (default: max_position_embeddings, or what YaRN's factor makes of it)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print bytes and memory of each rank, and pack nothing")
     parser.add_argument(

@@ -14,7 +14,7 @@ from llmpack.model_reader import Reader, read_json
 from llmpack.rope_reader import read_rope
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig
 
-_WINDOW = 4096  # sliding_window where config.json does not say it
+_WINDOW, _MAX_WINDOW_LAYERS = 4096, 28  # sliding_window and max_window_layers where config.json does not say them
 # Keys that change what a model computes when they differ from these values; everything else in config.json is ignored.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
@@ -92,6 +92,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     if head_dim > _MAX_HEAD_DIM:
         raise IncompatibleError(f"{path}: head_dim {head_dim}; llmpack packs heads of up to {_MAX_HEAD_DIM}.")
     max_position_embeddings = reader.size("max_position_embeddings", family.max_position_embeddings)
+    sliding_window, layer_types = _read_windows(reader, family, num_hidden_layers)
     return ModelConfig(
         architecture=family.architecture,
         hidden_size=hidden_size,
@@ -108,7 +109,8 @@ def read_config(model_dir: Path) -> ModelConfig:
         mlp_bias=family.has_mlp_bias and reader.flag("mlp_bias"),
         rope=read_rope(reader, family, head_dim, max_position_embeddings),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        sliding_window=_read_window(reader, family, num_hidden_layers),
+        sliding_window=sliding_window,
+        layer_types=layer_types,
         no_rope_layers=_read_no_rope_layers(reader, num_hidden_layers) if family.has_no_rope_layers else None,
         **({key: reader.positive(key, 1.0) for key in _MULTIPLIERS} if family.has_multipliers else {}),
     )
@@ -140,8 +142,8 @@ def _check_hybrid(reader: Reader) -> None:
         raise IncompatibleError(f"{reader.path}: layer_types is missing; supported: 'attention' for every layer.")
 
 
-def _read_window(reader: Reader, family: Family, num_hidden_layers: int) -> int | None:
-    """Return how many positions some layer looks back, its own among them; None: every layer to the first."""
+def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
+    """Return how many positions a token sees at most where attention slides, and each layer's kind; None: all, and all slide."""
     raw, path = reader.raw, reader.path
     by_layer = family.window == "by layer" and reader.flag("use_sliding_window")
     kinds = ("full_attention", *(["sliding_attention"] * by_layer), *(["attention"] * family.is_hybrid))
@@ -156,9 +158,20 @@ def _read_window(reader: Reader, family: Family, num_hidden_layers: int) -> int 
     if family.window == "none" and window is not None and raw.get("use_sliding_window") is not False:
         raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
     has_window = window is not None or ("sliding_window" not in raw and family.has_window)  # null is none
-    first = raw.get("max_window_layers", 28)  # the layer from which on they slide, where layer_types does not say it
-    slides = has_window and not (type(first) is int and first >= num_hidden_layers)
-    is_used = by_layer and ("sliding_attention" in layer_types if layer_types else slides)
     if family.window == "all layers":
-        is_used = has_window
-    return reader.size("sliding_window", _WINDOW) if is_used else None
+        return (reader.size("sliding_window", _WINDOW), None) if has_window else (None, None)
+    if by_layer and not layer_types:
+        first = raw.get("max_window_layers")  # the layer from which on they slide
+        first = _MAX_WINDOW_LAYERS if first is None else first
+        if type(first) is not int or first < 0:
+            raise IntegrityError(
+                f"{path}: max_window_layers is {first!r}; expected an integer of at least 0.", code="E310"
+            )
+        kind_of = ("full_attention", "sliding_attention" if has_window else "full_attention")
+        layer_types = [kind_of[i >= first] for i in range(num_hidden_layers)]
+    if "sliding_attention" not in layer_types:
+        return None, None
+    if len(layer_types) != num_hidden_layers:
+        found = f"layer_types has {len(layer_types)} entries"
+        raise IntegrityError(f"{path}: {found}; expected one for each of {num_hidden_layers} layers.", code="E310")
+    return reader.size("sliding_window", _WINDOW), tuple(layer_types)

@@ -26,6 +26,7 @@ from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
 # Cast up to 19 and Unsqueeze up to 13, and an operator of a newer version would stay on the CPU.
 OPSET = 20
 IR_VERSION = 10
+MAX_SIZE = (1 << 31) - 1  # of an attribute; as a window it hides nothing
 STEP_INPUTS = {
     "input_ids": ["T"],
     "positions": ["T"],
@@ -182,9 +183,10 @@ class _Graph:
     def attention(self, layer: int, heads: list[str], cos_sin: str, caches: list[str]) -> str:
         name = f"model.layers.{layer}.self_attn.attention"
         inputs = [*heads, cos_sin, *caches, "slot_mapping", "query_start", "seq_lens", "block_table"]
-        num_heads, num_kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        scale = attention_scale(self.config, layer)
-        return self.op("PagedAttention", name, inputs, num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale)
+        config = self.config
+        attributes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
+        attributes["window"] = min(config.window_of(layer) or MAX_SIZE, MAX_SIZE)
+        return self.op("PagedAttention", name, inputs, scale=attention_scale(config, layer), **attributes)
 
     def finish(self) -> onnx.ModelProto:
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", self.config.vocab_size])

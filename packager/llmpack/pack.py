@@ -161,8 +161,6 @@ def _decide(
         quantization = choose_group_size(config, quantization, options.shards)
     check_split(config, quantization, options.shards, is_default=is_default)
     limit, what = longest_sequence(config)
-    if limit < config.max_position_embeddings:
-        notes.append(f"max_position_embeddings {config.max_position_embeddings}: sequences end at {what}")
     max_seq_len = limit if options.max_seq_len is None else options.max_seq_len
     if not 1 <= max_seq_len <= limit:
         raise UsageError(f"--max-seq-len {max_seq_len}: expected 1 to {what}.")

@@ -126,14 +126,11 @@ def rotation_scale(config: ModelConfig) -> np.ndarray | None:
 
 
 def longest_sequence(config: ModelConfig) -> tuple[int, str]:
-    """Return how many positions the model can tell apart and see, and which of its numbers says so."""
+    """Return how many positions the model can tell apart, and which of its numbers says so."""
     limit, what = config.max_position_embeddings, f"max_position_embeddings {config.max_position_embeddings}"
     rope = config.rope
     if rope["rope_type"] == "yarn":  # Qwen's instructions add it and leave max_position_embeddings as it was
         stretched = int(min(rope["original_max_position_embeddings"] * rope["factor"], _MAX_POSITIONS))
         if stretched > limit:
             limit, what = stretched, f"{stretched}, YaRN's factor times original_max_position_embeddings"
-    window = config.sliding_window
-    if window is not None and window < limit:  # up to there a token sees all before it
-        limit, what = window, f"sliding_window {window}: llmpack packs no windows, and up to there there is none"
     return limit, what

@@ -200,6 +200,7 @@ def forward(
                 attended, _, _ = reference.paged_attention(
                     qkv, cos_sin if config.rotates(i) else identity, empty, empty, **sequences,
                     num_heads=num_heads, num_kv_heads=num_kv_heads, scale=attention_scale(config, i),
+                    window=config.window_of(i),
                 )  # fmt: skip
             if not np.isfinite(attended).all():
                 advice = "--kv-dtype f32 can hold more" if kv_dtype == "float16" else _TOO_LARGE

@@ -22,8 +22,8 @@ from llmrun.strict_json import parse_json
 FORMAT_NAME = "llmpack"
 FORMAT_VERSION = (1, 0)
 OPS_DOMAIN = "ai.llmpack"
-OPS_VERSION = 5
-READABLE_OPS_VERSIONS = (2, 3, 4, OPS_VERSION)  # the library has all that the older ones have
+OPS_VERSION = 6
+READABLE_OPS_VERSIONS = (2, 3, 4, 5, OPS_VERSION)  # the library has all that the older ones have
 MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 64 << 20
 ROW_TILE = 16  # output features side by side in a weight tile (FORMAT 4.3)
@@ -47,11 +47,12 @@ class ModelConfig:
 
     Attributes:
         attention_bias: of q, k and v, and of o but in Qwen 2.
-        sliding_window: positions that some layer looks back, never less than max_seq_len; None: all.
+        sliding_window: positions that a token sees at most, its own among them, in layers of sliding attention; None: all.
         embedding_multiplier: of the embedding's rows.
         residual_multiplier: of what attention and MLP add to the residual stream.
         attention_multiplier: of a query's product with a key; None: 1 / sqrt(head_dim).
         logits_scaling: what logits are divided by.
+        layer_types: of each layer, "sliding_attention" or "full_attention"; None: the former, if there is a sliding_window.
         no_rope_layers: of each layer, 1 if q and k are rotated and 0 if not, as transformers has it; None: all are.
     """
 
@@ -77,6 +78,7 @@ class ModelConfig:
     attention_multiplier: float | None = field(default_factory=lambda: None)
     logits_scaling: float = field(default_factory=lambda: 1.0)
     no_rope_layers: tuple[int, ...] | None = field(default_factory=lambda: None)
+    layer_types: tuple[str, ...] | None = field(default_factory=lambda: None)
 
     @property
     def has_output_bias(self) -> bool:
@@ -87,6 +89,11 @@ class ModelConfig:
     def has_qk_norm(self) -> bool:
         """Whether every head of q and of k is normalised before it is rotated."""
         return self.architecture == "Qwen3ForCausalLM"
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many positions a token sees at most in a layer, its own among them; None: all."""
+        slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if slides else None
 
     def rotates(self, layer: int) -> bool:
         """Whether q and k of a layer are rotated by their positions."""
@@ -337,8 +344,6 @@ def _check_numbers(manifest: Manifest, refuse: Callable[[str], typing.NoReturn])
     expected = (model.num_hidden_layers, heads, model.head_dim)
     if (cache.num_layers, cache.num_kv_heads_per_rank, cache.head_dim) != expected:
         refuse("kv_cache is not that of model and shards")
-    if model.sliding_window is not None and manifest.max_seq_len > model.sliding_window:
-        refuse(f"max_seq_len is {manifest.max_seq_len}, expected at most sliding_window {model.sliding_window}")
     for entry in manifest.ranks:
         if min(entry.weight_bytes, entry.weight_bytes_per_token, *entry.weight_bytes_by_role.values()) < 0:
             refuse("a rank's weight_bytes is negative")

@@ -224,7 +224,7 @@ def _swiglu(gate_up: Array) -> Array:
 
 
 def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[str, Any]) -> Array:
-    """5.5 of one whole sequence: each token sees itself and what is before it."""
+    """5.5 of one whole sequence: each token sees itself and what is before it, within the window."""
     num_heads, num_kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
     dim = cos_sin.shape[1]
     half = dim // 2
@@ -238,7 +238,8 @@ def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[st
         for x in stored
     )
     scores = np.einsum("qhd,khd->hqk", rotated[:, :num_heads], keys) * sizes["scale"]
-    scores += np.where(np.tri(len(qkv)), 0, -np.inf)
+    sees = np.tri(len(qkv)) - np.tri(len(qkv), k=-min(sizes["window"], len(qkv)))
+    scores += np.where(sees, 0, -np.inf)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     return np.einsum("hqk,khd->qhd", shares, values).reshape(len(qkv), num_heads * dim)

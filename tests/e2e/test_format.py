@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "partly-rotated": PARTLY_ROTATED,
     "multiplied": HYBRID_GRANITE,
     "not-all-rotated": SMOLLM,
+    "a-window": {"model_type": "mistral", "sliding_window": 2},
 }
 # The largest difference from the checkpoint, of its largest weight.
 ERRORS = {"f32": 0, "f16": 2**-11, "q8": 0.51 / 127, "q4": 0.13}

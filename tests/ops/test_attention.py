@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llmpack_ops import reference
 from llmrun.job_options import ISAS
 
+ALL = 2**31 - 1  # a window that hides nothing
 FILL = 7.0  # what untouched cache slots hold: a wrong read shows
 
 
@@ -39,6 +40,7 @@ class World:
     dtype: type = np.float32
     num_blocks: int = 0
     seed: int = 0
+    window: int = ALL
     qkv: list[np.ndarray] = field(init=False)
     cos_sin: np.ndarray = field(init=False)
 
@@ -78,7 +80,8 @@ class World:
         }
 
     def attributes(self) -> dict[str, float]:
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "scale": float(self.head_dim**-0.5)}
+        sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "window": self.window}
+        return {**sizes, "scale": float(self.head_dim**-0.5)}
 
     def run(self, inputs: dict[str, np.ndarray], threads: int = 1) -> np.ndarray:
         """Runs the operator on this world's caches, bound so that it changes them in place."""
@@ -153,11 +156,36 @@ def test_block_sizes(isa: str, block_size: int) -> None:
     check(world, world.step([(0, 149, 150)]))
 
 
+@pytest.mark.parametrize("window", [1, 5, 16, 63, 64, 65, 130, 150], ids=str)
+@pytest.mark.parametrize("heads", ["MHA", "MQA", "wide_GQA"])
+def test_windows(isa: str, heads: str, window: int) -> None:
+    """Smaller and larger than a group of 16 positions, a stretch of 64, a tile's tokens, and the sequence."""
+    sequences = [Sequence(150, [9, 2, 4, 0, 8, 1, 7, 3, 6, 5]), Sequence(70, [10, 14, 12, 11, 13])]
+    world = World(*HEADS[heads], 32, 16, sequences, np.float16, window=window)
+    check(world, world.step([(0, 0, 149), (1, 0, 30)]), threads=2)
+    check(world, world.step([(0, 149, 150), (1, 30, 70)]))
+
+
+@pytest.mark.parametrize("number", [np.inf, np.nan])
+@pytest.mark.parametrize("window", [1, 17, 64, 80])
+def test_nothing_before_the_window_is_seen(isa: str, window: int, number: float) -> None:
+    """Nor multiplied by zero: neither by a token alone nor by those beside which others still see it."""
+    world = World(4, 2, 32, 16, [Sequence(200, list(range(13)))], window=window)
+    (clean,) = World(4, 2, 32, 16, world.sequences, window=window).whole()
+    world.qkv[0][70, 4 * 32 :] = number
+    (out,) = world.whole()
+    np.testing.assert_array_equal(
+        np.delete(out, range(70, 70 + window), 0), np.delete(clean, range(70, 70 + window), 0)
+    )
+    assert not np.isfinite(out[70 : 70 + window]).any()
+
+
+@pytest.mark.parametrize("window", [33, ALL])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 60])
-def test_chunks_give_the_bits_of_the_whole(isa: str, chunk: int, dtype: type) -> None:
+def test_chunks_give_the_bits_of_the_whole(isa: str, chunk: int, dtype: type, window: int) -> None:
     def make() -> World:
-        return World(8, 2, 32, 16, [Sequence(133, [7, 1, 3, 0, 2, 6, 5, 8, 4])], dtype)
+        return World(8, 2, 32, 16, [Sequence(133, [7, 1, 3, 0, 2, 6, 5, 8, 4])], dtype, window=window)
 
     whole, pieces = make(), make()
     (expected,) = whole.whole()
@@ -306,13 +334,14 @@ def test_an_infinite_value_reaches_later_tokens_only(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize(("heads", "head_dim"), [((16, 2), 64), ((6, 6), 48), ((3, 1), 18), ((80, 1), 64)])
+@pytest.mark.parametrize("window", [20, ALL])
 def test_one_token_at_a_time_gives_the_bits_of_the_whole(
-    isa: str, heads: tuple[int, int], head_dim: int, dtype: type
+    isa: str, window: int, heads: tuple[int, int], head_dim: int, dtype: type
 ) -> None:
     """Across several tiles of tokens and stretches of positions, some of the heads in one tile and some in several."""
 
     def make() -> World:
-        return World(*heads, head_dim, 16, [Sequence(100, [6, 0, 5, 1, 4, 2, 3])], dtype)
+        return World(*heads, head_dim, 16, [Sequence(100, [6, 0, 5, 1, 4, 2, 3])], dtype, window=window)
 
     whole, pieces = make(), make()
     expected = check(whole, whole.step([(0, 0, 100)]), threads=2)
@@ -340,6 +369,7 @@ def test_any_schedule(isa: str, data: st.DataObject) -> None:
         sequences,
         data.draw(st.sampled_from([np.float32, np.float16])),
         num_blocks=30,
+        window=data.draw(st.sampled_from([ALL, 1, 20, 64])),
     )
     done = [0] * len(sequences)
     while any(d < s.length for d, s in zip(done, sequences, strict=True)):

@@ -1,4 +1,4 @@
-"""RMSNorm, AddRMSNorm, QKNorm and SwiGLU against float64 (FORMAT.md 5.2 to 5.4, 5.13)."""
+"""RMSNorm, AddRMSNorm, QKNorm, SwiGLU and GeGLU against float64 (FORMAT.md 5.2 to 5.4, 5.13, 5.14)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def qk_norm(x: np.ndarray, q: np.ndarray, k: np.ndarray, heads: int, kv_heads: i
     return Node("QKNorm", inputs, initializers=("q_weight", "k_weight"), attributes=sizes).run(threads)[0]
 
 
-def swiglu(gate_up: np.ndarray, threads: int = 1) -> np.ndarray:
-    return Node("SwiGLU", {"gate_up": gate_up}).run(threads)[0]
+def glu(op: str, gate_up: np.ndarray, threads: int = 1) -> np.ndarray:
+    return Node(op, {"gate_up": gate_up}).run(threads)[0]
+
+
+GLU = {"SwiGLU": reference.swiglu, "GeGLU": reference.geglu}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -81,29 +84,46 @@ def test_rms_norm_of_zeros_is_zero(isa: str) -> None:
     assert not rms_norm(np.zeros((2, 33), np.float32), np.ones(33, np.float32)).any()
 
 
+@pytest.mark.parametrize("op", GLU)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_swiglu(isa: str, tokens: int, size: int) -> None:
-    gate_up = random_x(tokens, 2 * size) * 4
-    assert_close(swiglu(gate_up), reference.swiglu(gate_up), TOLERANCES["swiglu"])
+def test_glu(isa: str, tokens: int, size: int, op: str) -> None:
+    gate_up = random_x(tokens, 2 * size)
+    y, exact = glu(op, gate_up), GLU[op](gate_up)
+    assert y.dtype == np.float32
+    # Of a gate far below 0, gelu's tails cancel in float64 too: both are nearly 0.
+    np.testing.assert_allclose(y, exact, rtol=TOLERANCES["swiglu"] * 4, atol=1e-7)
 
 
-def test_swiglu_of_every_size_of_gate(isa: str) -> None:
+def test_geglu_is_that_of_torch(isa: str) -> None:
+    torch = pytest.importorskip("torch")
+    gate_up = random_x(4, 600) * 3
+    gate, up = (torch.from_numpy(part.astype(np.float64)) for part in np.split(gate_up, 2, axis=1))
+    exact = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    np.testing.assert_allclose(glu("GeGLU", gate_up), exact.numpy(), rtol=TOLERANCES["swiglu"] * 4, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", GLU)
+def test_glu_of_every_size_of_gate(isa: str, op: str) -> None:
     gates = np.concatenate([np.linspace(-200, 200, 40001), [-88.8, -87.0, 0.0, -0.0, 88.8, 3e38, -3e38, 1e-40]])
     gate_up = np.stack([gates, np.ones_like(gates)]).T.astype(np.float32).reshape(-1, 2)
-    y = swiglu(gate_up)
-    np.testing.assert_allclose(y, reference.swiglu(gate_up), rtol=TOLERANCES["swiglu"], atol=1e-35)
+    y = glu(op, gate_up)
+    with np.errstate(over="ignore"):
+        exact = GLU[op](gate_up)
+    atol = 1e-35 if op == "SwiGLU" else 1e-6
+    np.testing.assert_allclose(y, exact, rtol=TOLERANCES["swiglu"], atol=atol)
 
 
+@pytest.mark.parametrize("op", GLU)
 @pytest.mark.parametrize("column", [0, 16, 40])
-def test_nan_stays_in_its_token(isa: str, column: int) -> None:
+def test_nan_stays_in_its_token(isa: str, column: int, op: str) -> None:
     x, weight = random_x(4, 41), np.ones(41, np.float32)
     gate_up = random_x(4, 82)
     x[2, column] = gate_up[2, column] = np.nan
     y, total = add_rms_norm(x, np.ones_like(x), weight)
     assert np.isnan(y[2]).all()
     assert np.isnan(total[2]).sum() == 1
-    gated = swiglu(gate_up)
+    gated = glu(op, gate_up)
     assert np.isnan(gated[2, column])
     assert np.isnan(gated).sum() == 1
     assert np.isfinite(np.delete(y, 2, 0)).all()
@@ -125,5 +145,6 @@ def test_threads_and_batch_give_the_same_bits(isa: str, tokens: int, size: int) 
     np.testing.assert_array_equal(qk_norm(heads, q, k, 2, 1, 1), qk_norm(heads, q, k, 2, 1, 2))
     np.testing.assert_array_equal(qk_norm(heads, q, k, 2, 1)[-1:], qk_norm(heads[-1:], q, k, 2, 1))
     gate_up = random_x(tokens, 2 * size)
-    np.testing.assert_array_equal(swiglu(gate_up, 1), swiglu(gate_up, 2))
-    np.testing.assert_array_equal(swiglu(gate_up)[-1:], swiglu(gate_up[-1:]))
+    for op in GLU:
+        np.testing.assert_array_equal(glu(op, gate_up, 1), glu(op, gate_up, 2))
+        np.testing.assert_array_equal(glu(op, gate_up)[-1:], glu(op, gate_up[-1:]))

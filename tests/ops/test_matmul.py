@@ -1,6 +1,6 @@
 """MatMulF32, MatMulF16, MatMulQ8, MatMulQ6, MatMulQ4 against float64 (FORMAT.md 4.3, 5.1), and what is joined with them.
 
-SwiGLU (5.10) and AddRMSNorm (5.12); with AllReduce they need ranks: collectives_ranks.py.
+SwiGLU or GeGLU (5.10), AddRMSNorm (5.12) and the norm before that (5.15); with AllReduce they need ranks: collectives_ranks.py.
 """
 
 from __future__ import annotations
@@ -218,13 +218,15 @@ def test_nan_in_x_reaches_every_output_of_its_token(isa: str, scheme: str, bad: 
 
 
 def assert_gated_alike(projection: Projection, x: np.ndarray, threads: int = 1) -> None:
-    """The product and then SwiGLU, each compared with float64 elsewhere, say what both together give, to the bit."""
-    product = projection.node(x)
-    (expected,) = Node("SwiGLU", {"gate_up": product.run()[0]}).run()
-    product.op += "SwiGLU"
-    (y,) = product.run(threads)
-    assert y.shape == (len(x), len(projection.weight) // 2)
-    np.testing.assert_array_equal(y, expected)
+    """The product and then SwiGLU or GeGLU, each compared with float64 elsewhere, say what both give, to the bit."""
+    (gate_up,) = projection.node(x).run()
+    for op in ("SwiGLU", "GeGLU"):
+        (expected,) = Node(op, {"gate_up": gate_up}).run()
+        together = projection.node(x)
+        together.op += op
+        (y,) = together.run(threads)
+        assert y.shape == (len(x), len(projection.weight) // 2)
+        np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("scheme", JOINED)
@@ -241,17 +243,23 @@ def test_gated_products_of_any_number_of_rows(isa: str, scheme: str, N: int, M: 
     assert_gated_alike(random_projection(scheme, N, 640, 64), random_x(M, 640), threads)
 
 
-def assert_normed_alike(projection: Projection, x: np.ndarray, threads: int = 1) -> None:
-    """The product and then AddRMSNorm, each compared with float64 elsewhere, say what both together give, to the bit."""
+def assert_normed_alike(projection: Projection, x: np.ndarray, threads: int = 1, *, norms: bool) -> None:
+    """The product and then AddRMSNorm, each compared with float64 elsewhere, say what both together give, to the bit.
+
+    `norms`: RMSNorm is between the two.
+    """
     product, M, N = projection.node(x), len(x), len(projection.weight)
     residual, norm_weight, epsilon = random_x(M, N, 2), random_x(1, N, 3)[0], {"epsilon": 1e-5}
-    inputs = {"x": product.run()[0], "residual": residual, "weight": norm_weight}
+    (added,), x_weight = product.run(), {"x_weight": random_x(1, N, 4)[0]} if norms else {}
+    if norms:
+        (added,) = Node("RMSNorm", {"x": added, "weight": x_weight["x_weight"]}, attributes=epsilon).run()
+    inputs = {"x": added, "residual": residual, "weight": norm_weight}
     expected = Node("AddRMSNorm", inputs, ("y", "sum"), attributes=epsilon).run()
     together = Node(
-        f"{product.op}AddRMSNorm",
-        {**product.inputs, "residual": residual, "norm_weight": norm_weight},
+        f"{product.op}{'RMSNorm' * norms}AddRMSNorm",
+        {**product.inputs, **x_weight, "residual": residual, "norm_weight": norm_weight},
         ("y", "sum"),
-        (*product.initializers, "norm_weight"),
+        (*product.initializers, *x_weight, "norm_weight"),
         {**projection.attributes, **epsilon},
     )
     for got, wanted in zip(together.run(threads), expected, strict=True):
@@ -262,8 +270,9 @@ def assert_normed_alike(projection: Projection, x: np.ndarray, threads: int = 1)
 @pytest.mark.parametrize("scheme", JOINED)
 @pytest.mark.parametrize("M", [0, 1, 3, 20])
 @pytest.mark.parametrize(("N", "threads"), [(40, 1), (96, 2)], ids=["odd_tail", "two_threads"])
-def test_products_with_a_norm(isa: str, scheme: str, M: int, N: int, threads: int) -> None:
-    assert_normed_alike(random_projection(scheme, N, 192, 64), random_x(M, 192), threads)
+@pytest.mark.parametrize("norms", [False, True], ids=["", "norms_before_adding"])
+def test_products_with_a_norm(isa: str, scheme: str, M: int, N: int, threads: int, norms: bool) -> None:
+    assert_normed_alike(random_projection(scheme, N, 192, 64), random_x(M, 192), threads, norms=norms)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

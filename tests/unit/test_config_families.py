@@ -3,6 +3,7 @@
 import pytest
 from config_files import BASE, HYBRID, read
 
+from llmrun.errors import IntegrityError
 from models import MULTIPLIERS
 
 
@@ -57,9 +58,17 @@ def test_a_deep_llama_has_no_window(tmp_path):
     assert read(tmp_path, num_hidden_layers=80).sliding_window is None
 
 
-def test_layers_that_are_not_counted_all_have_the_window(tmp_path):
-    said = {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": None}
-    assert read(tmp_path, model_type="qwen2", num_key_value_heads=4, **said).sliding_window == 100
+@pytest.mark.parametrize("first", ["0", -1, 1.5, True])
+def test_layers_that_slide_are_counted(tmp_path, first):
+    said = {"use_sliding_window": True, "max_window_layers": first}
+    with pytest.raises(IntegrityError, match="max_window_layers is .*; expected an integer of at least 0"):
+        read(tmp_path, model_type="qwen2", num_key_value_heads=4, **said)
+
+
+def test_every_layer_has_a_kind(tmp_path):
+    said = {"use_sliding_window": True, "num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2}
+    with pytest.raises(IntegrityError, match="layer_types has 2 entries; expected one for each of 3 layers"):
+        read(tmp_path, model_type="qwen2", num_key_value_heads=4, **said)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +92,22 @@ def test_layers_that_are_not_counted_all_have_the_window(tmp_path):
             "max_window_layers": 1,
             "layer_types": ["sliding_attention"],
         },
+        {
+            **{"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 100, "num_hidden_layers": 3},
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        {"model_type": "qwen3", "use_sliding_window": True, "num_hidden_layers": 3, "max_window_layers": 2},
+        {"model_type": "phi3", "sliding_window": 100, "pad_token_id": 0},
+        {"model_type": "phi3", "pad_token_id": 0},
     ],
 )
-def test_a_window_is_that_of_transformers_where_a_layer_has_one(tmp_path, changes):
+def test_windows_are_those_of_transformers_layer_by_layer(tmp_path, changes):
     from transformers import AutoConfig
 
-    ours = read(tmp_path, num_key_value_heads=4, **changes).sliding_window
+    ours = read(tmp_path, num_key_value_heads=4, **changes)
     theirs = AutoConfig.from_pretrained(tmp_path)
-    has_layer = theirs.model_type == "mistral" or "sliding_attention" in theirs.layer_types
-    assert ours == (theirs.sliding_window if has_layer else None)
+    kinds = ["sliding_attention"] * ours.num_hidden_layers
+    if theirs.model_type not in ("mistral", "phi3"):
+        kinds = theirs.layer_types
+    for i, kind in enumerate(kinds):
+        assert ours.window_of(i) == (theirs.sliding_window if kind == "sliding_attention" else None)

@@ -178,19 +178,6 @@ def test_bad_options_are_one_sentence_and_exit_2(tmp_path, arguments, words):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_window_ends_sequences_and_says_so(tmp_path):
-    from models import make_checkpoint
-
-    folder = make_checkpoint(tmp_path / "m", model_type="mistral", sliding_window=100)
-    result = run(folder, "--dry-run")
-    assert "max_seq_len 100\n" in result.stdout
-    assert "note: max_position_embeddings 128: sequences end at sliding_window 100: " in result.stdout
-    refused = run(folder, "--dry-run", "--max-seq-len", "101")
-    assert refused.returncode == 2
-    assert "--max-seq-len 101: expected 1 to sliding_window 100: " in refused.stderr
-    assert run(folder, "--dry-run", "--max-seq-len", "100").returncode == 0
-
-
 def test_a_name_of_any_bytes_is_one_sentence(tmp_path):
     for arguments in (
         [DEMO, "-o", os.fsencode(tmp_path) + b"/caf\xe9"],
