@@ -55,6 +55,23 @@ SMOLLM: dict[str, Any] = {
 }
 
 
+# Of the kind of Gemma 3: two layers of four slide, and rotate by angles of their own.
+GEMMA: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "head_dim": 64,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 40,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "pad_token_id": 0,
+}
+
+
 def demo_with_template(folder: Path, chat_template: str) -> Path:
     """Copy the demo checkpoint with another chat template; return the folder."""
     shutil.copytree(DEMO, folder)
@@ -77,7 +94,7 @@ def make_checkpoint(
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
             elif "norm" in name:
-                parameter.normal_(1, 0.1)
+                parameter.normal_(0 if model_type.startswith("gemma") else 1, 0.1)
             else:
                 parameter.normal_(0, 0.08)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -6,18 +6,20 @@ In: a model directory. Out: `ModelConfig`, in which every default is filled in a
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmpack.families import FAMILIES, Family
 from llmpack.model_reader import Reader, read_json
-from llmpack.rope_reader import read_rope
+from llmpack.rope_reader import read_ropes
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig
 
 _WINDOW, _MAX_WINDOW_LAYERS = 4096, 28  # sliding_window and max_window_layers where config.json does not say them
 # Keys that change what a model computes when they differ from these values; everything else in config.json is ignored.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "logit_scale": (1.0, None),
@@ -25,6 +27,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False, None),
     "is_encoder_decoder": (False, None),
     "is_causal": (True, None),
+    "use_bidirectional_attention": (False, None),
 }
 # The same of these, but in Granite, where each is 1 by default.
 _MULTIPLIERS: dict[str, tuple[Any, ...]] = {
@@ -46,16 +49,20 @@ def read_config(model_dir: Path) -> ModelConfig:
     """
     path = model_dir / "config.json"
     raw = read_json(path)
-    reader = Reader(raw, path)
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         supported = ", ".join(map(repr, FAMILIES))
         raise IncompatibleError(f"{path}: model_type is {model_type!r}; llmpack packs {supported}.")
-    architectures = raw.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
-        raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs {[family.architecture]}.")
-    for key, allowed in (_MUST_BE if family.has_multipliers else {**_MUST_BE, **_MULTIPLIERS}).items():
+    known = [family.stored_as or family.architecture]
+    architectures = raw.get("architectures") or known
+    if architectures != known:
+        raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs {known}.")
+    raw = _part(raw, path, family)
+    reader = Reader(raw, path)
+    act_key, act = family.activation
+    must_be = {act_key: (act, None), **_MUST_BE, **({} if family.has_multipliers else _MULTIPLIERS)}
+    for key, allowed in must_be.items():
         if raw.get(key) not in allowed:
             raise IncompatibleError(
                 f"{path}: {key} is {raw[key]!r}, which is not supported; supported: {allowed[0]!r}."
@@ -70,9 +77,9 @@ def read_config(model_dir: Path) -> ModelConfig:
     if family.is_hybrid:
         _check_hybrid(reader)
 
-    hidden_size = reader.size("hidden_size")
-    num_hidden_layers = reader.size("num_hidden_layers")
-    num_attention_heads = reader.size("num_attention_heads")
+    hidden_size = reader.size("hidden_size", family.sizes.get("hidden_size"))
+    num_hidden_layers = reader.size("num_hidden_layers", family.sizes.get("num_hidden_layers"))
+    num_attention_heads = reader.size("num_attention_heads", family.sizes.get("num_attention_heads"))
     is_given = "num_key_value_heads" in raw  # null means num_attention_heads
     kv_default = num_attention_heads if is_given else family.num_key_value_heads or num_attention_heads
     num_key_value_heads = reader.size("num_key_value_heads", kv_default)
@@ -92,28 +99,69 @@ def read_config(model_dir: Path) -> ModelConfig:
     if head_dim > _MAX_HEAD_DIM:
         raise IncompatibleError(f"{path}: head_dim {head_dim}; llmpack packs heads of up to {_MAX_HEAD_DIM}.")
     max_position_embeddings = reader.size("max_position_embeddings", family.max_position_embeddings)
+    intermediate = "shared_intermediate_size" if family.is_hybrid else "intermediate_size"
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     sliding_window, layer_types = _read_windows(reader, family, num_hidden_layers)
+    rope, rope_local = read_ropes(reader, family, head_dim, max_position_embeddings)
     return ModelConfig(
         architecture=family.architecture,
         hidden_size=hidden_size,
-        intermediate_size=reader.size("shared_intermediate_size" if family.is_hybrid else "intermediate_size"),
+        intermediate_size=reader.size(intermediate, family.sizes.get("intermediate_size")),
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         head_dim=head_dim,
-        vocab_size=reader.size("vocab_size"),
+        vocab_size=reader.size("vocab_size", family.sizes.get("vocab_size")),
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=reader.positive("rms_norm_eps", family.rms_norm_eps),
         tie_word_embeddings=reader.flag("tie_word_embeddings", default=family.tie_word_embeddings),
         attention_bias=reader.flag("attention_bias") if family.attention_bias is None else family.attention_bias,
         mlp_bias=family.has_mlp_bias and reader.flag("mlp_bias"),
-        rope=read_rope(reader, family, head_dim, max_position_embeddings),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        rope=rope,
+        rope_local=rope_local,
+        dtype=dtype,
         sliding_window=sliding_window,
         layer_types=layer_types,
         no_rope_layers=_read_no_rope_layers(reader, num_hidden_layers) if family.has_no_rope_layers else None,
-        **({key: reader.positive(key, 1.0) for key in _MULTIPLIERS} if family.has_multipliers else {}),
+        **_read_multipliers(reader, family, hidden_size, dtype),
     )
+
+
+def _part(raw: dict[str, Any], path: Path, family: Family) -> dict[str, Any]:
+    """Return what is about the language model, and of the rest what holds for all of a model's parts."""
+    if family.part is None:
+        return raw
+    part = raw.get(family.part)
+    if not isinstance(part, dict):
+        raise IntegrityError(f"{path}: {family.part} is {part!r:.60}; expected an object.", code="E310")
+    if FAMILIES.get(part.get("model_type", "gemma3_text")) is not FAMILIES["gemma3_text"]:
+        raise IncompatibleError(
+            f"{path}: {family.part}.model_type is {part['model_type']!r:.60}; supported: 'gemma3_text'."
+        )
+    common = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+    return {**{key: raw[key] for key in common if key in raw}, **part}
+
+
+def _read_multipliers(reader: Reader, family: Family, hidden_size: int, dtype: str) -> dict[str, float]:
+    """Return those of ModelConfig: Granite's own, and what Gemma's code multiplies by without saying so."""
+    if family.has_multipliers:
+        return {key: reader.positive(key, 1.0) for key in _MULTIPLIERS}
+    if family.architecture != "Gemma3ForCausalLM":
+        return {}
+    scalar = reader.positive("query_pre_attn_scalar", family.sizes["query_pre_attn_scalar"])
+    return {
+        "embedding_multiplier": _rounded(math.sqrt(hidden_size), dtype),
+        "attention_multiplier": 1 / math.sqrt(scalar),
+    }
+
+
+def _rounded(number: float, dtype: str) -> float:
+    """Round to a type of PyTorch's: the model was trained with the rounded number."""
+    if dtype == "bfloat16":
+        bits = int(np.float32(number).view(np.uint32))
+        bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
+        return float(np.uint32(bits).view(np.float32))
+    return float(np.float16(number) if dtype == "float16" else np.float32(number))
 
 
 def _read_no_rope_layers(reader: Reader, num_hidden_layers: int) -> tuple[int, ...] | None:
@@ -143,9 +191,9 @@ def _check_hybrid(reader: Reader) -> None:
 
 
 def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tuple[int | None, tuple[str, ...] | None]:
-    """Return how many positions a token sees at most where attention slides, and each layer's kind; None: all, and all slide."""
+    """Return sliding_window and layer_types of ModelConfig."""
     raw, path = reader.raw, reader.path
-    by_layer = family.window == "by layer" and reader.flag("use_sliding_window")
+    by_layer = family.window == "by layer" and (family.has_local_rope or reader.flag("use_sliding_window"))
     kinds = ("full_attention", *(["sliding_attention"] * by_layer), *(["attention"] * family.is_hybrid))
     layer_types = raw.get("layer_types") or []
     supported = f"supported: {' and '.join(map(repr, kinds))} only"
@@ -160,7 +208,10 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
     has_window = window is not None or ("sliding_window" not in raw and family.has_window)  # null is none
     if family.window == "all layers":
         return (reader.size("sliding_window", _WINDOW), None) if has_window else (None, None)
-    if by_layer and not layer_types:
+    if family.has_local_rope and not layer_types:
+        pattern = reader.size("sliding_window_pattern", 6)
+        layer_types = [kinds[(i + 1) % pattern != 0] for i in range(num_hidden_layers)]
+    elif by_layer and not layer_types:
         first = raw.get("max_window_layers")  # the layer from which on they slide
         first = _MAX_WINDOW_LAYERS if first is None else first
         if type(first) is not int or first < 0:
@@ -174,4 +225,6 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
     if len(layer_types) != num_hidden_layers:
         found = f"layer_types has {len(layer_types)} entries"
         raise IntegrityError(f"{path}: {found}; expected one for each of {num_hidden_layers} layers.", code="E310")
+    if not has_window:
+        raise IntegrityError(f"{path}: sliding_window is null; expected the window of layers that slide.", code="E310")
     return reader.size("sliding_window", _WINDOW), tuple(layer_types)

@@ -2,11 +2,11 @@
 
 In: a ModelConfig. Out: an ONNX model whose weights are graph inputs named as in the checkpoint. It knows nothing of ranks,
 quantization or layouts: each projection is one `Linear (x [T, in_features], weight [out_features, in_features]) ->
-[T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` take their
-operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
+[T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` or `GeGLU` take
+their operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
 
-The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py, modeling_smollm3.py and
-modeling_granite.py, the last one's rearranged as in multipliers.py.
+The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py, modeling_smollm3.py,
+modeling_gemma3.py and modeling_granite.py, the last one's rearranged as in multipliers.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from llmpack.multipliers import embedding_scale, logit_scale, norm_epsilon
-from llmpack.rope import attention_scale, rope_frequencies, rotation_scale
+from llmpack.rope import attention_scale, of_layer, rope_frequencies, rotation_scale
 from llmpack.weights import source_shape
 from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
 
@@ -54,6 +54,7 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
     tables = graph.rope_tables()
     kv_heads = config.num_key_value_heads  # of all ranks
     spec = KvCacheSpec(kv_dtype, block_size, config.num_hidden_layers, kv_heads, config.head_dim)
+    act = {"silu": "SwiGLU", "gelu_pytorch_tanh": "GeGLU"}[config.activation]
     residual = None
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
@@ -66,13 +67,19 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
         heads = [q, k, v]
         if config.has_qk_norm:
             heads = [graph.qk_norm(f"{layer}.self_attn", heads)]
-        attention = graph.attention(i, heads, tables[config.rotates(i)], caches)
+        attention = graph.attention(i, heads, tables[graph.table_of(i)], caches)
         hidden = graph.linear(f"{layer}.self_attn.o_proj", attention, config.has_output_bias)
-        normed, residual = graph.norm(f"{layer}.post_attention_layernorm", hidden, residual)
+        before_mlp = "post_attention_layernorm"
+        if config.has_post_norms:
+            hidden, _ = graph.norm(f"{layer}.post_attention_layernorm", hidden, None)
+            before_mlp = "pre_feedforward_layernorm"
+        normed, residual = graph.norm(f"{layer}.{before_mlp}", hidden, residual)
         gate, up = (graph.linear(f"{layer}.mlp.{p}", normed, config.mlp_bias) for p in ("gate_proj", "up_proj"))
         hidden = graph.linear(
-            f"{layer}.mlp.down_proj", graph.op("SwiGLU", f"{layer}.mlp.act_fn", [gate, up]), config.mlp_bias
+            f"{layer}.mlp.down_proj", graph.op(act, f"{layer}.mlp.act_fn", [gate, up]), config.mlp_bias
         )
+        if config.has_post_norms:
+            hidden, _ = graph.norm(f"{layer}.post_feedforward_layernorm", hidden, None)
     normed, _ = graph.norm("model.norm", hidden, residual)
     chosen = graph.standard("Gather", "model.logit_rows", [normed, "logit_rows"], axis=0)
     graph.linear("lm_head", graph.times("model.logit_rows", chosen, logit_scale(config)), False, output="logits")
@@ -128,20 +135,25 @@ class _Graph:
         factor = self.constant(f"{name}.scale", np.array([[scale]], np.float32))
         return self.standard("Mul", f"{name}.scaled", [x, factor])
 
-    def rope_tables(self) -> dict[bool, str]:
-        """Cos and sin of every token's angles, [T, head_dim], once per step for all layers; by whether these rotate."""
+    def table_of(self, layer: int) -> str:
+        """Return the key of a layer's table: layers that do not rotate share one, and those that slide may have their own."""
+        if not self.config.rotates(layer):
+            return "identity"
+        return "local" if self.config.rope_local is not None and self.config.slides(layer) else ""
+
+    def rope_tables(self) -> dict[str, str]:
+        """Cos and sin of every token's angles, [T, head_dim], once per step for all layers of one `table_of`."""
         name = "model.rotary_emb"
         axis = self.constant(f"{name}.axis", np.array([1], np.int64))
         positions = self.standard("Cast", f"{name}.positions", ["positions"], to=TensorProto.FLOAT)
         column = self.standard("Unsqueeze", f"{name}.column", [positions, axis])
-        frequencies = rope_frequencies(self.config)
-        tables: dict[bool, str] = {}
-        for rotates in sorted({self.config.rotates(i) for i in range(self.config.num_hidden_layers)}):
-            part = name if rotates else f"{name}.identity"
-            cos_sin = tables[rotates] = self._cos_sin(part, column, frequencies if rotates else frequencies * 0)
-            if rotates and (scale := rotation_scale(self.config)) is not None:
-                factors = self.constant(f"{name}.scale", scale[None, :])
-                tables[rotates] = self.standard("Mul", f"{name}.scaled", [cos_sin, factors])
+        tables: dict[str, str] = {}
+        for key, layer in {self.table_of(i): i for i in range(self.config.num_hidden_layers)}.items():
+            config, part = of_layer(self.config, layer), f"{name}.{key}".rstrip(".")
+            cos_sin = tables[key] = self._cos_sin(part, column, rope_frequencies(config) * (key != "identity"))
+            if key != "identity" and (scale := rotation_scale(config)) is not None:
+                factors = self.constant(f"{part}.scale", scale[None, :])
+                tables[key] = self.standard("Mul", f"{part}.scaled", [cos_sin, factors])
         return tables
 
     def _cos_sin(self, name: str, positions: str, frequencies: np.ndarray) -> str:

@@ -3,12 +3,15 @@
 From transformers' configuration_*.py and modeling_*.py: Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2
 has biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may rotate a part of each head alone; Granite
 multiplies the embedding, what is added to the residual stream, attention's products and the logits by numbers of its own;
-SmolLM 3 rotates nothing in every fourth layer.
+SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles where attention slides, normalises what is added
+to the residual stream, has gelu in place of silu, and stores a norm's weight less 1. Its checkpoints that see images are packed
+without what sees.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -17,15 +20,20 @@ class Family:
     """What a `model_type` stands for; the numbers are those of a config.json that lacks them.
 
     Attributes:
+        sizes: others of config.json, which most families have to say.
         num_key_value_heads: None: as many as num_attention_heads.
         attention_bias: None: config.json says it.
         has_mlp_bias: whether config.json may say it.
+        activation: the key of config.json, and what it must say.
         window: which layers of attention may look back no further than a window.
         has_window: whether there is one where config.json does not say it.
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
         original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
         has_multipliers: whether config.json may say the four of Granite.
         has_no_rope_layers: whether config.json may say, or leave to transformers' rule, which layers do not rotate.
+        has_local_rope: whether layers that slide rotate by settings of their own; by default every sixth does not slide.
+        stored_as: the architecture that config.json names, where it holds more than `architecture`.
+        part: the member of config.json that is about the language model; None: all of it is.
         is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
 
@@ -45,8 +53,28 @@ class Family:
     has_multipliers: bool = False
     has_no_rope_layers: bool = False
     is_hybrid: bool = False
+    has_local_rope: bool = False
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    stored_as: str | None = None
+    part: str | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
+_GEMMA3 = Family(
+    "Gemma3ForCausalLM",
+    131072,
+    num_key_value_heads=4,
+    head_dim=256,
+    tie_word_embeddings=True,
+    rope_theta=1000000.0,
+    window="by layer",
+    has_local_rope=True,
+    activation=("hidden_activation", "gelu_pytorch_tanh"),
+    sizes={
+        **{"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8},
+        **{"vocab_size": 262208, "query_pre_attn_scalar": 256},
+    },
+)
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", 2048, has_mlp_bias=True),
     "mistral": Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="all layers"),
@@ -73,4 +101,6 @@ FAMILIES = {
     ),
     "granite": Family("GraniteForCausalLM", 2048, has_mlp_bias=True, has_multipliers=True),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),
+    "gemma3_text": _GEMMA3,
+    "gemma3": dataclasses.replace(_GEMMA3, stored_as="Gemma3ForConditionalGeneration", part="text_config"),
 }

@@ -26,13 +26,13 @@ from llmpack.kernel_plan import KernelSpec, plan_kernels
 from llmpack.options import Options
 from llmpack.rope import for_sequences, longest_sequence
 from llmpack.selfcheck import PackedRank, selfcheck
+from llmpack.sources import Place, resolve_sources, sees_images
 from llmpack.split import split
 from llmpack.store import write_weights
 from llmpack.tokenizer_files import TokenizerFiles, read_tokenizer
 from llmpack.weights import (
     EMBEDDING,
     HEAD,
-    Place,
     Quantization,
     RankWeight,
     check_options,
@@ -40,7 +40,6 @@ from llmpack.weights import (
     choose_group_size,
     heads_per_rank,
     plan_rank,
-    resolve_sources,
 )
 from llmpack.write import Staging
 from llmrun.artifact import (
@@ -150,6 +149,8 @@ def _decide(
     except IntegrityError as error:
         raise IntegrityError(f"{model_dir}: {error}", code=error.code) from None
     notes = list(checkpoint.notes)
+    if sees_images(config, checkpoint.tensors):
+        notes.append("text alone: what sees images in this model is left out")
     tied = places[f"{EMBEDDING}.weight"].tensor, places[f"{HEAD}.weight"].tensor
     if config.tie_word_embeddings and not checkpoint.are_equal(*tied):
         config = dataclasses.replace(config, tie_word_embeddings=False)

@@ -61,7 +61,7 @@ def summarise(
     """Return the figures of an artifact; all sizes in bytes."""
     hidden, vocab = config.hidden_size, config.vocab_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = hidden * (2 * query + 2 * key_value + 3 * config.intermediate_size + 2)
+    layer = hidden * (2 * query + 2 * key_value + 3 * config.intermediate_size + (4 if config.has_post_norms else 2))
     layer += 2 * config.head_dim * config.has_qk_norm
     layer += (query + 2 * key_value) * config.attention_bias + hidden * config.has_output_bias
     layer += (2 * config.intermediate_size + hidden) * config.mlp_bias

@@ -16,6 +16,16 @@ from llmrun.artifact import IncompatibleError, ModelConfig
 _MAX_POSITIONS = (1 << 31) - 1  # int32 in the graph
 
 
+def of_layer(config: ModelConfig, layer: int) -> ModelConfig:
+    """Return the configuration whose `rope` is that of a layer."""
+    local = config.rope_local
+    return (
+        config
+        if local is None or not config.slides(layer)
+        else dataclasses.replace(config, rope=local, rope_local=None)
+    )
+
+
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Return the angle per position of each pair: [head_dim / 2], float32; 0 of those that are not rotated.
 
@@ -103,7 +113,7 @@ def for_sequences(config: ModelConfig, max_seq_len: int) -> tuple[ModelConfig, s
 def attention_scale(config: ModelConfig, layer: int) -> float:
     """Return what a query's product with a key is multiplied by; YaRN's or LongRoPE's factor is of both, if all is rotated."""
     is_whole = rotary_dim(config) == config.head_dim and config.rotates(layer)
-    factor = config.rope.get("attention_factor", 1.0) if is_whole else 1.0
+    factor = of_layer(config, layer).rope.get("attention_factor", 1.0) if is_whole else 1.0
     multiplier = config.attention_multiplier or 1 / math.sqrt(config.head_dim)
     return factor * factor * multiplier
 

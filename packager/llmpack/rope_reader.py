@@ -21,7 +21,33 @@ _ROPE_NUMBERS = {
     "yarn": ("factor", _OUTSIDE),
     "longrope": (_OUTSIDE,),
 }
+_ALL, _SLIDING = "full_attention", "sliding_attention"  # kinds of layers
+_LOCAL_THETA = 10000.0  # rope_local_base_freq where config.json does not say it
 _OLD_LONGROPE = ("su", "yarn")  # what Phi 3 called it
+
+
+def read_ropes(
+    reader: Reader, family: Family, head_dim: int, max_position_embeddings: int
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return what `read_rope` does for layers that see all, and for those that slide; None: they have the same.
+
+    Gemma 3 has `rope_scaling` and `rope_theta` for the former and `rope_local_base_freq` for the latter, or `rope_parameters`
+    for each kind of layer.
+    """
+    if not family.has_local_rope:
+        return read_rope(reader, family, head_dim, max_position_embeddings), None
+    raw = reader.raw
+    by_kind = {} if raw.get("rope_parameters") is None else raw["rope_parameters"]
+    if not isinstance(by_kind, dict) or not set(by_kind) <= {_ALL, _SLIDING}:
+        raise IncompatibleError(
+            f"{reader.path}: rope_parameters is {by_kind!r:.100}; expected an object for {_ALL}, and one for {_SLIDING}."
+        )
+    local_theta = reader.positive("rope_local_base_freq", _LOCAL_THETA)
+    own = ({"rope_parameters": by_kind.get(_ALL)}, {"rope_parameters": by_kind.get(_SLIDING), "rope_scaling": None})
+    of_all, of_sliding = (Reader({**raw, **settings}, reader.path, reader.prefix) for settings in own)
+    of_sliding.raw["rope_theta"] = local_theta
+    rope, local = (read_rope(r, family, head_dim, max_position_embeddings) for r in (of_all, of_sliding))
+    return rope, local
 
 
 def read_rope(reader: Reader, family: Family, head_dim: int, max_position_embeddings: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from llmpack.layout import untile_nibbles, untile_rows, untile_six_bits
 from llmpack.native import VECTORS, packed_product
-from llmpack.rope import attention_scale, rope_frequencies, rotation_scale
+from llmpack.rope import attention_scale, of_layer, rope_frequencies, rotation_scale
 from llmpack.weights import EMBEDDING, HEAD, Initializer, RankWeight, heads_per_rank
 from llmpack_ops import reference
 from llmrun.artifact import LARGEST_LOGIT, ROW_TILE, IncompatibleError, InternalError, ModelConfig
@@ -153,11 +153,6 @@ def forward(
     num_tokens, num_sequences = len(ids), 1 + has_rounded
     num_heads, num_kv_heads = heads_per_rank(config, len(ranks))
     positions = np.tile(np.arange(num_tokens), num_sequences)
-    angles = positions[:, None] * rope_frequencies(config).astype(np.float64)
-    cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    if (scale := rotation_scale(config)) is not None:
-        cos_sin *= scale
-    identity = np.repeat([[1.0, 0.0]], config.head_dim // 2, axis=1).repeat(len(positions), axis=0)
     empty = np.zeros((num_sequences, num_tokens, num_kv_heads, config.head_dim), kv_dtype)
     sequences = {
         "slot_mapping": np.arange(num_sequences * num_tokens),
@@ -183,13 +178,11 @@ def forward(
         y = product(rank, name, x)
         return y + rank.vector(name, is_bias=True) if has_bias else y
 
-    def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return x + y * config.residual_multiplier
-
+    gate = {"silu": reference.swiglu, "gelu_pytorch_tanh": reference.geglu}[config.activation]
     x = np.tile(ranks[0].embedding(ids), (num_sequences, 1)) * config.embedding_multiplier
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
-        normed = norm(f"{layer}.input_layernorm", x)
+        normed, total = norm(f"{layer}.input_layernorm", x), np.zeros_like(x)
         for rank in ranks:
             qkv = project(rank, f"{layer}.self_attn.qkv_proj", normed, has_bias=config.attention_bias)
             if config.has_qk_norm:
@@ -198,7 +191,7 @@ def forward(
                 qkv = reference.qk_norm(qkv, *weights, **sizes)
             with np.errstate(over="ignore", invalid="ignore"):
                 attended, _, _ = reference.paged_attention(
-                    qkv, cos_sin if config.rotates(i) else identity, empty, empty, **sequences,
+                    qkv, _cos_sin(config, i, positions), empty, empty, **sequences,
                     num_heads=num_heads, num_kv_heads=num_kv_heads, scale=attention_scale(config, i),
                     window=config.window_of(i),
                 )  # fmt: skip
@@ -207,18 +200,32 @@ def forward(
                 raise IncompatibleError(
                     f"{layer}.self_attn: its keys or values are beyond {kv_dtype}'s range; {advice}."
                 )
-            x = add(x, product(rank, f"{layer}.self_attn.o_proj", attended))
+            total = total + product(rank, f"{layer}.self_attn.o_proj", attended)
         if config.has_output_bias:
-            x = add(x, ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True))
-        normed = norm(f"{layer}.post_attention_layernorm", x)
+            total = total + ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True)
+        if config.has_post_norms:
+            total = norm(f"{layer}.post_attention_layernorm", total)
+        x, total = x + total * config.residual_multiplier, np.zeros_like(x)
+        normed = norm(f"{layer}.{'pre_feedforward' if config.has_post_norms else 'post_attention'}_layernorm", x)
         for rank in ranks:
             gate_up = project(rank, f"{layer}.mlp.gate_up_proj", normed, has_bias=config.mlp_bias)
-            x = add(x, product(rank, f"{layer}.mlp.down_proj", reference.swiglu(gate_up)))
+            total = total + product(rank, f"{layer}.mlp.down_proj", gate(gate_up))
         if config.mlp_bias:
-            x = add(x, ranks[0].vector(f"{layer}.mlp.down_proj", is_bias=True))
+            total = total + ranks[0].vector(f"{layer}.mlp.down_proj", is_bias=True)
+        if config.has_post_norms:
+            total = norm(f"{layer}.post_feedforward_layernorm", total)
+        x = x + total * config.residual_multiplier
     normed = norm("model.norm", x)
     logits = np.concatenate([product(rank, HEAD, normed) for rank in ranks], axis=1)[:, : config.vocab_size]
     return logits / config.logits_scaling
+
+
+def _cos_sin(config: ModelConfig, layer: int, positions: np.ndarray) -> np.ndarray:
+    """Return a layer's table for positions [T]: [T, head_dim]."""
+    config = of_layer(config, layer)
+    angles = positions[:, None] * rope_frequencies(config).astype(np.float64) * config.rotates(layer)
+    scale = rotation_scale(config) if config.rotates(layer) else None
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * (1 if scale is None else scale)
 
 
 def round_activations(x: np.ndarray, group_size: int) -> np.ndarray:

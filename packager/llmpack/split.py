@@ -177,7 +177,7 @@ class _Passes:
                 width = node.attrs["out_features"]
             elif node.op == "PagedAttention":
                 width = num_heads * head_dim
-            elif node.op == "SwiGLU":
+            elif node.op in ("SwiGLU", "GeGLU"):
                 width //= 2
             elif node.name == "/model/embed_tokens":
                 width = hidden

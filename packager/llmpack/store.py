@@ -18,7 +18,8 @@ import numpy as np
 
 from llmpack.checkpoint import Checkpoint
 from llmpack.native import NotFiniteError, pack_rows
-from llmpack.weights import Block, Place, RankWeight, num_bytes
+from llmpack.sources import Place
+from llmpack.weights import Block, RankWeight, num_bytes
 from llmpack.write import Staging
 from llmrun.artifact import ROW_TILE, IncompatibleError, InternalError
 
@@ -158,7 +159,7 @@ class _Worker:
     def _plain_rows(self, run: _Run) -> np.ndarray:
         rows = np.concatenate([self.checkpoint.read(name, b.rows, b.columns) for name, b in self._pieces(run)])
         if run.weight.storage == "f32":
-            return rows.astype(np.float32)
+            return rows.astype(np.float32) + np.float32(run.weight.row.offset)
         with np.errstate(over="ignore"):
             rows = rows.astype(np.float16, copy=False)
         if not np.isfinite(rows).all():

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from llmpack.rope import order_of_features
-from llmrun.artifact import ROW_TILE, WEIGHT_ALIGNMENT, IntegrityError, ModelConfig, UsageError
+from llmrun.artifact import ROW_TILE, WEIGHT_ALIGNMENT, ModelConfig, UsageError
 
 Split = Literal["column", "row", "vocab", "replicated"]
 Role = Literal["linear", "head", "embedding", "norm", "bias"]
@@ -28,17 +28,6 @@ SCHEMES = ("f32", "f16", "q8", "q4")
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
 _MAX_SHARDS = 64
-# Tensors of other names than in a Llama, and the sources that each holds.
-_TENSORS = {
-    "Phi3ForCausalLM": (
-        ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
-        ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
-    ),
-    "GraniteMoeHybridForCausalLM": (
-        ("shared_mlp.input_linear", ("gate_proj", "up_proj")),
-        ("shared_mlp.output_linear", ("down_proj",)),
-    ),
-}
 QUANTIZED = ("q8", "q6", "q4")  # storages with scales
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -72,6 +61,7 @@ class WeightRow:
     sources: tuple[str, ...]
     split: Split
     role: Role
+    offset: float = 0.0  # added to each value
 
 
 @dataclass(frozen=True)
@@ -86,14 +76,6 @@ class Block:
     def num_rows(self) -> int:
         """Rows of the rectangle."""
         return self.rows.stop - self.rows.start
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a source is in the checkpoint: in rows of a tensor, from the first one on."""
-
-    tensor: str
-    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +110,7 @@ class RankWeight:
 
 def weight_rows(config: ModelConfig) -> list[WeightRow]:
     """Return the table of all weights, in the order of the forward pass."""
+    offset = 1.0 if config.architecture == "Gemma3ForCausalLM" else 0.0  # it stores what norms multiply by, less 1
     rows = [WeightRow(EMBEDDING, (f"{EMBEDDING}.weight",), "replicated", "embedding")]
 
     def projection(name: str, sources: str, split: Split, has_bias: bool) -> None:
@@ -140,7 +123,7 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
             rows.append(WeightRow(name, tuple(f"{root}.bias" for root in roots), bias_split, "bias"))
 
     def norm(name: str) -> None:
-        rows.append(WeightRow(name, (f"{name}.weight",), "replicated", "norm"))
+        rows.append(WeightRow(name, (f"{name}.weight",), "replicated", "norm", offset))
 
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
@@ -151,8 +134,12 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
             norm(f"{layer}.self_attn.k_norm")
         projection(f"{layer}.self_attn.o_proj", "o_proj", "row", config.has_output_bias)
         norm(f"{layer}.post_attention_layernorm")
+        if config.has_post_norms:
+            norm(f"{layer}.pre_feedforward_layernorm")
         projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
         projection(f"{layer}.mlp.down_proj", "down_proj", "row", config.mlp_bias)
+        if config.has_post_norms:
+            norm(f"{layer}.post_feedforward_layernorm")
     norm("model.norm")
     rows.append(WeightRow(HEAD, (f"{HEAD}.weight",), "vocab", "head"))
     return rows
@@ -177,70 +164,6 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
         "k_norm": (config.head_dim,),
     }.get(root.rpartition(".")[2], (hidden,))
     return out_in if kind == "weight" else out_in[:1]
-
-
-def _renamed(config: ModelConfig, source: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return the tensor of another name that holds a source, and all sources in it, in order; None: one of its own."""
-    root, _, kind = source.rpartition(".")
-    parent, _, name = root.rpartition(".")
-    for tensor, parts in _TENSORS.get(config.architecture, ()):
-        if name in parts:
-            folder = parent.rpartition(".")[0]
-            return f"{folder}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts)
-    return None
-
-
-def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> dict[str, Place]:
-    """Match the table with the tensors of a checkpoint.
-
-    Args:
-        config: the architecture.
-        found: tensor name -> shape.
-
-    Returns:
-        source name in the table -> where it is read: in the tensor of that name but for tied embeddings stored once, and in
-        families that store some in one tensor (q, k and v; gate and up), or under another name.
-
-    Raises:
-        IntegrityError: a tensor is missing, has another shape, or is unknown (all are listed).
-    """
-    if config.num_hidden_layers > len(found):  # before a table of that many layers is made
-        raise IntegrityError(
-            f"config.json has num_hidden_layers {config.num_hidden_layers}, but the files hold only {len(found)} tensors.",
-            code="E313",
-        )
-    shapes: dict[str, tuple[int, ...]] = {}  # of the tensors
-    places: dict[str, Place] = {}
-    for source in (source for row in weight_rows(config) for source in row.sources):
-        shape = source_shape(config, source)
-        tensor, parts = _renamed(config, source) or (source, (source,))
-        before = [source_shape(config, part)[0] for part in parts[: parts.index(source)]]
-        places[source] = Place(tensor, sum(before))
-        shapes[tensor] = (sum(before) + shape[0], *shape[1:])  # the last part's is the whole
-    names = {tensor: tensor for tensor in shapes}
-    if config.tie_word_embeddings:
-        pair = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
-        present = [name for name in pair if name in found]
-        names.update({name: present[0] for name in pair if present and name not in found})
-    missing = sorted({name for name in names.values() if name not in found})
-    # Older checkpoints carry RoPE's frequencies, which follow from the configuration.
-    unknown = sorted(n for n in found if n not in shapes and not n.endswith(".rotary_emb.inv_freq"))
-    if missing or unknown:
-        raise IntegrityError(
-            f"the tensors do not fit config.json; missing: {_listed(missing)}; not known to a model of this configuration:"
-            f" {_listed(unknown)}.",
-            code="E313",
-        )
-    for tensor, name in names.items():
-        if found[name] != shapes[tensor]:
-            raise IntegrityError(
-                f"{name}: shape {list(found[name])}, but config.json asks for {list(shapes[tensor])}.", code="E313"
-            )
-    return {source: Place(names[place.tensor], place.first_row) for source, place in places.items()}
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
 
 
 def choose_group_size(config: ModelConfig, quantization: Quantization, shards: int) -> Quantization:

@@ -24,13 +24,19 @@ _WITH_WEIGHTS = ("MatMulF32", "MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4", "
 _JOINED = (
     f"MatMul{storage}{following}"
     for storage in ("F32", "F16", "Q8", "Q4")
-    for following in ("SwiGLU", "AddRMSNorm", "AllReduceAddRMSNorm")
+    for following in (
+        *("SwiGLU", "GeGLU", "AddRMSNorm", "AllReduceAddRMSNorm"),
+        *("RMSNormAddRMSNorm", "AllReduceRMSNormAddRMSNorm"),
+    )
 )
-_ON_GPUS = ("MatMulF16F32", "MatMulQ8F32", "MatMulQ6F32", "MatMulQ4F32", "EmbeddingF16", "RMSNormF16", "TopK")
+_ON_GPUS = (
+    *("MatMulF16F32", "MatMulQ8F32", "MatMulQ6F32", "MatMulQ4F32", "EmbeddingF16", "RMSNormF16", "TopK"),
+    *("RMSNormAddRMSNorm", "AllReduceRMSNormAddRMSNorm"),
+)
 _OPERATORS = {
     OPS_DOMAIN: {
         *(*_WITH_WEIGHTS, *_JOINED, *_ON_GPUS),
-        *("RMSNorm", "AddRMSNorm", "SwiGLU", "QKNorm", "PagedAttention"),
+        *("RMSNorm", "AddRMSNorm", "SwiGLU", "GeGLU", "QKNorm", "PagedAttention"),
         *("AllReduce", "AllReduceAddRMSNorm", "AllGather"),
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},

@@ -53,6 +53,7 @@ class ModelConfig:
         attention_multiplier: of a query's product with a key; None: 1 / sqrt(head_dim).
         logits_scaling: what logits are divided by.
         layer_types: of each layer, "sliding_attention" or "full_attention"; None: the former, if there is a sliding_window.
+        rope_local: what layers of sliding attention have in place of `rope`; None: that.
         no_rope_layers: of each layer, 1 if q and k are rotated and 0 if not, as transformers has it; None: all are.
     """
 
@@ -79,6 +80,7 @@ class ModelConfig:
     logits_scaling: float = field(default_factory=lambda: 1.0)
     no_rope_layers: tuple[int, ...] | None = field(default_factory=lambda: None)
     layer_types: tuple[str, ...] | None = field(default_factory=lambda: None)
+    rope_local: dict[str, Any] | None = field(default_factory=lambda: None)
 
     @property
     def has_output_bias(self) -> bool:
@@ -88,12 +90,25 @@ class ModelConfig:
     @property
     def has_qk_norm(self) -> bool:
         """Whether every head of q and of k is normalised before it is rotated."""
-        return self.architecture == "Qwen3ForCausalLM"
+        return self.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether what attention and MLP add to the residual stream is normalised before."""
+        return self.architecture == "Gemma3ForCausalLM"
+
+    @property
+    def activation(self) -> str:
+        """What the gate of an MLP goes through, as Hugging Face names it: "silu" or "gelu_pytorch_tanh"."""
+        return "gelu_pytorch_tanh" if self.architecture == "Gemma3ForCausalLM" else "silu"
 
     def window_of(self, layer: int) -> int | None:
         """Return how many positions a token sees at most in a layer, its own among them; None: all."""
-        slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
-        return self.sliding_window if slides else None
+        return self.sliding_window if self.slides(layer) else None
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer's attention is of the kind that has a window, if there is one."""
+        return self.layer_types is None or self.layer_types[layer] == "sliding_attention"
 
     def rotates(self, layer: int) -> bool:
         """Whether q and k of a layer are rotated by their positions."""

@@ -25,7 +25,7 @@ CHUNK_BYTES = 67_108_864
 LEVELS = np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56], np.float64)
 # A joined operator is called after its parts, in order (5.10 to 5.12).
 PART = re.compile(
-    r"MatMul(?:F32|F16|Q8|Q6|Q4)|Embedding(?:Q8|Q6)|AddRMSNorm|RMSNorm|QKNorm|SwiGLU|AllReduce|AllGather|PagedAttention"
+    r"MatMul(?:F32|F16|Q8|Q6|Q4)|Embedding(?:Q8|Q6)|AddRMSNorm|RMSNorm|QKNorm|SwiGLU|GeGLU|AllReduce|AllGather|PagedAttention"
 )
 
 
@@ -184,8 +184,8 @@ def _run(
                     name.pop(0)  # the scales, which are in the matrix
             is_product = part.startswith("MatMul")
             x = [y @ w.T if is_product else w[y] for y, w in zip(x, matrices, strict=True)]
-        elif part == "SwiGLU":
-            x = [_swiglu(y) for y in x]
+        elif part in ("SwiGLU", "GeGLU"):
+            x = [_glu(y, part) for y in x]
         elif part == "QKNorm":
             x = [_qk_norm(y, known[n[0]], known[n[1]], sizes) for y, known, n in zip(x, values, names, strict=True)]
         elif part == "PagedAttention":
@@ -218,8 +218,11 @@ def _qk_norm(qkv: Array, q_weight: Array, k_weight: Array, sizes: dict[str, Any]
     return np.concatenate([q, k, v], axis=1)
 
 
-def _swiglu(gate_up: Array) -> Array:
+def _glu(gate_up: Array, name: str) -> Array:
+    """5.4, 5.14."""
     gate, up = np.split(gate_up, 2, axis=1)
+    if name == "GeGLU":
+        return gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up
     return gate / (1 + np.exp(-gate)) * up
 
 

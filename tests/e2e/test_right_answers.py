@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmpack.pack import Options, pack
 from llmrun import Engine
 from llmrun.job_options import ISAS
-from models import DEMO, GRANITE, HYBRID_GRANITE, SMOLLM, make_checkpoint, store_a_head
+from models import DEMO, GEMMA, GRANITE, HYBRID_GRANITE, SMOLLM, make_checkpoint, store_a_head
 from mpi.harness import RunningJob, mpirun_command
 
 F32 = 2e-4
@@ -92,6 +92,9 @@ VARIANTS = {
             "original_max_position_embeddings": 16,
         },
     },
+    "gemma3": GEMMA,
+    "gemma3-bias": {**GEMMA, "attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
+    "gemma3-all-slide": {**GEMMA, "layer_types": ["sliding_attention"] * 4, "rms_norm_eps": 1e-2},
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -103,6 +106,7 @@ SPLIT_VARIANTS = {
     "norms-of-heads": (4, {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2}),
     "multiplied": (4, HYBRID_GRANITE),
     "not-all-rotated": (2, {**SMOLLM, "no_rope_layers": [0, 1, 1, 0]}),
+    "normalised-before-it-is-added": (4, {**GEMMA, "num_key_value_heads": 1}),
     "stored-together": (4, {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
 }
 

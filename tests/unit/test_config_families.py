@@ -61,7 +61,7 @@ def test_a_deep_llama_has_no_window(tmp_path):
 @pytest.mark.parametrize("first", ["0", -1, 1.5, True])
 def test_layers_that_slide_are_counted(tmp_path, first):
     said = {"use_sliding_window": True, "max_window_layers": first}
-    with pytest.raises(IntegrityError, match="max_window_layers is .*; expected an integer of at least 0"):
+    with pytest.raises(IntegrityError, match=r"max_window_layers is .*; expected an integer of at least 0"):
         read(tmp_path, model_type="qwen2", num_key_value_heads=4, **said)
 
 

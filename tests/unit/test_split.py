@@ -26,7 +26,10 @@ ALLOWED = {
         *(
             f"MatMul{storage}{following}"
             for storage in ("F32", "F16", "Q8", "Q4")
-            for following in ("SwiGLU", "AddRMSNorm", "AllReduceAddRMSNorm")
+            for following in (
+                *("SwiGLU", "GeGLU", "AddRMSNorm", "AllReduceAddRMSNorm"),
+                *("RMSNormAddRMSNorm", "AllReduceRMSNormAddRMSNorm"),
+            )
         ),
     },
     "": {"Gather", "Cast", "Mul", "Add", "Cos", "Sin", "Concat", "Unsqueeze"},

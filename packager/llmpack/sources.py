@@ -1,0 +1,120 @@
+"""The weight table's sources -> where they are in a checkpoint: in which of its tensors, from which row on.
+
+Families name and join tensors in their own ways. In: a ModelConfig, and the names and shapes of a checkpoint's tensors. Out: a
+`Place` for each source, or an error that lists what does not fit. Reads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llmpack.weights import EMBEDDING, HEAD, source_shape, weight_rows
+from llmrun.artifact import IntegrityError, ModelConfig
+
+# Tensors of other names than in a Llama, and the sources that each holds.
+_TENSORS = {
+    "Phi3ForCausalLM": (
+        ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
+    ),
+    "GraniteMoeHybridForCausalLM": (
+        ("shared_mlp.input_linear", ("gate_proj", "up_proj")),
+        ("shared_mlp.output_linear", ("down_proj",)),
+    ),
+}
+# Of a model that sees images: how the names of its language model begin, and what they begin with in a model that is nothing
+# else; first as they are published and saved, then as transformers calls its modules.
+_LANGUAGE_MODEL = (("language_model.", ""), ("model.language_model.", "model."))
+# And the parts that are not packed.
+_EYES = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a source is in the checkpoint: in rows of a tensor, from the first one on."""
+
+    tensor: str
+    first_row: int = 0
+
+
+def _renamed(config: ModelConfig, source: str) -> tuple[str, tuple[str, ...]] | None:
+    """Return the tensor of another name that holds a source, and all sources in it, in order; None: one of its own."""
+    root, _, kind = source.rpartition(".")
+    parent, _, name = root.rpartition(".")
+    for tensor, parts in _TENSORS.get(config.architecture, ()):
+        if name in parts:
+            folder = parent.rpartition(".")[0]
+            return f"{folder}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts)
+    return None
+
+
+def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Match the table with the tensors of a checkpoint.
+
+    Args:
+        config: the architecture.
+        found: tensor name -> shape.
+
+    Returns:
+        source name in the table -> where it is read: in the tensor of that name but for tied embeddings stored once, and in
+        families that store some in one tensor (q, k and v; gate and up), or under another name.
+
+    Raises:
+        IntegrityError: a tensor is missing, has another shape, or is unknown (all are listed).
+    """
+    tensors = _language_model(config, found)
+    found = {name: found[tensor] for name, tensor in tensors.items()}
+    if config.num_hidden_layers > len(found):  # before a table of that many layers is made
+        raise IntegrityError(
+            f"config.json has num_hidden_layers {config.num_hidden_layers}, but the files hold only {len(found)} tensors.",
+            code="E313",
+        )
+    shapes: dict[str, tuple[int, ...]] = {}  # of the tensors
+    places: dict[str, Place] = {}
+    for source in (source for row in weight_rows(config) for source in row.sources):
+        shape = source_shape(config, source)
+        tensor, parts = _renamed(config, source) or (source, (source,))
+        before = [source_shape(config, part)[0] for part in parts[: parts.index(source)]]
+        places[source] = Place(tensor, sum(before))
+        shapes[tensor] = (sum(before) + shape[0], *shape[1:])  # the last part's is the whole
+    names = {tensor: tensor for tensor in shapes}
+    if config.tie_word_embeddings:
+        pair = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+        present = [name for name in pair if name in found]
+        names.update({name: present[0] for name in pair if present and name not in found})
+    missing = sorted({name for name in names.values() if name not in found})
+    # Older checkpoints carry RoPE's frequencies, which follow from the configuration.
+    unknown = sorted(n for n in found if n not in shapes and not n.endswith(".rotary_emb.inv_freq"))
+    if missing or unknown:
+        raise IntegrityError(
+            f"the tensors do not fit config.json; missing: {_listed(missing)}; not known to a model of this configuration:"
+            f" {_listed(unknown)}.",
+            code="E313",
+        )
+    for tensor, name in names.items():
+        if found[name] != shapes[tensor]:
+            raise IntegrityError(
+                f"{name}: shape {list(found[name])}, but config.json asks for {list(shapes[tensor])}.", code="E313"
+            )
+    return {source: Place(tensors[names[place.tensor]], place.first_row) for source, place in places.items()}
+
+
+def sees_images(config: ModelConfig, found: Iterable[str]) -> bool:
+    """Tell whether a checkpoint has parts for images, which are not packed."""
+    return config.architecture == "Gemma3ForCausalLM" and any(name.startswith(_EYES) for name in found)
+
+
+def _language_model(config: ModelConfig, found: Iterable[str]) -> dict[str, str]:
+    """Return the tensors of the language model, by the names that they have in a checkpoint of nothing else."""
+    names = {name: name for name in found}
+    if config.architecture != "Gemma3ForCausalLM":
+        return names
+    for prefix, plain in _LANGUAGE_MODEL:
+        for name in [name for name in names if name.startswith(prefix)]:
+            names.setdefault(plain + name.removeprefix(prefix), names.pop(name))
+    return {name: tensor for name, tensor in names.items() if not name.startswith(_EYES)}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
