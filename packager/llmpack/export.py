@@ -198,7 +198,7 @@ class _Graph:
         config = self.config
         attributes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
         attributes["window"] = min(config.window_of(layer) or MAX_SIZE, MAX_SIZE)
-        return self.op("PagedAttention", name, inputs, scale=attention_scale(config, layer), **attributes)
+        return self.op("PagedAttention", name, inputs, None, scale=attention_scale(config, layer), **attributes)
 
     def finish(self) -> onnx.ModelProto:
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["R", self.config.vocab_size])
