@@ -34,13 +34,24 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA_LAYER = {
+    **LAYER,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
 
 
 def main(source: Path, target: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config["hidden_size"] // heads
-    writer = GGUFWriter(target, "llama")
+    is_gemma = config["model_type"] == "gemma3_text"
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    writer = GGUFWriter(target, "gemma3" if is_gemma else "llama")
+    if is_gemma:
+        writer.add_sliding_window(config["sliding_window"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -59,10 +70,14 @@ def main(source: Path, target: Path) -> None:
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
                 value = file.get_tensor(name)
-                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                if is_gemma:
+                    value = value + 1 if value.ndim == 1 else value
+                elif name.endswith(("q_proj.weight", "k_proj.weight")):
                     value = neighbouring_pairs(value, kv_heads if "k_proj" in name else heads)
                 dtype = np.float32 if value.ndim == 1 else np.float16
-                writer.add_tensor(gguf_name(name), np.ascontiguousarray(value, dtype))
+                writer.add_tensor(
+                    gguf_name(name, GEMMA_LAYER if is_gemma else LAYER), np.ascontiguousarray(value, dtype)
+                )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,11 +98,11 @@ def add_vocabulary(writer: GGUFWriter, path: Path) -> None:
     writer.add_unk_token_id(0)
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, layers: dict[str, str]) -> str:
     if name in WHOLE:
         return WHOLE[name]
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{LAYER[rest.removesuffix('.weight')]}.weight"
+    return f"blk.{layer}.{layers[rest.removesuffix('.weight')]}.weight"
 
 
 def neighbouring_pairs(rows: np.ndarray, heads: int) -> np.ndarray:

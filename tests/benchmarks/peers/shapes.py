@@ -1,6 +1,6 @@
 """Random checkpoints of published shapes: where speed and memory are measured, the values of the weights do not matter.
 
-Shapes follow each model's published config.json. Weights are N(0, 0.02) in float16, norms are 1; no tokenizer.
+Shapes follow each model's published config.json. Weights are N(0, 0.02) in float16, norms multiply by 1; no tokenizer.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -30,9 +31,14 @@ class Shape:
     max_position_embeddings: int
 
     @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def kv_width(self) -> int:
         """Numbers that a layer's keys of one position have."""
-        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        return self.head_dim * self.num_key_value_heads
 
     @property
     def kv_bytes_per_position(self) -> int:
@@ -46,14 +52,13 @@ class Shape:
 
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return name and shape of every tensor, in the order of the layers."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, inner, query = self.hidden_size, self.intermediate_size, self.head_dim * self.num_attention_heads
         layer = [
-            ("input_layernorm", (hidden,)),
-            ("post_attention_layernorm", (hidden,)),
-            ("self_attn.q_proj", (hidden, hidden)),
+            *self.norms(),
+            ("self_attn.q_proj", (query, hidden)),
             ("self_attn.k_proj", (self.kv_width, hidden)),
             ("self_attn.v_proj", (self.kv_width, hidden)),
-            ("self_attn.o_proj", (hidden, hidden)),
+            ("self_attn.o_proj", (hidden, query)),
             ("mlp.gate_proj", (inner, hidden)),
             ("mlp.up_proj", (inner, hidden)),
             ("mlp.down_proj", (hidden, inner)),
@@ -63,7 +68,60 @@ class Shape:
         ]
         vocabulary = (self.vocab_size, hidden)
         embedding, head = ("model.embed_tokens.weight", vocabulary), ("lm_head.weight", vocabulary)
-        return [embedding, *layers, ("model.norm.weight", (hidden,)), head]
+        is_tied = self.config()["tie_word_embeddings"]
+        return [embedding, *layers, ("model.norm.weight", (hidden,)), *([] if is_tied else [head])]
+
+    def norms(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of a layer's norms."""
+        return [("input_layernorm", (self.hidden_size,)), ("post_attention_layernorm", (self.hidden_size,))]
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        return {
+            **vars(self),
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+
+
+@dataclass(frozen=True)
+class GemmaShape(Shape):
+    """Gemma 3's: heads of 256 features, norms that are stored less 1, one layer of six without a window."""
+
+    sliding_window: int
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return 256
+
+    def norms(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of a layer's norms."""
+        more = [("pre_feedforward_layernorm", (self.hidden_size,)), ("post_feedforward_layernorm", (self.hidden_size,))]
+        return [*super().norms(), *more, *((f"self_attn.{name}_norm", (self.head_dim,)) for name in "qk")]
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        own = {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "head_dim": self.head_dim,
+            "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 6,
+            "tie_word_embeddings": True,
+        }
+        return {**{name: value for name, value in super().config().items() if name != "hidden_act"}, **own}
 
 
 SHAPES = {
@@ -71,6 +129,8 @@ SHAPES = {
     "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
     # Its vocabulary is four times as large: what every token costs beside the layers. Head untied, positions cut from 131,072.
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256, 8192),
+    # 262,144 tokens, and one key-value head. Positions cut from 32,768.
+    "gemma-3-1b": GemmaShape(1152, 6912, 26, 4, 1, 262144, 8192, 512),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
     # A quarter of its layers, for onnxruntime-genai, whose builder needs 54 GB of memory for all of them.
     "llama-2-7b-8-layers": Shape(4096, 11008, 8, 32, 32, 32000, 4096),
@@ -91,24 +151,14 @@ def write_checkpoint(shape: Shape, folder: Path) -> None:
         where.update(dict.fromkeys(pending, name))
         pending.clear()
 
+    config = shape.config()
+    norm = 0 if config["model_type"] == "gemma3_text" else 1
     for name, size in shape.tensors():
         count = int(np.prod(size))
         stretch = np.resize(np.roll(pool, int(rng.integers(_POOL))), count)
-        pending[name] = np.ones(size, np.float16) if len(size) == 1 else stretch.reshape(size)
+        pending[name] = np.full(size, norm, np.float16) if len(size) == 1 else stretch.reshape(size)
         if sum(tensor.nbytes for tensor in pending.values()) > _FILE_BYTES:
             flush()
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    config = {
-        **vars(shape),
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
