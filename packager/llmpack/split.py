@@ -194,14 +194,14 @@ def _with_external_data(
     model: onnx.ModelProto, logical: onnx.ModelProto, weights: list[RankWeight], weights_file: str
 ) -> onnx.ModelProto:
     """Declare the placeholders as initializers at their place in weights.bin; restore the header of the logical model."""
-    for weight in (w for w in weights if not w.is_shared):
-        for item in weight.initializers:
-            tensor = model.graph.initializer.add(name=item.name, dims=item.shape)
-            tensor.data_type = helper.np_dtype_to_tensor_dtype(item.dtype)
-            tensor.data_location = TensorProto.EXTERNAL
-            location = {"location": weights_file, "offset": str(item.offset), "length": str(item.num_bytes)}
-            for key, value in location.items():
-                tensor.external_data.add(key=key, value=value)
+    items = {item.name: item for weight in weights for item in weight.initializers}
+    for item in items.values():
+        tensor = model.graph.initializer.add(name=item.name, dims=item.shape)
+        tensor.data_type = helper.np_dtype_to_tensor_dtype(item.dtype)
+        tensor.data_location = TensorProto.EXTERNAL
+        location = {"location": weights_file, "offset": str(item.offset), "length": str(item.num_bytes)}
+        for key, value in location.items():
+            tensor.external_data.add(key=key, value=value)
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     del model.graph.input[:]

@@ -105,7 +105,7 @@ class RankWeight:
     storage: str
     group_size: int | None
     initializers: tuple[Initializer, ...]
-    is_shared: bool = False  # the initializers are another weight's, which writes them
+    is_shared: bool = False  # the initializers are another weight's, or lie in them; that one writes them
 
 
 def weight_rows(config: ModelConfig) -> list[WeightRow]:
@@ -216,10 +216,13 @@ def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank
         num_rows = sum(block.num_rows for block in blocks) + padding
         num_columns = blocks[0].columns.stop - blocks[0].columns.start
         storage, group_size = quantization.of_role(row.role), quantization.group_size_of(row.role, num_columns)
-        if row.role == "head" and config.tie_word_embeddings and shards == 1 and group_size is not None:
-            shared = next(w.initializers for w in weights if w.row.role == "embedding")
-            weights.append(RankWeight(row, blocks, num_rows, num_columns, 0, storage, group_size, shared, True))
-            continue
+        if row.role == "head" and config.tie_word_embeddings and group_size is not None:
+            embedding = next(w for w in weights if w.row.role == "embedding")
+            if shared := _part_of(embedding, row.name, rank * num_rows, num_rows, whole=shards == 1):
+                weights.append(
+                    RankWeight(row, blocks, num_rows, num_columns, padding, storage, group_size, shared, True)
+                )
+                continue
         initializers = []
         for suffix, dtype, shape in _stored(row.role, storage, num_rows, num_columns, group_size):
             initializers.append(Initializer(f"{row.name}.{suffix}", np.dtype(dtype), shape, offset))
@@ -228,6 +231,27 @@ def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank
             RankWeight(row, blocks, num_rows, num_columns, padding, storage, group_size, tuple(initializers))
         )
     return weights
+
+
+def _part_of(
+    embedding: RankWeight, name: str, first_row: int, num_rows: int, *, whole: bool
+) -> tuple[Initializer, ...] | None:
+    """Return the initializers of a tied head, whose bytes are those of the embedding's rows; None: they cannot be.
+
+    Ranks have whole tiles then, and what begins within the embedding's is aligned as every initializer (FORMAT 4.5).
+    """
+    if whole:
+        return embedding.initializers
+    first, count = first_row // ROW_TILE, num_rows // ROW_TILE
+    parts = []
+    for item in embedding.initializers:
+        bytes_per_tile = item.num_bytes // item.shape[0]
+        offset = item.offset + first * bytes_per_tile
+        if num_rows % ROW_TILE or first + count > item.shape[0] or offset % WEIGHT_ALIGNMENT:
+            return None
+        suffix = item.name.rpartition(".")[2]
+        parts.append(Initializer(f"{name}.{suffix}", item.dtype, (count, *item.shape[1:]), offset))
+    return tuple(parts)
 
 
 def num_bytes(weights: Iterable[RankWeight]) -> int:

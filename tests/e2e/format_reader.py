@@ -94,7 +94,8 @@ class Rank:
         assert opsets["ai.llmpack"] == manifest["ops"]["version"]
         assert entry["weight_bytes"] == len(data)
         self.tensors: dict[str, Array] = {}
-        is_used = np.zeros(len(data), bool)
+        is_used, is_read = np.zeros(len(data), bool), np.zeros(len(data), bool)
+        by_a_token = {name for node in self.nodes if not reads_embedding(node) for name in node.input}
         for tensor in self.model.graph.initializer:
             if not tensor.external_data:
                 constant = self.tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
@@ -106,10 +107,11 @@ class Rank:
             values = np.frombuffer(data[start : start + size], onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
             self.tensors[tensor.name] = values.reshape(tensor.dims)
             is_used[start : start + size] = True
+            is_read[start : start + size] |= tensor.name in by_a_token
             assert start % 64 == 0  # 4.1
         assert len(data) % 64 == 0
         assert sum(entry["weight_bytes_by_role"].values()) == is_used.sum()
-        assert entry["weight_bytes_per_token"] == is_used.sum() - self._bytes_of_embedding_alone()  # 2.5
+        assert entry["weight_bytes_per_token"] == is_read.sum()  # 2.5
         assert not np.frombuffer(data, np.uint8)[~is_used].any()
         self.matrices = {}
         for node in self.nodes:
@@ -119,12 +121,6 @@ class Rank:
                 num_rows = sizes.get("out_features", sizes.get("num_embeddings"))
                 tiles = self.tensors[node.input[1]]
                 self.matrices[node.input[1]] = untile(found[1], tiles, scales, num_rows, sizes.get("group_size"))
-
-    def _bytes_of_embedding_alone(self) -> int:
-        """Return the size of an embedding that no product reads."""
-        looked_up = {name for node in self.nodes if reads_embedding(node) for name in node.input}
-        others = {name for node in self.nodes if not reads_embedding(node) for name in node.input}
-        return sum(self.tensors[name].nbytes for name in looked_up - others if name in self.tensors)
 
 
 def _of_constants(model: dict[str, Any]) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file
 
@@ -23,6 +24,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "q-k-v-biases": {"model_type": "qwen2"},
     "normalised-heads": {"model_type": "qwen3", "head_dim": 64},
+    "tied-in-whole-tiles": {"tie_word_embeddings": True, "vocab_size": 320},
+    "tied-and-filled-up": {"tie_word_embeddings": True, "vocab_size": 319},
     "partly-rotated": PARTLY_ROTATED,
     "multiplied": HYBRID_GRANITE,
     "not-all-rotated": SMOLLM,
@@ -82,6 +85,30 @@ def test_a_reader_of_the_specification_rounds_keys_as_the_packager_does(quant: s
     expected = json.loads((folder / "selfcheck.json").read_text())
     logits = compute([Rank(folder, manifest, 0)], manifest, expected["ids"])
     assert np.abs(logits[-1] - expected["logits"]).max() <= 5.1e-5  # four decimals
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "shards", "is_within"), [(320, 4, True), (319, 2, True), (319, 4, True), (300, 4, False)]
+)
+@pytest.mark.parametrize("quant", ["q4", "q8"])
+def test_a_tied_head_lies_in_the_embedding_where_tiles_allow_it(
+    quant: str, vocab_size: int, shards: int, is_within: bool, packed: Packed, tmp_path: Path
+) -> None:
+    """Of 319 tokens 4 ranks have 80 each, and the last row of the last is none: so is that of the embedding's last tile."""
+    folder = packed(make_checkpoint(tmp_path, tie_word_embeddings=True, vocab_size=vocab_size), shards, quant)
+    manifest = read_manifest(folder)
+    for rank in range(shards):
+        Rank(folder, manifest, rank)
+        graph = onnx.load(folder / f"rank-{rank}/cpu.onnx", load_external_data=False).graph
+        places = {
+            tensor.name: [int(item.value) for item in tensor.external_data if item.key in ("offset", "length")]
+            for tensor in graph.initializer
+            if tensor.external_data
+        }
+        for part in ("weight", "scales"):
+            (start, size), (first, length) = (places[f"{name}.{part}"] for name in ("lm_head", "model.embed_tokens"))
+            assert (first <= start and start + size <= first + length) == is_within
+        assert (manifest["ranks"][rank]["weight_bytes_by_role"]["head"] == 0) == is_within
 
 
 def test_a_file_of_weights_ends_where_another_weight_could_begin(packed: Packed, tmp_path: Path) -> None:

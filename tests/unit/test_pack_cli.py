@@ -68,7 +68,7 @@ def test_group_size_falls_back_where_64_does_not_divide_and_an_explicit_one_is_r
     assert "--group-size 32 works" in refused.stderr
 
 
-def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_two(tmp_path):
+def test_a_tied_embedding_is_held_once_and_the_head_lies_in_it_on_any_number_of_ranks(tmp_path):
     from models import make_checkpoint
 
     folder = make_checkpoint(tmp_path / "m", tie_word_embeddings=True, vocab_size=512)
@@ -77,10 +77,8 @@ def test_a_tied_embedding_is_held_once_by_one_rank_and_the_head_shared_out_by_tw
     two = pack(folder, None, Options(shards=2))["ranks"][1]
     embedding = 512 * 256 * 6 // 8 + 512 * 2 * 2
     assert (one["weight_bytes_by_role"]["embedding"], one["weight_bytes_by_role"]["head"]) == (embedding, 0)
-    assert (two["weight_bytes_by_role"]["embedding"], two["weight_bytes_by_role"]["head"]) == (
-        embedding,
-        embedding // 2,
-    )
+    assert (two["weight_bytes_by_role"]["embedding"], two["weight_bytes_by_role"]["head"]) == (embedding, 0)
+    assert two["weight_bytes_per_token"] == two["weight_bytes"] - embedding // 2
     assert one["weight_bytes_per_token"] == one["weight_bytes"]
     read = sum(
         one["weight_bytes_by_role"][role] for role in ("linear", "embedding")

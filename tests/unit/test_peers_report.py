@@ -80,6 +80,7 @@ Rss:   7 kB
 def test_shapes_have_the_published_number_of_parameters() -> None:
     assert SHAPES["tinyllama-1.1b"].num_parameters == 1_100_048_384
     assert SHAPES["llama-2-7b"].num_parameters == 6_738_415_616
+    assert SHAPES["gemma-3-1b"].num_parameters == 999_885_952
 
 
 def test_a_checkpoint_holds_the_tensors_of_its_shape(tmp_path: Path) -> None:
