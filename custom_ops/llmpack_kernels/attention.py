@@ -3,8 +3,10 @@
 `attention`: any step. A program takes BLOCK_M queries of one sequence and head, and passes over the keys that they see with a
 running maximum and sum (Milakov and Gimelshein 2018; FlashAttention-2's order of loops).
 `attention_split`: meant for one query a sequence. The query heads of a KV head are the rows of one product; the keys of a
-sequence are cut into S equal parts, a program each, so that a long context fills the device (flash-decoding);
-`attention_combine` joins the parts.
+sequence, those that the query sees, are cut into S equal parts, a program each, so that a long context fills the device
+(flash-decoding); `attention_combine` joins the parts.
+A query sees the `window` positions that end with its own. What no row of a program sees is not read: its blocks may hold
+anything by now.
 
 Keys and queries are held as two halves: element j is rotated with j + D / 2, and a score is the sum of two products.
 Queries are rotated in float32 and rounded to float16 for the matrix units. Exponents are of base 2. Exponentials are LIFT
@@ -78,6 +80,7 @@ def _pass_over(
     blocks,
     kv_head,
     scale,
+    window,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -85,7 +88,7 @@ def _pass_over(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attend to positions begin to end: rows of q0, q1 see those up to `last` [rows].
+    """Attend to positions begin to end: rows of q0, q1 see those up to `last` [rows], `window` of them at most.
 
     Returns: weighted values [rows, WIDTH] not yet divided, maxima [rows] in base 2, sums [rows]; values and sums lifted.
     """
@@ -95,16 +98,18 @@ def _pass_over(
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     j = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
+    oldest = tl.min(last, 0) - window + 1
     for start in range(begin, end, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        known = position < end
+        known = (position >= oldest) & (position < end)
         block = tl.load(blocks + position // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
         slot = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head) * D
         there = known[None, :] & (j < D // 2)[:, None]
         k0 = tl.load(key_cache + slot[None, :] + j[:, None], mask=there, other=0.0)
         k1 = tl.load(key_cache + slot[None, :] + (j + D // 2)[:, None], mask=there, other=0.0)
         scores = (tl.dot(q0, k0) + tl.dot(q1, k1)) * (scale * LOG2E)
-        seen = (position[None, :] <= last[:, None]) & known[None, :]
+        # Both ends by one comparison: without a sign what is negative is large. All that a real row sees is known.
+        seen = (last[:, None] - position[None, :]).to(tl.uint32) < window.to(tl.uint32)
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen nothing yet has no maximum: 0 keeps the exponents finite.
@@ -132,6 +137,7 @@ def attention(
     table_stride,
     num_sequences,
     scale,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -164,10 +170,12 @@ def attention(
         mask = (i < count)[:, None] & (j < D // 2)[None, :]
         q0, q1 = _rotated(qkv, cos_sin, token[:, None], head, mask, HEADS, KV_HEADS, D, j[None, :])
         last = tl.load(seq_lens + sequence) - count + i
+        # A multiple of BLOCK_N: the order of a token's sums depends on its position, not on the tokens beside it.
+        start = tl.maximum(tl.min(last, 0) - window + 1, 0) // BLOCK_N * BLOCK_N
         end = tl.minimum(tl.load(seq_lens + sequence), tl.max(last, 0) + 1)
         total, _, norm = _pass_over(
-            q0, q1, last, 0, end, key_cache, value_cache, block_table + sequence.to(tl.int64) * table_stride,
-            head // (HEADS // KV_HEADS), scale, KV_HEADS, D, HALF, WIDTH, BLOCK_SIZE, BLOCK_N,
+            q0, q1, last, start, end, key_cache, value_cache, block_table + sequence.to(tl.int64) * table_stride,
+            head // (HEADS // KV_HEADS), scale, window, KV_HEADS, D, HALF, WIDTH, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
         d = tl.arange(0, WIDTH)
         target = out + token.to(tl.int64)[:, None] * (HEADS * D) + head * D + d[None, :]
@@ -187,6 +195,7 @@ def attention_split(
     table_stride,
     num_splits,
     scale,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -205,7 +214,6 @@ def attention_split(
     first = tl.load(query_start + sequence)
     end_token = tl.load(query_start + sequence + 1)
     length = tl.load(seq_lens + sequence)
-    share = ((length + num_splits - 1) // num_splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     g = tl.arange(0, GROUP)
     j = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
@@ -214,12 +222,17 @@ def attention_split(
     for i in range(end_token - first):
         token = first + i
         position = length - (end_token - token)
+        oldest = tl.maximum(position - window + 1, 0)
+        seen = position + 1 - oldest
+        share = ((seen + num_splits - 1) // num_splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        start = oldest + split * share
         row = (token + g * 0)[:, None]
         mask = real[:, None] & (j < D // 2)[None, :]
         q0, q1 = _rotated(qkv, cos_sin, row, head[:, None], mask, HEADS, KV_HEADS, D, j[None, :])
         total, top, norm = _pass_over(
-            q0, q1, position + g * 0, split * share, tl.minimum((split + 1) * share, position + 1), key_cache, value_cache,
-            block_table + sequence.to(tl.int64) * table_stride, kv_head, scale, KV_HEADS, D, HALF, WIDTH, BLOCK_SIZE, BLOCK_N,
+            q0, q1, position + g * 0, start, tl.minimum(start + share, position + 1), key_cache, value_cache,
+            block_table + sequence.to(tl.int64) * table_stride, kv_head, scale, window,
+            KV_HEADS, D, HALF, WIDTH, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
         target = partial + ((token.to(tl.int64) * HEADS + head) * num_splits + split) * (D + 2)
         tl.store(target[:, None] + d[None, :], total, mask=real[:, None] & (d < D)[None, :])

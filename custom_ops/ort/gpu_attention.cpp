@@ -20,6 +20,7 @@ struct GpuPagedAttention {
           head_dim(node.size_attribute("head_dim")),
           block_size(node.size_attribute("block_size")),
           scale(node.float_attribute("scale")),
+          window(node.size_attribute("window")),
           multiprocessors(Launcher::current().device.multiprocessors) {
         for (size_t cache : {2, 3}) node.expect_no_constant(cache);
         Launcher& launcher = Launcher::current();
@@ -45,7 +46,8 @@ struct GpuPagedAttention {
                                   {"block_table", kPointer},
                                   {"table_stride", kInteger},
                                   {"num_sequences", kInteger},
-                                  {"scale", kNumber}});
+                                  {"scale", kNumber},
+                                  {"window", kInteger}});
         split = launcher.operation("attention_split", shape,
                                    {{"partial", kPointer},
                                     {"qkv", kPointer},
@@ -57,7 +59,8 @@ struct GpuPagedAttention {
                                     {"block_table", kPointer},
                                     {"table_stride", kInteger},
                                     {"num_splits", kInteger},
-                                    {"scale", kNumber}});
+                                    {"scale", kNumber},
+                                    {"window", kInteger}});
         combine = launcher.operation("attention_combine", {{"num_heads", num_heads}, {"head_dim", head_dim}},
                                      {{"out", kPointer}, {"partial", kPointer}, {"num_splits", kInteger}});
         int64_t most = 0;
@@ -91,23 +94,24 @@ struct GpuPagedAttention {
         write.launch({T, B}, {qkv.data, cos_sin.data, keys.data, values.data, slot_mapping.data}, stream);
         Launcher& launcher = Launcher::current();
         if (T == B && B <= launcher.settings.max_sequences) {
-            const int64_t S = splits_of(B, (M * block_size + kPositionsPerSplit - 1) / kPositionsPerSplit);
+            const int64_t seen = std::min(M * block_size, window);
+            const int64_t S = splits_of(B, (seen + kPositionsPerSplit - 1) / kPositionsPerSplit);
             const gpu::DevicePointer partial = launcher.workspace();
             split.launch({T, B, S},
                          {partial, qkv.data, cos_sin.data, keys.data, values.data, query_start.data,
-                          seq_lens.data, block_table.data, narrow(M), narrow(S), scale},
+                          seq_lens.data, block_table.data, narrow(M), narrow(S), scale, narrow(window)},
                          stream);
             combine.launch({T, B, S}, {out, partial, narrow(S)}, stream);
             return;
         }
         any.launch({T, B},
                    {out, qkv.data, cos_sin.data, keys.data, values.data, query_start.data, seq_lens.data,
-                    block_table.data, narrow(M), narrow(B), scale},
+                    block_table.data, narrow(M), narrow(B), scale, narrow(window)},
                    stream);
     }
 
-    // How many programs share the positions of one sequence and KV head: enough that every multiprocessor has
-    // two. From shapes only, so that a captured graph stays right as sequences grow.
+    // How many programs share the positions that are seen of one sequence and KV head: enough that every
+    // multiprocessor has two. From shapes only, so that a captured graph stays right as sequences grow.
     int64_t splits_of(int64_t sequences, int64_t useful) const {
         const int64_t programs = sequences * num_kv_heads;
         const int64_t wanted = (2 * multiprocessors + programs - 1) / programs;
@@ -118,6 +122,7 @@ struct GpuPagedAttention {
     static constexpr int64_t kPositionsPerSplit = 64;  // fewer are not worth a program
     int64_t num_heads, num_kv_heads, head_dim, block_size;
     float scale;
+    int64_t window;
     int64_t multiprocessors;
     Operation write, any, split, combine;
 };

@@ -184,22 +184,20 @@ class Checks:
         return max(worst, self.close_to(y, plain[ids].astype(np.float64), "exact", "Embedding f16"))
 
     def attention(self) -> float:
-        """Prefill, decode and mixed steps; blocks in any order; a token without a slot."""
+        """Prefill, decode and mixed steps; blocks in any order; a token without a slot; windows below and above a block."""
         steps = ([20], [20]), ([1], [150]), ([1, 1, 1], [1, 40, 70]), ([1, 9, 1], [33, 20, 5]), ([70], [100])
-        return self._attention(self.config, steps)
+        return max(self._attention(self.config, steps, window) for window in (shapes.NO_WINDOW, 1, 19, 64))
 
     def real_attention(self) -> float:
         """The same with a published model's heads, over lengths that several programs share."""
         steps = ([1], [1]), ([1], [777]), ([1, 1, 1], [513, 40, 600]), ([130], [390]), ([1, 33], [700, 33])
-        return self._attention(shapes.config_of(self.real), steps)
+        return max(self._attention(shapes.config_of(self.real), steps, window) for window in (shapes.NO_WINDOW, 512))
 
-    def _attention(self, config: ModelConfig, steps: Iterable[tuple[list[int], list[int]]]) -> float:
+    def _attention(self, config: ModelConfig, steps: Iterable[tuple[list[int], list[int]]], window: int) -> float:
         size = shapes.BLOCK_SIZE
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        scale = dim**-0.5
-        node = self.ort.node(
-            "PagedAttention", num_heads=heads, num_kv_heads=kv, head_dim=dim, block_size=size, scale=scale
-        )
+        numbers = {"num_heads": heads, "num_kv_heads": kv, "scale": dim**-0.5, "window": window}
+        node = self.ort.node("PagedAttention", head_dim=dim, block_size=size, **numbers)
         worst = 0.0
         for queries, lengths in steps:
             tokens, blocks = sum(queries), -(-max(lengths) // size) + 2
@@ -223,8 +221,9 @@ class Checks:
                 table,
             ]
             (out,) = self.run(node, given, [((tokens, heads * dim), np.float16)])
-            expected, keys, values = reference.paged_attention(*given, num_heads=heads, num_kv_heads=kv, scale=scale)  # type: ignore[misc]
-            worst = max(worst, self.close_to(out, expected, "attention", f"PagedAttention of {queries} over {lengths}"))
+            expected, keys, values = reference.paged_attention(*given, **numbers)  # type: ignore[misc]
+            what = f"PagedAttention of {queries} over {lengths}, window {window}"
+            worst = max(worst, self.close_to(out, expected, "attention", what))
             self.close_to(self.caches[2], keys.astype(np.float64), "attention", "key_cache")
             self.close_to(self.caches[3], values.astype(np.float64), "exact", "value_cache")
         return worst

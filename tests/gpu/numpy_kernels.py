@@ -129,7 +129,7 @@ def cache_write(p: Launch) -> None:
 
 
 def _attend(p: Launch, b: int, first: int, end: int, part: slice | None = None) -> Any:
-    """Yield (token, head, scores, values) of a sequence."""
+    """Yield (token, head, scores, values) of a sequence, of the positions that the token sees."""
     heads, kv, dim, size = p["num_heads"], p["num_kv_heads"], p["head_dim"], p["block_size"]
     length = int(at(p["seq_lens"] + 4 * b, (1,), np.int32)[0])
     table = at(p["block_table"] + 4 * b * p["table_stride"], (p["table_stride"],), np.int32)
@@ -141,10 +141,11 @@ def _attend(p: Launch, b: int, first: int, end: int, part: slice | None = None) 
     qkv = at(p["qkv"], (end, heads + 2 * kv, dim), np.float16)
     q = reference.rotate(qkv[:, :heads], at(p["cos_sin"], (end, dim), np.float32))
     for t in range(first, end):
-        seen = length - (end - t) + 1
+        end_seen = length - (end - t) + 1
+        seen = slice(max(0, end_seen - p["window"]), end_seen)
         for h in range(heads):
-            scores = keys[:seen, h * kv // heads] @ q[t, h] * p["scale"]
-            yield t, h, scores, values[:seen, h * kv // heads]
+            scores = keys[seen, h * kv // heads] @ q[t, h] * p["scale"]
+            yield t, h, scores, values[seen, h * kv // heads]
 
 
 def attention(p: Launch) -> None:

@@ -22,6 +22,7 @@ MODELS = {
     "70b": (8192, 28672, 80, 64, 8, 128, 32000),
     "dry": (256, 512, 2, 8, 4, 32, 512),
 }
+NO_WINDOW = 2**31 - 1  # FORMAT 5.5
 QUANTIZATION = Quantization("q4", 64)
 STEP = ("input_ids", "positions", "slot_mapping", "query_start", "seq_lens", "logit_rows")
 
@@ -159,6 +160,7 @@ def write_graph(config: ModelConfig, path: Path) -> None:
             head_dim=dim,
             block_size=BLOCK_SIZE,
             scale=1 / math.sqrt(dim),
+            window=NO_WINDOW,
         )
         x = product(f"{layer}.self_attn.o_proj", attended, f"o{i}")
         norm = f"{layer}.post_attention_layernorm.weight"

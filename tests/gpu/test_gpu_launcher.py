@@ -194,7 +194,7 @@ def test_weights_of_another_size_are_named(run, kernels, specs, op, kernel, name
 def test_a_cache_that_is_an_initializer_is_refused(run, kernels, index, name):
     spec = next(spec for spec in shapes.specs_of(shapes.config_of("dry")) if spec.op == "attention")
     sizes = {key: spec.constants[key] for key in ("num_heads", "num_kv_heads", "head_dim", "block_size")}
-    body = f'checks.ort.node("PagedAttention", name="a", scale=1.0, constant_input={index}, **{sizes})'
+    body = f'checks.ort.node("PagedAttention", name="a", scale=1.0, window=9, constant_input={index}, **{sizes})'
     expected = f"PagedAttention 'a': input {name} is an initializer, expected an input of the graph"
     assert expected in run(kernels, body)
 
@@ -229,7 +229,7 @@ def test_attention_of_no_sequence(run, kernels):
     sizes = {key: spec.constants[key] for key in ("num_heads", "num_kv_heads", "head_dim", "block_size")}
     heads, kv, dim, size = sizes.values()
     body = f"""
-    node = checks.ort.node("PagedAttention", scale=1.0, **{sizes})
+    node = checks.ort.node("PagedAttention", scale=1.0, window=9, **{sizes})
     cache, some = (10, (2, {size}, {kv}, {dim})), checks.device.allocate(1 << 16)
     floats = (10, (0, {(heads + 2 * kv) * dim})), (1, (0, {dim})), cache, cache
     tables = (6, (0,)), (6, (1,)), (6, (0,)), (6, (0, 3))
@@ -238,6 +238,24 @@ def test_attention_of_no_sequence(run, kernels):
     checks.ort.call(node, given, [(10, (0, {heads * dim}), some)], checks.device.stream)
     print("launches", driver.standin_count(1) - before)"""
     assert run(kernels, body) == "launches 0\n0 \n"
+
+
+@pytest.mark.parametrize(("window", "splits"), [(shapes.NO_WINDOW, 2), (65, 2), (64, 1), (1, 1)])
+def test_as_many_programs_as_the_window_is_worth(run, kernels, window, splits):
+    """Of 64 positions each, two of them at most here; without a window the positions of the whole table count."""
+    body = f"""
+    import numpy_kernels
+    attend = numpy_kernels.attention_split
+    numpy_kernels.KERNELS["attention_split"] = lambda p: (print(p["num_splits"]), attend(p))
+    checks._attention(checks.config, [([1], [576])], {window})"""
+    assert run(kernels, body) == f"{splits}\n0 \n"
+
+
+@pytest.mark.parametrize(("window", "expected"), [(0, "a positive number"), (1 << 31, "at most 2147483647")])
+def test_a_window_that_is_no_size_is_refused(run, kernels, window, expected):
+    spec = next(spec for spec in shapes.specs_of(shapes.config_of("dry")) if spec.op == "attention")
+    body = f'checks.ort.node("PagedAttention", name="a", scale=1.0, window={window}, **{spec.constants})'
+    assert f"PagedAttention 'a': attribute window is {window}, expected {expected}" in run(kernels, body)
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1 << 31, (1 << 63) - 1])

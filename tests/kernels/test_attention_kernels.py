@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from interpreter import launch
@@ -11,13 +13,24 @@ from llmpack_ops import reference
 
 # Queries and the exponentials are rounded to float16 (2^-11 each); the values are about 1, the weights sum to 1.
 TOLERANCE = 3e-3
+NO_WINDOW = 2**31 - 1
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1), "wide_GQA": (20, 1)}
 
 
 class World:
     """Sequences of random tokens in a paged cache; `step` compares what is written and what is attended to."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, block_size: int, lengths: list[int], seed: int = 0):
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        lengths: list[int],
+        seed: int = 0,
+        window: int = NO_WINDOW,
+    ):
+        self.window = window
         rng = np.random.default_rng(seed)
         self.heads, self.kv_heads, self.d, self.block_size = heads, kv_heads, head_dim, block_size
         width = (heads + 2 * kv_heads) * head_dim
@@ -57,12 +70,13 @@ class World:
         np.testing.assert_array_equal(self.values, values)
 
         exact, *_ = self._reference(inputs, np.full_like(slot_mapping, -1), spans, table)
+        self._forget(spans, table)
         steps = {
             "query_start": np.cumsum([0] + [end - first for _, first, end in spans]).astype(np.int32),
             "seq_lens": np.array([end for *_, end in spans], np.int32),
             "block_table": table,
         }
-        numbers = {"table_stride": table.shape[1], "scale": float(self.d**-0.5)}
+        numbers = {"table_stride": table.shape[1], "scale": float(self.d**-0.5), "window": self.window}
         out = np.full((len(slots), self.heads * self.d), 7, np.float16)
         count = len(spans)
         launch(self.specs["attention"], sequences=count, out=out, **inputs, **steps, **numbers, num_sequences=count)
@@ -70,7 +84,7 @@ class World:
 
         if len(slots) > 12:
             return out
-        partial = np.full((len(slots), self.heads, splits, self.d + 2), np.nan, np.float32)
+        partial = self.partial = np.full((len(slots), self.heads, splits, self.d + 2), np.nan, np.float32)
         again = np.full_like(out, 7)
         launch(self.specs["attention_split"], sequences=count, splits=splits, partial=partial, **inputs, **steps,
                **numbers, num_splits=splits)  # fmt: skip
@@ -88,7 +102,17 @@ class World:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             scale=float(self.d**-0.5),
+            window=self.window,
         )
+
+    def _forget(self, spans: list[tuple[int, int, int]], table: np.ndarray) -> None:
+        """Make NaN of what no query of a span sees, and another number of the blocks in which all is so."""
+        for i, (b, first, _) in enumerate(spans):
+            unseen = max(0, first - self.window + 1)
+            for p in range(unseen):
+                at = self.blocks[b][p // self.block_size], p % self.block_size
+                self.keys[at] = self.values[at] = np.nan
+            table[i, : unseen // self.block_size] = 2**30
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -128,6 +152,57 @@ def test_prefill_and_decode_in_one_step() -> None:
     world = World(4, 2, 32, 16, [40, 5, 17])
     world.step([(0, 0, 39), (2, 0, 16)])
     world.step([(0, 39, 40), (1, 0, 5), (2, 16, 17)])
+
+
+# A kernel takes 32 keys at once and 64 queries; cache blocks are of 16 positions.
+WINDOWS = [1, 5, 31, 32, 33, 64, 100, 1000]
+# Of rows beyond a chunk's tokens, which nobody stores.
+divides_nothing = pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+
+
+@divides_nothing
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows_of_a_prompt_in_chunks(window: int) -> None:
+    world = World(4, 2, 16, 16, [150], window=window)
+    for first, end in pairwise([0, 3, 70, 71, 149, 150]):
+        world.step([(0, first, end)])
+
+
+@divides_nothing
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("splits", [1, 3, 20], ids=lambda s: f"{s}_splits")
+def test_windows_of_decoded_tokens(window: int, splits: int) -> None:
+    """Parts are of what is seen: in those that see nothing stands nothing, and it must not be read as numbers."""
+    world = World(4, 2, 16, 16, [130, 1, 64], window=window)
+    world.step([(0, 0, 129), (2, 0, 63)])
+    world.step([(0, 129, 130), (1, 0, 1), (2, 63, 64)], splits)
+
+
+@divides_nothing
+@pytest.mark.parametrize("window", [1, 7, 40])
+def test_windows_of_a_ragged_batch(window: int) -> None:
+    """Several tokens of some sequences and one of others, none of one; the kernel for decoding takes such steps too."""
+    world = World(3, 1, 32, 8, [90, 5, 77, 20], window=window)
+    world.step([(0, 0, 85), (2, 0, 76), (3, 0, 20)])
+    world.step([(0, 85, 90), (1, 0, 5), (2, 76, 77), (3, 20, 20)])
+
+
+def test_the_parts_of_a_window_are_equal_however_long_the_sequence() -> None:
+    """Of 64 positions two parts have 32 each, not the last one all; with a query of zeros each of them counts 2^8."""
+    world = World(1, 1, 16, 16, [1000], window=64)
+    world.qkv[0][999, :16] = 0
+    world.step([(0, 0, 999)])
+    world.step([(0, 999, 1000)], splits=2)
+    np.testing.assert_array_equal(world.partial[0, 0, :, -1], 32 * 2.0**8)
+
+
+@divides_nothing
+def test_a_token_has_the_same_bits_whatever_stands_beside_it() -> None:
+    """Of the kernel for any step: sums go in steps from position 0, wherever a window begins."""
+    whole, apart = (World(2, 1, 16, 16, [120], window=45) for _ in range(2))
+    rows = whole.step([(0, 0, 120)])
+    pieces = [apart.step([(0, first, end)]) for first, end in pairwise([0, 50, 77, 78, 120])]
+    np.testing.assert_array_equal(np.concatenate(pieces), rows)
 
 
 def test_sequences_without_tokens_in_this_step() -> None:
