@@ -20,7 +20,7 @@ struct GpuPagedAttention {
           head_dim(node.size_attribute("head_dim")),
           block_size(node.size_attribute("block_size")),
           scale(node.float_attribute("scale")),
-          window(node.size_attribute("window")),
+          window(node.size_attribute("window", kMaxSize)),
           multiprocessors(Launcher::current().device.multiprocessors) {
         for (size_t cache : {2, 3}) node.expect_no_constant(cache);
         Launcher& launcher = Launcher::current();
