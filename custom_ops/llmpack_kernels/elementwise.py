@@ -1,4 +1,7 @@
-"""Norms, SwiGLU and embedding rows (FORMAT.md 5.2 to 5.4, 5.8, 5.13). One program a row; SwiGLU one for a piece of one."""
+"""Norms, SwiGLU, GeGLU and embedding rows (FORMAT.md 5.2 to 5.4, 5.8, 5.13, 5.14).
+
+A program takes a row; of SwiGLU and GeGLU a piece of one.
+"""
 
 import triton
 import triton.language as tl
@@ -6,6 +9,8 @@ import triton.language as tl
 from llmpack_kernels.decode import PLAIN, offset, unpack_q6, unpack_q8
 from llmpack_kernels.matmul import saturate
 from llmpack_kernels.overlap import begin
+
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
 
 @triton.jit
@@ -68,14 +73,30 @@ def qk_norm(
 
 
 @triton.jit
-def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
-    """gate_up float16 [rows, 2 F] -> y float16 [rows, F] = silu(gate) * up; axis 0 pieces of a row, axis 1 rows."""
-    begin()
+def _gate_and_up(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a program's numbers of both halves, float32 [BLOCK], where its results go, and which there are."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + row * (2 * F) + column, mask=column < F, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * F) + F + column, mask=column < F, other=0.0).to(tl.float32)
-    tl.store(y + row * F + column, saturate(gate / (1.0 + tl.exp(-gate)) * up, y), mask=column < F)
+    return gate, up, y + row * F + column, column < F
+
+
+@triton.jit
+def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+    """gate_up float16 [rows, 2 F] -> y float16 [rows, F] = silu(gate) * up; axis 0 pieces of a row, axis 1 rows."""
+    begin()
+    gate, up, target, mask = _gate_and_up(gate_up, y, F, BLOCK)
+    tl.store(target, saturate(gate / (1.0 + tl.exp(-gate)) * up, y), mask=mask)
+
+
+@triton.jit
+def geglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+    """Do the same with gelu in place of silu, in its approximation by tanh: (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z))."""
+    begin()
+    gate, up, target, mask = _gate_and_up(gate_up, y, F, BLOCK)
+    z = SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)  # of float16, so far from infinite
+    tl.store(target, saturate(gate / (1.0 + tl.exp(-2.0 * z)) * up, y), mask=mask)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-// RMSNorm, AddRMSNorm, QKNorm and SwiGLU of a GPU's graph.
+// RMSNorm, AddRMSNorm, QKNorm, SwiGLU and GeGLU of a GPU's graph.
 #include "ort/gpu_add_rms_norm.h"
 #include "ort/gpu_operator.h"
 #include "ort/ops.h"
@@ -77,32 +77,42 @@ struct GpuQKNorm {
     Operation norm;
 };
 
-struct GpuSwiGLU {
-    static constexpr const char* kName = "SwiGLU";
+// SwiGLU and GeGLU.
+struct GpuGated {
     static constexpr Port kInputs[] = {{"gate_up", kFloat16}};
     static constexpr Port kOutputs[] = {{"y", kFloat16}};
 
-    explicit GpuSwiGLU(const NodeInfo& node)
+    GpuGated(const NodeInfo& node, const char* op)
         : width(node.size_attribute("in_features")),
-          swiglu(Launcher::current().operation("swiglu", {{"in_features", width}},
-                                               {{"gate_up", kPointer}, {"y", kPointer}})) {}
+          gated(Launcher::current().operation(op, {{"in_features", width}},
+                                              {{"gate_up", kPointer}, {"y", kPointer}})) {}
 
     void compute(Context& context) const {
         const Tensor gate_up = context.input(0);
         gate_up.expect_shape({kAnySize, 2 * width}, "[tokens, 2 * intermediate_size]");
         const int64_t T = gate_up.shape[0];
         void* y = context.output_memory(0, {T, width});
-        swiglu.launch({T}, {gate_up.data, y}, context.gpu_stream());
+        gated.launch({T}, {gate_up.data, y}, context.gpu_stream());
     }
 
     int64_t width;
-    Operation swiglu;
+    Operation gated;
+};
+
+struct GpuSwiGLU : GpuGated {
+    static constexpr const char* kName = "SwiGLU";
+    explicit GpuSwiGLU(const NodeInfo& node) : GpuGated(node, "swiglu") {}
+};
+
+struct GpuGeGLU : GpuGated {
+    static constexpr const char* kName = "GeGLU";
+    explicit GpuGeGLU(const NodeInfo& node) : GpuGated(node, "geglu") {}
 };
 
 }  // namespace
 
 std::vector<const OrtCustomOp*> gpu_elementwise_ops() {
-    return gpu_ops_of<GpuRMSNorm, GpuAddRMSNormOp, GpuQKNorm, GpuSwiGLU>();
+    return gpu_ops_of<GpuRMSNorm, GpuAddRMSNormOp, GpuQKNorm, GpuSwiGLU, GpuGeGLU>();
 }
 
 }  // namespace llmpack::ort

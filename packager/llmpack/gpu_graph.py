@@ -104,7 +104,7 @@ class _Rewrite:
                 new.output[0] = "logits"
             _set(new, in_features=width)
             self.types[new.output[0]] = _FLOAT if is_head else _HALF
-        elif op == "SwiGLU":
+        elif op in ("SwiGLU", "GeGLU"):
             _set(new, in_features=width // 2)
             self.types[new.output[0]] = _HALF
         elif op == "QKNorm":

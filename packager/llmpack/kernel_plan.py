@@ -27,6 +27,7 @@ HOPPER, HOPPER_WIDE, HOPPER_WIDE_FROM = (128, 128, 256, 6), (256, 128, 256, 6), 
 TOP_K = 64  # likeliest tokens that a step gives beside the logits
 TOP_K_CHUNK = 2048  # columns that one program chooses them from, at most
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
+ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
 # Stands for the target's own number among compile-time constants (llmpack_kernels.decode).
 BACKEND = "BACKEND"
@@ -90,7 +91,8 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
         raise IncompatibleError("--quant f32 has no GPU kernels: choose --targets cpu, or --quant f16, q8 or q4.")
     table = next(w for w in weights if w.row.role == "embedding")
     specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
-    specs += elementwise(config.hidden_size, config.intermediate_size // shards)
+    specs += norms(config.hidden_size)
+    specs.append(gated(ACTIVATIONS[config.activation], config.intermediate_size // shards))
     if config.has_qk_norm:
         specs.append(qk_norm(*heads_per_rank(config, shards), config.head_dim))
     specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
@@ -192,8 +194,8 @@ def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
     return KernelSpec(f"embed_{storage}", constants, function, constexprs, types, (_ROW, _ONE, _ONE), 128)
 
 
-def elementwise(hidden: int, intermediate: int) -> Iterator[KernelSpec]:
-    """Plan norms of hidden_size, and SwiGLU of intermediate_size per rank."""
+def norms(hidden: int) -> Iterator[KernelSpec]:
+    """Plan norms of hidden_size."""
     constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
     threads = _clamp(_power_of_two(hidden) // 16, 64, 512)
     grid, constants = (_ROW, _ONE, _ONE), {"in_features": hidden}
@@ -201,10 +203,13 @@ def elementwise(hidden: int, intermediate: int) -> Iterator[KernelSpec]:
     yield KernelSpec("rms_norm", constants, "elementwise.rms_norm", constexprs, types, grid, threads)
     types = {"x": "*fp16", "residual": "*fp32", "weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
     yield KernelSpec("add_rms_norm", constants, "elementwise.add_rms_norm", constexprs, types, grid, threads)
+
+
+def gated(op: str, intermediate: int) -> KernelSpec:
+    """Plan swiglu or geglu of intermediate_size per rank."""
     grid = (GridAxis(factor=-(-intermediate // 1024)), _ROW, _ONE)
-    types = {"gate_up": "*fp16", "y": "*fp16"}
-    constants = {"in_features": intermediate}
-    yield KernelSpec("swiglu", constants, "elementwise.swiglu", {"F": intermediate, "BLOCK": 1024}, types, grid, 128)
+    constants, types = {"in_features": intermediate}, {"gate_up": "*fp16", "y": "*fp16"}
+    return KernelSpec(op, constants, f"elementwise.{op}", {"F": intermediate, "BLOCK": 1024}, types, grid, 128)
 
 
 def qk_norm(heads: int, kv_heads: int, d: int) -> KernelSpec:

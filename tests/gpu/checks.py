@@ -22,19 +22,19 @@ from llmrun.manifest import ModelConfig
 ELEMENT = {np.dtype(d): i for d, i in ((np.float32, 1), (np.uint8, 2), (np.int32, 6), (np.int64, 7), (np.float16, 10))}
 N, K, VOCABULARY = 256, 512, 512
 # float16 results are rounded once (2^-11), and their terms are sums in float32; scores pass through exponentials.
-TOLERANCES = {"matmul": 2e-3, "norm": 2e-3, "swiglu": 2e-3, "attention": 4e-3, "exact": 0.0}
+TOLERANCES = {"matmul": 2e-3, "norm": 2e-3, "gated": 2e-3, "attention": 4e-3, "exact": 0.0}
 
 
 def extra_specs() -> list[KernelSpec]:
     """The kernels of the operators checked: those of the tiny model, in every storage."""
-    from llmpack.kernel_plan import plan_kernels, qk_norm
+    from llmpack.kernel_plan import gated, plan_kernels, qk_norm
 
     config = shapes.config_of("dry")
     found = []
     for quantization in (Quantization("q4", 64), Quantization("q8", 32), Quantization("f16", 64)):
         found += plan_kernels(config, plan_rank(config, quantization, 1, 0), 1, shapes.BLOCK_SIZE)
     heads = config.num_attention_heads, config.num_key_value_heads
-    return [*found, qk_norm(*heads, config.head_dim)]
+    return [*found, qk_norm(*heads, config.head_dim), gated("geglu", config.intermediate_size)]
 
 
 def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
@@ -44,7 +44,7 @@ def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
         "real_products",
         "norms",
         "qk_norm",
-        "swiglu",
+        "gated",
         "embeddings",
         "attention",
         "real_attention",
@@ -160,11 +160,18 @@ class Checks:
             self.close_to(y, expected, "norm", "QKNorm") for y in found
         )  # with the memory of qkv apart, and its own
 
-    def swiglu(self) -> float:
-        width = self.config.intermediate_size
+    def gated(self) -> float:
+        worst, width = 0.0, self.config.intermediate_size
         x = self.rng.standard_normal((5, 2 * width)).astype(np.float16) * 3
-        (y,) = self.run(self.ort.node("SwiGLU", in_features=width), [x], [((5, width), np.float16)])
-        return self.close_to(y, reference.swiglu(x), "swiglu", "SwiGLU")
+        x[0, :8] = [-65504, -100, -20, -8, 0, 8, 100, 65504]  # gates whose exponentials overflow
+        x[0, width : width + 8] = 0.25
+        for op, truth in (("SwiGLU", reference.swiglu), ("GeGLU", reference.geglu)):
+            (y,) = self.run(self.ort.node(op, in_features=width), [x], [((5, width), np.float16)])
+            far, near = y[0, :8], np.delete(y.ravel(), range(8))  # the large ones would hide errors of the others
+            expected = truth(x)
+            worst = max(worst, self.close_to(near, np.delete(expected.ravel(), range(8)), "gated", op))
+            self.close_to(far, expected[0, :8], "gated", f"{op} of large numbers")
+        return worst
 
     def embeddings(self) -> float:
         worst, hidden, n = 0.0, self.config.hidden_size, self.config.vocab_size

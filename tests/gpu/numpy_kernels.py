@@ -109,10 +109,10 @@ def qk_norm(p: Launch) -> None:
     at(p["y"], shape, np.float16)[:] = half(y)
 
 
-def swiglu(p: Launch) -> None:
+def gated(p: Launch, combine: Callable[[np.ndarray], np.ndarray]) -> None:
     rows, width = p["grid"][1], p["in_features"]
     gate_up = at(p["gate_up"], (rows, 2 * width), np.float16)
-    at(p["y"], (rows, width), np.float16)[:] = half(reference.swiglu(gate_up))
+    at(p["y"], (rows, width), np.float16)[:] = half(combine(gate_up))
 
 
 def cache_write(p: Launch) -> None:
@@ -258,7 +258,8 @@ KERNELS: dict[str, Callable[[Launch], None]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "qk_norm": qk_norm,
-    "swiglu": swiglu,
+    "swiglu": lambda p: gated(p, reference.swiglu),
+    "geglu": lambda p: gated(p, reference.geglu),
     "cache_write": cache_write,
     "attention": attention,
     "attention_split": attention_split,

@@ -31,7 +31,7 @@ def test_the_program_runs_dry(chip, tmp_path):
             "real_products",
             "norms",
             "qk_norm",
-            "swiglu",
+            "gated",
             "embeddings",
             "attention",
             "real_attention",

@@ -21,7 +21,7 @@ from kernel_shapes import specs_of
 from llmpack import kernel_file, kernels
 from llmpack.kernel_compiler import nvidia_tool
 from llmpack.kernel_file import Kernel, KernelFile
-from llmpack.kernel_plan import KernelSpec, qk_norm
+from llmpack.kernel_plan import KernelSpec, gated, qk_norm
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
@@ -35,7 +35,7 @@ def representative() -> list[KernelSpec]:
     """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, one that sees other ranks, and
     what no Llama has.
     """
-    chosen = [qk_norm(32, 8, 128)]
+    chosen = [qk_norm(32, 8, 128), gated("geglu", 14336)]
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":
             if spec.constants["max_rows"] in (4, 8, 16, 0) and spec.constants["out_features"] == 5120:

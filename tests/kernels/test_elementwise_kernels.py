@@ -1,4 +1,4 @@
-"""Norms, QKNorm, SwiGLU and the choice of the largest logits, against float64 (FORMAT.md 5.2 to 5.4, 5.13, 8.4)."""
+"""Norms, QKNorm, SwiGLU, GeGLU and the choice of the largest logits, against float64 (FORMAT.md 5, 8.4)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ FLOAT_SUM = 1e-6  # a few float32 roundings, relative to the result
 SMALLEST_HALF = 2.0**-25  # half of the last place of the smallest float16
 
 
-def spec_of(op: str, hidden: int = 64, intermediate: int = 64) -> KernelSpec:
-    return next(s for s in kernel_plan.elementwise(hidden, intermediate) if s.op == op)
+GATED = {"swiglu": reference.swiglu, "geglu": reference.geglu}
+
+
+def norm_of(op: str, hidden: int = 64) -> KernelSpec:
+    return next(s for s in kernel_plan.norms(hidden) if s.op == op)
 
 
 def assert_half(y: np.ndarray, exact: np.ndarray) -> None:
@@ -34,12 +37,12 @@ def test_norms(hidden: int, rows: int) -> None:
     )  # beyond what float16 could hold when squared
     weight = rng.standard_normal(hidden).astype(np.float32)
     y = np.zeros((rows, hidden), np.float16)
-    launch(spec_of("rms_norm", hidden), x=residual, weight=weight, y=y, epsilon=1e-5)
+    launch(norm_of("rms_norm", hidden), x=residual, weight=weight, y=y, epsilon=1e-5)
     assert_half(y, reference.rms_norm(residual, weight, 1e-5))
 
     x = rng.standard_normal((rows, hidden)).astype(np.float16)
     exact, total = reference.add_rms_norm(x, residual, weight, 1e-5)
-    launch(spec_of("add_rms_norm", hidden), x=x, residual=residual, weight=weight, y=y, epsilon=1e-5)
+    launch(norm_of("add_rms_norm", hidden), x=x, residual=residual, weight=weight, y=y, epsilon=1e-5)
     np.testing.assert_allclose(residual, total, rtol=2.0**-24)
     assert_half(y, exact)
 
@@ -60,24 +63,29 @@ def test_qk_norm(dim: int, is_in_place: bool) -> None:
 def test_norm_of_zeros_is_zero() -> None:
     y = np.ones((1, 64), np.float16)
     x = np.zeros((1, 64), np.float32)
-    launch(spec_of("rms_norm"), x=x, weight=np.ones(64, np.float32), y=y, epsilon=1e-5)
+    launch(norm_of("rms_norm"), x=x, weight=np.ones(64, np.float32), y=y, epsilon=1e-5)
     assert (y == 0).all()
 
 
+@pytest.mark.parametrize("op", GATED)
 @pytest.mark.parametrize("intermediate", [1, 1024, 1500], ids=["smallest", "one_block", "odd_tail"])
-def test_swiglu(intermediate: int) -> None:
+def test_gated(op: str, intermediate: int) -> None:
     gate_up = (np.random.default_rng(intermediate).standard_normal((2, 2 * intermediate)) * 4).astype(np.float16)
     y = np.full((2, intermediate), 7, np.float16)
-    launch(spec_of("swiglu", intermediate=intermediate), gate_up=gate_up, y=y)
-    assert_half(y, reference.swiglu(gate_up))
+    launch(kernel_plan.gated(op, intermediate), gate_up=gate_up, y=y)
+    assert_half(y, GATED[op](gate_up))
 
 
-def test_swiglu_of_every_size_of_gate_saturates() -> None:
-    gate = np.array([-65504, -100, -20, -0.0, 0, 1e-4, 20, 65504], np.float16)
-    y = np.zeros((1, 8), np.float16)
-    launch(spec_of("swiglu", intermediate=8), gate_up=np.concatenate([gate, np.full(8, 2, np.float16)])[None], y=y)
-    exact = np.clip(reference.swiglu(np.concatenate([gate, np.full(8, 2, np.float16)])[None]), -65504, 65504)
-    assert_half(y, exact)
+@pytest.mark.filterwarnings("ignore:overflow")  # of the exponential, which is infinite then
+@pytest.mark.parametrize("op", GATED)
+def test_every_finite_gate(op: str) -> None:
+    """Saturated, where the result has no float16; nowhere infinite, nowhere NaN."""
+    gate = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    gate = gate[np.isfinite(gate)]
+    gate_up = np.concatenate([gate, np.full_like(gate, 2)])[None]
+    y = np.full((1, len(gate)), 7, np.float16)
+    launch(kernel_plan.gated(op, len(gate)), gate_up=gate_up, y=y)
+    assert_half(y, np.clip(GATED[op](gate_up), -65504, 65504))
 
 
 def likeliest(logits: np.ndarray, first_id: int = 0, known: int | None = None) -> np.ndarray:
@@ -137,12 +145,13 @@ def test_what_is_not_finite_shows_in_the_sum_of_its_row_alone(bad: float) -> Non
         np.testing.assert_array_equal(np.isnan(sums), [False, True, False])
 
 
-def test_nan_stays_nan_on_its_way_to_the_logits() -> None:
+@pytest.mark.parametrize("op", GATED)
+def test_nan_stays_nan_on_its_way_to_the_logits(op: str) -> None:
     """Saturation must not make a number of it: that is how whoever samples learns that a model is broken."""
     gate_up = np.zeros((1, 128), np.float16)
     gate_up[0, 3] = np.nan
     y = np.zeros((1, 64), np.float16)
-    launch(spec_of("swiglu"), gate_up=gate_up, y=y)
+    launch(kernel_plan.gated(op, 64), gate_up=gate_up, y=y)
     np.testing.assert_array_equal(np.isnan(y[0]), np.arange(64) == 3)
-    launch(spec_of("rms_norm"), x=gate_up[:, :64].astype(np.float32), weight=np.ones(64, np.float32), y=y, epsilon=1e-5)
+    launch(norm_of("rms_norm"), x=gate_up[:, :64].astype(np.float32), weight=np.ones(64, np.float32), y=y, epsilon=1e-5)
     assert np.isnan(y).all()
