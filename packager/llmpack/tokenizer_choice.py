@@ -69,7 +69,8 @@ def open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_si
     )
     if has_json and not (is_rebuilt and are_special):
         return _open_json(files, added, vocab_size)
-    swallowing = [text for text in added if any(text in tokens for tokens in swallowing_tokens(files))]
+    swallowers = {text for tokens in swallowing_tokens(files) for text in tokens}
+    swallowing = [text for text in added if text in swallowers]
     if swallowing:
         if has_json:
             return _open_json(files, added, vocab_size)

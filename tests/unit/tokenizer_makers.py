@@ -118,6 +118,87 @@ def train_unigram(folder):
     return theirs
 
 
+# Of the order and the kinds of Gemma 3's; those from <start_of_turn> on are special, and the last is beyond a 1B's vocabulary.
+GEMMA_SYMBOLS = [
+    *("<mask>", "[multimodal]", "<unused0>", "<unused1>", "<start_of_turn>", "<end_of_turn>"),
+    *("\n" * i for i in range(1, 32)),
+    *("\u2581" * i for i in range(2, 32)),
+    *("<table>", "</table>", "\t", "<start_of_image>", "<end_of_image>", "<unused2>"),
+]
+GEMMA_SPECIAL = {"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"}
+GEMMA_TEMPLATE = """\
+{{ bos_token }}
+{%- set offset = 1 if messages[0]['role'] == 'system' else 0 -%}
+{%- for message in messages[offset:] -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}
+    {%- if loop.first and offset -%}
+        {{ messages[0]['content'] + '\n\n' }}
+    {%- endif -%}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- else -%}
+        {%- for item in message['content'] -%}
+            {{ '<start_of_image>' if item['type'] == 'image' else item['text'] | trim }}
+        {%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\n' }}
+{%- endif -%}
+"""
+
+
+def train_gemma(folder, vocab_size=700):
+    """Write the files of Gemma 3's tokenizer: BPE of characters with byte fallback, no space before a text, user's symbols."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers.tokenization_utils_base import generate_merges
+
+    names = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"}
+    model = train_sentencepiece(
+        folder,
+        **names,
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False},
+        user_defined_symbols=GEMMA_SYMBOLS,
+        vocab_size=vocab_size,
+    )
+    vocab = {model.id_to_piece(i): i for i in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab, generate_merges(vocab), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = {*names.values(), *GEMMA_SPECIAL}
+    added = [*names.values(), *GEMMA_SYMBOLS, "<image_soft_token>"]
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=text in special) for text in added])
+    ids = {text: tokenizer.token_to_id(text) for text in added}
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sides = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    named = {name.replace("piece", "token"): text for name, text in names.items()}
+    images = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    config = {
+        **{"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **named, **images},
+        "added_tokens_decoder": {ids[text]: {"content": text, "special": text in special, **sides} for text in added},
+        "extra_special_tokens": images,
+        "chat_template": GEMMA_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**named, **images}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<image_soft_token>": ids["<image_soft_token>"]}))
+    ends = {"bos_token_id": ids["<bos>"], "eos_token_id": [ids["<eos>"], ids["<end_of_turn>"]]}
+    (folder / "generation_config.json").write_text(json.dumps({**ends, "do_sample": True, "top_k": 64, "top_p": 0.95}))
+    (folder / "config.json").write_text('{"model_type": "gemma3_text"}')
+    return ids
+
+
 def byte_level_spec(tokenizer, special=BYTE_LEVEL_SPECIAL, **more):
     ids = {text: tokenizer.token_to_id(text) for text in special}
     return {
