@@ -126,37 +126,39 @@ class TokenizersBackend(Backend):
         except ImportError as error:
             raise IncompatibleError(f"{where}: needs the Python package tokenizers: {error}") from error
         self._lock = threading.Lock()
-        document = json.loads(data)
-        added = document.get("added_tokens", [])
-        kept = [token for token in added if token["id"] < spec.vocab_size]
-        if len(kept) < len(added):  # the model has no such ids: their texts are like any other
-            data = json.dumps(document | {"added_tokens": kept}).encode()
-        self._data = data
         self._library = tokenizers
-        self._tokenizer: Any = self._load()
+        # A vocabulary of 262,144 takes a second to parse and hundreds of megabytes: that is done once, by the library.
+        self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(data)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added: list[Any] = [added[token_id] for token_id in sorted(added) if token_id < spec.vocab_size]
+        if len(self._added) < len(added):  # the model has no such ids: their texts are like any other
+            self._tokenizer = self._with_tokens(self._added)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if highest >= spec.vocab_size:
             raise IntegrityError(f"{where}: has id {highest}: the manifest says {spec.vocab_size} ids")
-        self.takes_space_before = frozenset(token["content"] for token in kept if token.get("lstrip"))
-        self.takes_space_after = frozenset(token["content"] for token in kept if token.get("rstrip"))
-        model = document["model"]
-        unknown = model.get("unk_token")
-        # Unigram models name it by its id, the others by its text.
-        self.unknown_id: int | None = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
-        self._is_byte_level, self._byte_fallback, self.strips_leading_space = _read_decoder(document, where)
+        self.takes_space_before = frozenset(token.content for token in self._added if token.lstrip)
+        self.takes_space_after = frozenset(token.content for token in self._added if token.rstrip)
+        self.unknown_id = _unknown_id(self._tokenizer)
+        self._is_byte_level, self._byte_fallback, self.strips_leading_space = _read_decoder(
+            _state(self._tokenizer.decoder), where
+        )
 
-    def _load(self) -> Any:
-        tokenizer = self._library.Tokenizer.from_buffer(self._data)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+    def _with_tokens(self, added: Sequence[Any]) -> Any:
+        """Return a tokenizer with the model and the rules of this one, which they share, and with these added tokens."""
+        tokenizer = self._library.Tokenizer(self._tokenizer.model)
+        for rule in ("normalizer", "pre_tokenizer", "decoder"):
+            if (value := getattr(self._tokenizer, rule)) is not None:
+                setattr(tokenizer, rule, value)
+        tokenizer.add_tokens(list(added))
         return tokenizer
 
     @functools.cached_property
     def _marked(self) -> tuple[Any, str, int]:
         """A second tokenizer with one more token, which stands for any special one; random, so no text can hold it."""
-        tokenizer = self._load()
         mark = f"\ue000{secrets.token_hex(16)}\ue001"
-        tokenizer.add_tokens([self._library.AddedToken(mark, normalized=False)])
+        tokenizer = self._with_tokens([*self._added, self._library.AddedToken(mark, normalized=False)])
         tokenizer.encode_special_tokens = True
         return tokenizer, mark, tokenizer.token_to_id(mark)
 
@@ -213,9 +215,20 @@ class TokenizersBackend(Backend):
         return bytes.fromhex(match[1]) if match else token.replace(_SPACE, " ").encode()
 
 
-def _read_decoder(document: dict[str, Any], where: str) -> tuple[bool, bool, bool]:
+def _state(part: Any) -> dict[str, Any]:
+    """Return a part of a tokenizer as tokenizer.json has it; empty if there is none."""
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    model = tokenizer.model
+    if hasattr(model, "unk_token"):
+        return None if model.unk_token is None else tokenizer.token_to_id(model.unk_token)
+    return _state(model).get("unk_id")  # Unigram models name it by its id, the others by its text
+
+
+def _read_decoder(decoder: dict[str, Any], where: str) -> tuple[bool, bool, bool]:
     """Return (is byte-level, has byte fallback, strips a leading space) of a tokenizer.json's decoder."""
-    decoder = document.get("decoder") or {}
     steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:

@@ -1,5 +1,6 @@
 """Gemma's tokenizer: ids of transformers, whichever of its files are there, and thousands of added tokens."""
 
+import json
 import random
 
 import pytest
@@ -7,6 +8,7 @@ from tokenizer_makers import GEMMA_SPECIAL, GEMMA_TEMPLATE, load_files, train_ge
 
 from llmpack import tokenizer_choice
 from llmpack.tokenizer_files import GOLDEN_TEXTS, read_tokenizer
+from llmrun import tokenizer_backends
 from llmrun.chat import encode_chat, extend_chat
 
 SIZE = 700
@@ -104,3 +106,28 @@ def test_what_a_user_types_is_text_and_the_next_turn_extends_the_last(checkpoint
     assert extended is not None
     assert extended[: len(prompt) + len(answer) + 1] == [*prompt, *answer, end]
     assert extended[-len(prompt[-5:]) :] == prompt[-5:]
+
+
+def test_a_vocabulary_is_parsed_once(checkpoint, monkeypatch):
+    """A quarter of a million tokens take a second, and hundreds of megabytes, each time."""
+    tokenizers = pytest.importorskip("tokenizers")
+    files, library, loads = read_tokenizer(checkpoint, SIZE), tokenizers.Tokenizer, json.loads
+    parsed = []
+
+    class Counting:
+        def __call__(self, model):
+            return library(model)
+
+        def from_buffer(self, data):
+            parsed.append(len(data))
+            return library.from_buffer(data)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Counting())
+    monkeypatch.setattr(tokenizer_backends.json, "loads", lambda data: parsed.append(len(data)) or loads(data))
+    tokenizer = load_files(files)
+    assert encode_chat(tokenizer, [{"role": "user", "content": "<eos>"}])[:2] == [
+        2,
+        files.special_tokens["<start_of_turn>"],
+    ]
+    size = (checkpoint / "tokenizer.json").stat().st_size
+    assert [length for length in parsed if length > size // 10] == [size]
