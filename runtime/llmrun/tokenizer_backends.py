@@ -155,12 +155,12 @@ class TokenizersBackend(Backend):
         return tokenizer
 
     @functools.cached_property
-    def _marked(self) -> tuple[Any, str, int]:
+    def _marked(self) -> tuple[Any, str]:
         """A second tokenizer with one more token, which stands for any special one; random, so no text can hold it."""
         mark = f"\ue000{secrets.token_hex(16)}\ue001"
         tokenizer = self._with_tokens([*self._added, self._library.AddedToken(mark, normalized=False)])
         tokenizer.encode_special_tokens = True
-        return tokenizer, mark, tokenizer.token_to_id(mark)
+        return tokenizer, mark
 
     def _encode(self, text: str, *, as_text: bool) -> list[int]:
         with self._lock:
@@ -176,7 +176,7 @@ class TokenizersBackend(Backend):
     def encode_segments(self, segments: Sequence[str | int]) -> list[int]:  # noqa: D102
         # One text in which a mark takes the place of each id, so that every segment is encoded where it
         # stands.
-        tokenizer, mark, mark_id = self._marked
+        tokenizer, mark = self._marked
         text = ""
         marks: list[int | None] = []
         after_text = False
@@ -192,8 +192,10 @@ class TokenizersBackend(Backend):
             after_text = isinstance(segment, str)
         ids: list[int] = []
         stands_for = iter(marks)
-        for token_id in tokenizer.encode(text, add_special_tokens=False).ids:
-            actual = next(stands_for) if token_id == mark_id else token_id
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        # The mark is told by its text: where a vocabulary has gaps, its id may be another token's, too.
+        for token, token_id in zip(encoding.tokens, encoding.ids, strict=True):
+            actual = next(stands_for) if token == mark else token_id
             if actual is not None:
                 ids.append(actual)
         return ids

@@ -1,6 +1,7 @@
 """Added tokens, special ones, and those that swallow white space: what the files of a tokenizer say of single tokens."""
 
 import dataclasses
+import json
 
 import pytest
 from tokenizer_makers import (
@@ -188,3 +189,19 @@ def test_a_user_defined_piece_that_is_not_special_stays_text(tmp_path):
     ours, text = load_files(files), "the sea\nthe shore"
     assert ours.encode(text) == theirs.from_pretrained(tmp_path).encode(text)
     assert ours.decode(ours.encode(text)) == text
+
+
+def test_a_vocabulary_with_gaps_gives_its_ids_beside_special_tokens_too(tmp_path):
+    """A token that is added gets the number of entries as its id, which another may have where ids were left out."""
+    tokenizers = pytest.importorskip("tokenizers")
+    entries = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "<s>", "</s>"]
+    vocab = {text: i for i, text in enumerate(entries)} | {"e": 260}
+    assert len(vocab) == 260
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_files(read_tokenizer(tmp_path, 300))
+    assert ours.encode_segments([257, "bee", 258]) == [257, 1 + ord("b"), 260, 260, 258]
