@@ -55,10 +55,15 @@ class ModelFiles:
     def ids(self, name: str, key: str) -> tuple[int, ...]:
         """Return the token ids that a JSON file gives under key: none, one or a list.
 
+        Those of a model that sees images may be in the part that its language model has, as in transformers.
+
         Raises:
             IncompatibleError: what is there is no token id.
         """
-        value = self.json(name).get(key)
+        members = self.json(name)
+        value, text_config = members.get(key), members.get("text_config")
+        if value is None and isinstance(text_config, dict):
+            value = text_config.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:

@@ -27,6 +27,17 @@ def test_the_artifact_ends_answers_at_the_tokenizer_s_eos_where_no_config_names_
     assert ends() == [7, 9, theirs.eos_token_id]
 
 
+@pytest.mark.parametrize(
+    ("outside", "inside"), [({}, [1, 106]), ({"eos_token_id": None}, [1, 106]), ({"eos_token_id": [1, 106]}, 1)]
+)
+def test_end_tokens_of_a_model_that_sees_images_are_those_of_transformers(outside, inside, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text = {"model_type": "gemma3_text", "eos_token_id": inside}
+    edit_json(tmp_path, "config.json", model_type="gemma3", text_config=text, **outside)
+    theirs = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert list(read_generation(tmp_path, 200).eos_token_ids) == theirs.eos_token_id == [1, 106]
+
+
 def test_the_settings_of_a_model_without_a_tokenizer_are_a_source(tiny_checkpoint, tmp_path):
     pack(tiny_checkpoint, tmp_path / "artifact", Options())
     source = json.loads((tmp_path / "artifact/manifest.json").read_text("utf-8"))["source"]
