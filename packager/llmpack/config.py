@@ -139,7 +139,8 @@ def _part(raw: dict[str, Any], path: Path, family: Family) -> dict[str, Any]:
             f"{path}: {family.part}.model_type is {part['model_type']!r:.60}; supported: 'gemma3_text'."
         )
     common = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
-    return {**{key: raw[key] for key in common if key in raw}, **part}
+    of_all = {key: raw[key] for key in common if key in raw and part.get(key) is None}
+    return {**part, **of_all}
 
 
 def _read_multipliers(reader: Reader, family: Family, hidden_size: int, dtype: str) -> dict[str, float]:

@@ -108,6 +108,15 @@ def test_settings_are_those_of_transformers(tmp_path: Path, published: dict[str,
     assert ours.embedding_multiplier == in_its_type.item() != text.hidden_size**0.5
 
 
+def test_what_the_language_model_leaves_to_all_parts_is_theirs(tmp_path: Path) -> None:
+    said = {**SEEING["text_config"], "torch_dtype": None, "dtype": None, "quantization_config": None}
+    assert read_config(write_config(tmp_path, {**SEEING, "text_config": said})).dtype == "bfloat16"
+    with pytest.raises(IncompatibleError, match="quant_method 'bnb'"):
+        read_config(
+            write_config(tmp_path, {**SEEING, "text_config": said, "quantization_config": {"quant_method": "bnb"}})
+        )
+
+
 @pytest.mark.parametrize(("dtype", "scale"), [("float32", np.float32(1152**0.5)), ("float16", np.float16(1152**0.5))])
 def test_the_embedding_is_scaled_in_its_own_type(tmp_path: Path, dtype: str, scale: float) -> None:
     assert read_config(write_config(tmp_path, {**TEXT, "torch_dtype": dtype})).embedding_multiplier == scale
