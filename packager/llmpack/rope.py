@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -99,15 +100,21 @@ def for_sequences(config: ModelConfig, max_seq_len: int) -> tuple[ModelConfig, s
     LongRoPE has factors for short and for long sequences. transformers goes from one to the other in the midst of a sequence,
     and computes all of it again; an artifact has one, as vLLM and llama.cpp have.
     """
-    rope = config.rope
+    rope, note = _of_length(config.rope, max_seq_len)
+    if config.rope_local is None:
+        return dataclasses.replace(config, rope=rope), note
+    local, local_note = _of_length(config.rope_local, max_seq_len)
+    return dataclasses.replace(config, rope=rope, rope_local=local), note or local_note
+
+
+def _of_length(rope: dict[str, Any], max_seq_len: int) -> tuple[dict[str, Any], str]:
     if rope["rope_type"] != "longrope":
-        return config, ""
+        return rope, ""
     original = int(rope["original_max_position_embeddings"])
     is_long = max_seq_len > original
     kept = {name: value for name, value in rope.items() if name not in ("short_factor", "long_factor")}
-    chosen = dataclasses.replace(config, rope={**kept, "factors": rope["long_factor" if is_long else "short_factor"]})
     note = f"longrope: packed for sequences beyond {original}; --max-seq-len {original} packs for those up to there"
-    return chosen, note * is_long
+    return {**kept, "factors": rope["long_factor" if is_long else "short_factor"]}, note * is_long
 
 
 def attention_scale(config: ModelConfig, layer: int) -> float:

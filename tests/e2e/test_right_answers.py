@@ -38,6 +38,16 @@ LONGROPE = {
         "original_max_position_embeddings": 64,
     },
 }  # fmt: skip
+SLIDING_LONGROPE = {
+    **{**GEMMA, "sliding_window": 32},
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {
+            **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64},
+            **{"short_factor": [1 + i / 8 for i in range(32)], "long_factor": [1.0 + i for i in range(32)]},
+        },
+    },
+}
 VARIANTS = {
     "gqa": {},
     "mha": {"num_key_value_heads": 8},
@@ -144,10 +154,11 @@ def test_windows_hide_what_they_hide_in_transformers(model_type, tmp_path, packe
     assert seen_differently[33:].all()
 
 
+@pytest.mark.parametrize("model", [{**PHI3, **LONGROPE}, SLIDING_LONGROPE], ids=["all-layers", "those-that-slide"])
 @pytest.mark.parametrize(("max_seq_len", "num_ids"), [(64, 40), (128, 70)])
-def test_longrope_is_that_of_the_longest_sequence(max_seq_len, num_ids, tmp_path):
+def test_longrope_is_that_of_the_longest_sequence(max_seq_len, num_ids, model, tmp_path):
     """As transformers computes sequences of that length; shorter ones of a long artifact have the long factors too."""
-    folder = make_checkpoint(tmp_path / "m", **PHI3, **LONGROPE)
+    folder = make_checkpoint(tmp_path / "m", **model)
     summary = pack(folder, tmp_path / "a", Options(scheme="f32", max_seq_len=max_seq_len))
     assert any("longrope" in note for note in summary["notes"]) == (max_seq_len > 64)
     ids = [(37 * i + 11) % 250 for i in range(num_ids)]
