@@ -102,7 +102,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     intermediate = "shared_intermediate_size" if family.is_hybrid else "intermediate_size"
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     sliding_window, layer_types = _read_windows(reader, family, num_hidden_layers)
-    rope, rope_local = read_ropes(reader, family, head_dim, max_position_embeddings)
+    rope, of_sliding = read_ropes(reader, family, head_dim, max_position_embeddings)
     return ModelConfig(
         architecture=family.architecture,
         hidden_size=hidden_size,
@@ -118,7 +118,7 @@ def read_config(model_dir: Path) -> ModelConfig:
         attention_bias=reader.flag("attention_bias") if family.attention_bias is None else family.attention_bias,
         mlp_bias=family.has_mlp_bias and reader.flag("mlp_bias"),
         rope=rope,
-        rope_local=rope_local,
+        rope_local=None if sliding_window is None else of_sliding,
         dtype=dtype,
         sliding_window=sliding_window,
         layer_types=layer_types,
