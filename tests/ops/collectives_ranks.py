@@ -115,27 +115,31 @@ def check_bits(library: Library, comm: MPI.Intracomm) -> None:
         np.testing.assert_array_equal(library.all_gather(parts[rank], 1), reference.all_gather(parts, 1))
         digests.add(digest.hexdigest())
         begun, ended = collective_counts(library)
-        assert begun == ended == before[0] + 3 * len(ELEMENTS) + 2 * len(GATHERS) + len(PRODUCTS) + 1
+        assert begun == ended == before[0] + 3 * len(ELEMENTS) + 2 * len(GATHERS) + 2 * len(PRODUCTS) + 1
     assert order_matters or size <= 2, "the data cannot show the order of addition"
     assert len(set(comm.allgather(digests.pop()))) == 1
     assert not digests, "the transports give different bits"
 
 
 def check_product(scheme: str, comm: MPI.Intracomm) -> None:
-    """A product, the sum of all ranks' and AddRMSNorm apart give the bits of the operator that is all three."""
+    """A product, the sum of all ranks', maybe RMSNorm, and AddRMSNorm give the bits of the operator that is all of them."""
     rank, size = comm.Get_rank(), comm.Get_size()
     nodes = [helpers.random_projection(scheme, 40, 64, seed=r).node(values(r, (3, 64))) for r in range(size)]
     x = reference.all_reduce([node.run()[0] for node in nodes])
-    epsilon, outputs = {"epsilon": 1e-5}, ("y", "sum")
-    residual, weight = values(size, (3, 40)), values(size + 1, (1, 40))[0]
-    inputs = {"x": x, "residual": residual, "weight": weight}
-    expected = helpers.Node("AddRMSNorm", inputs, outputs, attributes=epsilon).run()
-    node = nodes[rank]
-    node.op, node.outputs = f"{node.op}AllReduceAddRMSNorm", outputs
-    node.inputs = {**node.inputs, "residual": residual, "norm_weight": weight}
-    node.attributes = {**(node.attributes or {}), **epsilon}
-    for got, wanted in zip(node.run(), expected, strict=True):
-        np.testing.assert_array_equal(got, wanted, err_msg=node.op)
+    epsilon, outputs, node = {"epsilon": 1e-5}, ("y", "sum"), nodes[rank]
+    residual, weight, x_weight = values(size, (3, 40)), values(size + 1, (1, 40))[0], values(size + 2, (1, 40))[0]
+    attributes = {**(node.attributes or {}), **epsilon}
+    for norms in ({}, {"x_weight": x_weight}):
+        if norms:
+            (x,) = helpers.Node("RMSNorm", {"x": x, "weight": x_weight}, attributes=epsilon).run()
+        expected = helpers.Node(
+            "AddRMSNorm", {"x": x, "residual": residual, "weight": weight}, outputs, attributes=epsilon
+        ).run()
+        inputs = {**node.inputs, **norms, "residual": residual, "norm_weight": weight}
+        op = f"{node.op}AllReduce{'RMSNorm' * bool(norms)}AddRMSNorm"
+        joined = helpers.Node(op, inputs, outputs, node.initializers, attributes)
+        for got, wanted in zip(joined.run(), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted, err_msg=op)
 
 
 def collective_counts(library: Library) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def compare(name: str, y: np.ndarray, exact: np.ndarray, atol: float | np.ndarra
         sys.exit(1)
 
 
-def attention(dtype: type) -> None:
+def attention(dtype: type, window: int | None) -> None:
     rng = np.random.default_rng(3)
     caches = [rng.standard_normal(shape).astype(dtype) for shape in ((4, 2, 8, 16), (4, 2, 16, 8))]
     angles = rng.uniform(0, 6, (3, 4))
@@ -42,7 +42,7 @@ def attention(dtype: type) -> None:
         "seq_lens": np.array([19, 1], np.int32),
         "block_table": np.array([[0, 3], [1, -1]], np.int32),
     }
-    attributes = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.25}
+    attributes = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.25, **({} if window is None else {"window": window})}
     first = dict(zip(("key_cache", "value_cache"), reference.positions_first(*caches), strict=True))
     exact, keys, values = reference.paged_attention(**inputs | first, **attributes)
     node = helpers.Node("PagedAttention", inputs, ("out",), (), attributes)
@@ -53,7 +53,7 @@ def attention(dtype: type) -> None:
         binding.bind_ortvalue_input(name, value)
     binding.bind_output("out")
     session.run_with_iobinding(binding)
-    name = np.dtype(dtype).name
+    name = np.dtype(dtype).name + (f" of a window of {window}" if window else "")
     compare(f"PagedAttention {name}", binding.get_outputs()[0].numpy(), exact, 1e-3)
     found = reference.positions_first(bound["key_cache"].numpy(), bound["value_cache"].numpy())
     atol = 4e-3 if dtype is np.float16 else 1e-6
@@ -73,18 +73,24 @@ def main(path: str) -> None:
             atol = atol + reference.activation_quantization_bound(x, projection.weight, 32)
         compare(f"MatMul{scheme.upper()}", projection.node(x).run(2)[0], exact, atol)
         if scheme != "q6":
-            gated = helpers.random_projection(scheme, 64, 64).node(x)
-            expected = helpers.Node("SwiGLU", {"gate_up": gated.run()[0]}).run()[0]
-            gated.op += "SwiGLU"
-            compare(gated.op, gated.run(2)[0], expected, 0)
-            normed, others = projection.node(x), {"residual": helpers.random_x(5, 35, 3)}
-            weight = helpers.random_x(1, 35, 2)[0]
-            inputs = {"x": normed.run()[0], **others, "weight": weight}
-            expected = helpers.Node("AddRMSNorm", inputs, ("y", "sum"), attributes={"epsilon": 1e-5}).run()[0]
-            normed.op, normed.outputs = f"{normed.op}AddRMSNorm", ("y", "sum")
-            normed.inputs = {**normed.inputs, **others, "norm_weight": weight}
-            normed.attributes = {**(normed.attributes or {}), "epsilon": 1e-5}
-            compare(normed.op, normed.run(2)[0], expected, 0)
+            for gate in ("SwiGLU", "GeGLU"):
+                gated = helpers.random_projection(scheme, 64, 64).node(x)
+                expected = helpers.Node(gate, {"gate_up": gated.run()[0]}).run()[0]
+                gated.op += gate
+                compare(gated.op, gated.run(2)[0], expected, 0)
+            product, others = projection.node(x), {"residual": helpers.random_x(5, 35, 3)}
+            weight, epsilon, outputs = helpers.random_x(1, 35, 2)[0], {"epsilon": 1e-5}, ("y", "sum")
+            added, x_weight = product.run()[0], helpers.random_x(1, 35, 4)[0]
+            for norms in ({}, {"x_weight": x_weight}):
+                if norms:
+                    added = helpers.Node("RMSNorm", {"x": added, "weight": x_weight}, attributes=epsilon).run()[0]
+                inputs = {"x": added, **others, "weight": weight}
+                expected = helpers.Node("AddRMSNorm", inputs, outputs, attributes=epsilon).run()[0]
+                op = f"{product.op}{'RMSNorm' * bool(norms)}AddRMSNorm"
+                inputs = {**product.inputs, **norms, **others, "norm_weight": weight}
+                attributes = {**(product.attributes or {}), **epsilon}
+                normed = helpers.Node(op, inputs, outputs, product.initializers, attributes)
+                compare(op, normed.run(2)[0], expected, 0)
     rows = helpers.random_projection("q6", 35, 64)
     ids = np.array([34, 0, 7], np.int32)
     embedding = helpers.Node(
@@ -104,8 +110,10 @@ def main(path: str) -> None:
     normed = helpers.Node("QKNorm", given, attributes={**sizes, "epsilon": 1e-5}).run()[0]
     compare("QKNorm", normed, reference.qk_norm(*given.values(), **sizes, epsilon=1e-5), 1e-5)
     compare("SwiGLU", helpers.Node("SwiGLU", {"gate_up": x}).run()[0], reference.swiglu(x), 1e-5)
-    attention(np.float32)
-    attention(np.float16)
+    compare("GeGLU", helpers.Node("GeGLU", {"gate_up": x}).run()[0], reference.geglu(x), 1e-5)
+    for dtype in (np.float32, np.float16):
+        for window in (None, 3):
+            attention(dtype, window)
     lone = {
         "AllReduce": helpers.Node("AllReduce", {"x": x}),
         "AllReduceAddRMSNorm": helpers.Node("AllReduceAddRMSNorm", inputs, ("y", "sum"), attributes={"epsilon": 1e-5}),

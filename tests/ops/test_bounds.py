@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from helpers import TILE_ROWS, Node, random_projection, random_x, session
-from test_attention import Sequence, World
+from test_attention import ALL, Sequence, World
 
 from llmrun.job_options import ISAS
 
@@ -57,13 +57,16 @@ def test_products(isa: str, scheme: str, N: int, M: int) -> None:
 @pytest.mark.parametrize("scheme", ["f32", "f16", "q8", "q4"])
 @pytest.mark.parametrize("M", [1, 3, 20])
 def test_joined_products(isa: str, scheme: str, M: int) -> None:
-    node = random_projection(scheme, 32, 96).node(random_x(M, 96))
-    node.op += "SwiGLU"
-    check(node)
+    for gate in ("SwiGLU", "GeGLU"):
+        node = random_projection(scheme, 32, 96).node(random_x(M, 96))
+        node.op += gate
+        check(node)
     projection = random_projection(scheme, 23, 96)
-    node = projection.node(random_x(M, 96))
-    node.inputs |= {"residual": random_x(M, 23, 2), "norm_weight": random_x(1, 23, 3)[0]}
-    check(Node(f"{node.op}AddRMSNorm", node.inputs, ("y", "sum"), (), {**projection.attributes, "epsilon": 1e-5}))
+    attributes = {**projection.attributes, "epsilon": 1e-5}
+    rest = {"residual": random_x(M, 23, 2), "norm_weight": random_x(1, 23, 3)[0]}
+    for norms, inputs in (("AddRMSNorm", rest), ("RMSNormAddRMSNorm", {"x_weight": random_x(1, 23, 4)[0], **rest})):
+        node = projection.node(random_x(M, 96))
+        check(Node(f"{node.op}{norms}", {**node.inputs, **inputs}, ("y", "sum"), (), attributes))
 
 
 @pytest.mark.parametrize("scheme", ["q8", "q6"])
@@ -79,14 +82,16 @@ def test_elementwise(isa: str, columns: int) -> None:
     x, weight, epsilon = random_x(3, columns), random_x(1, columns, 2)[0], {"epsilon": 1e-5}
     check(Node("RMSNorm", {"x": x, "weight": weight}, attributes=epsilon))
     check(Node("AddRMSNorm", {"x": x, "residual": x, "weight": weight}, ("y", "sum"), attributes=epsilon))
-    check(Node("SwiGLU", {"gate_up": random_x(3, 2 * columns)}))
+    for gate in ("SwiGLU", "GeGLU"):
+        check(Node(gate, {"gate_up": random_x(3, 2 * columns)}))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize("head_dim", [2, 18, 72, 80, 128])
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2)], ids=["MHA", "GQA"])
-def test_attention(isa: str, heads: tuple[int, int], head_dim: int, dtype: type) -> None:
+@pytest.mark.parametrize("window", [1, 17, ALL])
+def test_attention(isa: str, window: int, heads: tuple[int, int], head_dim: int, dtype: type) -> None:
     """The last position of the cache is read and written too."""
-    world = World(*heads, head_dim, 16, [Sequence(32, [0, 1])], dtype)
+    world = World(*heads, head_dim, 16, [Sequence(32, [0, 1])], dtype, window=window)
     for span in ((0, 0, 31), (0, 31, 32)):
         check(Node("PagedAttention", world.step([span]), ("out",), (), world.attributes()))

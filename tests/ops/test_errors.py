@@ -83,6 +83,10 @@ MATMUL_CASES = {
         matmul("MatMulF32SwiGLU", (2, 8), ZEROS((3, 8, 16), F32), out_features=48),
         "attribute out_features is 48, expected a multiple of 32: gate and up in whole tiles",
     ),
+    "gate and up of GeGLU end within a tile": (
+        matmul("MatMulF16GeGLU", (2, 8), ZEROS((1, 8, 16), F16), out_features=16),
+        "attribute out_features is 16, expected a multiple of 32: gate and up in whole tiles",
+    ),
     "too few scales of gate and up": (
         matmul(
             "MatMulQ4SwiGLU", (2, 32), ZEROS((2, 4, 16, 4), U8), ZEROS((1, 1, 16), F16), out_features=32, group_size=32
@@ -159,8 +163,10 @@ def add_rms_norm(op: str, residual: np.ndarray) -> Node:
     return Node(op, inputs, ("y", "sum"), attributes={"epsilon": 1e-5})
 
 
-def product_and_norm(op: str, residual: tuple[int, int], norm_weight: int) -> Node:
+def product_and_norm(op: str, residual: tuple[int, int], norm_weight: int, x_weight: int | None = None) -> Node:
     inputs = {"x": random_x(2, 8), "weight": ZEROS((1, 8, 16), F32)}
+    if x_weight is not None:
+        inputs["x_weight"] = ZEROS(x_weight, F32)
     inputs |= {"residual": ZEROS(residual, F32), "norm_weight": ZEROS(norm_weight, F32)}
     return Node(op, inputs, ("y", "sum"), ("weight",), {"out_features": 16, "epsilon": 1e-5})
 
@@ -199,6 +205,11 @@ ELEMENTWISE_CASES = {
         "input q_weight has 257 values (head_dim), expected up to 256",
     ),
     "SwiGLU odd": (Node("SwiGLU", {"gate_up": random_x(2, 7)}), "input gate_up has 7 columns, expected an even number"),
+    "GeGLU odd": (Node("GeGLU", {"gate_up": random_x(2, 7)}), "input gate_up has 7 columns, expected an even number"),
+    "GeGLU axes": (
+        Node("GeGLU", {"gate_up": random_x(1, 8)[0]}),
+        "input gate_up has shape [8], expected [any, any] = [tokens, 2 * intermediate_size]",
+    ),
     "SwiGLU axes": (
         Node("SwiGLU", {"gate_up": random_x(1, 8)[0]}),
         "input gate_up has shape [8], expected [any, any] = [tokens, 2 * intermediate_size]",
@@ -227,6 +238,26 @@ ELEMENTWISE_CASES = {
         product_and_norm("MatMulF32AllReduceAddRMSNorm", (2, 16), 16),
         "no communicator is set, expected llmpack_ops_set_communicator before the first run",
     ),
+    "MatMulF32RMSNormAddRMSNorm residual": (
+        product_and_norm("MatMulF32RMSNormAddRMSNorm", (3, 16), 16, 16),
+        "input residual has shape [3, 16], expected [2, 16] = [tokens, hidden_size]",
+    ),
+    "MatMulF32RMSNormAddRMSNorm first weight": (
+        product_and_norm("MatMulF32RMSNormAddRMSNorm", (2, 16), 16, 8),
+        "input x_weight has shape [8], expected [16] = [hidden_size]",
+    ),
+    "MatMulF32RMSNormAddRMSNorm second weight": (
+        product_and_norm("MatMulF32RMSNormAddRMSNorm", (2, 16), 17, 16),
+        "input norm_weight has shape [17], expected [16] = [hidden_size]",
+    ),
+    "MatMulF32AllReduceRMSNormAddRMSNorm alone": (
+        product_and_norm("MatMulF32AllReduceRMSNormAddRMSNorm", (2, 16), 16, 16),
+        "no communicator is set, expected llmpack_ops_set_communicator before the first run",
+    ),
+    "MatMulF32AllReduceRMSNormAddRMSNorm first weight": (
+        product_and_norm("MatMulF32AllReduceRMSNormAddRMSNorm", (2, 16), 16, 8),
+        "input x_weight has shape [8], expected [16] = [hidden_size]",
+    ),
     "AllGather alone": (
         Node("AllGather", {"x": random_x(2, 8)}, attributes={"out_features": 8}),
         "no communicator is set, expected llmpack_ops_set_communicator before the first run",
@@ -253,6 +284,15 @@ ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = 
     ),
     "no heads": (
         {}, {"num_heads": 0}, "attribute num_heads is 0, expected a positive number",
+    ),
+    "no window": (
+        {}, {"window": 0}, "attribute window is 0, expected a positive number",
+    ),
+    "a window before the token": (
+        {}, {"window": -5}, "attribute window is -5, expected a positive number",
+    ),
+    "a window beyond all positions": (
+        {}, {"window": 2**31}, "attribute window is 2147483648, expected at most 2147483647",
     ),
     "heads that wrap around": (  # with the KV heads (2^62 + 6) * 8, which is 48 more than 2^65
         {"qkv": ZEROS((40, 48), F32)}, {"num_heads": 2**62 + 2},
