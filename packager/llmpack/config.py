@@ -195,7 +195,8 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
     """Return sliding_window and layer_types of ModelConfig."""
     raw, path = reader.raw, reader.path
     by_layer = family.window == "by layer" and (family.has_local_rope or reader.flag("use_sliding_window"))
-    kinds = ("full_attention", *(["sliding_attention"] * by_layer), *(["attention"] * family.is_hybrid))
+    may_slide = by_layer or family.window == "listed layers"
+    kinds = ("full_attention", *(["sliding_attention"] * may_slide), *(["attention"] * family.is_hybrid))
     layer_types = raw.get("layer_types") or []
     supported = f"supported: {' and '.join(map(repr, kinds))} only"
     if not isinstance(layer_types, list):
@@ -207,7 +208,7 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
     if family.window == "none" and window is not None and raw.get("use_sliding_window") is not False:
         raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
     has_window = window is not None or ("sliding_window" not in raw and family.has_window)  # null is none
-    if family.window == "all layers":
+    if family.window == "all layers" or (family.window == "listed layers" and not layer_types):
         return (reader.size("sliding_window", _WINDOW), None) if has_window else (None, None)
     if family.has_local_rope and not layer_types:
         pattern = reader.size("sliding_window_pattern", 6)

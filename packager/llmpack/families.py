@@ -25,14 +25,15 @@ class Family:
         attention_bias: None: config.json says it.
         has_mlp_bias: whether config.json may say it.
         activation: the key of config.json, and what it must say.
-        window: which layers of attention may look back no further than a window.
+        window: which layers of attention may look back no further than a window; "listed layers" are those of layer_types, or
+            all where config.json lists none.
         has_window: whether there is one where config.json does not say it.
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
         original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
         has_multipliers: whether config.json may say the four of Granite.
         has_no_rope_layers: whether config.json may say, or leave to transformers' rule, which layers do not rotate.
         has_local_rope: whether layers that slide rotate by settings of their own; by default every sixth does not slide.
-        stored_as: the architecture that config.json names, where it holds more than `architecture`.
+        stored_as: the architecture that config.json names, where it is another than `architecture`.
         part: the member of config.json that is about the language model; None: all of it is.
         is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
@@ -46,7 +47,7 @@ class Family:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    window: Literal["none", "all layers", "by layer"] = "none"
+    window: Literal["none", "all layers", "listed layers", "by layer"] = "none"
     has_window: bool = True
     has_partial_rotary: bool = False
     original_max_position_embeddings: int | None = None
@@ -75,9 +76,12 @@ _GEMMA3 = Family(
         **{"vocab_size": 262208, "query_pre_attn_scalar": 256},
     },
 )
+# With layer_types in config.json transformers takes a mistral for a ministral, which differs in that alone.
+_MISTRAL = Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="listed layers")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", 2048, has_mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="all layers"),
+    "mistral": _MISTRAL,
+    "ministral": dataclasses.replace(_MISTRAL, stored_as="MinistralForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, attention_bias=True, window="by layer"),
     "qwen3": Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, window="by layer"),
     "phi3": Family(

@@ -64,9 +64,8 @@ def open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_si
             )
         return None
     are_special = all(special for _, special in added.values())
-    is_rebuilt = (
-        config.get("tokenizer_class") in _LLAMA_CLASSES and files.json("config.json").get("model_type") != "mistral"
-    )
+    is_mistral = files.json("config.json").get("model_type") in ("mistral", "ministral")
+    is_rebuilt = config.get("tokenizer_class") in _LLAMA_CLASSES and not is_mistral
     if has_json and not (is_rebuilt and are_special):
         return _open_json(files, added, vocab_size)
     swallowers = {text for tokens in swallowing_tokens(files) for text in tokens}

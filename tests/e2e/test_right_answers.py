@@ -75,6 +75,10 @@ VARIANTS = {
     "large-eps": {"rms_norm_eps": 1e-2},
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 64},
     "mistral-window": {"model_type": "mistral", "sliding_window": 32},
+    "ministral": {
+        **{"model_type": "ministral", "sliding_window": 5, "num_hidden_layers": 3, "head_dim": 64},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 64},
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},

@@ -7,7 +7,9 @@ from llmrun.errors import IntegrityError
 from models import MULTIPLIERS
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "granite", "smollm3"]
+)
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
 
@@ -77,6 +79,22 @@ def test_every_layer_has_a_kind(tmp_path):
         {"model_type": "mistral"},
         {"model_type": "mistral", "sliding_window": None},
         {"model_type": "mistral", "sliding_window": 100},
+        {
+            "model_type": "mistral",
+            "num_hidden_layers": 2,
+            "sliding_window": 100,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 100, "layer_types": ["full_attention"] * 2},
+        {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 100, "layer_types": None},
+        {
+            "model_type": "mistral",
+            "num_hidden_layers": 2,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+        },
+        {"model_type": "ministral", "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        {"model_type": "ministral", "sliding_window": None},
         {"model_type": "qwen2", "sliding_window": 100},
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
         {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},

@@ -125,10 +125,11 @@ def write_json_of_transformers_4(folder, theirs):
 
 
 @pytest.mark.parametrize("legacy", [None, False, True])
-def test_the_tokenizer_json_of_a_mistral_is_used_as_it_is(legacy, sp):
+@pytest.mark.parametrize("model_type", ["mistral", "ministral"])
+def test_the_tokenizer_json_of_a_mistral_is_used_as_it_is(model_type, legacy, sp):
     theirs = pytest.importorskip("transformers").AutoTokenizer
     write_json_of_transformers_4(sp, theirs)
-    edit_json(sp, "config.json", model_type="mistral")
+    edit_json(sp, "config.json", model_type=model_type)
     edit_json(sp, "tokenizer_config.json", chat_template="{{ messages[0].content }}", legacy=legacy)
     files = read_tokenizer(sp, 420)
     assert files.source_file.name == "tokenizer.json"
