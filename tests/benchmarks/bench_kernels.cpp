@@ -182,7 +182,8 @@ void matmul(WeightType type, int64_t K, int64_t group, const std::vector<int64_t
                 {title, bound_by_memory ? bytes * 1e-9 : 2.0 * M * K * rows * 1e-9,
                  bound_by_memory ? "GB/s" : "GOP/s", threads, rows / kTileRows, [=](int64_t b, int64_t e) {
                      kernels().matmul_quantized(
-                         type, {&q->in, weight, scales, q->y, rows, false, weight_fetch(), nullptr}, b, e);
+                         type, {&q->in, weight, scales, q->y, rows, Gating::kNone, weight_fetch(), nullptr},
+                         b, e);
                  }});
             race(all);
             all.clear();
@@ -226,7 +227,8 @@ void attention(int64_t heads, int64_t kv_heads, int64_t D, int64_t context, int6
     args.out = pages<float>(tokens * heads * D);
     args.cache_type = CacheType::kF16;
     args.num_heads = heads, args.num_kv_heads = kv_heads, args.head_dim = D;
-    args.block_size = 16, args.max_blocks = blocks, args.scale = 0.125f, args.fetch = weight_fetch();
+    args.block_size = 16, args.max_blocks = blocks, args.window = context, args.scale = 0.125f;
+    args.fetch = weight_fetch();
 
     const int64_t bytes = 2 * context * width * 2, items = static_cast<int64_t>(starts->size()) * kv_heads;
     const int64_t vectors = 2 * blocks * 16 * width * 2 / 64;
