@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from llmpack.config import read_config
+from llmpack.pack import Options, pack
 from llmrun import Engine
 from llmrun.artifact import IncompatibleError, IntegrityError
 from models import GEMMA, make_checkpoint
@@ -62,6 +63,12 @@ SEEING = {
     "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
 }
 
+# Nothing as published, nor as transformers has it by default.
+OTHER = {
+    **{**TEXT, "rope_theta": 5e5, "rope_local_base_freq": 5e3, "sliding_window": 100, "sliding_window_pattern": 4},
+    **{"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "query_pre_attn_scalar": 168, "rms_norm_eps": 1e-5},
+}
+
 
 def write_config(folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
@@ -69,7 +76,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("published", [TEXT, SEEING], ids=["text", "seeing"])
+@pytest.mark.parametrize("published", [TEXT, SEEING, OTHER], ids=["text", "seeing", "other"])
 @pytest.mark.parametrize("spelling", ["published", "transformers"])
 def test_settings_are_those_of_transformers(tmp_path: Path, published: dict[str, Any], spelling: str) -> None:
     from transformers import AutoConfig
@@ -155,6 +162,13 @@ def test_no_norm_has_a_node_of_its_own(shards: int, packed: Packed, tmp_path: Pa
     assert [counts[op] for op in ("RMSNorm", "AddRMSNorm", "AllReduce", "GeGLU")] == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_parameters_are_those_of_the_checkpoint(is_tied: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", **{**GEMMA, "tie_word_embeddings": is_tied, "attention_bias": True})
+    tensors = load_file(folder / "model.safetensors")
+    assert pack(folder, tmp_path / "a", Options(scheme="q8"))["parameters"] == sum(t.size for t in tensors.values())
+
+
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that sees images, as transformers saves it, and `logits.npy` of IDS."""
@@ -202,7 +216,5 @@ def test_the_language_model_of_one_that_sees_is_packed(
 
 
 def test_that_what_sees_is_left_out_is_said(seeing: Path, tmp_path: Path) -> None:
-    from llmpack.pack import Options, pack
-
     notes = pack(seeing, tmp_path / "a", Options(scheme="q8", group_size=32))["notes"]
     assert "text alone: what sees images in this model is left out" in notes

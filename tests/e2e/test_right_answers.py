@@ -108,6 +108,7 @@ VARIANTS = {
     },
     "gemma3": GEMMA,
     "gemma3-bias": {**GEMMA, "attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
+    "gemma3-gate-in-parts-of-tiles": {**GEMMA, "intermediate_size": 500},
     "gemma3-all-slide": {**GEMMA, "layer_types": ["sliding_attention"] * 4, "rms_norm_eps": 1e-2},
     "gemma3-none-slides": {**GEMMA, "layer_types": ["full_attention"] * 4},
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
