@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from llmpack_kernels.decode import INTERPRETED
-from llmpack_kernels.elementwise import normalise
+from llmpack_kernels.elementwise import normalise, normed
 from llmpack_kernels.matmul import saturate
 from llmpack_kernels.overlap import begin
 
@@ -101,6 +101,39 @@ def all_reduce_add_rms_norm(
     value = tl.load(residual + start + column, mask=inside, other=0.0)
     w = tl.load(weight + column, mask=inside, other=0.0)
     value += _sum(x, buffers, flags, epochs, rank, row, start, inside, column, H, RANKS, MAX_ROWS, DRAIN)
+    tl.store(residual + start + column, value, mask=inside)
+    normalise(value, w, y + start, epsilon, H, BLOCK)
+
+
+@triton.jit
+def all_reduce_norm_add_rms_norm(
+    x,
+    x_weight,
+    residual,
+    weight,
+    y,
+    buffers,
+    flags,
+    epochs,
+    rank,
+    epsilon,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANKS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    DRAIN: tl.constexpr,
+):
+    """Do the same with the norm of that sum, by x_weight, in its place."""
+    begin()
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * H
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    value = tl.load(residual + start + column, mask=inside, other=0.0)
+    x_w = tl.load(x_weight + column, mask=inside, other=0.0)
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    total = _sum(x, buffers, flags, epochs, rank, row, start, inside, column, H, RANKS, MAX_ROWS, DRAIN)
+    value += normed(total, x_w, epsilon, H)
     tl.store(residual + start + column, value, mask=inside)
     normalise(value, w, y + start, epsilon, H, BLOCK)
 

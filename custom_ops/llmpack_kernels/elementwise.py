@@ -1,4 +1,4 @@
-"""Norms, SwiGLU, GeGLU and embedding rows (FORMAT.md 5.2 to 5.4, 5.8, 5.13, 5.14).
+"""Norms, SwiGLU, GeGLU and embedding rows (FORMAT.md 5.2 to 5.4, 5.8, 5.13 to 5.15).
 
 A program takes a row; of SwiGLU and GeGLU a piece of one.
 """
@@ -14,11 +14,17 @@ SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
 
 @triton.jit
-def normalise(value, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Write value [BLOCK] (zero from H on), divided by its root mean square, times weight [BLOCK], to y [H]."""
-    column = tl.arange(0, BLOCK)
+def normed(value, weight, epsilon, H: tl.constexpr):
+    """Return value [BLOCK] (zero from H on), divided by its root mean square, times weight [BLOCK]."""
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / H + epsilon)
-    tl.store(y + column, saturate(value * scale * weight, y), mask=column < H)
+    return value * scale * weight
+
+
+@triton.jit
+def normalise(value, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
+    """Write `normed` of value to y [H]."""
+    column = tl.arange(0, BLOCK)
+    tl.store(y + column, saturate(normed(value, weight, epsilon, H), y), mask=column < H)
 
 
 @triton.jit
@@ -42,6 +48,22 @@ def add_rms_norm(x, residual, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.con
     value = tl.load(residual + start + column, mask=inside, other=0.0)
     value += tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=inside, other=0.0)  # with the others, not behind the store
+    tl.store(residual + start + column, value, mask=inside)
+    normalise(value, w, y + start, epsilon, H, BLOCK)
+
+
+@triton.jit
+def norm_add_rms_norm(x, x_weight, residual, weight, y, epsilon, H: tl.constexpr, BLOCK: tl.constexpr):
+    """Do the same with norm(x), by x_weight float32 [H], in place of x."""
+    begin()
+    start = tl.program_id(0).to(tl.int64) * H
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    added = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(residual + start + column, mask=inside, other=0.0)
+    x_w = tl.load(x_weight + column, mask=inside, other=0.0)
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    value += normed(added, x_w, epsilon, H)
     tl.store(residual + start + column, value, mask=inside)
     normalise(value, w, y + start, epsilon, H, BLOCK)
 

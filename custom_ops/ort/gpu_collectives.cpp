@@ -1,4 +1,4 @@
-// AllReduce and AllReduceAddRMSNorm of a GPU's graph.
+// AllReduce, AllReduceAddRMSNorm and AllReduceRMSNormAddRMSNorm of a GPU's graph.
 #include "gpu/collectives.h"
 
 #include "ort/gpu_add_rms_norm.h"
@@ -69,12 +69,16 @@ struct GpuAllReduce {
     OneShot one_shot;
 };
 
-struct GpuAllReduceAddRMSNorm : GpuAddRMSNorm {
-    static constexpr const char* kName = "AllReduceAddRMSNorm";
+template <class Form>
+struct GpuAllReduceAddRMSNorm : GpuAddRMSNorm<Form> {
+    static constexpr const char* kName = Form::kReducedName;
+    using GpuAddRMSNorm<Form>::epsilon;
+    using GpuAddRMSNorm<Form>::width;
 
-    explicit GpuAllReduceAddRMSNorm(const NodeInfo& node) : GpuAddRMSNorm(node) {
-        one_shot.find("all_reduce_add_rms_norm", {{"in_features", width}, {"ranks", collectives().size}},
+    explicit GpuAllReduceAddRMSNorm(const NodeInfo& node) : GpuAddRMSNorm<Form>(node) {
+        one_shot.find(Form::kReducedKernel, {{"in_features", width}, {"ranks", collectives().size}},
                       {{"x", kPointer},
+                       {"x_weight", kPointer},
                        {"residual", kPointer},
                        {"weight", kPointer},
                        {"y", kPointer},
@@ -89,14 +93,14 @@ struct GpuAllReduceAddRMSNorm : GpuAddRMSNorm {
     }
 
     void compute(Context& context) const {
-        const Operands on = operands(context);
+        const auto on = this->operands(context);
         gpu::Collectives& ranks = collectives();
         if (one_shot.takes(on.T)) {
             const gpu::Meeting& m = *one_shot.meeting;
-            one_shot.operation.launch(
-                {on.T},
-                {on.x, on.sum, on.weight, on.y, m.buffers, m.flags, m.epochs, narrow(ranks.rank), epsilon},
-                on.stream);
+            one_shot.operation.launch({on.T},
+                                      {on.x, on.x_weight, on.sum, on.weight, on.y, m.buffers, m.flags,
+                                       m.epochs, narrow(ranks.rank), epsilon},
+                                      on.stream);
             return;
         }
         const Launcher& launcher = Launcher::current();
@@ -106,7 +110,7 @@ struct GpuAllReduceAddRMSNorm : GpuAddRMSNorm {
         }
         void* reduced = reinterpret_cast<void*>(launcher.workspace());
         ranks.all_reduce(on.x, reduced, on.T * width, on.stream);
-        launch(on, reduced);
+        this->launch(on, reduced);
     }
 
     OneShot one_shot;
@@ -115,7 +119,7 @@ struct GpuAllReduceAddRMSNorm : GpuAddRMSNorm {
 }  // namespace
 
 std::vector<const OrtCustomOp*> gpu_collective_ops() {
-    return gpu_ops_of<GpuAllReduce, GpuAllReduceAddRMSNorm>();
+    return gpu_ops_of<GpuAllReduce, GpuAllReduceAddRMSNorm<Added>, GpuAllReduceAddRMSNorm<NormedAndAdded>>();
 }
 
 }  // namespace llmpack::ort

@@ -1,4 +1,4 @@
-// RMSNorm, AddRMSNorm, QKNorm, SwiGLU and GeGLU of a GPU's graph.
+// RMSNorm, AddRMSNorm, RMSNormAddRMSNorm, QKNorm, SwiGLU and GeGLU of a GPU's graph.
 #include "ort/gpu_add_rms_norm.h"
 #include "ort/gpu_operator.h"
 #include "ort/ops.h"
@@ -32,13 +32,14 @@ struct GpuRMSNorm {
     Operation norm;
 };
 
-struct GpuAddRMSNormOp : GpuAddRMSNorm {
-    static constexpr const char* kName = "AddRMSNorm";
-    using GpuAddRMSNorm::GpuAddRMSNorm;
+template <class Form>
+struct GpuAddRMSNormOp : GpuAddRMSNorm<Form> {
+    static constexpr const char* kName = Form::kName;
+    using GpuAddRMSNorm<Form>::GpuAddRMSNorm;
 
     void compute(Context& context) const {
-        const Operands on = operands(context);
-        launch(on, on.x);
+        const auto on = this->operands(context);
+        this->launch(on, on.x);
     }
 };
 
@@ -112,7 +113,8 @@ struct GpuGeGLU : GpuGated {
 }  // namespace
 
 std::vector<const OrtCustomOp*> gpu_elementwise_ops() {
-    return gpu_ops_of<GpuRMSNorm, GpuAddRMSNormOp, GpuQKNorm, GpuSwiGLU, GpuGeGLU>();
+    return gpu_ops_of<GpuRMSNorm, GpuAddRMSNormOp<Added>, GpuAddRMSNormOp<NormedAndAdded>, GpuQKNorm,
+                      GpuSwiGLU, GpuGeGLU>();
 }
 
 }  // namespace llmpack::ort

@@ -16,9 +16,9 @@ std::vector<const OrtCustomOp*> collective_ops();   // AllReduce, AllReduceAddRM
 
 // For the CUDA and ROCm providers.
 std::vector<const OrtCustomOp*> gpu_matmul_ops();       // MatMul.., Embedding..
-std::vector<const OrtCustomOp*> gpu_elementwise_ops();  // RMSNormF16, AddRMSNorm, QKNorm, SwiGLU, GeGLU
+std::vector<const OrtCustomOp*> gpu_elementwise_ops();  // RMSNormF16, ..AddRMSNorm, QKNorm, SwiGLU, GeGLU
 std::vector<const OrtCustomOp*> gpu_attention_ops();    // PagedAttention
-std::vector<const OrtCustomOp*> gpu_collective_ops();   // AllReduce, AllReduceAddRMSNorm
+std::vector<const OrtCustomOp*> gpu_collective_ops();   // AllReduce, AllReduce..AddRMSNorm
 std::vector<const OrtCustomOp*> gpu_top_k_ops();        // TopK
 
 }  // namespace llmpack::ort

@@ -1,14 +1,16 @@
 """One rank's graph for the CPU -> the same rank's graph for a GPU (FORMAT 5.9): the same weights, other activations.
 
 In: what `split.py` made. Out: a graph whose operators are the launcher's, with every number that chooses a kernel as an
-attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce fused with the norm behind
-it; each rank's own columns of the logits, which nobody gathers on the device, and the likeliest tokens of them. Initializers
-stay as they are: both graphs map one weights.bin. Requires: no weight is float32 but norms and biases. It knows no kernel and
-no chip.
+attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce, and a norm of what is
+added to the residual stream, joined with the norm behind them; each rank's own columns of the logits, which nobody gathers on
+the device, and the likeliest tokens of them. Initializers stay as they are: both graphs map one weights.bin. Requires: no
+weight is float32 but norms and biases. It knows no kernel and no chip.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import onnx
@@ -52,14 +54,17 @@ class _Rewrite:
         self.head = next((n.input[0] for n in graph.node if n.op_type == "AllGather"), "logits")
         self.vocab_size, self.columns = self.shapes["logits"][-1], self.shapes[self.head][-1]
         self.first_id = rank * self.columns
-        consumers = [name for node in graph.node for name in node.input]
-        self.reduced = {
-            node.output[0]: node
-            for node in graph.node
-            if node.op_type == "AllReduce" and consumers.count(node.output[0]) == 1
-        }
-        fused = {node.input[0] for node in graph.node if node.op_type == "AddRMSNorm"}
-        self.reduced = {name: node for name, node in self.reduced.items() if name in fused}
+        sums = {node.input[0]: node for node in graph.node if node.op_type == "AddRMSNorm"}
+        normed = self._read_once("RMSNorm", sums)
+        # What becomes part of the norm behind it, by the value between the two.
+        self.normed = {name: node for name, node in normed.items() if _epsilon(node) == _epsilon(sums[name])}
+        self.reduced = self._read_once("AllReduce", {*sums, *(node.input[0] for node in self.normed.values())})
+
+    def _read_once(self, op: str, wanted: Container[str]) -> dict[str, onnx.NodeProto]:
+        """Return the nodes that make a value of these which a single node reads, by that value."""
+        reads = Counter(name for node in self.graph.node for name in node.input)
+        made = {node.output[0]: node for node in self.graph.node if node.op_type == op}
+        return {name: node for name, node in made.items() if name in wanted and reads[name] == 1}
 
     def nodes(self) -> list[onnx.NodeProto]:
         """Return the nodes in order, attributes completed."""
@@ -93,7 +98,7 @@ class _Rewrite:
         op, width = node.op_type, (self.shapes.get(node.input[0]) or [0])[-1]
         new = onnx.NodeProto()
         new.CopyFrom(node)
-        if op == "AllGather" or (op == "AllReduce" and node.output[0] in self.reduced):
+        if op == "AllGather" or node.output[0] in self.reduced or node.output[0] in self.normed:
             return []
         if op in ("AddRMSNorm", "RMSNorm"):
             return [self._norm(new, width)]
@@ -134,10 +139,17 @@ class _Rewrite:
         _set(node, in_features=width)
         self.types[node.output[0]] = _HALF
         if node.op_type == "RMSNorm":
+            if self.types.get(node.input[0]) == _HALF:
+                raise ValueError(
+                    f"{node.name}: RMSNorm has no counterpart on a GPU here: expected its input to be the residual stream, or"
+                    " its result to be read by one AddRMSNorm of the same epsilon"
+                )
             node.op_type = "RMSNormF16"
-        elif (before := self.reduced.get(node.input[0])) is not None:
-            node.op_type = "AllReduceAddRMSNorm"
-            node.input[0] = before.input[0]
+            return node
+        for joined in (self.normed, self.reduced):
+            if (before := joined.get(node.input[0])) is not None:
+                node.op_type = before.op_type + node.op_type
+                node.input[:] = [*before.input, *node.input[1:]]
         return node
 
     def _embedding(self, node: onnx.NodeProto) -> onnx.NodeProto:
@@ -158,6 +170,10 @@ class _Rewrite:
         self.types[rounded] = self.types[node.output[0]] = _HALF
         node.input[place] = rounded
         return [cast, node]
+
+
+def _epsilon(node: onnx.NodeProto) -> float:
+    return next(attribute.f for attribute in node.attribute if attribute.name == "epsilon")
 
 
 def _shape(info: onnx.ValueInfoProto) -> list[Any]:

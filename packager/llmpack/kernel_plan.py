@@ -91,14 +91,14 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
         raise IncompatibleError("--quant f32 has no GPU kernels: choose --targets cpu, or --quant f16, q8 or q4.")
     table = next(w for w in weights if w.row.role == "embedding")
     specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
-    specs += norms(config.hidden_size)
+    specs += norms(config.hidden_size, has_post_norms=config.has_post_norms)
     specs.append(gated(ACTIVATIONS[config.activation], config.intermediate_size // shards))
     if config.has_qk_norm:
         specs.append(qk_norm(*heads_per_rank(config, shards), config.head_dim))
     specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
     specs += sampling(next(w for w in weights if w.row.role == "head").num_rows)
     if shards > 1:
-        specs += collectives(config.hidden_size, shards)
+        specs += collectives(config.hidden_size, shards, has_post_norms=config.has_post_norms)
     return specs
 
 
@@ -194,15 +194,23 @@ def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
     return KernelSpec(f"embed_{storage}", constants, function, constexprs, types, (_ROW, _ONE, _ONE), 128)
 
 
-def norms(hidden: int) -> Iterator[KernelSpec]:
-    """Plan norms of hidden_size."""
+def _adding_norm(*, has_post_norms: bool) -> tuple[str, dict[str, str]]:
+    """Return the norm of the residual stream with what is added to it: its name, and the types of its operands."""
+    normed = {"x_weight": "*fp32"} if has_post_norms else {}
+    types = {"x": "*fp16", **normed, "residual": "*fp32", "weight": "*fp32", "y": "*fp16"}
+    return "norm_add_rms_norm" if has_post_norms else "add_rms_norm", types
+
+
+def norms(hidden: int, *, has_post_norms: bool) -> Iterator[KernelSpec]:
+    """Plan norms of hidden_size: of the embedding's rows, and of every sum after that."""
     constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
     threads = _clamp(_power_of_two(hidden) // 16, 64, 512)
     grid, constants = (_ROW, _ONE, _ONE), {"in_features": hidden}
     types = {"x": "*fp32", "weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
     yield KernelSpec("rms_norm", constants, "elementwise.rms_norm", constexprs, types, grid, threads)
-    types = {"x": "*fp16", "residual": "*fp32", "weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
-    yield KernelSpec("add_rms_norm", constants, "elementwise.add_rms_norm", constexprs, types, grid, threads)
+    name, types = _adding_norm(has_post_norms=has_post_norms)
+    types["epsilon"] = "fp32"
+    yield KernelSpec(name, constants, f"elementwise.{name}", constexprs, types, grid, threads)
 
 
 def gated(op: str, intermediate: int) -> KernelSpec:
@@ -287,7 +295,7 @@ def sampling(columns: int) -> Iterator[KernelSpec]:
     yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (_ROW, _ONE, _ONE), threads)
 
 
-def collectives(hidden: int, shards: int) -> Iterator[KernelSpec]:
+def collectives(hidden: int, shards: int, *, has_post_norms: bool) -> Iterator[KernelSpec]:
     """Plan the one-shot collectives."""
     constants = {"in_features": hidden, "ranks": shards, "max_rows": ONE_SHOT_ROWS}
     meeting = {"buffers": "*i64", "flags": "*i64", "epochs": "*i32", "rank": "i32"}
@@ -297,8 +305,8 @@ def collectives(hidden: int, shards: int) -> Iterator[KernelSpec]:
     chips = {"gfx": {"buffer_ops": 0}, "gfx9": {"DRAIN": 1}}
     threads = _clamp(_power_of_two(hidden) // 8, 64, 1024)
     grid = (_ROW, _ONE, _ONE)
-    types = {"x": "*fp16", "residual": "*fp32", "weight": "*fp32", "y": "*fp16", **meeting, "epsilon": "fp32"}
-    name = "all_reduce_add_rms_norm"
+    norm, types = _adding_norm(has_post_norms=has_post_norms)
+    name, types = f"all_reduce_{norm}", {**types, **meeting, "epsilon": "fp32"}
     yield KernelSpec(name, constants, f"collectives.{name}", constexprs, types, grid, threads, chips=chips)
     types = {"x": "*fp16", "y": "*fp16", **meeting}
     yield KernelSpec("all_reduce", constants, "collectives.all_reduce", constexprs, types, grid, threads, chips=chips)

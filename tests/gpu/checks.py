@@ -26,15 +26,16 @@ TOLERANCES = {"matmul": 2e-3, "norm": 2e-3, "gated": 2e-3, "attention": 4e-3, "e
 
 
 def extra_specs() -> list[KernelSpec]:
-    """The kernels of the operators checked: those of the tiny model, in every storage."""
-    from llmpack.kernel_plan import gated, plan_kernels, qk_norm
+    """The kernels of the operators checked: those of the tiny model, in every storage, and what no Llama has."""
+    from llmpack.kernel_plan import gated, norms, plan_kernels, qk_norm
 
     config = shapes.config_of("dry")
     found = []
     for quantization in (Quantization("q4", 64), Quantization("q8", 32), Quantization("f16", 64)):
         found += plan_kernels(config, plan_rank(config, quantization, 1, 0), 1, shapes.BLOCK_SIZE)
     heads = config.num_attention_heads, config.num_key_value_heads
-    return [*found, qk_norm(*heads, config.head_dim), gated("geglu", config.intermediate_size)]
+    found += [qk_norm(*heads, config.head_dim), gated("geglu", config.intermediate_size)]
+    return [*found, *norms(config.hidden_size, has_post_norms=True)]
 
 
 def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
@@ -43,6 +44,7 @@ def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
         "products",
         "real_products",
         "norms",
+        "post_norms",
         "qk_norm",
         "gated",
         "embeddings",
@@ -146,6 +148,21 @@ class Checks:
                     worst,
                     *(self.close_to(f, e, "norm", "AddRMSNorm") for f, e in zip((y, total), expected, strict=True)),
                 )
+        return worst
+
+    def post_norms(self) -> float:
+        """What is added to the residual stream is normalised first, by weights far from those of the sum."""
+        worst, hidden = 0.0, self.config.hidden_size
+        x_weight, weight = (self.rng.standard_normal(hidden).astype(np.float32) * scale for scale in (5, 1))
+        node = self.ort.node("RMSNormAddRMSNorm", epsilon=1e-5, in_features=hidden)
+        for rows, shared in ((1, {}), (7, {}), (7, {1: 2})):  # with the residual's memory apart, and the same
+            x = self.rng.standard_normal((rows, hidden)).astype(np.float16) * 9
+            residual = self.rng.standard_normal((rows, hidden)).astype(np.float32)
+            outputs = [((rows, hidden), np.float16), ((rows, hidden), np.float32)]
+            found = self.run(node, [x, x_weight, residual, weight], outputs, shared)
+            expected = reference.rms_norm_add_rms_norm(x, x_weight, residual, weight, 1e-5)
+            pairs = zip(found, expected, strict=True)
+            worst = max(worst, *(self.close_to(f, e, "norm", "RMSNormAddRMSNorm") for f, e in pairs))
         return worst
 
     def qk_norm(self) -> float:

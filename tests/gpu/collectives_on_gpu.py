@@ -31,7 +31,7 @@ def main(
     processes = collectives_processes.Rank(operators, Path(folder), rank, size)
     library = processes.library
     if int(dry):
-        standin.serve_launches(shapes.specs_of(shapes.config_of(model), size), is_hip=bool(int(hip)))
+        standin.serve_launches(shapes.collectives_of(model, size), is_hip=bool(int(hip)))
     box.open_gpu(library, Path(kernels), vendor=int(hip), max_rows=256)
     if library.llmpack_ops_gpu_share() != 0:
         raise RuntimeError(box.last_error(library))
@@ -43,6 +43,7 @@ def main(
     digest = hashlib.sha256()
     reduce = checks.ort.node("AllReduce", in_features=hidden)
     fused = checks.ort.node("AllReduceAddRMSNorm", in_features=hidden, epsilon=1e-5)
+    normed = checks.ort.node("AllReduceRMSNormAddRMSNorm", in_features=hidden, epsilon=1e-5)
     for rows in (1, 1, 2, 31, 32, 33, 100):
         rng = np.random.default_rng(rows)
         parts = [rng.standard_normal((rows, hidden)).astype(np.float16) for _ in range(size)]
@@ -54,6 +55,12 @@ def main(
         y, total = checks.run(fused, [parts[rank], residual, weight], outputs, {1: 1})
         checks.close_to(total, expected.astype(np.float64) + residual, "norm", f"AllReduceAddRMSNorm of {rows} rows")
         digest.update(y.tobytes() + total.tobytes())
+        x_weight = rng.standard_normal(hidden).astype(np.float32)
+        exact = reference.rms_norm_add_rms_norm(expected, x_weight, residual, weight, 1e-5)
+        found = checks.run(normed, [parts[rank], x_weight, residual, weight], outputs, {1: 2})
+        for own, true in zip(found, exact, strict=True):
+            checks.close_to(own, true, "norm", f"AllReduceRMSNormAddRMSNorm of {rows} rows")
+            digest.update(own.tobytes())
     microseconds = ctypes.c_double()
     if library.llmpack_ops_gpu_time_all_reduce(1, hidden, 3 if int(dry) else 200, ctypes.byref(microseconds)) != 0:
         raise RuntimeError(box.last_error(library))

@@ -170,7 +170,7 @@ class Step:
                 info = model.infos[name].type.tensor_type
                 shape = tuple(symbols[d.dim_param] if d.dim_param else d.dim_value for d in info.shape.dim)
                 if node.op_type.endswith("AddRMSNorm") and i == 1:
-                    self._tensors[name] = self._tensors[node.input[1]]
+                    self._tensors[name] = self._tensors[node.input[-2]]
                 else:
                     self._make(name, info.elem_type, shape)
             values = [self._plan.value(*self._tensors[name]) for name in (*node.input, *node.output)]

@@ -59,12 +59,11 @@ def all_specs(models: tuple[str, ...]) -> list[KernelSpec]:
         for shards in shards_run:
             for spec in shapes.specs_of(shapes.config_of(model, 1), shards):
                 is_wanted = spec.op == "matmul_q4" and spec.constants["max_rows"] in (1, 8, 0)  # 8: q4 on NVIDIA
-                is_collective = spec.op.startswith("all_") and model in ("7b", "dry") and shards == 2
-                if (shards == 1 and model != "34b") or is_wanted or is_collective:
+                if (shards == 1 and model != "34b") or is_wanted:
                     specs[spec.op, *sorted(spec.constants.items())] = spec
     from checks import extra_specs
 
-    for spec in extra_specs():
+    for spec in (*shapes.collectives_of(models[0], 2), *extra_specs()):
         specs.setdefault((spec.op, *sorted(spec.constants.items())), spec)
     return list(specs.values())
 

@@ -100,6 +100,17 @@ def add_rms_norm(p: Launch) -> None:
     norm(p, rows, residual)
 
 
+def norm_add_rms_norm(p: Launch) -> None:
+    rows, width = p["grid"][0], p["in_features"]
+    _add_normed(p, at(p["x"], (rows, width), np.float16))
+
+
+def _add_normed(p: Launch, x: np.ndarray) -> None:
+    residual = at(p["residual"], x.shape, np.float32)
+    residual += reference.rms_norm(x, at(p["x_weight"], x.shape[1:], np.float32), p["epsilon"]).astype(np.float32)
+    norm(p, len(x), residual)
+
+
 def qk_norm(p: Launch) -> None:
     sizes = {name: p[name] for name in ("num_heads", "num_kv_heads")}
     dim = p["head_dim"]
@@ -246,6 +257,11 @@ def all_reduce_add_rms_norm(p: Launch) -> None:
     norm(p, rows, residual)
 
 
+def all_reduce_norm_add_rms_norm(p: Launch) -> None:
+    rows, width = p["grid"][0], p["in_features"]
+    _add_normed(p, reference.all_reduce(list(meet(p, at(p["x"], (rows, width), np.float16)))))
+
+
 def all_reduce(p: Launch) -> None:
     rows, width = p["grid"][0], p["in_features"]
     total = reference.all_reduce(list(meet(p, at(p["x"], (rows, width), np.float16))))
@@ -257,6 +273,7 @@ KERNELS: dict[str, Callable[[Launch], None]] = {
     **{f"embed_{s}": (lambda p, s=s: embed(s, p)) for s in ("f16", "q8", "q6")},
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "norm_add_rms_norm": norm_add_rms_norm,
     "qk_norm": qk_norm,
     "swiglu": lambda p: gated(p, reference.swiglu),
     "geglu": lambda p: gated(p, reference.geglu),
@@ -267,5 +284,6 @@ KERNELS: dict[str, Callable[[Launch], None]] = {
     "top_k_first": top_k_first,
     "top_k_last": top_k_last,
     "all_reduce_add_rms_norm": all_reduce_add_rms_norm,
+    "all_reduce_norm_add_rms_norm": all_reduce_norm_add_rms_norm,
     "all_reduce": all_reduce,
 }

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from llmpack.kernel_plan import TOP_K, KernelSpec, plan_kernels
+from llmpack.kernel_plan import TOP_K, KernelSpec, collectives, norms, plan_kernels
 from llmpack.weights import Quantization, RankWeight, heads_per_rank, plan_rank
 from llmrun.manifest import OPS_DOMAIN, ModelConfig
 
@@ -54,6 +54,15 @@ def weights_of(config: ModelConfig, shards: int = 1) -> list[RankWeight]:
 
 def specs_of(config: ModelConfig, shards: int = 1) -> list[KernelSpec]:
     return plan_kernels(config, weights_of(config, shards), shards, BLOCK_SIZE)
+
+
+def collectives_of(model: str, shards: int) -> list[KernelSpec]:
+    """Return the kernels of every collective at the width of a model, and of the norms behind what is too long for one."""
+    hidden, found = MODELS[model][0], {}
+    for form in (False, True):
+        for spec in (*norms(hidden, has_post_norms=form), *collectives(hidden, shards, has_post_norms=form)):
+            found[spec.op] = spec
+    return list(found.values())
 
 
 def products(name: str, shards: int) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import onnx
+import pytest
 import shapes
 
 from llmpack.export import export
@@ -47,8 +48,85 @@ def test_gelu_in_place_of_silu() -> None:
             assert attributes(node) == {"in_features": CONFIG.intermediate_size}
 
 
-def test_a_model_has_the_kernel_of_its_own_activation() -> None:
-    planned = {spec.op for spec in shapes.specs_of(CONFIG)}
-    assert {"swiglu", "geglu"} & planned == {"swiglu"}
-    planned = {spec.op for spec in shapes.specs_of(dataclasses.replace(CONFIG, architecture="Gemma3ForCausalLM"))}
-    assert {"swiglu", "geglu"} & planned == {"geglu"}
+def norm_what_is_added(model: onnx.ModelProto, epsilon: float = CONFIG.rms_norm_eps) -> None:
+    """Put an RMSNorm before every AddRMSNorm, by a weight of its own."""
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "AddRMSNorm":
+            x, normed, weight = node.input[0], f"{node.name}/normed", f"{node.name}/x_weight"
+            model.graph.initializer.add(name=weight, dims=[CONFIG.hidden_size], data_type=onnx.TensorProto.FLOAT)
+            info = onnx.helper.make_tensor_value_info(normed, onnx.TensorProto.FLOAT, ["T", CONFIG.hidden_size])
+            model.graph.value_info.append(info)
+            extra = {"domain": node.domain, "epsilon": epsilon}
+            nodes.append(onnx.helper.make_node("RMSNorm", [x, weight], [normed], f"{node.name}/post", **extra))
+            node.input[0] = normed
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_norm_of_what_is_added_is_part_of_the_norm_behind_it(shards: int) -> None:
+    model = rank_graph(shards)
+    before = {node.name: node for node in for_gpu(model, shards)}
+    norm_what_is_added(model)
+    after = for_gpu(model, shards)
+    assert [node.name for node in after] == list(before)
+    reduced = "AllReduce" if shards > 1 else ""
+    changed = [node for node in after if node.op_type != before[node.name].op_type]
+    assert len(changed) == 2 * CONFIG.num_hidden_layers
+    for node in changed:
+        x, *others = before[node.name].input
+        assert (before[node.name].op_type, node.op_type) == (f"{reduced}AddRMSNorm", f"{reduced}RMSNormAddRMSNorm")
+        assert list(node.input) == [x, f"{node.name}/x_weight", *others]
+        assert attributes(node) == attributes(before[node.name])
+
+
+def test_a_bias_stands_between_the_sum_of_the_ranks_and_its_norm() -> None:
+    model = rank_graph(2)
+    norm_what_is_added(model)
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type == "AllReduce":
+            (bias, total), (value,) = (f"{node.name}/bias", f"{node.name}/sum"), node.output
+            model.graph.initializer.add(name=bias, dims=[CONFIG.hidden_size], data_type=onnx.TensorProto.FLOAT)
+            info = onnx.helper.make_tensor_value_info(total, onnx.TensorProto.FLOAT, ["T", CONFIG.hidden_size])
+            model.graph.value_info.append(info)
+            node.output[0] = total
+            nodes.append(onnx.helper.make_node("Add", [total, bias], [value], f"{node.name}/add"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    ops = [node.op_type for node in for_gpu(model, 2)]
+    assert ops.count("AllReduce") == ops.count("RMSNormAddRMSNorm") == 2 * CONFIG.num_hidden_layers
+    assert not [op for op in ops if op.startswith("AllReduce") and op != "AllReduce"]
+
+
+def test_norms_that_cannot_be_joined_are_refused() -> None:
+    """There is no kernel for a norm of float16 alone."""
+    expected = r"/model/layers\.0/.*/post: RMSNorm has no counterpart on a GPU"
+    model = rank_graph(1)
+    norm_what_is_added(model, epsilon=0.5)
+    with pytest.raises(ValueError, match=expected):
+        for_gpu(model)
+    model = rank_graph(1)
+    norm_what_is_added(model)
+    (normed,) = [
+        node.output[0] for node in model.graph.node if node.name == "/model/layers.0/post_attention_layernorm/post"
+    ]
+    (up,) = [node for node in model.graph.node if node.name == "/model/layers.0/mlp/gate_up_proj"]
+    up.input[0] = normed
+    with pytest.raises(ValueError, match=expected):
+        for_gpu(model)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_model_has_the_kernels_of_its_own_norms_and_activation(shards: int) -> None:
+    llama = {"swiglu", "add_rms_norm", "all_reduce_add_rms_norm"}
+    gemma = {"geglu", "norm_add_rms_norm", "all_reduce_norm_add_rms_norm"}
+    for architecture, own in (("LlamaForCausalLM", llama), ("Gemma3ForCausalLM", gemma)):
+        config = dataclasses.replace(CONFIG, architecture=architecture)
+        planned = {spec.op for spec in shapes.specs_of(config, shards)}
+        assert planned & (llama | gemma) == {op for op in own if shards > 1 or not op.startswith("all_reduce")}
+        assert "rms_norm" in planned  # of the embedding's rows
+        assert ("all_reduce" in planned) == (shards > 1)

@@ -30,6 +30,7 @@ def test_the_program_runs_dry(chip, tmp_path):
             "products",
             "real_products",
             "norms",
+            "post_norms",
             "qk_norm",
             "gated",
             "embeddings",

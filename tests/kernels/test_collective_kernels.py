@@ -19,7 +19,8 @@ FLAG_STRIDE = 32
 
 
 def specs_for(ranks: int) -> dict[str, kernel_plan.KernelSpec]:
-    return {s.op: s for s in kernel_plan.collectives(HIDDEN, ranks)}
+    found = [s for form in (False, True) for s in kernel_plan.collectives(HIDDEN, ranks, has_post_norms=form)]
+    return {s.op: s for s in found}
 
 
 class Meeting:
@@ -53,8 +54,9 @@ def run_rank(folder: Path, ranks: int, rank: int, steps: int) -> None:
     specs = specs_for(ranks)
     most = kernel_plan.ONE_SHOT_ROWS
     fused = Meeting(folder / "fused", ranks, rank, 2 * HIDDEN, most)
+    normed = Meeting(folder / "normed", ranks, rank, 2 * HIDDEN, most)
     plain = Meeting(folder / "plain", ranks, rank, 2 * HIDDEN, most)
-    weight = np.linspace(0.5, 2, HIDDEN).astype(np.float32)
+    weight, x_weight = np.linspace(0.5, 2, HIDDEN).astype(np.float32), np.linspace(7, -3, HIDDEN).astype(np.float32)
     for step in range(steps):
         if (step + rank) % 3 == 0:
             time.sleep(0.02)
@@ -68,14 +70,22 @@ def run_rank(folder: Path, ranks: int, rank: int, steps: int) -> None:
         )  # fmt: skip
         np.testing.assert_array_equal(residual, exact + np.float32(0.25))
         np.testing.assert_allclose(y, reference.rms_norm(residual, weight, 1e-5), rtol=2e-3)
+        residual = np.full_like(exact, 0.25)
+        total = reference.rms_norm(exact, x_weight, 1e-5) + residual
+        launch(
+            specs["all_reduce_norm_add_rms_norm"], x=parts[rank], x_weight=x_weight, residual=residual, weight=weight, y=y,
+            epsilon=1e-5, **normed.arguments,
+        )  # fmt: skip
+        np.testing.assert_allclose(residual, total, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(y, reference.rms_norm(residual, weight, 1e-5), rtol=2e-3)
         launch(specs["all_reduce"], x=parts[rank], y=y, **plain.arguments)
         np.testing.assert_array_equal(y, exact.astype(np.float16))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_agree_to_the_bit_whoever_is_late(tmp_path: Path, ranks: int) -> None:
-    Meeting.create(tmp_path / "fused", ranks, 2 * HIDDEN, kernel_plan.ONE_SHOT_ROWS)
-    Meeting.create(tmp_path / "plain", ranks, 2 * HIDDEN, kernel_plan.ONE_SHOT_ROWS)
+    for name in ("fused", "normed", "plain"):
+        Meeting.create(tmp_path / name, ranks, 2 * HIDDEN, kernel_plan.ONE_SHOT_ROWS)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=run_rank, args=(tmp_path, ranks, rank, 6)) for rank in range(ranks)]
     for process in processes:

@@ -21,7 +21,7 @@ from kernel_shapes import specs_of
 from llmpack import kernel_file, kernels
 from llmpack.kernel_compiler import nvidia_tool
 from llmpack.kernel_file import Kernel, KernelFile
-from llmpack.kernel_plan import KernelSpec, gated, qk_norm
+from llmpack.kernel_plan import KernelSpec, collectives, gated, norms, qk_norm
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
@@ -36,6 +36,9 @@ def representative() -> list[KernelSpec]:
     what no Llama has.
     """
     chosen = [qk_norm(32, 8, 128), gated("geglu", 14336)]
+    for spec in (*norms(8192, has_post_norms=True), *collectives(8192, 2, has_post_norms=True)):
+        if spec.op not in SMALL:
+            chosen.append(spec)
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":
             if spec.constants["max_rows"] in (4, 8, 16, 0) and spec.constants["out_features"] == 5120:
@@ -96,10 +99,11 @@ def test_the_oldest_driver_that_the_launcher_takes_takes_the_code(files: dict[st
 @pytest.mark.slow
 def test_waiting_for_other_ranks_only_loads(files: dict[str, KernelFile]) -> None:
     """FORMAT 8.5: one atomic, on the rank's own memory; flags and rows of others by loads that no cache serves."""
-    (kernel,) = [k for k in files[kernels.PTX_TARGET].kernels if k.op == "all_reduce_add_rms_norm"]
-    text = kernel.code.decode()
-    assert re.findall(r"\b(?:atom|red)\.\S+", text) == ["atom.global.sys.acq_rel.add.u32"]
-    assert len(re.findall(r"ld\.volatile\.global\.b32", text)) >= 2  # a flag of each rank
+    found = [k.code.decode() for k in files[kernels.PTX_TARGET].kernels if k.op.startswith("all_reduce_")]
+    assert len(found) == 2
+    for text in found:
+        assert re.findall(r"\b(?:atom|red)\.\S+", text) == ["atom.global.sys.acq_rel.add.u32"]
+        assert len(re.findall(r"ld\.volatile\.global\.b32", text)) >= 2  # a flag of each rank
 
 
 @pytest.mark.slow

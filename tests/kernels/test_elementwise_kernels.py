@@ -20,7 +20,8 @@ GATED = {"swiglu": reference.swiglu, "geglu": reference.geglu}
 
 
 def norm_of(op: str, hidden: int = 64) -> KernelSpec:
-    return next(s for s in kernel_plan.norms(hidden) if s.op == op)
+    has_post_norms = op == "norm_add_rms_norm"
+    return next(s for s in kernel_plan.norms(hidden, has_post_norms=has_post_norms) if s.op == op)
 
 
 def assert_half(y: np.ndarray, exact: np.ndarray) -> None:
@@ -45,6 +46,23 @@ def test_norms(hidden: int, rows: int) -> None:
     launch(norm_of("add_rms_norm", hidden), x=x, residual=residual, weight=weight, y=y, epsilon=1e-5)
     np.testing.assert_allclose(residual, total, rtol=2.0**-24)
     assert_half(y, exact)
+
+
+@pytest.mark.parametrize("hidden", [2, 64, 100, 257], ids=["smallest", "power_of_two", "even", "odd"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_norm_of_what_is_added(hidden: int, rows: int) -> None:
+    """Rows far from the length of 1 that they are given; neither they nor the sum are rounded on the way."""
+    rng = np.random.default_rng([hidden, rows])
+    x = (rng.standard_normal((rows, hidden)) * 10.0 ** rng.integers(-2, 4, (rows, 1))).astype(np.float16)
+    x_weight, weight = (rng.standard_normal(hidden).astype(np.float32) * scale for scale in (300, 1))
+    residual = rng.standard_normal((rows, hidden)).astype(np.float32)
+    exact, total = reference.rms_norm_add_rms_norm(x, x_weight, residual, weight, 1e-5)
+    y = np.zeros((rows, hidden), np.float16)
+    operands = {"x": x, "x_weight": x_weight, "residual": residual, "weight": weight, "y": y}
+    launch(norm_of("norm_add_rms_norm", hidden), **operands, epsilon=1e-5)
+    np.testing.assert_allclose(residual, total, rtol=FLOAT_SUM, atol=FLOAT_SUM * np.abs(x_weight).max())
+    assert_half(y, reference.rms_norm(residual, weight, 1e-5))
+    np.testing.assert_allclose(y.astype(float), exact, rtol=2 * HALF_ROUNDING, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [2, 80, 128], ids=["smallest", "even", "power_of_two"])
