@@ -1,4 +1,4 @@
-"""Llama's published shapes as graphs for one GPU, with weights nobody trained: what the benchmark runs; node by node."""
+"""Published shapes as graphs for one GPU, with weights nobody trained: what the benchmark runs; node by node."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ MODELS = {
     "34b": (8192, 22016, 48, 64, 8, 128, 32000),
     "70b": (8192, 28672, 80, 64, 8, 128, 32000),
     "dry": (256, 512, 2, 8, 4, 32, 512),
+    "dry-gemma": (256, 512, 2, 8, 4, 32, 512),
 }
+WINDOW = 7  # of every other layer of a Gemma
 NO_WINDOW = 2**31 - 1  # FORMAT 5.5
 QUANTIZATION = Quantization("q4", 64)
 STEP = ("input_ids", "positions", "slot_mapping", "query_start", "seq_lens", "logit_rows")
@@ -30,7 +32,7 @@ STEP = ("input_ids", "positions", "slot_mapping", "query_start", "seq_lens", "lo
 def config_of(name: str, layers: int | None = None) -> ModelConfig:
     hidden, intermediate, depth, heads, kv_heads, head_dim, vocabulary = MODELS[name]
     return ModelConfig(
-        architecture="LlamaForCausalLM",
+        architecture="Gemma3ForCausalLM" if name.endswith("gemma") else "LlamaForCausalLM",
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers or depth,
@@ -133,24 +135,41 @@ def write_graph(config: ModelConfig, path: Path) -> None:
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT32, [None]) for name in STEP]
     inputs.append(helper.make_tensor_value_info("block_table", TensorProto.INT32, [None, None]))
     residual, epsilon = x, config.rms_norm_eps
+    norms_made = 0
+
+    def add_and_norm(x: str, post_norm: str, norm: str) -> str:
+        nonlocal residual, norms_made
+        norms_made += 1
+        first = [f"{post_norm}.weight"] if config.has_post_norms else []
+        y = add(
+            "RMSNormAddRMSNorm" if first else "AddRMSNorm",
+            [x, *first, residual, f"{norm}.weight"],
+            (f"n{norms_made}", half, hidden),
+            (f"s{norms_made}", full, hidden),
+            epsilon=epsilon,
+            in_features=hidden,
+        )
+        residual = f"s{norms_made}"
+        return y
+
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
+    layer = y = ""
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         for kind in ("key", "value"):
             inputs.append(helper.make_tensor_value_info(f"{kind}_cache.{i}", half, [None, BLOCK_SIZE, kv_heads, dim]))
-        norm = f"{layer}.input_layernorm.weight"
+        norm = f"{layer}.input_layernorm"
         if i == 0:
-            y = add("RMSNormF16", [residual, norm], (f"n{i}", half, hidden), epsilon=epsilon, in_features=hidden)
-        else:
             y = add(
-                "AddRMSNorm",
-                [x, residual, norm],
-                (f"n{i}", half, hidden),
-                (f"r{i}", full, hidden),
-                epsilon=epsilon,
-                in_features=hidden,
+                "RMSNormF16", [residual, f"{norm}.weight"], ("n0", half, hidden), epsilon=epsilon, in_features=hidden
             )
-            residual = f"r{i}"
+        else:
+            y = add_and_norm(x, f"model.layers.{i - 1}.post_feedforward_layernorm", norm)
         qkv = product(f"{layer}.self_attn.qkv_proj", y, f"qkv{i}")
+        if config.has_qk_norm:
+            inputs_of_norm = [qkv, *(f"{layer}.self_attn.{part}_norm.weight" for part in "qk")]
+            width = (heads + 2 * kv_heads) * dim
+            qkv = add("QKNorm", inputs_of_norm, (f"qk{i}", half, width), epsilon=epsilon, **sizes)
         attended = add(
             "PagedAttention",
             [
@@ -164,35 +183,19 @@ def write_graph(config: ModelConfig, path: Path) -> None:
                 "block_table",
             ],
             (f"a{i}", half, heads * dim),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=dim,
+            **sizes,
             block_size=BLOCK_SIZE,
             scale=1 / math.sqrt(dim),
-            window=NO_WINDOW,
+            window=WINDOW if config.has_post_norms and i % 2 == 0 else NO_WINDOW,
         )
         x = product(f"{layer}.self_attn.o_proj", attended, f"o{i}")
-        norm = f"{layer}.post_attention_layernorm.weight"
-        y = add(
-            "AddRMSNorm",
-            [x, residual, norm],
-            (f"m{i}", half, hidden),
-            (f"s{i}", full, hidden),
-            epsilon=epsilon,
-            in_features=hidden,
-        )
-        residual = f"s{i}"
+        post_norm = f"{layer}.post_attention_layernorm"
+        y = add_and_norm(x, post_norm, f"{layer}.pre_feedforward_layernorm" if config.has_post_norms else post_norm)
         gate_up = product(f"{layer}.mlp.gate_up_proj", y, f"g{i}")
-        act = add("SwiGLU", [gate_up], (f"w{i}", half, config.intermediate_size), in_features=config.intermediate_size)
+        op = "SwiGLU" if config.activation == "silu" else "GeGLU"
+        act = add(op, [gate_up], (f"w{i}", half, config.intermediate_size), in_features=config.intermediate_size)
         x = product(f"{layer}.mlp.down_proj", act, f"d{i}")
-    y = add(
-        "AddRMSNorm",
-        [x, residual, "model.norm.weight"],
-        ("final", half, hidden),
-        ("last", full, hidden),
-        epsilon=epsilon,
-        in_features=hidden,
-    )
+    y = add_and_norm(x, f"{layer}.post_feedforward_layernorm", "model.norm")
     chosen = add(
         "Gather", [y, "logit_rows"], ("chosen", half, hidden), rows="R", domain="", name="/model/logit_rows", axis=0
     )

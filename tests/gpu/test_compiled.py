@@ -15,7 +15,7 @@ import ctypes, sys, pathlib, box, shapes
 from device import Device
 from executor import GpuModel, MiniOrt
 from llmpack import kernel_file
-operators, mini, kernels, folder, is_hip = *map(pathlib.Path, sys.argv[1:5]), sys.argv[5] == "True"
+operators, mini, kernels, folder, is_hip, name = *map(pathlib.Path, sys.argv[1:5]), sys.argv[5] == "True", sys.argv[6]
 library = box.load_operators(operators)
 driver = ctypes.CDLL("libamdhip64.so.7" if is_hip else "libcuda.so.1")
 driver.standin_report.restype = ctypes.c_char_p
@@ -24,7 +24,7 @@ for kernel in kernel_file.from_bytes(kernels.read_bytes(), "").kernels:
     driver.standin_declare(kernel.function.encode(), "".join(["w" * kernel.waits, *kinds]).encode())
 box.open_gpu(library, kernels, vendor=int(is_hip))
 ort = MiniOrt(mini, operators, "ROCMExecutionProvider" if is_hip else "CUDAExecutionProvider")
-config = shapes.config_of("dry")
+config = shapes.config_of(name)
 shapes.write_graph(config, folder / "graph.onnx")
 model = GpuModel(folder / "graph.onnx", ort, Device(is_hip=is_hip), 32, shapes.random_weights(config))
 for ids, lengths in (([[5]], [7]), ([[5, 6, 7, 8, 9, 10]], [6]), ([[1], [2], [3]], [4, 5, 6])):
@@ -37,18 +37,20 @@ print(driver.standin_violations(), driver.standin_count(1), driver.standin_count
 def compiled():
     from llmpack import kernels
 
-    return kernels.build(shapes.specs_of(shapes.config_of("dry")), ["sm_90", "gfx1100"])
+    models = ("dry", "dry-gemma")
+    return {name: kernels.build(shapes.specs_of(shapes.config_of(name)), ["sm_90", "gfx1100"]) for name in models}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["dry", "dry-gemma"])
 @pytest.mark.parametrize(("target", "chip"), [("sm_90", "sm_90"), ("ptx_80", "sm_121"), ("gfx1100", "gfx1100")])
 def test_every_launch_of_compiled_code_is_allowed(
-    target, chip, compiled, standins: Path, operators: Path, tmp_path: Path
+    target, chip, name, compiled, standins: Path, operators: Path, tmp_path: Path
 ):
     from llmpack import kernel_file
     from llmpack.kernels import SHARED_MEMORY
 
-    (tmp_path / "k.bin").write_bytes(kernel_file.to_bytes(compiled[target]))
+    (tmp_path / "k.bin").write_bytes(kernel_file.to_bytes(compiled[name][target]))
     mini, is_hip = standins / "libmini_ort.so", target.startswith("gfx")
     done = standin.run(
         standins,
@@ -58,6 +60,7 @@ def test_every_launch_of_compiled_code_is_allowed(
         tmp_path / "k.bin",
         tmp_path,
         is_hip,
+        name,
         chip=chip,
         shared=SHARED_MEMORY.get(chip, 99 << 10),
     )
