@@ -253,7 +253,7 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
         {**constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n},
         {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32", "window": "i32"},
         (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), _ONE),
-        128,
+        128 if width <= 128 else 256,  # else they spill on NVIDIA's chips and on RDNA 4
         stages=3,
         chips=narrow,
     )
@@ -291,7 +291,8 @@ def sampling(columns: int) -> Iterator[KernelSpec]:
     types = {"keys": "*i64", "sums": "*fp32", "top": "*i64"}
     block = _power_of_two(parts * TOP_K)
     constexprs = {"PARTS": parts, "PARTS_BLOCK": _power_of_two(parts), "BLOCK": block, "K": TOP_K}
-    threads = _clamp(block // 4, 32, 256)
+    # More than 16 candidates of a thread spill on CDNA.
+    threads = _clamp(block // 4, 32, _clamp(block // 16, 256, 1024))
     yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (_ROW, _ONE, _ONE), threads)
 
 

@@ -21,24 +21,28 @@ from kernel_shapes import specs_of
 from llmpack import kernel_file, kernels
 from llmpack.kernel_compiler import nvidia_tool
 from llmpack.kernel_file import Kernel, KernelFile
-from llmpack.kernel_plan import KernelSpec, collectives, gated, norms, qk_norm
+from llmpack.kernel_plan import KernelSpec, attention, collectives, gated, norms, qk_norm, sampling
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
 EARLY = ("sm_90", "sm_100", "sm_120")  # chips on which a kernel begins while the one before it ends
 # Instructions that reach memory beyond the program's own parameters, and those that end it.
 REACHES = re.compile(r"(LD|LDG|LDL|ST|STG|STL|ATOM|ATOMG|RED|REDG|LDGSTS|UBLKCP|UTMA[A-Z]*|EXIT|RET)(\.|$)")
+# Of heads of 256 features RDNA 3 has too few registers: the operands of its matrix units take two for one.
+SPILLS = [("gfx1100", "attention", 256)]
 CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 
 def representative() -> list[KernelSpec]:
     """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, one that sees other ranks, and
-    what no Llama has.
+    what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it.
     """
     chosen = [qk_norm(32, 8, 128), gated("geglu", 14336)]
     for spec in (*norms(8192, has_post_norms=True), *collectives(8192, 2, has_post_norms=True)):
         if spec.op not in SMALL:
             chosen.append(spec)
+    chosen += [spec for spec in attention(4, 1, 256, 16) if spec.op == "attention"]
+    chosen += [spec for spec in sampling(262144) if spec.op == "top_k_last"]
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":
             if spec.constants["max_rows"] in (4, 8, 16, 0) and spec.constants["out_features"] == 5120:
@@ -79,7 +83,10 @@ def test_every_target_gets_every_kernel(files: dict[str, KernelFile]) -> None:
 def test_no_spill_and_no_more_shared_memory_than_there_is(files: dict[str, KernelFile], target: str) -> None:
     for kernel in files[target].kernels:
         assert kernel.registers > 0, kernel.op
-        assert kernel.spill_bytes == 0, f"{kernel.op} {kernel.constants}: {kernel.spill_bytes} bytes spilled"
+        may_spill = (target, kernel.op, kernel.constants.get("head_dim")) in SPILLS
+        assert kernel.spill_bytes == 0 or may_spill, (
+            f"{kernel.op} {kernel.constants}: {kernel.spill_bytes} bytes spilled"
+        )
         assert kernel.shared_bytes + kernel.static_shared_bytes <= kernels.SHARED_MEMORY[target], kernel.op
         assert kernel.num_warps * files[target].warp_size <= 1024
         assert (kernel.num_ctas, kernel.cooperative, kernel.global_scratch_bytes, kernel.profile_scratch_bytes) == (
