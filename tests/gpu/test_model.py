@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import standin
 
-from models import GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
+from models import GEMMA, GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
 
 WORKER = Path(standin.HERE) / "worker.py"
 # float16 between operators (2^-11 each), two layers, against float64, relative to the largest logit: seen 1e-3.
@@ -86,6 +86,8 @@ FAMILIES = {
     "partly-rotated": PARTLY_ROTATED,
     "multiplied": GRANITE,
     "not-all-rotated": SMOLLM,
+    "windowed": {"model_type": "mistral", "sliding_window": 2},
+    "normalised-before-it-is-added": {**GEMMA, "sliding_window": 2},
 }
 
 
