@@ -1,0 +1,83 @@
+"""The architecture of a model, as the manifest's member `model` has it (FORMAT 2.5), and what follows from it.
+
+Standard library only; knows no checkpoint and no graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture; names and (global) numbers as in Hugging Face's config.json.
+
+    Attributes:
+        attention_bias: of q, k and v, and of o but in Qwen 2.
+        sliding_window: positions that a token sees at most, its own among them, in layers of sliding attention; None: all.
+        embedding_multiplier: of the embedding's rows.
+        residual_multiplier: of what attention and MLP add to the residual stream.
+        attention_multiplier: of a query's product with a key; None: 1 / sqrt(head_dim).
+        logits_scaling: what logits are divided by.
+        layer_types: of each layer, "sliding_attention" or "full_attention"; None: the former, if there is a sliding_window.
+        rope_local: what layers of sliding attention have in place of `rope`; None: that.
+        no_rope_layers: of each layer, 1 if q and k are rotated and 0 if not, as transformers has it; None: all are.
+    """
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    rope: dict[str, Any]
+    dtype: str
+    # Factories: may be absent from a manifest.
+    sliding_window: int | None = field(default_factory=lambda: None)
+    embedding_multiplier: float = field(default_factory=lambda: 1.0)
+    residual_multiplier: float = field(default_factory=lambda: 1.0)
+    attention_multiplier: float | None = field(default_factory=lambda: None)
+    logits_scaling: float = field(default_factory=lambda: 1.0)
+    no_rope_layers: tuple[int, ...] | None = field(default_factory=lambda: None)
+    layer_types: tuple[str, ...] | None = field(default_factory=lambda: None)
+    rope_local: dict[str, Any] | None = field(default_factory=lambda: None)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether o_proj has a bias."""
+        return self.attention_bias and self.architecture != "Qwen2ForCausalLM"
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether every head of q and of k is normalised before it is rotated."""
+        return self.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether what attention and MLP add to the residual stream is normalised before."""
+        return self.architecture == "Gemma3ForCausalLM"
+
+    @property
+    def activation(self) -> str:
+        """What the gate of an MLP goes through, as Hugging Face names it: "silu" or "gelu_pytorch_tanh"."""
+        return "gelu_pytorch_tanh" if self.architecture == "Gemma3ForCausalLM" else "silu"
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many positions a token sees at most in a layer, its own among them; None: all."""
+        return self.sliding_window if self.slides(layer) else None
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer's attention is of the kind that has a window, if there is one."""
+        return self.layer_types is None or self.layer_types[layer] == "sliding_attention"
+
+    def rotates(self, layer: int) -> bool:
+        """Whether q and k of a layer are rotated by their positions."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
