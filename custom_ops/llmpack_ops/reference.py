@@ -202,6 +202,51 @@ def positions_first(key_cache: Array, value_cache: Array) -> tuple[Array, Array]
     return key_cache.transpose(0, 3, 1, 2), value_cache.transpose(0, 2, 1, 3)
 
 
+def route(router_logits: Array, num_experts_per_tok: int, *, norm_topk_prob: bool) -> tuple[NDArray[np.int64], Float64]:
+    """Choose each token's experts (5.16).
+
+    Args:
+        router_logits: [T, num_experts].
+        num_experts_per_tok: how many a token gets.
+        norm_topk_prob: whether the weights of a token's experts sum to 1.
+
+    Returns:
+        (experts, weights), both [T, num_experts_per_tok], in rising order of the experts: of equal logits the lower expert is
+        chosen, and a weight is the softmax over all experts, or over those chosen.
+    """
+    likeliest = np.argsort(-router_logits, axis=1, kind="stable")[:, :num_experts_per_tok]
+    experts = np.sort(likeliest, axis=1)
+    logits = router_logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chosen = np.take_along_axis(odds, experts, axis=1)
+    return experts, chosen / (chosen if norm_topk_prob else odds).sum(axis=1, keepdims=True)
+
+
+def moe(
+    x: Array, router_logits: Array, gate_up: Array, down: Array, num_experts_per_tok: int, *, norm_topk_prob: bool
+) -> Float64:
+    """Send each token through its experts, MLPs with SwiGLU, and sum what they give by weight (5.16).
+
+    Args:
+        x: [T, hidden_size].
+        router_logits: [T, num_experts].
+        gate_up: [num_experts, 2 intermediate_size, hidden_size], dequantized; gate first.
+        down: [num_experts, hidden_size, intermediate_size], dequantized.
+        num_experts_per_tok: how many a token gets.
+        norm_topk_prob: whether the weights of a token's experts sum to 1.
+
+    Returns:
+        [T, hidden_size].
+    """
+    y = np.zeros(x.shape)
+    experts, weights = route(router_logits, num_experts_per_tok, norm_topk_prob=norm_topk_prob)
+    for token, slot in np.ndindex(experts.shape):
+        expert = experts[token, slot]
+        row = swiglu(matmul(x[token : token + 1], gate_up[expert]))
+        y[token] += weights[token, slot] * matmul(row, down[expert])[0]
+    return y
+
+
 def all_reduce(parts: list[Array]) -> NDArray[np.float32]:
     """Sum the ranks' float32 arrays, added in float32 in rank order (5.6): the exact bits of every rank."""
     total = parts[0].astype(np.float32)
