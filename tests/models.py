@@ -54,6 +54,17 @@ SMOLLM: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+# Of the kind of Qwen 3 30B-A3B: three of eight experts, whose weights do not sum to 1; the first layer has none.
+QWEN_MOE: dict[str, Any] = {
+    **{"model_type": "qwen3_moe", "num_hidden_layers": 3, "head_dim": 64, "mlp_only_layers": [0]},
+    **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 256, "norm_topk_prob": False},
+}
+MIXTRAL: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+# Experts that the checkpoint stores in one tensor.
+GRANITE_MOE: dict[str, Any] = {
+    **{**GRANITE, "model_type": "granitemoe", "num_local_experts": 6, "num_experts_per_tok": 2},
+    "intermediate_size": 256,
+}
 
 # Of the kind of Gemma 3: two layers of four slide, and rotate by angles of their own.
 GEMMA: dict[str, Any] = {

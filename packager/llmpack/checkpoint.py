@@ -62,10 +62,10 @@ class Checkpoint:
         self._files = {}
 
     def read(self, name: str, rows: slice, columns: slice) -> np.ndarray:
-        """Read a block of a matrix; a vector counts as a matrix of one column.
+        """Read a block of a matrix; a vector counts as a matrix of one column, and stacked matrices as one.
 
         Args:
-            name: a tensor of shape [num_rows, num_columns] or [num_rows].
+            name: a tensor of shape [num_rows, num_columns] or [num_rows], or [.., num_columns], whose other axes count rows.
             rows: range of rows.
             columns: range of columns; of a vector: 0 to 1.
         Returns:
@@ -89,7 +89,7 @@ class Checkpoint:
     def layout(self, name: str) -> tuple[int, np.dtype]:
         """Return the width of a tensor's rows and their type in the file (uint16 for bfloat16)."""
         info = self.tensors[name]
-        return info.shape[1] if len(info.shape) == 2 else 1, _DTYPES[info.dtype]
+        return info.shape[-1] if len(info.shape) > 1 else 1, _DTYPES[info.dtype]
 
     def read_rows(self, name: str, rows: slice, raw: np.ndarray) -> None:
         """Read whole rows of a matrix as they are in the file, unchecked.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmpack.experts_reader import read_experts
 from llmpack.families import FAMILIES, Family
 from llmpack.model_reader import Reader, read_json
 from llmpack.rope_reader import read_ropes
@@ -62,6 +63,8 @@ def read_config(model_dir: Path) -> ModelConfig:
     reader = Reader(raw, path)
     act_key, act = family.activation
     must_be = {act_key: (act, None), **_MUST_BE, **({} if family.has_multipliers else _MULTIPLIERS)}
+    if family.experts:
+        del must_be["num_local_experts"]
     for key, allowed in must_be.items():
         if raw.get(key) not in allowed:
             raise IncompatibleError(
@@ -123,6 +126,7 @@ def read_config(model_dir: Path) -> ModelConfig:
         sliding_window=sliding_window,
         layer_types=layer_types,
         no_rope_layers=_read_no_rope_layers(reader, num_hidden_layers) if family.has_no_rope_layers else None,
+        **(read_experts(reader, family.experts, num_hidden_layers) if family.experts else {}),
         **_read_multipliers(reader, family, hidden_size, dtype),
     )
 
@@ -143,7 +147,7 @@ def _part(raw: dict[str, Any], path: Path, family: Family) -> dict[str, Any]:
     return {**part, **of_all}
 
 
-def _read_multipliers(reader: Reader, family: Family, hidden_size: int, dtype: str) -> dict[str, float]:
+def _read_multipliers(reader: Reader, family: Family, hidden_size: int, dtype: str) -> dict[str, Any]:
     """Return those of ModelConfig: Granite's own, and what Gemma's code multiplies by without saying so."""
     if family.has_multipliers:
         return {key: reader.positive(key, 1.0) for key in _MULTIPLIERS}
@@ -208,7 +212,9 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
     if family.window == "none" and window is not None and raw.get("use_sliding_window") is not False:
         raise IncompatibleError(f"{path}: sliding_window is {window!r}, which is not supported; supported: None.")
     has_window = window is not None or ("sliding_window" not in raw and family.has_window)  # null is none
-    if family.window == "all layers" or (family.window == "listed layers" and not layer_types):
+    if family.window == "all layers where used" and not reader.flag("use_sliding_window"):
+        return None, None
+    if family.window.startswith("all layers") or (family.window == "listed layers" and not layer_types):
         return (reader.size("sliding_window", _WINDOW), None) if has_window else (None, None)
     if family.has_local_rope and not layer_types:
         pattern = reader.size("sliding_window_pattern", 6)

@@ -2,11 +2,12 @@
 
 In: a ModelConfig. Out: an ONNX model whose weights are graph inputs named as in the checkpoint. It knows nothing of ranks,
 quantization or layouts: each projection is one `Linear (x [T, in_features], weight [out_features, in_features]) ->
-[T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it) and `SwiGLU` or `GeGLU` take
-their operands apart (q, k, v; gate, up). `split.py` turns it into what a rank runs.
+[T, out_features]` with the checkpoint's own matrix, and `PagedAttention` (or `QKNorm` before it), `SwiGLU` or `GeGLU` and `MoE`
+take their operands apart (q, k, v; gate, up; each expert's). `split.py` turns it into what a rank runs.
 
 The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py, modeling_smollm3.py,
-modeling_gemma3.py and modeling_granite.py, the last one's rearranged as in multipliers.py.
+modeling_gemma3.py, modeling_qwen3_moe.py, modeling_mixtral.py, modeling_granitemoe.py and modeling_granite.py, the last two's
+rearranged as in multipliers.py.
 """
 
 from __future__ import annotations
@@ -74,10 +75,12 @@ def export(config: ModelConfig, kv_dtype: str, block_size: int) -> onnx.ModelPro
             hidden, _ = graph.norm(f"{layer}.post_attention_layernorm", hidden, None)
             before_mlp = "pre_feedforward_layernorm"
         normed, residual = graph.norm(f"{layer}.{before_mlp}", hidden, residual)
-        gate, up = (graph.linear(f"{layer}.mlp.{p}", normed, config.mlp_bias) for p in ("gate_proj", "up_proj"))
-        hidden = graph.linear(
-            f"{layer}.mlp.down_proj", graph.op(act, f"{layer}.mlp.act_fn", [gate, up]), config.mlp_bias
-        )
+        if config.is_sparse(i):
+            hidden = graph.experts(f"{layer}.mlp", normed)
+        else:
+            gate, up = (graph.linear(f"{layer}.mlp.{p}", normed, config.mlp_bias) for p in ("gate_proj", "up_proj"))
+            activated = graph.op(act, f"{layer}.mlp.act_fn", [gate, up])
+            hidden = graph.linear(f"{layer}.mlp.down_proj", activated, config.mlp_bias)
         if config.has_post_norms:
             hidden, _ = graph.norm(f"{layer}.post_feedforward_layernorm", hidden, None)
     normed, _ = graph.norm("model.norm", hidden, residual)
@@ -184,6 +187,22 @@ class _Graph:
     def linear(self, name: str, x: str, has_bias: bool, output: str | None = None) -> str:
         bias = [self.weight(f"{name}.bias")] if has_bias else []
         return self.op("Linear", name, [x, self.weight(f"{name}.weight"), *bias], output)
+
+    def experts(self, mlp: str, x: str) -> str:
+        """Send each token through those of a layer's experts that the router chooses."""
+        config, numbers = self.config, range(self.config.num_experts or 0)
+        logits = self.linear(f"{mlp}.gate", x, False)
+        roots = [f"{mlp}.experts.{i}" for i in numbers]
+        gate_up = [self.weight(f"{root}.{name}.weight") for root in roots for name in ("gate_proj", "up_proj")]
+        down = [self.weight(f"{root}.down_proj.weight") for root in roots]
+        return self.op(
+            "MoE",
+            f"{mlp}.experts",
+            [x, logits, *gate_up, *down],
+            num_experts=len(numbers),
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm_topk_prob=int(config.norm_topk_prob),
+        )
 
     def qk_norm(self, name: str, heads: list[str]) -> str:
         """RMSNorm of each head of q and of k; return q, k and v side by side."""

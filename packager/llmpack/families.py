@@ -5,7 +5,7 @@ has biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may r
 multiplies the embedding, what is added to the residual stream, attention's products and the logits by numbers of its own;
 SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles where attention slides, normalises what is added
 to the residual stream, has gelu in place of silu, and stores a norm's weight less 1. Its checkpoints that see images are packed
-without what sees.
+without what sees. Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,25 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How config.json describes layers of experts.
+
+    Attributes:
+        number: keys of how many there are; what is first there counts.
+        size: the key of an expert's intermediate size.
+        norm_topk_prob: None: config.json says it.
+        has_dense_layers: whether config.json may say that some layers have one MLP for all tokens.
+        sizes: of `number`, `size` and num_experts_per_tok where config.json lacks them.
+    """
+
+    number: tuple[str, ...]
+    size: str
+    norm_topk_prob: bool | None
+    has_dense_layers: bool
+    sizes: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,7 @@ class Family:
         has_mlp_bias: whether config.json may say it.
         activation: the key of config.json, and what it must say.
         window: which layers of attention may look back no further than a window; "listed layers" are those of layer_types, or
-            all where config.json lists none.
+            all where config.json lists none; "where used": where use_sliding_window is true.
         has_window: whether there is one where config.json does not say it.
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
         original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
@@ -35,6 +54,7 @@ class Family:
         has_local_rope: whether layers that slide rotate by settings of their own; by default every sixth does not slide.
         stored_as: the architecture that config.json names, where it is another than `architecture`.
         part: the member of config.json that is about the language model; None: all of it is.
+        experts: None: every layer has one MLP.
         is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
 
@@ -47,7 +67,7 @@ class Family:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    window: Literal["none", "all layers", "listed layers", "by layer"] = "none"
+    window: Literal["none", "all layers", "all layers where used", "listed layers", "by layer"] = "none"
     has_window: bool = True
     has_partial_rotary: bool = False
     original_max_position_embeddings: int | None = None
@@ -58,6 +78,7 @@ class Family:
     activation: tuple[str, str] = ("hidden_act", "silu")
     stored_as: str | None = None
     part: str | None = None
+    experts: Experts | None = None
     sizes: dict[str, int] = field(default_factory=dict)
 
 
@@ -84,6 +105,33 @@ FAMILIES = {
     "ministral": dataclasses.replace(_MISTRAL, stored_as="MinistralForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, attention_bias=True, window="by layer"),
     "qwen3": Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, window="by layer"),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        32768,
+        num_key_value_heads=4,
+        window="all layers where used",
+        experts=Experts(
+            ("num_experts", "num_local_experts"),
+            "moe_intermediate_size",
+            None,
+            has_dense_layers=True,
+            sizes=(128, 768, 8),
+        ),
+        sizes={"intermediate_size": 6144},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        131072,
+        num_key_value_heads=8,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        rope_theta=1000000.0,
+        window="all layers",
+        has_window=False,
+        experts=Experts(
+            ("num_local_experts", "num_experts"), "intermediate_size", True, has_dense_layers=False, sizes=(8, 14336, 2)
+        ),
+    ),
     "phi3": Family(
         "Phi3ForCausalLM",
         4096,
@@ -104,6 +152,12 @@ FAMILIES = {
         has_no_rope_layers=True,
     ),
     "granite": Family("GraniteForCausalLM", 2048, has_mlp_bias=True, has_multipliers=True),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM",
+        2048,
+        has_multipliers=True,
+        experts=Experts(("num_local_experts",), "intermediate_size", True, has_dense_layers=False, sizes=(8, 11008, 2)),
+    ),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),
     "gemma3_text": _GEMMA3,
     "gemma3": dataclasses.replace(_GEMMA3, stored_as="Gemma3ForConditionalGeneration", part="text_config"),

@@ -24,8 +24,9 @@ from llmpack.generation import Generation, read_generation
 from llmpack.gpu_graph import gpu_graph
 from llmpack.kernel_plan import KernelSpec, plan_kernels
 from llmpack.options import Options
+from llmpack.packed_rank import PackedRank
 from llmpack.rope import for_sequences, longest_sequence
-from llmpack.selfcheck import PackedRank, selfcheck
+from llmpack.selfcheck import selfcheck
 from llmpack.sources import Place, resolve_sources, sees_images
 from llmpack.split import split
 from llmpack.store import write_weights
@@ -262,7 +263,7 @@ def _members(
 
 
 def _describe(quantization: Quantization, summary: dict[str, Any]) -> dict[str, Any]:
-    roles = {role: quantization.of_role(role) for role in ("linear", "head", "embedding", "norm", "bias")}
+    roles = {role: quantization.of_role(role) for role in summary["ranks"][0]["weight_bytes_by_role"]}
     figures = {key: summary[key] for key in ("scheme", "group_size", "bits_per_weight", "bits_per_weight_of_file")}
     return {**figures, "roles": roles}
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from llmpack.weights import DEFAULT_GROUP_SIZES, QUANTIZED, Quantization, RankWeight, num_bytes
+from llmpack.weights import DEFAULT_GROUP_SIZES, QUANTIZED, Quantization, RankWeight, Role, num_bytes
 from llmrun.artifact import KvCacheSpec, ModelConfig
 
-_NAMES = {"linear": "projections", "head": "head", "embedding": "embedding", "norm": "norms", "bias": "biases"}
+_NAMES: dict[Role, str] = {
+    **{"linear": "projections", "experts": "experts", "router": "routers"},
+    **{"head": "head", "embedding": "embedding", "norm": "norms", "bias": "biases"},
+}
+_OF_EXPERTS = ("experts", "router")
 _ACTIVATION_ROWS = 512  # tokens of one prefill step, for the estimate of working memory
 
 
 def bits_per_weight(plans: list[list[RankWeight]]) -> float:
-    """Return the bits that a weight costs on average of those that a token reads, projections and head, scales included."""
-    return _bits(w for plan in plans for w in plan if w.row.role in ("linear", "head"))
+    """Return the bits that a weight costs on average of those that tokens read: all matrices but routers, with scales."""
+    return _bits(w for plan in plans for w in plan if w.row.role in ("linear", "experts", "head"))
 
 
 def bits_per_weight_of_file(plans: list[list[RankWeight]]) -> float:
@@ -34,19 +38,23 @@ def _bits(weights: Iterable[RankWeight]) -> float:
 
 
 def bytes_by_role(plan: list[RankWeight]) -> dict[str, int]:
-    """Return the bytes that a rank holds of each role; a head that is the embedding counts as the embedding."""
-    held: dict[str, int] = dict.fromkeys(("linear", "head", "embedding", "norm", "bias"), 0)
+    """Return the bytes that a rank holds of each role that the model has; a head that is the embedding counts as that."""
+    has_experts = any(weight.row.role in _OF_EXPERTS for weight in plan)
+    held: dict[str, int] = {role: 0 for role in _NAMES if has_experts or role not in _OF_EXPERTS}
     for weight in (w for w in plan if not w.is_shared):
         held[weight.row.role] += sum(item.num_bytes for item in weight.initializers)
     return held
 
 
-def bytes_per_token(plan: list[RankWeight]) -> int:
+def bytes_per_token(config: ModelConfig, plan: list[RankWeight]) -> int:
     """Return the bytes of weights that a rank reads to decode one token.
 
-    Of an embedding it reads a row, unless that is the head too.
+    Of an embedding it reads a row, unless that is the head too, and of experts those that the token goes through.
     """
-    return sum(item.num_bytes for w in plan if w.row.role != "embedding" for item in w.initializers)
+    held = [(w.row.role, sum(item.num_bytes for item in w.initializers)) for w in plan if w.row.role != "embedding"]
+    all_experts = sum(size for role, size in held if role == "experts")
+    used = all_experts * (config.num_experts_per_tok or 0) // (config.num_experts or 1)
+    return sum(size for role, size in held if role != "experts") + used
 
 
 def summarise(
@@ -61,11 +69,16 @@ def summarise(
     """Return the figures of an artifact; all sizes in bytes."""
     hidden, vocab = config.hidden_size, config.vocab_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = hidden * (2 * query + 2 * key_value + 3 * config.intermediate_size + (4 if config.has_post_norms else 2))
+    layer = hidden * (2 * query + 2 * key_value + (4 if config.has_post_norms else 2))
     layer += 2 * config.head_dim * config.has_qk_norm
     layer += (query + 2 * key_value) * config.attention_bias + hidden * config.has_output_bias
-    layer += (2 * config.intermediate_size + hidden) * config.mlp_bias
+    dense = 3 * hidden * config.intermediate_size + (2 * config.intermediate_size + hidden) * config.mlp_bias
+    expert, num_experts = 3 * hidden * (config.moe_intermediate_size or 0), config.num_experts or 0
+    num_sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
+    mlps = (config.num_hidden_layers - num_sparse) * dense + num_sparse * num_experts * (expert + hidden)
+    unused = num_sparse * (num_experts - (config.num_experts_per_tok or 0)) * expert
     embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)
+    parameters = config.num_hidden_layers * layer + mlps + embeddings + hidden
     widest = max(2 * config.intermediate_size // len(plans), 4 * hidden)
     ranks = []
     for rank, plan in enumerate(plans):
@@ -76,7 +89,7 @@ def summarise(
             {
                 "rank": rank,
                 "weight_bytes": weights,
-                "weight_bytes_per_token": bytes_per_token(plan),
+                "weight_bytes_per_token": bytes_per_token(config, plan),
                 "weight_bytes_by_role": bytes_by_role(plan),
                 "kv_cache_bytes": cache,
                 "activation_bytes": work,
@@ -84,7 +97,8 @@ def summarise(
             }
         )
     return {
-        "parameters": config.num_hidden_layers * layer + embeddings + hidden,
+        "parameters": parameters,
+        "parameters_per_token": parameters - unused,
         "scheme": quantization.scheme,
         "group_size": quantization.group_size if quantization.scheme in QUANTIZED else None,
         "is_group_size_default": is_group_size_default,
@@ -99,9 +113,11 @@ def summarise(
 def lines(summary: dict[str, Any]) -> list[str]:
     """Return the same, and `notes` about what was done otherwise than the files say, for people."""
     group = f", group_size {summary['group_size']}" if summary["group_size"] else ""
+    of_all, of_token = summary["parameters"], summary["parameters_per_token"]
+    parameters = f"{of_all:,} parameters" + (f", {of_token:,} of them for a token" if of_token < of_all else "")
     text = [
-        f"{summary['parameters']:,} parameters, {summary['scheme']}{group}: {summary['bits_per_weight']:g} bits per weight"
-        f" that a token reads, {summary['bits_per_weight_of_file']:g} of all; max_seq_len {summary['max_seq_len']}"
+        f"{parameters}, {summary['scheme']}{group}: {summary['bits_per_weight']:g} bits per weight that a token reads,"
+        f" {summary['bits_per_weight_of_file']:g} of all; max_seq_len {summary['max_seq_len']}"
     ]
     if summary["group_size"] not in (None, DEFAULT_GROUP_SIZES[0]) and summary["is_group_size_default"]:
         text.append(f"  group_size {DEFAULT_GROUP_SIZES[0]} does not divide every in_features per rank")

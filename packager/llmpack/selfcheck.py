@@ -2,34 +2,25 @@
 
 In: the finished weights.bin of every rank. Out: logits in float64, through the numpy reference of each operator, with the
 sums over ranks that the subgraphs do. It shares no code with the kernels or the graphs, so agreement on a box shows that
-packing, splitting, layout, kernels and collectives are right together. Products with weights are float64 sums in a fixed
-order, from custom_ops/pack; the first and the last tile of each weight are also expanded by `layout` and multiplied by the
-numpy reference, and must agree, so a library that packs and unpacks alike but wrongly is found. Weights are read a few tiles
-at a time.
+packing, splitting, layout, kernels and collectives are right together. Weights are read as in `packed_rank.py`, a few tiles at
+a time.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmpack.layout import untile_nibbles, untile_rows, untile_six_bits
-from llmpack.native import VECTORS, packed_product
+from llmpack.native import VECTORS
+from llmpack.packed_rank import PackedRank
 from llmpack.rope import attention_scale, of_layer, rope_frequencies, rotation_scale
-from llmpack.weights import EMBEDDING, HEAD, Initializer, RankWeight, heads_per_rank
+from llmpack.weights import HEAD, heads_per_rank
 from llmpack_ops import reference
-from llmrun.artifact import LARGEST_LOGIT, ROW_TILE, IncompatibleError, InternalError, ModelConfig
+from llmrun.artifact import LARGEST_LOGIT, IncompatibleError, ModelConfig
 
 NUM_IDS = VECTORS  # of a sequence, or of two side by side: one with activations as they are, one with rounded ones
-_ELEMENTS_AT_ONCE = 1 << 20
-_MAX_THREADS = 8
-_SAME = 1e-10  # float64 sums in another order, as a share of the sum of magnitudes
 # Largest allowed |difference|, as a share of the logits' root mean square, with its reason. Bounds per operator are in
 # FORMAT 5.1; through a whole model only their accumulation can be stated, from the models in tests/e2e (see there). What
 # 8-bit activations add up to depends on the model's depth and on the size of its weights, so it is computed as well.
@@ -39,93 +30,11 @@ _TOLERANCE = {
     "q8": 0.15,  # and activations in 8 bits
     "q4": 0.15,
 }
+# Router's logits so close that rounding may send a token to the other expert, by scheme: of float32, of float16 activations.
+_NEAR_TIE = {"f32": 1e-4, "f16": 5e-3, "q8": 5e-3, "q4": 5e-3}
 _ROUNDINGS = 3.0  # times what rounding activations changes: a kernel's own float32 sums round some the other way
 _LARGEST = float(np.finfo(np.float32).max)  # of what kernels compute with
 _TOO_LARGE = "no machine runs this model in float32: its weights are damaged, or were made for another type"
-_UNTILE = {"q8": untile_rows, "q6": untile_six_bits, "q4": untile_nibbles}
-
-
-class PackedRank:
-    """One rank's weights.bin, read by name; use as a context manager."""
-
-    def __init__(self, path: Path, weights: list[RankWeight]) -> None:
-        self.path = path
-        self.weights = {(w.row.name, w.row.role == "bias"): w for w in weights}
-        self._memory = threading.local()
-
-    def __enter__(self) -> PackedRank:
-        self._file = open(self.path, "rb")
-        self._pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MAX_THREADS))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._file.close()
-
-    def _read(self, item: Initializer, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Read entries first to first + count of an initializer's outermost axis, into memory that the thread reuses."""
-        shape = (item.shape[0] if count is None else count, *item.shape[1:])
-        stride = int(np.prod(item.shape[1:])) * item.dtype.itemsize
-        key, size = item.name.rpartition(".")[2], shape[0] * stride
-        held = getattr(self._memory, key, None)
-        if held is None or len(held) < size:
-            held = np.empty(size, np.uint8)
-            setattr(self._memory, key, held)
-        if os.preadv(self._file.fileno(), [held[:size].data], item.offset + first * stride) != size:
-            raise InternalError(f"{self.path}: ends before {item.name} does")
-        return held[:size].view(item.dtype).reshape(shape)
-
-    def vector(self, name: str, *, is_bias: bool = False) -> np.ndarray:
-        """Return a norm's weight, or the bias of a projection."""
-        return self._read(self.weights[name, is_bias].initializers[0]).copy()
-
-    def embedding(self, ids: np.ndarray) -> np.ndarray:
-        """Return rows of the embedding: [len(ids), hidden_size]."""
-        weight = self.weights[EMBEDDING, False]
-        if weight.group_size is None:
-            return np.concatenate([self._read(weight.initializers[0], int(i), 1).astype(np.float64) for i in ids])
-        return np.stack([self._values(weight, int(i) // ROW_TILE)[i % ROW_TILE] for i in ids])
-
-    def matmul(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Multiply x [T, in_features] with a projection as it was packed: [T, out_features]."""
-        weight = self.weights[name, False]
-        num_tiles = weight.initializers[0].shape[0]
-        step = max(1, _ELEMENTS_AT_ONCE // (ROW_TILE * weight.num_columns))
-        y = np.empty((len(x), num_tiles * ROW_TILE))
-        for start in range(0, len(x), VECTORS):
-            count = min(VECTORS, len(x) - start)
-            columns = np.zeros((weight.num_columns, VECTORS))
-            columns[:, :count] = x[start : start + count].T
-
-            def product(first: int, columns: np.ndarray = columns) -> np.ndarray:
-                tiles = self._tiles(weight, first, min(step, num_tiles - first))
-                return packed_product(*tiles, weight.storage, weight.group_size or 0, columns)
-
-            rows = np.concatenate(list(self._pool.map(product, range(0, num_tiles, step))))
-            y[start : start + count] = rows[:, :count].T
-        for tile in {0, num_tiles - 1}:
-            self._compare_with_numpy(weight, tile, x, y[:, tile * ROW_TILE : (tile + 1) * ROW_TILE])
-        return y[:, : weight.num_rows]
-
-    def _tiles(self, weight: RankWeight, first: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-        arrays = [self._read(item, first, count) for item in weight.initializers]
-        return arrays[0], arrays[1] if len(arrays) > 1 else None
-
-    def _values(self, weight: RankWeight, tile: int) -> np.ndarray:
-        """Return the weights of one tile, [ROW_TILE, in_features], by the numpy reference of layout and quantization."""
-        tiles, scales = self._tiles(weight, tile, 1)
-        if scales is None:
-            return untile_rows(tiles, ROW_TILE).astype(np.float64)
-        quantized = _UNTILE[weight.storage](tiles, ROW_TILE)
-        return reference.dequantize(quantized, untile_rows(scales, ROW_TILE), weight.storage)
-
-    def _compare_with_numpy(self, weight: RankWeight, tile: int, x: np.ndarray, y: np.ndarray) -> None:
-        """Make sure that [T, ROW_TILE] products are those of the numpy reference of layout, quantization and product."""
-        values = self._values(weight, tile)
-        if not (np.abs(reference.matmul(x, values) - y) <= _SAME * (np.abs(x) @ np.abs(values).T)).all():
-            raise InternalError(
-                f"{self.path}: {weight.row.name}: the operator library and numpy read tile {tile} apart"
-            )
 
 
 def forward(
@@ -135,22 +44,27 @@ def forward(
     ids: np.ndarray,
     *,
     has_rounded: bool = False,
+    near_tie: float | None = None,
 ) -> np.ndarray:
-    """Run the split model over one sequence, and maybe over the same once more with activations rounded to 8 bits.
+    """Run the split model over one sequence, and maybe over the same again, with what a machine may do otherwise.
 
     Args:
         config: the architecture.
         ranks: every rank's weights.
         kv_dtype: "float16" or "float32": keys and values are rounded to it, as in the cache.
         ids: [T] token ids.
-        has_rounded: append the sequence with rounded activations; see `round_activations`.
+        has_rounded: append the sequence with activations rounded to 8 bits; see `round_activations`.
+        near_tie: append the sequence with experts chosen otherwise where the logits of the last one chosen and of the next are
+            no further apart.
 
     Returns:
-        logits of every position, [T or 2 T, vocab_size], float64.
+        logits of every position, [T times 1 to 3, vocab_size], float64.
     Raises:
         IncompatibleError: keys or values are beyond what the cache can hold, or a norm's input beyond what float32 can square.
     """
-    num_tokens, num_sequences = len(ids), 1 + has_rounded
+    num_tokens, num_sequences = len(ids), 1 + has_rounded + (near_tie is not None)
+    is_rounded = np.repeat([False, has_rounded, False][:num_sequences], num_tokens)
+    is_swapped = np.repeat(np.arange(num_sequences) == num_sequences - 1, num_tokens) & (near_tie is not None)
     num_heads, num_kv_heads = heads_per_rank(config, len(ranks))
     positions = np.tile(np.arange(num_tokens), num_sequences)
     empty = np.zeros((num_sequences, num_tokens, num_kv_heads, config.head_dim), kv_dtype)
@@ -168,15 +82,40 @@ def forward(
             raise IncompatibleError(f"{name}: its input's squares are beyond float32's range; {_TOO_LARGE}.")
         return reference.rms_norm(x, ranks[0].vector(name), config.rms_norm_eps)
 
-    def product(rank: PackedRank, name: str, x: np.ndarray) -> np.ndarray:
+    def product(rank: PackedRank, name: str, x: np.ndarray, rows: np.ndarray | None = None, **part: Any) -> np.ndarray:
         group_size = rank.weights[name, False].group_size
         if group_size is not None:
-            x = np.concatenate([x[:num_tokens], round_activations(x[num_tokens:], group_size)])
-        return rank.matmul(name, x)
+            rounds = (is_rounded if rows is None else is_rounded[rows])[:, None]
+            x = np.where(rounds, round_activations(x, group_size), x)
+        return rank.matmul(name, x, **part)
 
     def project(rank: PackedRank, name: str, x: np.ndarray, *, has_bias: bool) -> np.ndarray:
         y = product(rank, name, x)
         return y + rank.vector(name, is_bias=True) if has_bias else y
+
+    def mlp(i: int, x: np.ndarray) -> np.ndarray:
+        """Return what all ranks give together, and a bias."""
+        total = np.zeros_like(x)
+        for rank in ranks:
+            gate_up = project(rank, f"model.layers.{i}.mlp.gate_up_proj", x, has_bias=config.mlp_bias)
+            total = total + product(rank, f"model.layers.{i}.mlp.down_proj", gate(gate_up))
+        return total + ranks[0].vector(f"model.layers.{i}.mlp.down_proj", is_bias=True) if config.mlp_bias else total
+
+    def moe(i: int, x: np.ndarray) -> np.ndarray:
+        """Return the same of a layer of experts; only those that a token goes through are read."""
+        name, total = f"model.layers.{i}.mlp", np.zeros_like(x)
+        logits, k = product(ranks[0], f"{name}.gate", x), config.num_experts_per_tok or 0
+        logits[is_swapped] = swap_near_ties(logits[is_swapped], k, near_tie or 0.0)
+        experts, weights = reference.route(logits, k, norm_topk_prob=config.norm_topk_prob)
+        used = np.unique(experts)
+        for expert in used:
+            rows, slots = np.nonzero(experts == expert)
+            part = {"part": (int(expert), config.num_experts), "compares": expert in (used[0], used[-1])}
+            for rank in ranks:
+                hidden = reference.swiglu(product(rank, f"{name}.experts.gate_up_proj", x[rows], rows, **part))
+                y = product(rank, f"{name}.experts.down_proj", hidden, rows, **part)
+                total[rows] += weights[rows, slots][:, None] * y
+        return total
 
     gate = {"silu": reference.swiglu, "gelu_pytorch_tanh": reference.geglu}[config.activation]
     x = np.tile(ranks[0].embedding(ids), (num_sequences, 1)) * config.embedding_multiplier
@@ -205,13 +144,9 @@ def forward(
             total = total + ranks[0].vector(f"{layer}.self_attn.o_proj", is_bias=True)
         if config.has_post_norms:
             total = norm(f"{layer}.post_attention_layernorm", total)
-        x, total = x + total * config.residual_multiplier, np.zeros_like(x)
+        x = x + total * config.residual_multiplier
         normed = norm(f"{layer}.{'pre_feedforward' if config.has_post_norms else 'post_attention'}_layernorm", x)
-        for rank in ranks:
-            gate_up = project(rank, f"{layer}.mlp.gate_up_proj", normed, has_bias=config.mlp_bias)
-            total = total + product(rank, f"{layer}.mlp.down_proj", gate(gate_up))
-        if config.mlp_bias:
-            total = total + ranks[0].vector(f"{layer}.mlp.down_proj", is_bias=True)
+        total = moe(i, normed) if config.is_sparse(i) else mlp(i, normed)
         if config.has_post_norms:
             total = norm(f"{layer}.post_feedforward_layernorm", total)
         x = x + total * config.residual_multiplier
@@ -235,6 +170,19 @@ def round_activations(x: np.ndarray, group_size: int) -> np.ndarray:
     return (np.rint(groups / np.where(steps > 0, steps, 1)) * steps).reshape(x.shape)
 
 
+def swap_near_ties(logits: np.ndarray, num_chosen: int, near_tie: float) -> np.ndarray:
+    """Exchange, in each row, the last of the `num_chosen` largest with the next where they differ by `near_tie` at most."""
+    if num_chosen >= logits.shape[1]:
+        return logits
+    order, rows = np.argsort(-logits, axis=1, kind="stable"), np.arange(len(logits))
+    last, following = order[:, num_chosen - 1], order[:, num_chosen]
+    near = logits[rows, last] - logits[rows, following] <= near_tie
+    swapped = logits.copy()
+    swapped[rows[near], last[near]] = logits[rows[near], following[near]] - near_tie
+    swapped[rows[near], following[near]] = logits[rows[near], last[near]] + near_tie
+    return swapped
+
+
 def selfcheck(
     config: ModelConfig,
     ranks: list[PackedRank],
@@ -250,8 +198,10 @@ def selfcheck(
     is_rounded = scheme in ("q8", "q4")
     length = max(1, num_ids // 2) if is_rounded else num_ids
     ids = (np.arange(1, length + 1, dtype=np.int64) * 2654435761) % config.vocab_size
-    rows = forward(config, ranks, kv_dtype, ids, has_rounded=is_rounded)
-    logits = rows[length - 1]
+    near_tie = _NEAR_TIE[scheme] if config.num_experts is not None else None
+    rows = forward(config, ranks, kv_dtype, ids, has_rounded=is_rounded, near_tie=near_tie)
+    ends = rows[length - 1 :: length]
+    logits = ends[0]
     if not np.abs(logits).max() < LARGEST_LOGIT:
         raise IncompatibleError(
             f"{HEAD}: found a logit of {np.abs(logits).max():.2g}, expected less than {LARGEST_LOGIT:g}: its weights are"
@@ -259,6 +209,7 @@ def selfcheck(
         )
     scale = float(np.sqrt(np.mean(logits**2)))
     share = max(_TOLERANCE[scheme], _TOLERANCE["f16"] if kv_dtype == "float16" else 0.0)
-    rounding = float(np.abs(rows[-1] - logits).max())  # 0 where nothing is rounded
-    tolerance = round(max(share * scale, _ROUNDINGS * rounding, 1e-3), 4)
+    rounding = float(np.abs(ends[1] - logits).max()) if is_rounded else 0.0
+    choosing = float(np.abs(ends[-1] - logits).max()) if near_tie is not None else 0.0
+    tolerance = round(max(share * scale, _ROUNDINGS * rounding, 1e-3) + choosing, 4)
     return {"ids": ids.tolist(), "logits": [round(float(v), 4) + 0.0 for v in logits], "tolerance": tolerance}

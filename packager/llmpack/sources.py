@@ -6,7 +6,7 @@ Families name and join tensors in their own ways. In: a ModelConfig, and the nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llmpack.weights import EMBEDDING, HEAD, source_shape, weight_rows
@@ -23,6 +23,20 @@ _TENSORS = {
         ("shared_mlp.output_linear", ("down_proj",)),
     ),
 }
+# Routers and experts of other names than in a Qwen; "{}" is an expert's number, without which a tensor holds all of them.
+_EXPERTS = {
+    "MixtralForCausalLM": (
+        ("block_sparse_moe.gate", ("gate",)),
+        ("block_sparse_moe.experts.{}.w1", ("gate_proj",)),
+        ("block_sparse_moe.experts.{}.w3", ("up_proj",)),
+        ("block_sparse_moe.experts.{}.w2", ("down_proj",)),
+    ),
+    "GraniteMoeForCausalLM": (
+        ("block_sparse_moe.router.layer", ("gate",)),
+        ("block_sparse_moe.input_linear", ("gate_proj", "up_proj")),
+        ("block_sparse_moe.output_linear", ("down_proj",)),
+    ),
+}
 # Of a model that sees images: how the names of its language model begin, and what they begin with in a model that is nothing
 # else; first as they are published and saved, then as transformers calls its modules.
 _LANGUAGE_MODEL = (("language_model.", ""), ("model.language_model.", "model."))
@@ -32,20 +46,63 @@ _EYES = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("visi
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source is in the checkpoint: in rows of a tensor, from the first one on."""
+    """Where a source is in the checkpoint: in rows of a tensor, from the first one on; of several matrices, all rows count."""
 
     tensor: str
     first_row: int = 0
 
 
-def _renamed(config: ModelConfig, source: str) -> tuple[str, tuple[str, ...]] | None:
-    """Return the tensor of another name that holds a source, and all sources in it, in order; None: one of its own."""
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor that the checkpoint should have, and the sources in it, in order; `is_stacked`: [num_experts, rows, columns]."""
+
+    name: str
+    sources: tuple[str, ...]
+    is_stacked: bool = False
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Return the shape that it should have."""
+        shapes = [source_shape(config, source) for source in self.sources]
+        rows = sum(shape[0] for shape in shapes)
+        if self.is_stacked:
+            return (config.num_experts or 0, rows // (config.num_experts or 1), *shapes[0][1:])
+        return (rows, *shapes[0][1:])
+
+
+def _tensors_of(config: ModelConfig) -> Iterator[_Tensor]:
+    """Return the tensors of the whole table."""
+    done: set[str] = set()
+    for source in (source for row in weight_rows(config) for source in row.sources):
+        if source not in done:
+            tensor = _expert_tensor(config, source) or _renamed(config, source) or _Tensor(source, (source,))
+            done |= {*tensor.sources}
+            yield tensor
+
+
+def _renamed(config: ModelConfig, source: str) -> _Tensor | None:
+    """Return the tensor of another name that holds a source; None: one of its own."""
     root, _, kind = source.rpartition(".")
     parent, _, name = root.rpartition(".")
     for tensor, parts in _TENSORS.get(config.architecture, ()):
         if name in parts:
             folder = parent.rpartition(".")[0]
-            return f"{folder}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts)
+            return _Tensor(f"{folder}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts))
+    return None
+
+
+def _expert_tensor(config: ModelConfig, source: str) -> _Tensor | None:
+    """Return the same of a router or an expert."""
+    layer, _, path = source.removesuffix(".weight").partition(".mlp.")
+    expert, _, name = path.removeprefix("experts.").rpartition(".")
+    for tensor, parts in _EXPERTS.get(config.architecture, ()):
+        if name not in parts:
+            continue
+        if not expert:
+            return _Tensor(f"{layer}.{tensor}.weight", (source,))
+        is_stacked = "{}" not in tensor
+        numbers = [str(i) for i in range(config.num_experts or 0)] if is_stacked else [expert]
+        sources = tuple(f"{layer}.mlp.experts.{i}.{part}.weight" for i in numbers for part in parts)
+        return _Tensor(f"{layer}.{tensor.format(expert)}.weight", sources, is_stacked)
     return None
 
 
@@ -58,7 +115,7 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
 
     Returns:
         source name in the table -> where it is read: in the tensor of that name but for tied embeddings stored once, and in
-        families that store some in one tensor (q, k and v; gate and up), or under another name.
+        families that store some in one tensor (q, k and v; gate and up; all experts), or under another name.
 
     Raises:
         IntegrityError: a tensor is missing, has another shape, or is unknown (all are listed).
@@ -72,12 +129,11 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
         )
     shapes: dict[str, tuple[int, ...]] = {}  # of the tensors
     places: dict[str, Place] = {}
-    for source in (source for row in weight_rows(config) for source in row.sources):
-        shape = source_shape(config, source)
-        tensor, parts = _renamed(config, source) or (source, (source,))
-        before = [source_shape(config, part)[0] for part in parts[: parts.index(source)]]
-        places[source] = Place(tensor, sum(before))
-        shapes[tensor] = (sum(before) + shape[0], *shape[1:])  # the last part's is the whole
+    for tensor in _tensors_of(config):
+        shapes[tensor.name], first_row = tensor.shape(config), 0
+        for source in tensor.sources:
+            places[source] = Place(tensor.name, first_row)
+            first_row += source_shape(config, source)[0]
     names = {tensor: tensor for tensor in shapes}
     if config.tie_word_embeddings:
         pair = (f"{EMBEDDING}.weight", f"{HEAD}.weight")

@@ -1,11 +1,11 @@
 """Logical graph -> the subgraph of one rank, joined to the others by AllReduce and AllGather.
 
 In: the logical graph of `export.py` and one rank's weights. Out: the ONNX model that the rank runs, its initializers
-declared as external data of `weights.bin` (no values). Requires: every `Linear` weight is a source of exactly one row of
-the weight table. Ensures: only operators that FORMAT 3.5 allows, per-rank shapes on every value, no `Linear` left.
+declared as external data of `weights.bin` (no values). Requires: every weight of a `Linear` or `MoE` is a source of exactly one
+row of the weight table. Ensures: only operators that FORMAT 3.5 allows, per-rank shapes on every value, no `Linear` left.
 It does not read, quantize or lay out weights, and it does not optimise.
 
-Passes, in order: fuse (q, k, v -> qkv; gate, up -> gate_up), lower (`Linear` -> the MatMul of its storage), join
+Passes, in order: fuse (q, k, v -> qkv; gate, up -> gate_up), lower (`Linear` and `MoE` -> those of their storage), join
 (collectives), localise (heads per rank), type (shape and type of every value).
 """
 
@@ -19,10 +19,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from llmpack.weights import Initializer, RankWeight, heads_per_rank
+from llmpack.weights import MATRICES, Initializer, RankWeight, heads_per_rank
 from llmrun.artifact import OPS_DOMAIN, ModelConfig
 
 _MATMUL = {"f32": "MatMulF32", "f16": "MatMulF16", "q8": "MatMulQ8", "q6": "MatMulQ6", "q4": "MatMulQ4"}
+_MOE = {"f32": "MoEF32", "f16": "MoEF16", "q8": "MoEQ8", "q4": "MoEQ4"}
 _EMBEDDING = {"q8": "EmbeddingQ8", "q6": "EmbeddingQ6"}
 # Row counts of values, by the axis they follow; the rest of a shape is computed.
 _ROWS_ALL, _ROWS_CHOSEN = "T", "R"
@@ -50,6 +51,7 @@ def split(
     passes = _Passes(graph, config, weights, shards)
     passes.fuse()
     passes.lower_and_join()
+    passes.lower_experts()
     passes.localise()
     passes.lower_embedding()
     graph.cleanup().toposort()
@@ -64,7 +66,7 @@ class _Passes:
 
     def __init__(self, graph: Any, config: ModelConfig, weights: list[RankWeight], shards: int) -> None:
         self.graph, self.config, self.shards = graph, config, shards
-        self.matrices = {w.row.sources: w for w in weights if w.row.role in ("linear", "head")}
+        self.matrices = {w.row.sources: w for w in weights if w.row.role in MATRICES}
         self.row_of = {source: w for w in self.matrices.values() for source in w.row.sources}
         self.vectors = {w.row.name: w for w in weights if w.row.role == "bias"}
         self.embedding = next(w for w in weights if w.row.role == "embedding")
@@ -74,7 +76,7 @@ class _Passes:
     def fuse(self) -> None:
         """Replace the `Linear`s that share a row of the weight table by one; its consumers take the fused value."""
         linears = {node.inputs[1].name: node for node in self.graph.nodes if node.op == "Linear"}
-        for weight in self.matrices.values():
+        for weight in (w for w in self.matrices.values() if w.row.role != "experts"):
             parts = [linears[source] for source in weight.row.sources]
             if len(parts) == 1:
                 continue
@@ -120,6 +122,28 @@ class _Passes:
             self.graph.nodes.remove(node)
             chain[-1].outputs = [final]
             self.graph.nodes[at:at] = chain
+
+    def lower_experts(self) -> None:
+        """Replace each `MoE` by that of its storage [+ AllReduce]."""
+        for node in [node for node in self.graph.nodes if node.op == "MoE"]:
+            x, logits, *sources = node.inputs
+            gate_up, down = self.row_of[sources[0].name], self.row_of[sources[-1].name]
+            sizes: dict[str, object] = {
+                "intermediate_size": down.num_columns,
+                "out_features": self.config.hidden_size,
+            }
+            if down.group_size is not None:
+                sizes["group_size"] = down.group_size
+            placeholders = [self._placeholder(item) for weight in (gate_up, down) for item in weight.initializers]
+            node.op, node.inputs = _MOE[down.storage], [x, logits, *placeholders]
+            node.attrs.update(sizes)
+            if self.shards > 1:
+                partial: Any = gs.Variable(f"{down.row.name}.{node.op}", np.float32)
+                reduce: Any = gs.Node("AllReduce", f"{node.name}/all_reduce", inputs=[partial], domain=OPS_DOMAIN)
+                final = node.outputs[0]
+                node.outputs = [partial]
+                reduce.outputs = [final]
+                self.graph.nodes.insert(self.graph.nodes.index(node) + 1, reduce)
 
     def _matmul(self, name: str, weight: RankWeight, x: Any) -> Any:
         attributes: dict[str, object] = {"out_features": weight.num_rows}
@@ -173,7 +197,7 @@ class _Passes:
             width = list(node.inputs[0].shape or [0])[-1]
             if node.name == "/model/logit_rows":
                 rows = _ROWS_CHOSEN
-            if node.op.startswith("MatMul") or node.op == "AllGather":
+            if node.op.startswith(("MatMul", "MoE")) or node.op == "AllGather":
                 width = node.attrs["out_features"]
             elif node.op == "PagedAttention":
                 width = num_heads * head_dim

@@ -19,7 +19,7 @@ import numpy as np
 from llmpack.checkpoint import Checkpoint
 from llmpack.native import NotFiniteError, pack_rows
 from llmpack.sources import Place
-from llmpack.weights import Block, RankWeight, num_bytes
+from llmpack.weights import MATRICES, Block, RankWeight, num_bytes
 from llmpack.write import Staging
 from llmrun.artifact import ROW_TILE, IncompatibleError, InternalError
 
@@ -100,11 +100,7 @@ class _Worker:
         """Take a run from the checkpoint to weights.bin; return the bytes written."""
         weight = run.weight
         try:
-            arrays = (
-                self._tiles(run)
-                if weight.row.role in ("linear", "head") or weight.group_size
-                else (self._plain_rows(run),)
-            )
+            arrays = self._tiles(run) if weight.row.role in MATRICES or weight.group_size else (self._plain_rows(run),)
         except NotFiniteError:
             for name, block in self._pieces(run):  # one of these names the tensor
                 self.checkpoint.read(name, block.rows, block.columns)

@@ -13,6 +13,7 @@ checkpoint and the shapes of the initializers. Reads nothing. The order of `weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,8 @@ from llmpack.rope import order_of_features
 from llmrun.artifact import ROW_TILE, WEIGHT_ALIGNMENT, ModelConfig, UsageError
 
 Split = Literal["column", "row", "vocab", "replicated"]
-Role = Literal["linear", "head", "embedding", "norm", "bias"]
+Role = Literal["linear", "experts", "router", "head", "embedding", "norm", "bias"]
+MATRICES: tuple[Role, ...] = ("linear", "experts", "router", "head")  # in row tiles, whatever their storage
 SCHEMES = ("f32", "f16", "q8", "q4")
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
@@ -40,9 +42,11 @@ class Quantization:
     group_size: int
 
     def of_role(self, role: Role) -> str:
-        """Return how a role is stored (FORMAT 4.4, 4.5); norms and biases stay float32."""
+        """Return how a role is stored (FORMAT 4.4, 4.5); norms and biases stay float32, and routers float."""
         if role in ("norm", "bias"):
             return "f32"
+        if role == "router":
+            return "f32" if self.scheme == "f32" else "f16"
         return "q6" if self.scheme == "q4" and role in ("head", "embedding") else self.scheme
 
     def group_size_of(self, role: Role, num_columns: int) -> int | None:
@@ -136,8 +140,11 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
         norm(f"{layer}.post_attention_layernorm")
         if config.has_post_norms:
             norm(f"{layer}.pre_feedforward_layernorm")
-        projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
-        projection(f"{layer}.mlp.down_proj", "down_proj", "row", config.mlp_bias)
+        if config.is_sparse(i):
+            rows += _expert_rows(f"{layer}.mlp", config.num_experts or 0)
+        else:
+            projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
+            projection(f"{layer}.mlp.down_proj", "down_proj", "row", config.mlp_bias)
         if config.has_post_norms:
             norm(f"{layer}.post_feedforward_layernorm")
     norm("model.norm")
@@ -145,10 +152,24 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
     return rows
 
 
+def _expert_rows(mlp: str, num_experts: int) -> list[WeightRow]:
+    """Return those of a layer of experts: the matrices of all lie one after another, so that one node has all (FORMAT 4.7)."""
+    roots = [f"{mlp}.experts.{i}" for i in range(num_experts)]
+    gate_up = tuple(f"{root}.{name}.weight" for root in roots for name in ("gate_proj", "up_proj"))
+    down = tuple(f"{root}.down_proj.weight" for root in roots)
+    return [
+        WeightRow(f"{mlp}.gate", (f"{mlp}.gate.weight",), "replicated", "router"),
+        WeightRow(f"{mlp}.experts.gate_up_proj", gate_up, "column", "experts"),
+        WeightRow(f"{mlp}.experts.down_proj", down, "row", "experts"),
+    ]
+
+
 def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
     """Return the shape that a source must have: [out_features, in_features], or [size]."""
     root, _, kind = source.rpartition(".")
     hidden, intermediate = config.hidden_size, config.intermediate_size
+    if ".mlp.experts." in root:
+        intermediate = config.moe_intermediate_size or 0
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     out_in = {
         "embed_tokens": (config.vocab_size, hidden),
@@ -157,6 +178,7 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
         "k_proj": (key_value, hidden),
         "v_proj": (key_value, hidden),
         "o_proj": (hidden, query),
+        "gate": (config.num_experts or 0, hidden),
         "gate_proj": (intermediate, hidden),
         "up_proj": (intermediate, hidden),
         "down_proj": (hidden, intermediate),
@@ -178,9 +200,18 @@ def _divides(config: ModelConfig, shards: int, group_size: int) -> bool:
     """Tell whether heads divide over the ranks, and group_size every in_features per rank."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     kv_fits = kv_heads % shards == 0 or shards % kv_heads == 0
-    split_fits = config.intermediate_size % shards == 0 and config.intermediate_size // shards % group_size == 0
     query_fits = heads % shards == 0 and heads * config.head_dim // shards % group_size == 0
-    return kv_fits and split_fits and query_fits and config.hidden_size % group_size == 0
+    whole = (
+        group_size if config.num_experts is None else math.lcm(group_size, ROW_TILE)
+    )  # experts have tiles of their own
+    mlps_fit = all(size % shards == 0 and size // shards % whole == 0 for size in _mlp_sizes(config))
+    return kv_fits and query_fits and mlps_fit and config.hidden_size % whole == 0
+
+
+def _mlp_sizes(config: ModelConfig) -> list[int]:
+    """Return the intermediate sizes of a model's MLPs, of each kind."""
+    sizes = [config.intermediate_size] if config.has_dense_layers else []
+    return sizes if config.moe_intermediate_size is None else [*sizes, config.moe_intermediate_size]
 
 
 def check_split(config: ModelConfig, quantization: Quantization, shards: int, *, is_default: bool = False) -> None:
@@ -197,11 +228,12 @@ def check_split(config: ModelConfig, quantization: Quantization, shards: int, *,
         advice.append(f"--group-size {' or '.join(map(str, sizes_that_fit))} works")
     if shards_that_fit:
         advice.append(f"--shards {' or '.join(map(str, shards_that_fit))} works")
+    tiles = f", multiples of {ROW_TILE} in experts" if config.num_experts else ""
     raise UsageError(
         f"--shards {shards} with group_size {group_size if group_size > 1 else 'none'} does not divide this model:"
         f" num_attention_heads {heads}, num_key_value_heads {kv_heads}, and in_features per rank"
         f" {config.hidden_size} (hidden), {heads * config.head_dim / shards:g} (o_proj) and"
-        f" {config.intermediate_size / shards:g} (down_proj)."
+        f" {' and '.join(f'{size / shards:g}' for size in _mlp_sizes(config))} (down_proj{tiles})."
         f" {'; '.join(advice) or 'Use --quant f16 or f32'}.",
         code="E204",
     )

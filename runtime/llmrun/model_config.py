@@ -23,6 +23,11 @@ class ModelConfig:
         layer_types: of each layer, "sliding_attention" or "full_attention"; None: the former, if there is a sliding_window.
         rope_local: what layers of sliding attention have in place of `rope`; None: that.
         no_rope_layers: of each layer, 1 if q and k are rotated and 0 if not, as transformers has it; None: all are.
+        num_experts: MLPs of a sparse layer, of which each token goes through some; None: no layer is sparse.
+        num_experts_per_tok: through how many; None without experts, as the next.
+        moe_intermediate_size: intermediate_size of an expert.
+        norm_topk_prob: whether the weights of a token's experts sum to 1.
+        mlp_layer_types: of each layer, "sparse" (it has experts) or "dense"; None: the former, if there are experts.
     """
 
     architecture: str
@@ -49,6 +54,11 @@ class ModelConfig:
     no_rope_layers: tuple[int, ...] | None = field(default_factory=lambda: None)
     layer_types: tuple[str, ...] | None = field(default_factory=lambda: None)
     rope_local: dict[str, Any] | None = field(default_factory=lambda: None)
+    num_experts: int | None = field(default_factory=lambda: None)
+    num_experts_per_tok: int | None = field(default_factory=lambda: None)
+    moe_intermediate_size: int | None = field(default_factory=lambda: None)
+    norm_topk_prob: bool = field(default_factory=lambda: True)
+    mlp_layer_types: tuple[str, ...] | None = field(default_factory=lambda: None)
 
     @property
     def has_output_bias(self) -> bool:
@@ -58,7 +68,7 @@ class ModelConfig:
     @property
     def has_qk_norm(self) -> bool:
         """Whether every head of q and of k is normalised before it is rotated."""
-        return self.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
+        return self.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
 
     @property
     def has_post_norms(self) -> bool:
@@ -69,6 +79,17 @@ class ModelConfig:
     def activation(self) -> str:
         """What the gate of an MLP goes through, as Hugging Face names it: "silu" or "gelu_pytorch_tanh"."""
         return "gelu_pytorch_tanh" if self.architecture == "Gemma3ForCausalLM" else "silu"
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layer has one MLP for all tokens."""
+        return self.num_experts is None or "dense" in (self.mlp_layer_types or ())
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts in place of one MLP."""
+        return self.num_experts is not None and (
+            self.mlp_layer_types is None or self.mlp_layer_types[layer] == "sparse"
+        )
 
     def window_of(self, layer: int) -> int | None:
         """Return how many positions a token sees at most in a layer, its own among them; None: all."""

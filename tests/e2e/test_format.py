@@ -12,9 +12,20 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from e2e.format_reader import Rank, compute, encode_golden, read_manifest, stitch
+from e2e.format_checkpoint import stitch
+from e2e.format_reader import Rank, compute, encode_golden, read_manifest
 from llmrun import Engine
-from models import DEMO, GEMMA, HYBRID_GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
+from models import (
+    DEMO,
+    GEMMA,
+    GRANITE_MOE,
+    HYBRID_GRANITE,
+    MIXTRAL,
+    PARTLY_ROTATED,
+    QWEN_MOE,
+    SMOLLM,
+    make_checkpoint,
+)
 from unit.tokenizer_makers import train_byte_level
 
 Packed = Callable[..., Path]
@@ -31,6 +42,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "not-all-rotated": SMOLLM,
     "a-window": {"model_type": "mistral", "sliding_window": 2},
     "gemma": {**GEMMA, "sliding_window": 2},
+    "experts-of-qwen": QWEN_MOE,
+    "experts-of-mixtral": MIXTRAL,
+    "experts-in-one-tensor": GRANITE_MOE,
 }
 # The largest difference from the checkpoint, of its largest weight.
 ERRORS = {"f32": 0, "f16": 2**-11, "q8": 0.51 / 127, "q4": 0.13}

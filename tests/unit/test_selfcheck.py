@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from llmpack import selfcheck
+from llmpack import packed_rank
 from llmpack.native import packed_product
 from llmpack.pack import Options, pack
-from llmpack.selfcheck import PackedRank, round_activations
+from llmpack.packed_rank import PackedRank
+from llmpack.selfcheck import round_activations
 from llmpack.weights import Quantization, plan_rank
 from llmrun.artifact import InternalError, open_artifact
 
@@ -23,7 +24,7 @@ def test_a_library_that_reads_a_weight_otherwise_than_numpy_is_found(
         y[row] += 1e-6 * np.abs(y).max()
         return y
 
-    monkeypatch.setattr(selfcheck, "packed_product", slightly_wrong)
+    monkeypatch.setattr(packed_rank, "packed_product", slightly_wrong)
     with pytest.raises(InternalError, match=r"qkv_proj: the operator library and numpy read tile \d+ apart"):
         pack(tiny_checkpoint, tmp_path / "a", Options(scheme=quant))
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,118 @@
+"""What a second reader found in every rank, as the checkpoint has it; knows artifacts/FORMAT.md and no module of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from e2e.format_reader import Array, Rank
+
+
+def _in_own_order(rows: Array, dim: int, rotary_dim: int) -> Array:
+    """Return q or k with the features of each head in the order of the checkpoint (4.2)."""
+    half, rest = rotary_dim // 2, (dim - rotary_dim) // 2
+    heads = rows.reshape(-1, dim, rows.shape[1])
+    first, second = np.split(heads, 2, 1)
+    own = [first[:, :half], second[:, :half], first[:, half:], second[:, half:]]
+    assert first[:, half:].shape[1] == rest
+    return np.concatenate(own, 1).reshape(rows.shape)
+
+
+def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
+    """Return the whole model's matrices and norms, under the checkpoint's names (4.2, 4.5, 4.6)."""
+    config, cache, size = manifest["model"], manifest["kv_cache"], len(ranks)
+    num_kv_heads, held, dim = config["num_key_value_heads"], cache["num_kv_heads_per_rank"], config["head_dim"]
+    query_rows, kv_rows = config["num_attention_heads"] // size * dim, held * dim
+
+    def of_all(name: str) -> list[Array]:
+        return [rank.matrices[name] for rank in ranks]
+
+    model: dict[str, Array] = {}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        fused = [np.split(m, [query_rows, query_rows + kv_rows]) for m in of_all(f"{prefix}self_attn.qkv_proj.weight")]
+        model[f"{prefix}self_attn.q_proj.weight"] = np.concatenate([q for q, _, _ in fused])
+        for part, name in enumerate(("k_proj", "v_proj"), 1):
+            heads: dict[int, Array] = {}
+            for rank, matrices in enumerate(fused):
+                first = rank * held if num_kv_heads >= size else rank * num_kv_heads // size
+                for i, head in enumerate(np.split(matrices[part], held)):
+                    assert np.array_equal(heads.setdefault(first + i, head), head)
+            model[f"{prefix}self_attn.{name}.weight"] = np.concatenate([heads[i] for i in range(num_kv_heads)])
+        for name in ("q_proj", "k_proj"):
+            whole = f"{prefix}self_attn.{name}.weight"
+            model[whole] = _in_own_order(model[whole], dim, config["rope"].get("rotary_dim", dim))
+        model[f"{prefix}self_attn.o_proj.weight"] = np.concatenate(of_all(f"{prefix}self_attn.o_proj.weight"), 1)
+        is_sparse = (
+            config["num_experts"] and "dense" not in (config["mlp_layer_types"] or ["sparse"] * (layer + 1))[layer]
+        )
+        if is_sparse:
+            model[f"{prefix}mlp.gate.weight"] = ranks[0].matrices[f"{prefix}mlp.gate.weight"]
+            gate_up, down = (
+                [np.split(m, config["num_experts"]) for m in of_all(f"{prefix}mlp.experts.{name}.weight")]
+                for name in ("gate_up_proj", "down_proj")
+            )
+            mlps = {
+                f"mlp.experts.{i}": ([m[i] for m in gate_up], [m[i] for m in down])
+                for i in range(config["num_experts"])
+            }
+        else:
+            mlps = {"mlp": (of_all(f"{prefix}mlp.gate_up_proj.weight"), of_all(f"{prefix}mlp.down_proj.weight"))}
+        for mlp, (gate_up, down) in mlps.items():
+            halves = [np.split(m, 2) for m in gate_up]
+            model[f"{prefix}{mlp}.gate_proj.weight"] = np.concatenate([gate for gate, _ in halves])
+            model[f"{prefix}{mlp}.up_proj.weight"] = np.concatenate([up for _, up in halves])
+            model[f"{prefix}{mlp}.down_proj.weight"] = np.concatenate(down, 1)
+    for name, tensor in ranks[0].tensors.items():
+        if name.endswith("norm.weight"):
+            assert all(np.array_equal(rank.tensors[name], tensor) for rank in ranks)
+            model[name] = tensor
+    if config["architecture"] == "Phi3ForCausalLM":
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            for whole, parts in (
+                ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+            ):
+                own = [model.pop(f"{prefix}{part}.weight") for part in parts]
+                model[f"{prefix}{whole}.weight"] = np.concatenate(own)
+    if config["architecture"] == "GraniteMoeHybridForCausalLM":
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            own = [model.pop(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up", "down")]
+            model[f"{prefix}shared_mlp.input_linear.weight"] = np.concatenate(own[:2])
+            model[f"{prefix}shared_mlp.output_linear.weight"] = own[2]
+    model = _named_as_published(model, config)
+    embedding = "model.embed_tokens.weight"
+    model[embedding] = ranks[0].matrices.get(embedding, ranks[0].tensors[embedding])
+    (last,) = {[n for n in rank.nodes if n.op_type.startswith("MatMul")][-1].input[1] for rank in ranks}
+    head = np.concatenate(of_all(last))
+    assert not head[config["vocab_size"] :].any()
+    model["lm_head.weight"] = head[: config["vocab_size"]]
+    return model
+
+
+def _named_as_published(model: dict[str, Array], config: dict[str, Any]) -> dict[str, Array]:
+    """Return the same with routers and experts under the names of Mixtral's and Granite's checkpoints."""
+    if config["architecture"] == "MixtralForCausalLM":
+        names = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        return {_replaced(name, names): matrix for name, matrix in model.items()}
+    if config["architecture"] == "GraniteMoeForCausalLM":
+        for layer in range(config["num_hidden_layers"]):
+            prefix, numbers = f"model.layers.{layer}.", range(config["num_experts"])
+            own = {
+                p: [model.pop(f"{prefix}mlp.experts.{i}.{p}_proj.weight") for i in numbers]
+                for p in ("gate", "up", "down")
+            }
+            pairs = zip(own["gate"], own["up"], strict=True)
+            model[f"{prefix}block_sparse_moe.input_linear.weight"] = np.stack([np.concatenate(pair) for pair in pairs])
+            model[f"{prefix}block_sparse_moe.output_linear.weight"] = np.stack(own["down"])
+            model[f"{prefix}block_sparse_moe.router.layer.weight"] = model.pop(f"{prefix}mlp.gate.weight")
+    return model
+
+
+def _replaced(name: str, names: dict[str, str]) -> str:
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
