@@ -201,17 +201,19 @@ def _divides(config: ModelConfig, shards: int, group_size: int) -> bool:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     kv_fits = kv_heads % shards == 0 or shards % kv_heads == 0
     query_fits = heads % shards == 0 and heads * config.head_dim // shards % group_size == 0
-    whole = (
-        group_size if config.num_experts is None else math.lcm(group_size, ROW_TILE)
-    )  # experts have tiles of their own
-    mlps_fit = all(size % shards == 0 and size // shards % whole == 0 for size in _mlp_sizes(config))
-    return kv_fits and query_fits and mlps_fit and config.hidden_size % whole == 0
+    whole = math.lcm(group_size, ROW_TILE)  # of an expert, which has tiles of its own (FORMAT 4.7)
+    sizes = [(size, group_size if name == "down_proj" else whole) for name, size in _mlp_sizes(config).items()]
+    mlps_fit = all(size % shards == 0 and size // shards % part == 0 for size, part in sizes)
+    hidden_fits = config.hidden_size % (group_size if config.num_experts is None else whole) == 0
+    return kv_fits and query_fits and mlps_fit and hidden_fits
 
 
-def _mlp_sizes(config: ModelConfig) -> list[int]:
-    """Return the intermediate sizes of a model's MLPs, of each kind."""
-    sizes = [config.intermediate_size] if config.has_dense_layers else []
-    return sizes if config.moe_intermediate_size is None else [*sizes, config.moe_intermediate_size]
+def _mlp_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the intermediate sizes of a model's MLPs, by what has them."""
+    sizes = {"down_proj": config.intermediate_size} if config.has_dense_layers else {}
+    if config.moe_intermediate_size is not None:
+        sizes[f"down_proj of an expert, of whole tiles of {ROW_TILE}"] = config.moe_intermediate_size
+    return sizes
 
 
 def check_split(config: ModelConfig, quantization: Quantization, shards: int, *, is_default: bool = False) -> None:
@@ -228,13 +230,15 @@ def check_split(config: ModelConfig, quantization: Quantization, shards: int, *,
         advice.append(f"--group-size {' or '.join(map(str, sizes_that_fit))} works")
     if shards_that_fit:
         advice.append(f"--shards {' or '.join(map(str, shards_that_fit))} works")
-    tiles = f", multiples of {ROW_TILE} in experts" if config.num_experts else ""
+    if not advice and group_size > 1 and _divides(config, shards, 1):
+        advice.append("Use --quant f16 or f32")
+    features = {"hidden": config.hidden_size, "o_proj": heads * config.head_dim / shards}
+    features |= {what: size / shards for what, size in _mlp_sizes(config).items()}
     raise UsageError(
         f"--shards {shards} with group_size {group_size if group_size > 1 else 'none'} does not divide this model:"
         f" num_attention_heads {heads}, num_key_value_heads {kv_heads}, and in_features per rank"
-        f" {config.hidden_size} (hidden), {heads * config.head_dim / shards:g} (o_proj) and"
-        f" {' and '.join(f'{size / shards:g}' for size in _mlp_sizes(config))} (down_proj{tiles})."
-        f" {'; '.join(advice) or 'Use --quant f16 or f32'}.",
+        f" {', '.join(f'{size:g} ({what})' for what, size in features.items())}."
+        f" {'; '.join(advice) or 'It cannot be packed'}.",
         code="E204",
     )
 

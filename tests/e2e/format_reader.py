@@ -120,7 +120,7 @@ class Rank:
             if (found := re.match("(?:MatMul|Embedding)(F32|F16|Q8|Q6|Q4)", node.op_type)) is not None:
                 scales = self.tensors[node.input[2]] if found[1].startswith("Q") else None
                 sizes = attributes(node)
-                num_rows = sizes.get("out_features", sizes.get("num_embeddings"))
+                num_rows = sizes["out_features" if "out_features" in sizes else "num_embeddings"]
                 tiles = self.tensors[node.input[1]]
                 self.matrices[node.input[1]] = untile(found[1], tiles, scales, num_rows, sizes.get("group_size"))
             if node.op_type.startswith("MoE"):

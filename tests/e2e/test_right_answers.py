@@ -16,7 +16,18 @@ from transformers import AutoModelForCausalLM
 from llmpack.pack import Options, pack
 from llmrun import Engine
 from llmrun.job_options import ISAS
-from models import DEMO, GEMMA, GRANITE, HYBRID_GRANITE, SMOLLM, make_checkpoint, store_a_head
+from models import (
+    DEMO,
+    GEMMA,
+    GRANITE,
+    GRANITE_MOE,
+    HYBRID_GRANITE,
+    MIXTRAL,
+    QWEN_MOE,
+    SMOLLM,
+    make_checkpoint,
+    store_a_head,
+)
 from mpi.harness import RunningJob, mpirun_command
 
 F32 = 2e-4
@@ -111,6 +122,15 @@ VARIANTS = {
     "gemma3-gate-in-parts-of-tiles": {**GEMMA, "intermediate_size": 500},
     "gemma3-all-slide": {**GEMMA, "layer_types": ["sliding_attention"] * 4, "rms_norm_eps": 1e-2},
     "gemma3-none-slides": {**GEMMA, "layer_types": ["full_attention"] * 4},
+    "qwen3-moe": QWEN_MOE,
+    "qwen3-moe-window": {**QWEN_MOE, "use_sliding_window": True, "sliding_window": 5, "norm_topk_prob": True},
+    "qwen3-moe-every-second-layer": {
+        **{**QWEN_MOE, "decoder_sparse_step": 2, "attention_bias": True, "intermediate_size": 320},
+        "mlp_only_layers": [],
+    },
+    "mixtral": MIXTRAL,
+    "mixtral-all-experts": {**MIXTRAL, "num_experts_per_tok": 4, "sliding_window": 6, "tie_word_embeddings": True},
+    "granite-moe": {**GRANITE_MOE, "attention_bias": True, "num_experts_per_tok": 1},
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -123,6 +143,8 @@ SPLIT_VARIANTS = {
     "multiplied": (4, HYBRID_GRANITE),
     "not-all-rotated": (2, {**SMOLLM, "no_rope_layers": [0, 1, 1, 0]}),
     "normalised-before-it-is-added": (4, {**GEMMA, "num_key_value_heads": 1}),
+    "experts-and-dense-layers": (4, {**QWEN_MOE, "num_key_value_heads": 2}),
+    "experts-stored-together": (2, GRANITE_MOE),
     "stored-together": (4, {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
 }
 

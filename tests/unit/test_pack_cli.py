@@ -89,12 +89,16 @@ def test_a_tied_embedding_is_held_once_and_the_head_lies_in_it_on_any_number_of_
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3", "granite-hybrid", "smollm3"]
+    "name",
+    [
+        *("tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3", "granite-hybrid", "smollm3"),
+        *("qwen3-moe", "granite-moe"),
+    ],
 )
 def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
     from transformers import AutoModelForCausalLM
 
-    from models import HYBRID_GRANITE, SMOLLM, make_checkpoint, store_a_head
+    from models import GRANITE_MOE, HYBRID_GRANITE, QWEN_MOE, SMOLLM, make_checkpoint, store_a_head
 
     options = {
         "tied": {"tie_word_embeddings": True},
@@ -104,6 +108,8 @@ def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint)
         "phi3": {"model_type": "phi3", "pad_token_id": 0},
         "granite-hybrid": HYBRID_GRANITE,
         "smollm3": SMOLLM,
+        "qwen3-moe": QWEN_MOE,
+        "granite-moe": GRANITE_MOE,
     }
     folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
     if name == "tied-in-name-only":
