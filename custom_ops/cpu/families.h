@@ -14,6 +14,7 @@ void embedding(WeightType type, const QuantizedEmbedding& args, int64_t begin, i
 void rms_norm(const float* x, const float* residual, const float* weight, float epsilon, int64_t H, float* y,
               float* sum, int64_t begin, int64_t end);
 void glu(Gating gating, const float* gate_up, int64_t F, float* y, int64_t begin, int64_t end);
+void add_scaled(const float* x, float scale, int64_t n, float* y);
 void weigh_runs(const float* logits, int64_t n, float highest, float inverse_temperature, double* sums);
 int64_t find_above(const float* logits, int64_t n, float threshold, int32_t* ids);
 void attention_write(const PagedAttention& args, int64_t begin, int64_t end);

@@ -132,6 +132,9 @@ struct Kernels {
     // Rows [begin, end): y [T, F] = act(gate) * up with gate_up [T, 2 F].
     void (*glu)(Gating gating, const float* gate_up, int64_t F, float* y, int64_t begin, int64_t end);
 
+    // y [n] += scale * x [n].  PRECOND: 16 divides n.
+    void (*add_scaled)(const float* x, float scale, int64_t n, float* y);
+
     // Tokens [begin, end): rotate k and write k and v into the caches.
     void (*attention_write)(const PagedAttention& args, int64_t begin, int64_t end);
     // Work items [begin, end) of tiles * num_kv_heads: attend with the query heads of one KV head, for the

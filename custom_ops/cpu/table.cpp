@@ -8,8 +8,9 @@ const Kernels& table() {
         quantize,         matmul_quantized,
         matmul_float,     embedding,
         rms_norm,         glu,
-        attention_write,  attention_read,
-        weigh_runs,       find_above,
+        add_scaled,       attention_write,
+        attention_read,   weigh_runs,
+        find_above,
     };
     return kernels;
 }

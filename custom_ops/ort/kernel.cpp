@@ -153,7 +153,8 @@ std::string NodeInfo::name() const {
     return name;
 }
 
-void Tensor::expect_shape(std::initializer_list<int64_t> expected, const char* meaning) const {
+void Tensor::expect_shape(std::initializer_list<int64_t> expected,
+                          std::initializer_list<const char*> meaning) const {
     bool equal = expected.size() == shape.rank;
     size_t i = 0;
     for (int64_t size : expected) {
@@ -161,8 +162,11 @@ void Tensor::expect_shape(std::initializer_list<int64_t> expected, const char* m
         i++;
     }
     if (equal) return;
-    throw OpError(std::string("input ") + name + " has shape " + shape_string(shape.sizes, shape.rank) +
-                  ", expected " + shape_string(expected.begin(), expected.size()) + " = " + meaning);
+    std::string message = std::string("input ") + name + " has shape " +
+                          shape_string(shape.sizes, shape.rank) + ", expected " +
+                          shape_string(expected.begin(), expected.size()) + " = ";
+    for (const char* part : meaning) message += part;
+    throw OpError(message);
 }
 
 Tensor Context::input(size_t index) const {

@@ -82,7 +82,12 @@ struct Tensor {
         return static_cast<T*>(data);
     }
     // Throws "input weight has shape [..], expected [..]". kAnySize accepts any size.
-    void expect_shape(std::initializer_list<int64_t> expected, const char* meaning) const;
+    void expect_shape(std::initializer_list<int64_t> expected, const char* meaning) const {
+        expect_shape(expected, {meaning});
+    }
+    // The same with a meaning in parts.
+    void expect_shape(std::initializer_list<int64_t> expected,
+                      std::initializer_list<const char*> meaning) const;
 };
 
 class NodeInfo {

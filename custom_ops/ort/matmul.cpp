@@ -9,17 +9,11 @@
 #include "ort/call_collective.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
+#include "ort/products.h"
 #include "ort/stored_weights.h"
 
 namespace llmpack::ort {
 namespace {
-
-// Tiles that are worth a call of their own: about 32 KB of weights, or, with many tokens, as much work.
-// Never one alone: the kernels take tiles in pairs.
-int64_t tile_grain(int64_t tile_bytes, int64_t tokens) {
-    const int64_t work = tile_bytes * (1 + tokens / 8);
-    return 2 * (work >= 16384 ? 1 : 16384 / (work < 1 ? 1 : work));
-}
 
 // A gated product's output tile comes of two tiles of the weight.
 int64_t out_features_attribute(const NodeInfo& node, Gating gating) {
@@ -56,10 +50,9 @@ class FloatMatrix {
         args.y = y;
         args.gating = gating;
         const int64_t tiles = (args.N + kTileRows - 1) / kTileRows;
-        const int64_t bytes = args.K * kTileRows * (type == WeightType::kF32 ? 4 : 2);
         const Kernels& k = context.kernels;
         constexpr int64_t kTiles = gating == Gating::kNone ? 1 : 2;  // of the weight, for one of y
-        context.parallel_for(tiles / kTiles, tile_grain(kTiles * bytes, args.M),
+        context.parallel_for(tiles / kTiles, tile_grain(kTiles * tile_bytes(type, args.K), args.M),
                              [&](int64_t begin, int64_t end) { k.matmul_float(type, args, begin, end); });
     }
 
@@ -68,14 +61,6 @@ class FloatMatrix {
   private:
     StoredInput stored_weight_;
 };
-
-// Floats of a thread's workspace, from the beginning of a pair of cache lines on.
-template <class Tag>
-float* line_workspace(int64_t count) {
-    constexpr size_t kBytes = 128;
-    const float* raw = workspace<float, Tag>(static_cast<size_t>(count) + kBytes / sizeof(float));
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(raw) + kBytes - 1) / kBytes * kBytes);
-}
 
 // What a quantized product reads: x as it came, and weight and scales as they are stored.
 struct QuantizedOperands {
@@ -114,33 +99,20 @@ class QuantizedMatrix {
     void run(const Context& context, const QuantizedOperands& in, float* y) const {
         const int64_t M = in.M, K = in.K, N = out_features;
         if (M == 0) return;
-        struct Values;
-        struct Scales;
-        struct Sums;
-        const int64_t tiles = (N + kTileRows - 1) / kTileRows, groups = K / group_size_;
-        const QuantizedActivations activations{workspace<int8_t, Values>(static_cast<size_t>(M * K)),
-                                               workspace<float, Scales>(static_cast<size_t>(M * groups)),
-                                               workspace<int32_t, Sums>(static_cast<size_t>(M * groups)),
-                                               M,
-                                               K,
-                                               group_size_};
+        const int64_t tiles = (N + kTileRows - 1) / kTileRows;
+        const QuantizedActivations activations = activations_workspace(M, K, group_size_);
         const Kernels& k = context.kernels;
         const int64_t blocks = (M + k.quantized_token_block - 1) / k.quantized_token_block;
         context.parallel_for(blocks, 4,
                              [&](int64_t begin, int64_t end) { k.quantize(in.x, activations, begin, end); });
         const QuantizedMatMul args{&activations, in.weight, in.scales, y, N, gating, weight_fetch(), nullptr};
-        const int64_t bytes = K * kTileRows * kBits / 8;
+        const int64_t bytes = tile_bytes(type, K);
         if constexpr (gating != Gating::kNone) {
-            struct Scratch;
             const int64_t grain = tile_grain(2 * bytes, M);
-            // For each place, before the loop, in which nothing may fail. In whole pairs of cache lines: no
-            // place has a part of another's, and no vector is in two.
-            const int64_t apart = M * 2 * kTileRows;
-            float* const scratch =
-                M > 2 ? line_workspace<Scratch>(context.places(tiles / 2, grain) * apart) : nullptr;
+            const GatingScratch scratch(M, context.places(tiles / 2, grain));
             context.parallel_for_in_places(tiles / 2, grain, [&](int64_t place, int64_t begin, int64_t end) {
                 QuantizedMatMul own = args;
-                if (M > 2) own.scratch = scratch + place * apart;
+                own.scratch = scratch.of(place);
                 k.matmul_quantized(type, own, begin, end);
             });
         } else {
@@ -153,8 +125,6 @@ class QuantizedMatrix {
     const int64_t out_features;
 
   private:
-    static constexpr int64_t kBits = type == WeightType::kQ4 ? 4 : type == WeightType::kQ6 ? 6 : 8;
-
     int64_t group_size_;
     StoredInput stored_weight_, stored_scales_;
 };

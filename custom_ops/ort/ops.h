@@ -10,6 +10,7 @@
 namespace llmpack::ort {
 
 std::vector<const OrtCustomOp*> matmul_ops();       // MatMul.. and what is joined with it, Embedding..
+std::vector<const OrtCustomOp*> moe_ops();          // MoE..
 std::vector<const OrtCustomOp*> elementwise_ops();  // RMSNorm, AddRMSNorm, QKNorm, SwiGLU, GeGLU
 std::vector<const OrtCustomOp*> attention_ops();    // PagedAttention
 std::vector<const OrtCustomOp*> collective_ops();   // AllReduce, AllReduceAddRMSNorm, AllGather

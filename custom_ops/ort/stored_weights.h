@@ -17,28 +17,28 @@ inline int64_t group_size_attribute(const NodeInfo& node) {
     return group_size;
 }
 
-// Refuses weights that are not those of [N, K].
-inline void check_float(const Tensor& weight, int64_t N, int64_t K) {
+constexpr const char* kTilesOfRows = "ceil(out_features / 16)";
+
+// Refuses weights that are not those of [N, K]. first_axis: what the number of tiles is, in the error.
+inline void check_float(const Tensor& weight, int64_t N, int64_t K, const char* first_axis = kTilesOfRows) {
     const int64_t tiles = (N + kTileRows - 1) / kTileRows;
-    weight.expect_shape({tiles, K, kTileRows}, "[ceil(out_features / 16), in_features, 16]");
+    weight.expect_shape({tiles, K, kTileRows}, {"[", first_axis, ", in_features, 16]"});
 }
 
 // The same of weights and scales. PRECOND: group_size divides K.
 inline void check_quantized(WeightType type, const Tensor& weight, const Tensor& scales, int64_t N, int64_t K,
-                            int64_t group_size) {
+                            int64_t group_size, const char* first_axis = kTilesOfRows) {
     const int64_t tiles = (N + kTileRows - 1) / kTileRows;
     if (type == WeightType::kQ4) {
-        weight.expect_shape({tiles, K / 8, kTileRows, 4},
-                            "[ceil(out_features / 16), in_features / 8, 16, 4]");
+        weight.expect_shape({tiles, K / 8, kTileRows, 4}, {"[", first_axis, ", in_features / 8, 16, 4]"});
     } else if (type == WeightType::kQ6) {
         weight.expect_shape({tiles, K / 16, 3, kTileRows, 4},
-                            "[ceil(out_features / 16), in_features / 16, 3, 16, 4]");
+                            {"[", first_axis, ", in_features / 16, 3, 16, 4]"});
     } else {
-        weight.expect_shape({tiles, K / 4, kTileRows, 4},
-                            "[ceil(out_features / 16), in_features / 4, 16, 4]");
+        weight.expect_shape({tiles, K / 4, kTileRows, 4}, {"[", first_axis, ", in_features / 4, 16, 4]"});
     }
     scales.expect_shape({tiles, K / group_size, kTileRows},
-                        "[ceil(out_features / 16), in_features / group_size, 16]");
+                        {"[", first_axis, ", in_features / group_size, 16]"});
 }
 
 }  // namespace llmpack::ort

@@ -52,6 +52,8 @@ TOLERANCES = {
     "norm": 2e-6,
     # e^x within 2 units in the last place (2.4e-7), one division, two products.
     "swiglu": 2e-6,
+    # A difference of logits of up to 40, rounded, is an error of 2.4e-6 in its exponential; a division and k additions follow.
+    "routing": 5e-6,
     # Scores are sums of up to 256 products, and an error of a score becomes a relative error of its weight. The
     # reference reads the same cache, so its type adds nothing.
     "attention": 1e-5,

@@ -1,0 +1,413 @@
+// MoEF32, MoEF16, MoEQ8, MoEQ4: checks of FORMAT.md 5.16, the choice of experts, and the division of work.
+//
+// A step's pairs, of a token and an expert that it is sent to, are sorted by expert, then token; an expert's
+// are a segment. Experts go in groups, in rising order:
+//
+//     x of each pair -> quantize -> gate_up, SwiGLU -> quantize -> down -> z of each pair -> add to y by
+//     weight
+//
+// An expert's weights are read once for all its tokens, loops have work for all threads, and memory to work
+// in is that of one group.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/isa.h"
+#include "ort/kernel.h"
+#include "ort/ops.h"
+#include "ort/products.h"
+#include "ort/stored_weights.h"
+
+namespace llmpack::ort {
+namespace {
+
+constexpr int64_t kMostExperts = 1024;
+constexpr int64_t kPairsOfGroup = 256;  // fewer if the next expert has too many, more if one alone has
+
+int64_t tiled_attribute(const NodeInfo& node, const char* name, int64_t divisor, const char* divisor_name) {
+    const int64_t size = node.size_attribute(name);
+    if (size % divisor != 0) {
+        throw OpError(std::string("attribute ") + name + " is " + std::to_string(size) +
+                      ", expected a multiple of " + divisor_name + std::to_string(divisor));
+    }
+    return size;
+}
+
+int64_t bounded_attribute(const NodeInfo& node, const char* name, int64_t least, int64_t most) {
+    const int64_t value = node.int_attribute(name);
+    if (value < least || value > most) {
+        throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) + ", expected " +
+                      std::to_string(least) + " to " + std::to_string(most));
+    }
+    return value;
+}
+
+// A number whose order is that of the floats, with both zeros equal. Not for NaN.
+uint32_t rank_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if (bits == 0x80000000u) bits = 0;
+    return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+// How tokens are sent to experts.
+struct Routing {
+    int64_t num_experts, num_experts_per_tok;
+    bool norm_topk_prob;
+
+    // experts and weights [num_experts_per_tok] of one token by its logits [num_experts], in rising order of
+    // the experts. False: a logit is NaN, or the largest infinite, and so is every weight NaN.
+    bool choose(const float* logits, int64_t* experts, float* weights) const {
+        float highest = logits[0];
+        for (int64_t e = 1; e < num_experts; e++) highest = std::max(highest, logits[e]);
+        float odds[kMostExperts];
+        double sum = 0.0;
+        for (int64_t e = 0; e < num_experts; e++) sum += odds[e] = std::exp(logits[e] - highest);
+        if (!(sum > 0.0)) return false;
+
+        // One number for each expert, all different: of equal logits that of the lower expert is larger.
+        uint64_t order[kMostExperts], sorted[kMostExperts];
+        for (int64_t e = 0; e < num_experts; e++) {
+            order[e] = uint64_t{rank_of(logits[e])} << 32 | static_cast<uint64_t>(kMostExperts - e);
+        }
+        std::copy_n(order, num_experts, sorted);
+        uint64_t* const last = sorted + num_experts_per_tok - 1;
+        std::nth_element(sorted, last, sorted + num_experts, std::greater<uint64_t>());
+        double chosen_sum = 0.0;
+        for (int64_t e = 0, i = 0; e < num_experts; e++) {
+            if (order[e] < *last) continue;
+            experts[i] = e;
+            weights[i++] = odds[e];
+            chosen_sum += odds[e];
+        }
+        const double all = norm_topk_prob ? chosen_sum : sum;
+        for (int64_t i = 0; i < num_experts_per_tok; i++) weights[i] = static_cast<float>(weights[i] / all);
+        return true;
+    }
+};
+
+// The pairs of one expert in this step.
+struct Segment {
+    int64_t expert, first, rows;
+};
+
+// Some experts' segments, one after another. is_shared: each has one row, and all have the same x.
+struct Group {
+    const Segment* segments;
+    int64_t count;
+    bool is_shared;
+
+    int64_t first() const { return segments[0].first; }
+    int64_t end() const { return segments[count - 1].first + segments[count - 1].rows; }
+    int64_t rows() const { return end() - first(); }
+    int64_t most_rows() const {
+        return std::max_element(segments, segments + count,
+                                [](const Segment& a, const Segment& b) { return a.rows < b.rows; })
+            ->rows;
+    }
+
+    // Of a loop over items, of which each segment has size(segment): calls body(segment, begin, end) for the
+    // segments' parts of [begin, end), each counted from 0.
+    template <class Size, class Body>
+    void each_part(int64_t begin, int64_t end, const Size& size, const Body& body) const {
+        int64_t first = 0;
+        for (int64_t i = 0; i < count && first < end; i++) {
+            const int64_t next = first + size(segments[i]);
+            if (begin < next) {
+                body(segments[i], std::max(begin, first) - first, std::min(end, next) - first);
+            }
+            first = next;
+        }
+    }
+};
+
+// A matrix class holds one matrix [N, K] for each expert. of: the weights, or throws OpError; run: y [rows,
+// N], or with a gating [rows, N / 2], of x [rows, K], each segment by its expert's matrix.
+template <WeightType type>
+class FloatMatrices {
+  public:
+    static constexpr size_t kNumInputs = 1;
+    static constexpr int64_t kGroupSize = 1;
+
+    FloatMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts, int64_t N,
+                  int64_t K)
+        : first_axis_(first_axis), num_experts_(num_experts), N_(N), K_(K), stored_weight_(node, input) {}
+
+    const uint8_t* of(const Context& context) const {
+        const Tensor weight = stored_weight_.of(context);
+        check_float(weight, num_experts_ * N_, K_, first_axis_);
+        return weight.as<uint8_t>();
+    }
+
+    template <Gating gating>
+    void run(const Context& context, const Group& group, const uint8_t* weight, const float* x,
+             float* y) const {
+        const int64_t columns = gating == Gating::kNone ? N_ : N_ / 2, tiles = columns / kTileRows;
+        const int64_t bytes = tile_bytes(type, K_), expert_bytes = N_ / kTileRows * bytes;
+        const Kernels& k = context.kernels;
+        const WeightFetch fetch = weight_fetch();
+        const int64_t grain = tile_grain(N_ / columns * bytes, group.rows() / group.count);
+        context.parallel_for(group.count * tiles, grain, [&](int64_t begin, int64_t end) {
+            group.each_part(
+                begin, end, [&](const Segment&) { return tiles; },
+                [&](const Segment& segment, int64_t first, int64_t last) {
+                    const int64_t row = segment.first - group.first();
+                    k.matmul_float(
+                        type,
+                        {group.is_shared ? x : x + row * K_, weight + segment.expert * expert_bytes,
+                         y + row * columns, segment.rows, N_, K_, gating, fetch},
+                        first, last);
+                });
+        });
+    }
+
+  private:
+    const char* first_axis_;
+    int64_t num_experts_, N_, K_;
+    StoredInput stored_weight_;
+};
+
+struct QuantizedWeights {
+    const uint8_t* weight;
+    const uint16_t* scales;
+};
+
+template <WeightType type>
+class QuantizedMatrices {
+  public:
+    QuantizedMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts,
+                      int64_t N, int64_t K)
+        : first_axis_(first_axis),
+          num_experts_(num_experts),
+          N_(N),
+          K_(K),
+          group_size_(group_size_attribute(node)),
+          stored_weight_(node, input),
+          stored_scales_(node, input + 1) {}
+
+    QuantizedWeights of(const Context& context) const {
+        const Tensor weight = stored_weight_.of(context), scales = stored_scales_.of(context);
+        check_quantized(type, weight, scales, num_experts_ * N_, K_, group_size_, first_axis_);
+        return {weight.as<uint8_t>(), scales.as<uint16_t>()};
+    }
+
+    template <Gating gating>
+    void run(const Context& context, const Group& group, const QuantizedWeights& stored, const float* x,
+             float* y) const {
+        const Kernels& k = context.kernels;
+        const int64_t groups = K_ / group_size_;
+        const QuantizedActivations all =
+            activations_workspace(group.is_shared ? 1 : group.rows(), K_, group_size_);
+        // A segment is quantized as if it were alone.
+        const auto of_segment = [&](const Segment& segment) {
+            const int64_t row = group.is_shared ? 0 : segment.first - group.first();
+            return QuantizedActivations{all.values + row * K_,
+                                        all.scales + row * groups,
+                                        all.sums + row * groups,
+                                        segment.rows,
+                                        K_,
+                                        group_size_};
+        };
+        if (group.is_shared) {
+            k.quantize(x, all, 0, 1);
+        } else {
+            const auto blocks = [&](const Segment& segment) {
+                return (segment.rows + k.quantized_token_block - 1) / k.quantized_token_block;
+            };
+            int64_t count = 0;
+            for (int64_t i = 0; i < group.count; i++) count += blocks(group.segments[i]);
+            context.parallel_for(count, 4, [&](int64_t begin, int64_t end) {
+                group.each_part(begin, end, blocks, [&](const Segment& segment, int64_t first, int64_t last) {
+                    k.quantize(x + (segment.first - group.first()) * K_, of_segment(segment), first, last);
+                });
+            });
+        }
+
+        const int64_t columns = gating == Gating::kNone ? N_ : N_ / 2, tiles = columns / kTileRows;
+        const int64_t bytes = tile_bytes(type, K_), expert_tiles = N_ / kTileRows;
+        const int64_t grain = tile_grain(N_ / columns * bytes, group.rows() / group.count);
+        const WeightFetch fetch = weight_fetch();
+        const GatingScratch scratch(gating == Gating::kNone ? 0 : group.most_rows(),
+                                    context.places(group.count * tiles, grain));
+        context.parallel_for_in_places(
+            group.count * tiles, grain, [&](int64_t place, int64_t begin, int64_t end) {
+                group.each_part(
+                    begin, end, [&](const Segment&) { return tiles; },
+                    [&](const Segment& segment, int64_t first, int64_t last) {
+                        const QuantizedActivations activations = of_segment(segment);
+                        const int64_t tile = segment.expert * expert_tiles;
+                        k.matmul_quantized(type,
+                                           {&activations, stored.weight + tile * bytes,
+                                            stored.scales + tile * groups * kTileRows,
+                                            y + (segment.first - group.first()) * columns, N_, gating, fetch,
+                                            scratch.of(place)},
+                                           first, last);
+                    });
+            });
+    }
+
+  private:
+    const char* first_axis_;
+    int64_t num_experts_, N_, K_, group_size_;
+    StoredInput stored_weight_, stored_scales_;
+};
+
+constexpr bool is_quantized(WeightType type) { return type == WeightType::kQ8 || type == WeightType::kQ4; }
+
+template <WeightType type>
+constexpr const char* moe_name() {
+    return type == WeightType::kF32   ? "MoEF32"
+           : type == WeightType::kF16 ? "MoEF16"
+           : type == WeightType::kQ8  ? "MoEQ8"
+                                      : "MoEQ4";
+}
+
+template <WeightType type, bool quantized>
+struct MoEInputs {
+    static constexpr ElementType kStored = type == WeightType::kF32 ? kFloat : kFloat16;
+    static constexpr Port kPorts[] = {
+        {"x", kFloat}, {"router_logits", kFloat}, {"gate_up", kStored}, {"down", kStored}};
+};
+template <WeightType type>
+struct MoEInputs<type, true> {
+    static constexpr Port kPorts[] = {{"x", kFloat},       {"router_logits", kFloat},
+                                      {"gate_up", kUInt8}, {"gate_up_scales", kFloat16},
+                                      {"down", kUInt8},    {"down_scales", kFloat16}};
+};
+
+template <WeightType type>
+struct MoEOp {
+    static constexpr bool kIsQuantized = is_quantized(type);
+    using Matrices = std::conditional_t<kIsQuantized, QuantizedMatrices<type>, FloatMatrices<type>>;
+    static constexpr const char* kName = moe_name<type>();
+    static constexpr auto& kInputs = MoEInputs<type, kIsQuantized>::kPorts;
+    static constexpr Port kOutputs[] = {{"y", kFloat}};
+
+    explicit MoEOp(const NodeInfo& node)
+        : routing(routing_attributes(node)),
+          F(size_of_axis(node, "intermediate_size")),
+          H(size_of_axis(node, "out_features")),
+          gate_up(node, 2, "num_experts * 2 * intermediate_size / 16", routing.num_experts, 2 * F, H),
+          down(node, kIsQuantized ? 4 : 3, "num_experts * out_features / 16", routing.num_experts, H, F) {}
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0), router_logits = context.input(1);
+        x.expect_shape({kAnySize, H}, "[tokens, out_features]");
+        const int64_t T = x.shape[0], E = routing.num_experts, k = routing.num_experts_per_tok;
+        router_logits.expect_shape({T, E}, "[tokens, num_experts]");
+        const auto gate_up_weights = gate_up.of(context);
+        const auto down_weights = down.of(context);
+        float* const y = context.output(0, {T, H});
+        if (T == 0) return;
+
+        struct Experts;
+        struct Weights;
+        struct Rows;
+        struct Next;
+        struct Tokens;
+        struct Segments;
+        int64_t* const experts = workspace<int64_t, Experts>(static_cast<size_t>(T * k));  // [T, k]
+        float* const weights = workspace<float, Weights>(static_cast<size_t>(T * k));      // [T, k]
+        int64_t* const pairs = workspace<int64_t, Rows>(static_cast<size_t>(T * k));       // [T, k], sorted
+        int64_t* const tokens = workspace<int64_t, Tokens>(static_cast<size_t>(T * k));    // of sorted pairs
+        int64_t* const next =
+            workspace<int64_t, Next>(static_cast<size_t>(T));  // of a token's pairs, in 0..k
+        Segment* const segments = workspace<Segment, Segments>(static_cast<size_t>(E));
+
+        context.parallel_for(T, row_grain(16 * E), [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) {
+                const bool is_chosen =
+                    routing.choose(router_logits.as<float>() + t * E, experts + t * k, weights + t * k);
+                next[t] = is_chosen ? 0 : k;
+                std::fill_n(y + t * H, H, is_chosen ? 0.0f : std::numeric_limits<float>::quiet_NaN());
+            }
+        });
+
+        int64_t ends[kMostExperts] = {};  // at first how many pairs each has
+        for (int64_t t = 0; t < T; t++) {
+            for (int64_t i = next[t]; i < k; i++) ends[experts[t * k + i]]++;
+        }
+        int64_t count = 0, all = 0;
+        for (int64_t e = 0; e < E; e++) {
+            const int64_t rows = ends[e];
+            if (rows > 0) segments[count++] = {e, all, rows};
+            ends[e] = all;
+            all += rows;
+        }
+        for (int64_t t = 0; t < T; t++) {
+            for (int64_t i = next[t]; i < k; i++) {
+                const int64_t pair = ends[experts[t * k + i]]++;
+                pairs[t * k + i] = pair;
+                tokens[pair] = t;
+            }
+        }
+
+        for (int64_t begin = 0, end; begin < count; begin = end) {
+            for (end = begin + 1; end < count; end++) {
+                if (segments[end].first + segments[end].rows - segments[begin].first > kPairsOfGroup) break;
+            }
+            const Group group{segments + begin, end - begin, T == 1};
+            run_group(context, group, x.as<float>(), tokens, gate_up_weights, down_weights,
+                      [&](const float* z) {
+                          context.parallel_for(T, row_grain(H), [&](int64_t first, int64_t last) {
+                              for (int64_t t = first; t < last; t++) {
+                                  for (; next[t] < k && pairs[t * k + next[t]] < group.end(); next[t]++) {
+                                      const int64_t i = t * k + next[t];
+                                      context.kernels.add_scaled(z + (pairs[i] - group.first()) * H,
+                                                                 weights[i], H, y + t * H);
+                                  }
+                              }
+                          });
+                      });
+        }
+    }
+
+    // Calls add(z [rows, H]).
+    template <class GateUp, class Down, class Add>
+    void run_group(const Context& context, const Group& group, const float* x, const int64_t* tokens,
+                   const GateUp& gate_up_weights, const Down& down_weights, const Add& add) const {
+        struct Rows;
+        struct Activations;
+        float* const rows = line_workspace<Rows>(group.rows() * H);  // of x, then of z
+        float* const activations = line_workspace<Activations>(group.rows() * F);
+        if (!group.is_shared) {
+            context.parallel_for(group.rows(), row_grain(H), [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; i++) {
+                    std::copy_n(x + tokens[group.first() + i] * H, H, rows + i * H);
+                }
+            });
+        }
+        gate_up.template run<Gating::kSwiGLU>(context, group, gate_up_weights, group.is_shared ? x : rows,
+                                              activations);
+        // Of one token's experts each has activations of its own.
+        down.template run<Gating::kNone>(context, {group.segments, group.count, false}, down_weights,
+                                         activations, rows);
+        add(rows);
+    }
+
+    static Routing routing_attributes(const NodeInfo& node) {
+        const int64_t E = bounded_attribute(node, "num_experts", 1, kMostExperts);
+        return {E, bounded_attribute(node, "num_experts_per_tok", 1, E),
+                bounded_attribute(node, "norm_topk_prob", 0, 1) == 1};
+    }
+    static int64_t size_of_axis(const NodeInfo& node, const char* name) {
+        if constexpr (kIsQuantized)
+            return tiled_attribute(node, name, group_size_attribute(node), "group_size ");
+        return tiled_attribute(node, name, kTileRows, "");
+    }
+
+    Routing routing;
+    int64_t F, H;
+    Matrices gate_up, down;
+};
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> moe_ops() {
+    return {custom_op<MoEOp<WeightType::kF32>>(), custom_op<MoEOp<WeightType::kF16>>(),
+            custom_op<MoEOp<WeightType::kQ8>>(), custom_op<MoEOp<WeightType::kQ4>>()};
+}
+
+}  // namespace llmpack::ort
