@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +44,32 @@ GEMMA_LAYER = {
     "self_attn.k_norm": "attn_k_norm",
 }
 
+QWEN_MOE_LAYER = {
+    **LAYER,
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "experts.gate_proj": "ffn_gate_exps",
+    "experts.up_proj": "ffn_up_exps",
+    "experts.down_proj": "ffn_down_exps",
+}
+LAYERS = {"llama": LAYER, "gemma3_text": GEMMA_LAYER, "qwen3_moe": QWEN_MOE_LAYER}
+ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+
 
 def main(source: Path, target: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    is_gemma = config["model_type"] == "gemma3_text"
+    kind = config["model_type"]
+    is_gemma = kind == "gemma3_text"
     head_dim = config.get("head_dim", config["hidden_size"] // heads)
-    writer = GGUFWriter(target, "gemma3" if is_gemma else "llama")
+    writer = GGUFWriter(target, ARCHITECTURES[kind])
     if is_gemma:
         writer.add_sliding_window(config["sliding_window"])
+    if kind == "qwen3_moe":
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -66,22 +84,33 @@ def main(source: Path, target: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     add_vocabulary(writer, source / "vocabulary.json")
     writer.add_file_type(1)
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                value = file.get_tensor(name)
-                if is_gemma:
-                    value = value + 1 if value.ndim == 1 else value
-                elif name.endswith(("q_proj.weight", "k_proj.weight")):
-                    value = neighbouring_pairs(value, kv_heads if "k_proj" in name else heads)
-                dtype = np.float32 if value.ndim == 1 else np.float16
-                writer.add_tensor(
-                    gguf_name(name, GEMMA_LAYER if is_gemma else LAYER), np.ascontiguousarray(value, dtype)
-                )
+    for name, value in tensors_of(source, config.get("num_experts")):
+        if is_gemma:
+            value = value + 1 if value.ndim == 1 else value
+        elif kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = neighbouring_pairs(value, kv_heads if "k_proj" in name else heads)
+        dtype = np.float32 if value.ndim == 1 or name.endswith(".mlp.gate.weight") else np.float16
+        writer.add_tensor(gguf_name(name, LAYERS[kind]), np.ascontiguousarray(value, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def tensors_of(source: Path, num_experts: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Return every tensor with its name; those of a layer's experts as one, which is called like them but for the number."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            for name in sorted(file.keys(), key=lambda name: [part.zfill(6) for part in name.split(".")]):
+                layer, is_expert, rest = name.partition("mlp.experts.")
+                if not is_expert:
+                    yield name, file.get_tensor(name)
+                    continue
+                stack = f"{layer}experts.{rest.partition('.')[2]}"
+                stacks.setdefault(stack, []).append(file.get_tensor(name))
+                if len(stacks[stack]) == num_experts:
+                    yield stack, np.stack(stacks.pop(stack))
 
 
 def add_vocabulary(writer: GGUFWriter, path: Path) -> None:

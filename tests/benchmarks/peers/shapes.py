@@ -59,9 +59,8 @@ class Shape:
             ("self_attn.k_proj", (self.kv_width, hidden)),
             ("self_attn.v_proj", (self.kv_width, hidden)),
             ("self_attn.o_proj", (hidden, query)),
-            ("mlp.gate_proj", (inner, hidden)),
-            ("mlp.up_proj", (inner, hidden)),
-            ("mlp.down_proj", (hidden, inner)),
+            *((f"{name}_proj", shape) for mlp in self.mlps() for name, shape in _projections(mlp, hidden, inner)),
+            *self.routers(),
         ]
         layers = [
             (f"model.layers.{i}.{name}.weight", shape) for i in range(self.num_hidden_layers) for name, shape in layer
@@ -74,6 +73,14 @@ class Shape:
     def norms(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return name and shape of a layer's norms."""
         return [("input_layernorm", (self.hidden_size,)), ("post_attention_layernorm", (self.hidden_size,))]
+
+    def mlps(self) -> list[str]:
+        """Return the names of a layer's MLPs."""
+        return ["mlp"]
+
+    def routers(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of what chooses among them."""
+        return []
 
     def config(self) -> dict[str, Any]:
         """Return config.json."""
@@ -89,6 +96,48 @@ class Shape:
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
+
+
+def _projections(mlp: str, hidden: int, inner: int) -> list[tuple[str, tuple[int, int]]]:
+    return [(f"{mlp}.gate", (inner, hidden)), (f"{mlp}.up", (inner, hidden)), (f"{mlp}.down", (hidden, inner))]
+
+
+@dataclass(frozen=True)
+class QwenMoeShape(Shape):
+    """Qwen 3's mixtures of experts: `intermediate_size` is that of an expert; heads of 128 features, normalised."""
+
+    num_experts: int
+    num_experts_per_tok: int
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return 128
+
+    def norms(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of a layer's norms."""
+        return [*super().norms(), *((f"self_attn.{name}_norm", (self.head_dim,)) for name in "qk")]
+
+    def mlps(self) -> list[str]:
+        """Return the names of a layer's MLPs."""
+        return [f"mlp.experts.{i}" for i in range(self.num_experts)]
+
+    def routers(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of what chooses among them."""
+        return [("mlp.gate", (self.num_experts, self.hidden_size))]
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        own = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": self.head_dim,
+            "moe_intermediate_size": self.intermediate_size,
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+        }
+        return {**super().config(), **own}
 
 
 @dataclass(frozen=True)
@@ -131,6 +180,8 @@ SHAPES = {
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256, 8192),
     # 262,144 tokens, and one key-value head. Positions cut from 32,768.
     "gemma-3-1b": GemmaShape(1152, 6912, 26, 4, 1, 262144, 8192, 512),
+    # A sixth of Qwen 3 30B-A3B's layers; positions cut from 40,960. The head is as large as all that a token reads of them.
+    "qwen3-30b-a3b-8-layers": QwenMoeShape(2048, 768, 8, 32, 4, 151936, 8192, 128, 8),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
     # A quarter of its layers, for onnxruntime-genai, whose builder needs 54 GB of memory for all of them.
     "llama-2-7b-8-layers": Shape(4096, 11008, 8, 32, 32, 32000, 4096),
