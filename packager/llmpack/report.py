@@ -79,7 +79,8 @@ def summarise(
     unused = num_sparse * (num_experts - (config.num_experts_per_tok or 0)) * expert
     embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)
     parameters = config.num_hidden_layers * layer + mlps + embeddings + hidden
-    widest = max(2 * config.intermediate_size // len(plans), 4 * hidden)
+    inner = config.intermediate_size if config.has_dense_layers else config.moe_intermediate_size or 0
+    widest = max(2 * inner // len(plans), 4 * hidden)
     ranks = []
     for rank, plan in enumerate(plans):
         weights = num_bytes(plan)
