@@ -39,7 +39,7 @@ int64_t bounded_attribute(const NodeInfo& node, const char* name, int64_t least,
     const int64_t value = node.int_attribute(name);
     if (value < least || value > most) {
         throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) + ", expected " +
-                      std::to_string(least) + " to " + std::to_string(most));
+                      std::to_string(least) + (most == least + 1 ? " or " : " to ") + std::to_string(most));
     }
     return value;
 }
@@ -128,8 +128,10 @@ struct Group {
 template <WeightType type>
 class FloatMatrices {
   public:
-    static constexpr size_t kNumInputs = 1;
-    static constexpr int64_t kGroupSize = 1;
+    static constexpr ElementType kStored = type == WeightType::kF32 ? kFloat : kFloat16;
+    static constexpr Port kInputs[] = {
+        {"x", kFloat}, {"router_logits", kFloat}, {"gate_up", kStored}, {"down", kStored}};
+    static constexpr size_t kGateUp = 2, kDown = 3;
 
     FloatMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts, int64_t N,
                   int64_t K)
@@ -177,6 +179,11 @@ struct QuantizedWeights {
 template <WeightType type>
 class QuantizedMatrices {
   public:
+    static constexpr Port kInputs[] = {{"x", kFloat},       {"router_logits", kFloat},
+                                       {"gate_up", kUInt8}, {"gate_up_scales", kFloat16},
+                                       {"down", kUInt8},    {"down_scales", kFloat16}};
+    static constexpr size_t kGateUp = 2, kDown = 4;
+
     QuantizedMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts,
                       int64_t N, int64_t K)
         : first_axis_(first_axis),
@@ -218,7 +225,8 @@ class QuantizedMatrices {
             };
             int64_t count = 0;
             for (int64_t i = 0; i < group.count; i++) count += blocks(group.segments[i]);
-            context.parallel_for(count, 4, [&](int64_t begin, int64_t end) {
+            const int64_t grain = 4 * row_grain(K_ * group.rows() / count);
+            context.parallel_for(count, grain, [&](int64_t begin, int64_t end) {
                 group.each_part(begin, end, blocks, [&](const Segment& segment, int64_t first, int64_t last) {
                     k.quantize(x + (segment.first - group.first()) * K_, of_segment(segment), first, last);
                 });
@@ -254,8 +262,6 @@ class QuantizedMatrices {
     StoredInput stored_weight_, stored_scales_;
 };
 
-constexpr bool is_quantized(WeightType type) { return type == WeightType::kQ8 || type == WeightType::kQ4; }
-
 template <WeightType type>
 constexpr const char* moe_name() {
     return type == WeightType::kF32   ? "MoEF32"
@@ -264,127 +270,147 @@ constexpr const char* moe_name() {
                                       : "MoEQ4";
 }
 
-template <WeightType type, bool quantized>
-struct MoEInputs {
-    static constexpr ElementType kStored = type == WeightType::kF32 ? kFloat : kFloat16;
-    static constexpr Port kPorts[] = {
-        {"x", kFloat}, {"router_logits", kFloat}, {"gate_up", kStored}, {"down", kStored}};
-};
-template <WeightType type>
-struct MoEInputs<type, true> {
-    static constexpr Port kPorts[] = {{"x", kFloat},       {"router_logits", kFloat},
-                                      {"gate_up", kUInt8}, {"gate_up_scales", kFloat16},
-                                      {"down", kUInt8},    {"down_scales", kFloat16}};
+// The pairs of a step, in memory of the calling thread.
+class Pairs {
+  public:
+    Pairs(const Routing& routing, int64_t num_tokens)
+        : T_(num_tokens),
+          k_(routing.num_experts_per_tok),
+          experts_(workspace<int64_t, struct Experts>(static_cast<size_t>(T_ * k_))),
+          weights_(workspace<float, struct Weights>(static_cast<size_t>(T_ * k_))),
+          places_(workspace<int64_t, struct Places>(static_cast<size_t>(T_ * k_))),
+          tokens_(workspace<int64_t, struct Tokens>(static_cast<size_t>(T_ * k_))),
+          next_(workspace<int64_t, struct Next>(static_cast<size_t>(T_))),
+          segments_(workspace<Segment, struct Segments>(static_cast<size_t>(routing.num_experts))) {}
+
+    // False: the token has none. Tokens may be sent at the same time.
+    bool send(const Routing& routing, int64_t token, const float* logits) {
+        const bool is_sent = routing.choose(logits, experts_ + token * k_, weights_ + token * k_);
+        next_[token] = is_sent ? 0 : k_;
+        return is_sent;
+    }
+
+    // Once all tokens are sent.
+    void sort() {
+        int64_t next[kMostExperts] = {};  // place; at first, how many there are
+        for_all([&](int64_t, int64_t i) { next[experts_[i]]++; });
+        int64_t first = 0;
+        for (int64_t e = 0; e < kMostExperts; e++) {
+            const int64_t rows = next[e];
+            next[e] = first;
+            if (rows > 0) segments_[count_++] = {e, first, rows};
+            first += rows;
+        }
+        for_all([&](int64_t token, int64_t i) {
+            places_[i] = next[experts_[i]]++;
+            tokens_[places_[i]] = token;
+        });
+    }
+
+    // The segments from number `begin` on that are computed together.
+    Group group(int64_t begin) const {
+        int64_t end = begin + 1;
+        const auto rows = [&](int64_t last) {
+            return segments_[last].first + segments_[last].rows - segments_[begin].first;
+        };
+        while (end < count_ && rows(end) <= kPairsOfGroup) end++;
+        return {segments_ + begin, end - begin, T_ == 1};
+    }
+    int64_t number_of_segments() const { return count_; }
+
+    int64_t token(int64_t place) const { return tokens_[place]; }
+
+    // Takes the token's pairs before place `end` in rising order of the experts: calls body(place, weight).
+    template <class Body>
+    void take(int64_t token, int64_t end, const Body& body) {
+        for (int64_t& next = next_[token]; next < k_ && places_[token * k_ + next] < end; next++) {
+            body(places_[token * k_ + next], weights_[token * k_ + next]);
+        }
+    }
+
+  private:
+    template <class Body>
+    void for_all(const Body& body) const {
+        for (int64_t t = 0; t < T_; t++) {
+            for (int64_t i = next_[t]; i < k_; i++) body(t, t * k_ + i);
+        }
+    }
+
+    int64_t T_, k_, count_ = 0;
+    int64_t* experts_;   // [T, k], rising
+    float* weights_;     // [T, k]
+    int64_t* places_;    // [T, k], where each is in the order of experts
+    int64_t* tokens_;    // [T * k], by place
+    int64_t* next_;      // [T], of a token's k the first that was not taken
+    Segment* segments_;  // [num_experts], of experts with tokens
 };
 
 template <WeightType type>
 struct MoEOp {
-    static constexpr bool kIsQuantized = is_quantized(type);
+    static constexpr bool kIsQuantized = type == WeightType::kQ8 || type == WeightType::kQ4;
     using Matrices = std::conditional_t<kIsQuantized, QuantizedMatrices<type>, FloatMatrices<type>>;
     static constexpr const char* kName = moe_name<type>();
-    static constexpr auto& kInputs = MoEInputs<type, kIsQuantized>::kPorts;
+    static constexpr auto& kInputs = Matrices::kInputs;
     static constexpr Port kOutputs[] = {{"y", kFloat}};
 
     explicit MoEOp(const NodeInfo& node)
         : routing(routing_attributes(node)),
           F(size_of_axis(node, "intermediate_size")),
           H(size_of_axis(node, "out_features")),
-          gate_up(node, 2, "num_experts * 2 * intermediate_size / 16", routing.num_experts, 2 * F, H),
-          down(node, kIsQuantized ? 4 : 3, "num_experts * out_features / 16", routing.num_experts, H, F) {}
+          gate_up(node, Matrices::kGateUp, "num_experts * 2 * intermediate_size / 16", routing.num_experts,
+                  2 * F, H),
+          down(node, Matrices::kDown, "num_experts * out_features / 16", routing.num_experts, H, F) {}
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), router_logits = context.input(1);
         x.expect_shape({kAnySize, H}, "[tokens, out_features]");
-        const int64_t T = x.shape[0], E = routing.num_experts, k = routing.num_experts_per_tok;
+        const int64_t T = x.shape[0], E = routing.num_experts;
         router_logits.expect_shape({T, E}, "[tokens, num_experts]");
         const auto gate_up_weights = gate_up.of(context);
         const auto down_weights = down.of(context);
         float* const y = context.output(0, {T, H});
-        if (T == 0) return;
 
-        struct Experts;
-        struct Weights;
-        struct Rows;
-        struct Next;
-        struct Tokens;
-        struct Segments;
-        int64_t* const experts = workspace<int64_t, Experts>(static_cast<size_t>(T * k));  // [T, k]
-        float* const weights = workspace<float, Weights>(static_cast<size_t>(T * k));      // [T, k]
-        int64_t* const pairs = workspace<int64_t, Rows>(static_cast<size_t>(T * k));       // [T, k], sorted
-        int64_t* const tokens = workspace<int64_t, Tokens>(static_cast<size_t>(T * k));    // of sorted pairs
-        int64_t* const next =
-            workspace<int64_t, Next>(static_cast<size_t>(T));  // of a token's pairs, in 0..k
-        Segment* const segments = workspace<Segment, Segments>(static_cast<size_t>(E));
-
+        Pairs pairs(routing, T);
         context.parallel_for(T, row_grain(16 * E), [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) {
-                const bool is_chosen =
-                    routing.choose(router_logits.as<float>() + t * E, experts + t * k, weights + t * k);
-                next[t] = is_chosen ? 0 : k;
-                std::fill_n(y + t * H, H, is_chosen ? 0.0f : std::numeric_limits<float>::quiet_NaN());
+                const bool is_sent = pairs.send(routing, t, router_logits.as<float>() + t * E);
+                std::fill_n(y + t * H, H, is_sent ? 0.0f : std::numeric_limits<float>::quiet_NaN());
             }
         });
-
-        int64_t ends[kMostExperts] = {};  // at first how many pairs each has
-        for (int64_t t = 0; t < T; t++) {
-            for (int64_t i = next[t]; i < k; i++) ends[experts[t * k + i]]++;
-        }
-        int64_t count = 0, all = 0;
-        for (int64_t e = 0; e < E; e++) {
-            const int64_t rows = ends[e];
-            if (rows > 0) segments[count++] = {e, all, rows};
-            ends[e] = all;
-            all += rows;
-        }
-        for (int64_t t = 0; t < T; t++) {
-            for (int64_t i = next[t]; i < k; i++) {
-                const int64_t pair = ends[experts[t * k + i]]++;
-                pairs[t * k + i] = pair;
-                tokens[pair] = t;
-            }
-        }
-
-        for (int64_t begin = 0, end; begin < count; begin = end) {
-            for (end = begin + 1; end < count; end++) {
-                if (segments[end].first + segments[end].rows - segments[begin].first > kPairsOfGroup) break;
-            }
-            const Group group{segments + begin, end - begin, T == 1};
-            run_group(context, group, x.as<float>(), tokens, gate_up_weights, down_weights,
-                      [&](const float* z) {
-                          context.parallel_for(T, row_grain(H), [&](int64_t first, int64_t last) {
-                              for (int64_t t = first; t < last; t++) {
-                                  for (; next[t] < k && pairs[t * k + next[t]] < group.end(); next[t]++) {
-                                      const int64_t i = t * k + next[t];
-                                      context.kernels.add_scaled(z + (pairs[i] - group.first()) * H,
-                                                                 weights[i], H, y + t * H);
-                                  }
-                              }
-                          });
-                      });
-        }
-    }
-
-    // Calls add(z [rows, H]).
-    template <class GateUp, class Down, class Add>
-    void run_group(const Context& context, const Group& group, const float* x, const int64_t* tokens,
-                   const GateUp& gate_up_weights, const Down& down_weights, const Add& add) const {
-        struct Rows;
-        struct Activations;
-        float* const rows = line_workspace<Rows>(group.rows() * H);  // of x, then of z
-        float* const activations = line_workspace<Activations>(group.rows() * F);
-        if (!group.is_shared) {
-            context.parallel_for(group.rows(), row_grain(H), [&](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; i++) {
-                    std::copy_n(x + tokens[group.first() + i] * H, H, rows + i * H);
+        pairs.sort();
+        for (int64_t i = 0; i < pairs.number_of_segments();) {
+            const Group group = pairs.group(i);
+            i += group.count;
+            const float* z = run_group(context, group, pairs, x.as<float>(), gate_up_weights, down_weights);
+            const int64_t columns = H * (group.rows() + T - 1) / T;  // that are added to a token's row
+            context.parallel_for(T, row_grain(columns), [&](int64_t begin, int64_t end) {
+                for (int64_t t = begin; t < end; t++) {
+                    pairs.take(t, group.end(), [&](int64_t place, float weight) {
+                        context.kernels.add_scaled(z + (place - group.first()) * H, weight, H, y + t * H);
+                    });
                 }
             });
         }
-        gate_up.template run<Gating::kSwiGLU>(context, group, gate_up_weights, group.is_shared ? x : rows,
-                                              activations);
-        // Of one token's experts each has activations of its own.
-        down.template run<Gating::kNone>(context, {group.segments, group.count, false}, down_weights,
-                                         activations, rows);
-        add(rows);
+    }
+
+    // Returns z [rows, H].
+    template <class Weights>
+    const float* run_group(const Context& context, const Group& group, const Pairs& pairs, const float* x,
+                           const Weights& gate_up_weights, const Weights& down_weights) const {
+        float* const rows = line_workspace<struct Rows>(group.rows() * H);  // of x, later z
+        float* const activations = line_workspace<struct Activations>(group.rows() * F);
+        if (!group.is_shared) {
+            context.parallel_for(group.rows(), row_grain(H), [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; i++) {
+                    std::copy_n(x + pairs.token(group.first() + i) * H, H, rows + i * H);
+                }
+            });
+            x = rows;
+        }
+        gate_up.template run<Gating::kSwiGLU>(context, group, gate_up_weights, x, activations);
+        const Group apart{group.segments, group.count, false};  // activations are each expert's own
+        down.template run<Gating::kNone>(context, apart, down_weights, activations, rows);
+        return rows;
     }
 
     static Routing routing_attributes(const NodeInfo& node) {

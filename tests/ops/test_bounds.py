@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from helpers import TILE_ROWS, Node, random_projection, random_x, session
 from test_attention import ALL, Sequence, World
+from test_moe import Mixture, random_logits
 
 from llmrun.job_options import ISAS
 
@@ -67,6 +68,12 @@ def test_joined_products(isa: str, scheme: str, M: int) -> None:
     for norms, inputs in (("AddRMSNorm", rest), ("RMSNormAddRMSNorm", {"x_weight": random_x(1, 23, 4)[0], **rest})):
         node = projection.node(random_x(M, 96))
         check(Node(f"{node.op}{norms}", {**node.inputs, **inputs}, ("y", "sum"), (), attributes))
+
+
+@pytest.mark.parametrize("scheme", ["f32", "f16", "q8", "q4"])
+@pytest.mark.parametrize("T", [1, 3, 40])
+def test_mixtures_of_experts(isa: str, scheme: str, T: int) -> None:
+    check(Mixture(scheme, 4, 3).node(random_x(T, 64), random_logits(T, 4)))
 
 
 @pytest.mark.parametrize("scheme", ["q8", "q6"])

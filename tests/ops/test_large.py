@@ -8,6 +8,7 @@ import mmap
 import numpy as np
 from helpers import Node, random_projection, random_x, session
 from test_attention import Sequence, World
+from test_moe import Mixture
 
 NO_RESERVE = 0x4000  # MAP_NORESERVE
 BEYOND = 2**32  # bytes, or numbers
@@ -38,6 +39,26 @@ def test_rows_of_a_weight_of_more_than_4_gib() -> None:
     ids = np.array([N - 16, 5, N - 1], np.int32)
     (rows,) = Node("EmbeddingQ8", {"ids": ids, **stored}, attributes={"num_embeddings": N, **sizes}).run()
     np.testing.assert_array_equal(rows, [last.weight[0], np.zeros(K), last.weight[15]])
+
+
+def test_experts_of_more_than_4_gib() -> None:
+    """The last expert gives the bits that it gives alone; all others give zeros."""
+    alone = Mixture("q8", E=1, k=1, H=2048, F=1088, group_size=64)
+    x, E = random_x(20, alone.H), 1024
+    node = alone.node(x, np.zeros((len(x), 1), np.float32))
+    (expected,) = node.run()
+    assert node.inputs["gate_up"].nbytes * (E - 1) > BEYOND
+    for name in node.initializers:
+        last = node.inputs[name]
+        node.inputs[name] = zeros((len(last) * E, *last.shape[1:]), last.dtype.type)
+        node.inputs[name][-len(last) :] = last
+    node.initializers = ()
+    node.attributes = {**(node.attributes or {}), "num_experts": E}
+    for T in (1, len(x)):
+        logits = np.full((T, E), -np.inf, np.float32)
+        logits[:, -1] = 0
+        node.inputs |= {"x": x[:T], "router_logits": logits}
+        np.testing.assert_array_equal(node.run(2)[0], expected[:T])
 
 
 def test_blocks_of_a_cache_of_more_than_4_giga_numbers() -> None:
