@@ -232,6 +232,16 @@ def test_one_expert_or_two_are_all_that_is_computed_together(isa: str, scheme: s
     check(Mixture(scheme, 2, 2, 32), random_x(T, 32), random_logits(T, 2))
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tokens_of_an_expert_are_shared_out(isa: str, scheme: str, threads: int) -> None:
+    """Enough of them, and of their features, that loops over them are cut into ranges."""
+    logits = random_logits(150, 2)
+    logits[:, 1] += 2
+    check(Mixture(scheme, 2, 1, 1024, 512, 64), random_x(150, 1024), logits, threads)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_experts_in_several_groups(isa: str, scheme: str) -> None:
     check(Mixture(scheme, 24, 12, 32), random_x(60, 32), random_logits(60, 24))
