@@ -245,3 +245,65 @@ def random_projection(scheme: str, N: int, K: int, group_size: int = 32, seed: i
 
 def random_x(M: int, K: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng([seed, M, K]).standard_normal((M, K)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of E experts of F features each, k of them for each token of H features."""
+
+    scheme: str
+    E: int = 6
+    k: int = 2
+    H: int = 64
+    F: int = 32
+    group_size: int = 32
+    norms: bool = True
+
+    @property
+    def gate_up(self) -> Projection:
+        """Those of all experts, one after another; `down` likewise."""
+        return random_projection(self.scheme, self.E * 2 * self.F, self.H, self.group_size)
+
+    @property
+    def down(self) -> Projection:
+        return random_projection(self.scheme, self.E * self.H, self.F, self.group_size, seed=7)
+
+    def node(self, x: np.ndarray, logits: np.ndarray) -> Node:
+        stored = {
+            name if part == "weight" else f"{name}_{part}": array
+            for name, projection in (("gate_up", self.gate_up), ("down", self.down))
+            for part, array in projection.initializers.items()
+        }
+        attributes = {
+            **self.down.attributes,
+            "num_experts": self.E,
+            "num_experts_per_tok": self.k,
+            "norm_topk_prob": int(self.norms),
+            "intermediate_size": self.F,
+            "out_features": self.H,
+        }
+        inputs = {"x": x, "router_logits": logits, **stored}
+        return Node(f"MoE{self.scheme.upper()}", inputs, initializers=tuple(stored), attributes=attributes)
+
+    def expert(self, e: int) -> tuple[Projection, Projection]:
+        """One expert's gate_up and down."""
+
+        def one_of(projection: Projection) -> Projection:
+            stored = {name: np.split(array, self.E)[e] for name, array in projection.initializers.items()}
+            weight = np.split(projection.weight, self.E)[e]
+            return Projection(self.scheme, weight, stored, {**projection.attributes, "out_features": len(weight)})
+
+        return one_of(self.gate_up), one_of(self.down)
+
+    def by_products(self, x: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the operators of products make of it, and the size of what is summed; experts and weights [T, k]."""
+        total, size = np.zeros((len(x), self.H)), np.zeros((len(x), self.H))
+        for e in np.unique(experts):
+            tokens, slots = np.nonzero(experts == e)
+            gate_up, down = self.expert(int(e))
+            first = gate_up.node(x[tokens])
+            first.op += "SwiGLU"
+            (z,) = down.node(first.run()[0]).run()
+            total[tokens] += weights[tokens, slots][:, None] * z
+            size[tokens] += weights[tokens, slots][:, None] * np.abs(z)
+        return total, size

@@ -8,9 +8,9 @@ import mmap
 import numpy as np
 import onnxruntime
 import pytest
-from helpers import TILE_ROWS, Node, random_projection, random_x, session
+from helpers import TILE_ROWS, Mixture, Node, random_projection, random_x, session
 from test_attention import ALL, Sequence, World
-from test_moe import Mixture, random_logits
+from test_moe import random_logits
 
 from llmrun.job_options import ISAS
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 import mmap
 
 import numpy as np
-from helpers import Node, random_projection, random_x, session
+from helpers import Mixture, Node, random_projection, random_x, session
 from test_attention import Sequence, World
-from test_moe import Mixture
 
 NO_RESERVE = 0x4000  # MAP_NORESERVE
 BEYOND = 2**32  # bytes, or numbers

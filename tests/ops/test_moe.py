@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
-from helpers import TOLERANCES, Node, Projection, random_projection, random_x, session
+from helpers import TOLERANCES, Mixture, random_x, session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,67 +17,12 @@ NORMS = pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
 MOST_PAIRS = 256  # that are computed together (custom_ops/ort/moe.cpp), unless one expert has more
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """E experts of F features each, k of them for each token of H features."""
-
-    scheme: str
-    E: int = 6
-    k: int = 2
-    H: int = 64
-    F: int = 32
-    group_size: int = 32
-    norms: bool = True
-
-    @property
-    def gate_up(self) -> Projection:
-        return random_projection(self.scheme, self.E * 2 * self.F, self.H, self.group_size)
-
-    @property
-    def down(self) -> Projection:
-        return random_projection(self.scheme, self.E * self.H, self.F, self.group_size, seed=7)
-
-    def node(self, x: np.ndarray, logits: np.ndarray) -> Node:
-        stored = {
-            name if part == "weight" else f"{name}_{part}": array
-            for name, projection in (("gate_up", self.gate_up), ("down", self.down))
-            for part, array in projection.initializers.items()
-        }
-        attributes = {
-            "num_experts": self.E,
-            "num_experts_per_tok": self.k,
-            "norm_topk_prob": int(self.norms),
-            "intermediate_size": self.F,
-            "out_features": self.H,
-        }
-        if self.scheme in QUANTIZED:
-            attributes["group_size"] = self.group_size
-        inputs = {"x": x, "router_logits": logits, **stored}
-        return Node(f"MoE{self.scheme.upper()}", inputs, initializers=tuple(stored), attributes=attributes)
-
-    def route(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return reference.route(logits, self.k, norm_topk_prob=self.norms)
-
-    def expert(self, e: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weights [2 F, H] and [H, F], as float64."""
-        return (
-            self.gate_up.weight[e * 2 * self.F : (e + 1) * 2 * self.F],
-            self.down.weight[e * self.H : (e + 1) * self.H],
-        )
-
-    def products(self, e: int) -> tuple[Projection, Projection]:
-        """One expert's matrices as the other operators take them."""
-        return one_of(self.gate_up, e, self.E), one_of(self.down, e, self.E)
-
-
-def one_of(projection: Projection, e: int, number: int) -> Projection:
-    stored = {name: np.split(array, number)[e] for name, array in projection.initializers.items()}
-    weight = np.split(projection.weight, number)[e]
-    return Projection(projection.scheme, weight, stored, {**projection.attributes, "out_features": len(weight)})
-
-
 def random_logits(T: int, E: int) -> np.ndarray:
     return random_x(T, E, 5) * 2
+
+
+def route(mixture: Mixture, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return reference.route(logits, mixture.k, norm_topk_prob=mixture.norms)
 
 
 def product_error(scheme: str, x: np.ndarray, weight: np.ndarray, group_size: int) -> np.ndarray:
@@ -92,7 +35,7 @@ def product_error(scheme: str, x: np.ndarray, weight: np.ndarray, group_size: in
 
 def expert_error(mixture: Mixture, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What expert e makes of x, and how far from it an operator may be."""
-    (gate_up, down), scheme, group_size = mixture.expert(e), mixture.scheme, mixture.group_size
+    (gate_up, down), scheme, group_size = (m.weight for m in mixture.expert(e)), mixture.scheme, mixture.group_size
     exact = reference.matmul(x, gate_up)
     (gate, up), (of_gate, of_up) = (
         np.split(values, 2, axis=1) for values in (exact, product_error(scheme, x, gate_up, group_size))
@@ -119,7 +62,7 @@ def check(mixture: Mixture, x: np.ndarray, logits: np.ndarray, threads: int = 1)
     )
     assert y.shape == exact.shape
     assert y.dtype == np.float32
-    experts, weights = mixture.route(logits)
+    experts, weights = route(mixture, logits)
     bound = np.zeros_like(exact)
     for token, slot in np.ndindex(experts.shape):
         z, error = expert_error(mixture, int(experts[token, slot]), x[token : token + 1])
@@ -134,16 +77,7 @@ def assert_as_products(mixture: Mixture, x: np.ndarray, logits: np.ndarray, y: n
 
     Nearer than `check`: what is rounded to 8 bits is the same on both sides.
     """
-    experts, weights = mixture.route(logits)
-    expected, size = np.zeros(y.shape), np.zeros(y.shape)
-    for e in np.unique(experts):
-        tokens, slots = np.nonzero(experts == e)
-        gate_up, down = mixture.products(e)
-        first = gate_up.node(x[tokens])
-        first.op += "SwiGLU"
-        (z,) = down.node(first.run()[0]).run()
-        expected[tokens] += weights[tokens, slots][:, None] * z
-        size[tokens] += weights[tokens, slots][:, None] * np.abs(z)
+    expected, size = mixture.by_products(x, *route(mixture, logits))
     assert (np.abs(y - expected) <= TOLERANCES["routing"] * size).all()
 
 
@@ -211,7 +145,7 @@ def test_of_equal_logits_the_lower_experts_are_chosen(isa: str, norms: bool) -> 
         np.float32,
     )
     mixture, x = Mixture("f32", norms=norms), random_x(len(logits), 64)
-    np.testing.assert_array_equal(mixture.route(logits)[0], [[0, 1], [1, 3], [0, 1], [0, 1], [0, 1]])
+    np.testing.assert_array_equal(route(mixture, logits)[0], [[0, 1], [1, 3], [0, 1], [0, 1], [0, 1]])
     check(mixture, x, logits)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Node, random_x, session
+from helpers import Mixture, Node, random_x, session
 from test_errors import F16, F32, U8, ZEROS, assert_fails, message
-from test_moe import Mixture, random_logits
+from test_moe import random_logits
 
 GATE_UP, DOWN = "[num_experts * 2 * intermediate_size / 16, ", "[num_experts * out_features / 16, "
 MISSING = "is missing or no integer, expected an integer"
