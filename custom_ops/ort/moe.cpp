@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <type_traits>
 
@@ -45,7 +46,7 @@ int64_t bounded_attribute(const NodeInfo& node, const char* name, int64_t least,
 }
 
 // A number whose order is that of the floats, with both zeros equal. Not for NaN.
-uint32_t rank_of(float value) {
+uint32_t sortable(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     if (bits == 0x80000000u) bits = 0;
@@ -70,7 +71,7 @@ struct Routing {
         // One number for each expert, all different: of equal logits that of the lower expert is larger.
         uint64_t order[kMostExperts], sorted[kMostExperts];
         for (int64_t e = 0; e < num_experts; e++) {
-            order[e] = uint64_t{rank_of(logits[e])} << 32 | static_cast<uint64_t>(kMostExperts - e);
+            order[e] = uint64_t{sortable(logits[e])} << 32 | static_cast<uint64_t>(kMostExperts - e);
         }
         std::copy_n(order, num_experts, sorted);
         uint64_t* const last = sorted + num_experts_per_tok - 1;
