@@ -37,7 +37,7 @@ def _limit(num_rows, row: tl.constexpr, size: tl.constexpr):
 
 
 @triton.jit
-def _unpack(words, at, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
+def unpack(words, at, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
     """Load and unpack the chunks `at` (offsets in words of each chunk's first); mask None: all."""
     other = None if mask is None else 0
     if STORAGE == "q6":
@@ -52,7 +52,7 @@ def _unpack(words, at, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
 
 
 @triton.jit
-def _partial(values, x, chunk, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
+def partial(values, x, chunk, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
     """Return sums over the input features of each chunk: [chunks, 16], of levels times x."""
     FEATURES: tl.constexpr = features_per_chunk(STORAGE)
     quads = x.to(tl.pointer_type(tl.int64)) + chunk * (FEATURES // 4)
@@ -98,15 +98,15 @@ def matmul_rows(
     for start in tl.range(0, COUNT, CHUNKS, loop_unroll_factor=2):
         chunk = start + tl.arange(0, CHUNKS)[:, None]
         inside = (chunk < COUNT) if COUNT % CHUNKS else None
-        values = _unpack(words, chunk * WORDS + row, inside, STORAGE, BACKEND)
+        values = unpack(words, chunk * WORDS + row, inside, STORAGE, BACKEND)
         zero = 0.0 if COUNT % CHUNKS else None
         scale = tl.load(scales + chunk * FEATURES // GROUP * 16 + row, mask=inside, other=zero).to(tl.float32)
-        sum0 += _partial(values, x, chunk, inside, STORAGE, BACKEND) * scale
+        sum0 += partial(values, x, chunk, inside, STORAGE, BACKEND) * scale
         if ROWS > 1:
-            sum1 += _partial(values, x + K, chunk, chunk < _limit(num_rows, 1, COUNT), STORAGE, BACKEND) * scale
+            sum1 += partial(values, x + K, chunk, chunk < _limit(num_rows, 1, COUNT), STORAGE, BACKEND) * scale
         if ROWS > 2:
-            sum2 += _partial(values, x + 2 * K, chunk, chunk < _limit(num_rows, 2, COUNT), STORAGE, BACKEND) * scale
-            sum3 += _partial(values, x + 3 * K, chunk, chunk < _limit(num_rows, 3, COUNT), STORAGE, BACKEND) * scale
+            sum2 += partial(values, x + 2 * K, chunk, chunk < _limit(num_rows, 2, COUNT), STORAGE, BACKEND) * scale
+            sum3 += partial(values, x + 3 * K, chunk, chunk < _limit(num_rows, 3, COUNT), STORAGE, BACKEND) * scale
     release()
     feature = tile * 16 + tl.arange(0, 16)
     tl.store(y + feature, saturate(tl.sum(sum0, 0), y), mask=feature < N)
@@ -154,7 +154,7 @@ def _stack(a, b, c, d):
 
 
 @triton.jit
-def _block(words, scales, num_rows, start, feature, STORAGE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+def weight_block(words, scales, num_rows, start, feature, STORAGE: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
            GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPREAD: tl.constexpr,
            BACKEND: tl.constexpr):  # fmt: skip
     """Weights of input features [start, start + BLOCK_K) and output features [1, BLOCK_N] as float16 [BLOCK_K, BLOCK_N].
@@ -186,7 +186,7 @@ def _block(words, scales, num_rows, start, feature, STORAGE: tl.constexpr, K: tl
         else:
             halves = halves.permute((0, 4, 2, 3, 1))
         return halves.reshape((BLOCK_K, BLOCK_N))
-    values = _unpack(words, at, inside, STORAGE, BACKEND)
+    values = unpack(words, at, inside, STORAGE, BACKEND)
     scale = scale.to(tl.float32)
     m = scale * factor(STORAGE, BACKEND)
     o = scale * offset(STORAGE, BACKEND)
@@ -243,7 +243,9 @@ def matmul_blocks(
     k = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        w = _block(words, scales, num_rows, start, feature, STORAGE, K, N, GROUP, BLOCK_N, BLOCK_K, SPREAD, BACKEND)
+        w = weight_block(
+            words, scales, num_rows, start, feature, STORAGE, K, N, GROUP, BLOCK_N, BLOCK_K, SPREAD, BACKEND
+        )
         there = (token < num_rows) if K % BLOCK_K == 0 else (token < num_rows) & (start + k < K)
         tokens = tl.load(x + token.to(tl.int64) * K + (start + k), mask=there, other=0.0)
         total = tl.dot(tokens, w, total)

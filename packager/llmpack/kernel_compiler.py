@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpack.kernel_file import Kernel, Parameter
-from llmpack.kernel_plan import BACKEND, KernelSpec
+from llmpack.kernel_spec import BACKEND, KernelSpec
 
 POINTER_DIVISOR = 16  # bytes; weights start at 64, device allocations at 256
 # PTX that a driver of CUDA 12.0, the oldest that the launcher takes, compiles; chips that are newer than it need newer PTX.

@@ -14,7 +14,7 @@ from llmrun.artifact import IntegrityError
 MAGIC, VERSION = b"LLMPKGPU", 1
 CODE_KINDS = {"cubin": 1, "ptx": 2, "hsaco": 3}
 # What a grid is made of; the launcher knows these numbers of the step (FORMAT.md 8.4).
-DIMENSIONS = {"one": 0, "rows": 1, "sequences": 2, "splits": 3}
+DIMENSIONS = {"one": 0, "rows": 1, "sequences": 2, "splits": 3, "experts": 4}
 COOPERATIVE, WAITS = 1, 2  # flags of a kernel record
 CODE_ALIGNMENT = 64
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from llmpack import moe_plan
 from llmpack.kernel_file import GridAxis
+from llmpack.kernel_spec import BACKEND, FEATURES_PER_CHUNK, ONE, ROW, KernelSpec, clamp, power_of_two
 from llmpack.weights import RankWeight, heads_per_rank
 from llmrun.artifact import IncompatibleError, ModelConfig
 
@@ -28,51 +29,6 @@ TOP_K = 64  # likeliest tokens that a step gives beside the logits
 TOP_K_CHUNK = 2048  # columns that one program chooses them from, at most
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
-FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
-# Stands for the target's own number among compile-time constants (llmpack_kernels.decode).
-BACKEND = "BACKEND"
-
-_ONE, _ROW = GridAxis(), GridAxis("rows")
-Grid = tuple[GridAxis, GridAxis, GridAxis]
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """A function to compile.
-
-    `constants` are what the launcher chooses by; `constexprs` what the function is compiled with; `types` are the parameters of
-    the function that stay, in order. `threads` are those of one program.
-    """
-
-    op: str
-    constants: dict[str, int]
-    function: str  # "module.name" in llmpack_kernels
-    constexprs: dict[str, int | str]
-    types: dict[str, str]
-    grid: Grid
-    threads: int
-    stages: int = 2
-    # Constexprs, "stages" and "buffer_ops" (AMD's, default 1) that differ on chips whose name starts like this.
-    chips: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    # Chips whose name starts like this have a function of their own, which takes the same parameters: its specification.
-    # None: nothing; the kernel for more rows serves them.
-    instead: dict[str, KernelSpec | None] = dataclasses.field(default_factory=dict)
-
-    def of(self, chip: str) -> KernelSpec | None:
-        """Return what a chip has of this operation."""
-        return next((own for prefix, own in self.instead.items() if chip.startswith(prefix)), self)
-
-    def on(self, chip: str) -> dict[str, int]:
-        """Return what differs on a chip."""
-        return {name: v for prefix, own in self.chips.items() if chip.startswith(prefix) for name, v in own.items()}
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
-
-
-def _clamp(number: int, low: int, high: int) -> int:
-    return max(low, min(number, high))
 
 
 def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, block_size: int) -> list[KernelSpec]:
@@ -92,7 +48,10 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
     table = next(w for w in weights if w.row.role == "embedding")
     specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
     specs += norms(config.hidden_size, has_post_norms=config.has_post_norms)
-    specs.append(gated(ACTIVATIONS[config.activation], config.intermediate_size // shards))
+    if not all(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
+        specs.append(gated(ACTIVATIONS[config.activation], config.intermediate_size // shards))
+    if config.num_experts:
+        specs += _experts(config, weights, shards)
     if config.has_qk_norm:
         specs.append(qk_norm(*heads_per_rank(config, shards), config.head_dim))
     specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
@@ -102,11 +61,20 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
     return specs
 
 
+def _experts(config: ModelConfig, weights: list[RankWeight], shards: int) -> Iterator[KernelSpec]:
+    storage, group_size = next((w.storage, w.group_size or 0) for w in weights if w.row.role == "experts")
+    shape = moe_plan.Experts(
+        config.hidden_size, config.moe_intermediate_size // shards, config.num_experts, config.num_experts_per_tok
+    )
+    yield from moe_plan.routing(shape, is_normed=config.norm_topk_prob)
+    yield from moe_plan.products(shape, storage, group_size)
+
+
 def _products(weights: list[RankWeight]) -> Iterator[KernelSpec]:
     matrices = {
-        (w.storage, w.num_rows, w.num_columns, w.group_size or 0, 32 if w.row.role == "head" else 16)
+        (w.storage, w.num_rows, w.num_columns, w.group_size or 0, 16 if w.row.role == "linear" else 32)
         for w in weights
-        if w.row.role in ("linear", "head")
+        if w.row.role in ("linear", "head", "router")
     }
     for storage, out_features, in_features, group_size, y_bits in sorted(matrices):
         for max_rows in ROWS_OF_Q4 if storage == "q4" else ROWS:
@@ -127,10 +95,10 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
     if 0 < max_rows <= 4:
         # 16 bytes a thread: four words, or eight float16, of the 16 rows of a tile.
         chunks, share = (128, 8) if is_f16 else (64, 4)
-        chunks = min(chunks, _power_of_two(k // FEATURES_PER_CHUNK.get(storage, 1)))
+        chunks = min(chunks, power_of_two(k // FEATURES_PER_CHUNK.get(storage, 1)))
         constexprs |= {"ROWS": max_rows, "CHUNKS": chunks}
-        grid = (GridAxis(factor=-(-n // 16)), _ONE, _ONE)
-        threads = _clamp(chunks * 16 // share, 32, 256)
+        grid = (GridAxis(factor=-(-n // 16)), ONE, ONE)
+        threads = clamp(chunks * 16 // share, 32, 256)
         spec = KernelSpec(f"matmul_{storage}", constants, f"matmul.{name}_rows", constexprs, types, grid, threads)
         if storage == "q4":
             spec.instead["sm_"] = None
@@ -140,8 +108,8 @@ def product(storage: str, n: int, k: int, group_size: int, y_bits: int, max_rows
         64: (64, 64, 64, 128, 3),
         0: (128, 128, 64, 256, 3),
     }[16 if max_rows == 8 else max_rows]
-    constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, _power_of_two(k)))}
-    grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)
+    constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, power_of_two(k)))}
+    grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), ONE)
     # With 128 input features at a time sm_120 needs a stack for q6.
     chips = {"sm_120": {"BLOCK_K": min(64, int(constexprs["BLOCK_K"]))}} if (storage, max_rows) == ("q6", 16) else {}
     function = f"matmul.{name}_blocks"
@@ -165,7 +133,7 @@ def _for_few(spec: KernelSpec, n: int, k: int, group_size: int) -> KernelSpec:
     depth = min(depth, -(-units * 32 // threads))
     constexprs: dict[str, int | str] = {"K": k, "N": n, "GROUP": group_size, "TOKENS": max_rows}
     constexprs |= {"TILES": tiles, "DEPTH": depth}
-    grid = (GridAxis(factor=-(-tiles_in_all // tiles)), _ONE, _ONE)
+    grid = (GridAxis(factor=-(-tiles_in_all // tiles)), ONE, ONE)
     own = {"function": "few.matmul_q4", "constexprs": constexprs, "grid": grid, "threads": threads}
     return dataclasses.replace(spec, **own, chips={}, instead={})
 
@@ -175,7 +143,7 @@ def _on_hopper(spec: KernelSpec, n: int) -> KernelSpec:
     block_m, block_n, threads, stages = HOPPER_WIDE if n >= HOPPER_WIDE_FROM else HOPPER
     constexprs = {name: v for name, v in spec.constexprs.items() if name not in ("STORAGE", "BACKEND")}
     constexprs |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "STAGES": stages}
-    grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), _ONE)
+    grid = (GridAxis("rows", block_m), GridAxis(factor=-(-n // block_n)), ONE)
     own = {"function": "hopper.matmul_q4", "constexprs": constexprs, "grid": grid, "threads": threads}
     return dataclasses.replace(spec, **own, chips={}, instead={})
 
@@ -184,14 +152,14 @@ def embedding(storage: str, hidden: int, group_size: int) -> KernelSpec:
     """Plan rows of the embedding."""
     if storage == "f16":
         types = {"ids": "*i32", "weight": "*fp16", "y": "*fp32"}
-        constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
+        constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": power_of_two(hidden)}
         function, constants = "elementwise.embed_f16", {"in_features": hidden}
     else:
         types = {"ids": "*i32", "weight": "*u8", "scales": "*fp16", "y": "*fp32"}
-        chunks = _power_of_two(hidden // FEATURES_PER_CHUNK[storage])
+        chunks = power_of_two(hidden // FEATURES_PER_CHUNK[storage])
         constexprs = {"STORAGE": storage, "H": hidden, "GROUP": group_size, "CHUNKS": chunks}
         function, constants = "elementwise.embed_tiles", {"in_features": hidden, "group_size": group_size}
-    return KernelSpec(f"embed_{storage}", constants, function, constexprs, types, (_ROW, _ONE, _ONE), 128)
+    return KernelSpec(f"embed_{storage}", constants, function, constexprs, types, (ROW, ONE, ONE), 128)
 
 
 def _adding_norm(*, has_post_norms: bool) -> tuple[str, dict[str, str]]:
@@ -203,9 +171,9 @@ def _adding_norm(*, has_post_norms: bool) -> tuple[str, dict[str, str]]:
 
 def norms(hidden: int, *, has_post_norms: bool) -> Iterator[KernelSpec]:
     """Plan norms of hidden_size: of the embedding's rows, and of every sum after that."""
-    constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden)}
-    threads = _clamp(_power_of_two(hidden) // 16, 64, 512)
-    grid, constants = (_ROW, _ONE, _ONE), {"in_features": hidden}
+    constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": power_of_two(hidden)}
+    threads = clamp(power_of_two(hidden) // 16, 64, 512)
+    grid, constants = (ROW, ONE, ONE), {"in_features": hidden}
     types = {"x": "*fp32", "weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
     yield KernelSpec("rms_norm", constants, "elementwise.rms_norm", constexprs, types, grid, threads)
     name, types = _adding_norm(has_post_norms=has_post_norms)
@@ -215,7 +183,7 @@ def norms(hidden: int, *, has_post_norms: bool) -> Iterator[KernelSpec]:
 
 def gated(op: str, intermediate: int) -> KernelSpec:
     """Plan swiglu or geglu of intermediate_size per rank."""
-    grid = (GridAxis(factor=-(-intermediate // 1024)), _ROW, _ONE)
+    grid = (GridAxis(factor=-(-intermediate // 1024)), ROW, ONE)
     constants, types = {"in_features": intermediate}, {"gate_up": "*fp16", "y": "*fp16"}
     return KernelSpec(op, constants, f"elementwise.{op}", {"F": intermediate, "BLOCK": 1024}, types, grid, 128)
 
@@ -223,19 +191,19 @@ def gated(op: str, intermediate: int) -> KernelSpec:
 def qk_norm(heads: int, kv_heads: int, d: int) -> KernelSpec:
     """Plan the norms of heads per rank and head_dim d."""
     constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
-    constexprs: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK": _power_of_two(d)}
+    constexprs: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK": power_of_two(d)}
     types = {"qkv": "*fp16", "q_weight": "*fp32", "k_weight": "*fp32", "y": "*fp16", "epsilon": "fp32"}
-    grid = (_ROW, GridAxis(factor=heads + 2 * kv_heads), _ONE)
+    grid = (ROW, GridAxis(factor=heads + 2 * kv_heads), ONE)
     return KernelSpec("qk_norm", constants, "elementwise.qk_norm", constexprs, types, grid, 32)
 
 
 def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[KernelSpec]:
     """Plan cache writes and attention of heads per rank and head_dim d."""
-    half, width = max(16, _power_of_two(d // 2)), max(16, _power_of_two(d))
+    half, width = max(16, power_of_two(d // 2)), max(16, power_of_two(d))
     shape: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "HALF": half}
     constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
     types = {"qkv": "*fp16", "cos_sin": "*fp32", "key_cache": "*fp16", "value_cache": "*fp16", "slot_mapping": "*i32"}
-    grid = (_ROW, GridAxis(factor=kv_heads), _ONE)
+    grid = (ROW, GridAxis(factor=kv_heads), ONE)
     yield KernelSpec("cache_write", constants, "attention.cache_write", shape, types, grid, 32)
 
     sequences = {"query_start": "*i32", "seq_lens": "*i32", "block_table": "*i32", "table_stride": "i32"}
@@ -252,7 +220,7 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
         "attention.attention",
         {**constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n},
         {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32", "window": "i32"},
-        (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), _ONE),
+        (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), ONE),
         128 if width <= 128 else 256,  # else they spill on NVIDIA's chips and on RDNA 4
         stages=3,
         chips=narrow,
@@ -261,7 +229,7 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
         "attention_split",
         constants,
         "attention.attention_split",
-        {**constexprs, "GROUP": max(16, _power_of_two(heads // kv_heads)), "BLOCK_N": block_n},
+        {**constexprs, "GROUP": max(16, power_of_two(heads // kv_heads)), "BLOCK_N": block_n},
         {"partial": "*fp32", **types, "num_splits": "i32", "scale": "fp32", "window": "i32"},
         (GridAxis("sequences"), GridAxis(factor=kv_heads), GridAxis("splits")),
         128,
@@ -274,38 +242,38 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
         "attention.attention_combine",
         {"HEADS": heads, "D": d, "WIDTH": width},
         {"out": "*fp16", "partial": "*fp32", "num_splits": "i32"},
-        (_ROW, GridAxis(factor=heads), _ONE),
-        _clamp(width, 32, 128),
+        (ROW, GridAxis(factor=heads), ONE),
+        clamp(width, 32, 128),
     )
 
 
 def sampling(columns: int) -> Iterator[KernelSpec]:
     """Plan the choice of the likeliest tokens of one rank's columns of the logits."""
-    chunk = min(TOP_K_CHUNK, max(TOP_K, _power_of_two(columns)))
+    chunk = min(TOP_K_CHUNK, max(TOP_K, power_of_two(columns)))
     parts = -(-columns // chunk)
     constants = {"in_features": columns, "k": TOP_K, "chunk": chunk}
     types = {"logits": "*fp32", "keys": "*i64", "sums": "*fp32", "first_id": "i32", "num_columns": "i32"}
     constexprs: dict[str, int | str] = {"C": columns, "K": TOP_K, "CHUNK": chunk}
-    grid = (GridAxis(factor=parts), _ROW, _ONE)
+    grid = (GridAxis(factor=parts), ROW, ONE)
     yield KernelSpec("top_k_first", constants, "sampling.top_k_first", constexprs, types, grid, 256)
     types = {"keys": "*i64", "sums": "*fp32", "top": "*i64"}
-    block = _power_of_two(parts * TOP_K)
-    constexprs = {"PARTS": parts, "PARTS_BLOCK": _power_of_two(parts), "BLOCK": block, "K": TOP_K}
+    block = power_of_two(parts * TOP_K)
+    constexprs = {"PARTS": parts, "PARTS_BLOCK": power_of_two(parts), "BLOCK": block, "K": TOP_K}
     # More than 16 candidates of a thread spill on CDNA.
-    threads = _clamp(block // 4, 32, _clamp(block // 16, 256, 1024))
-    yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (_ROW, _ONE, _ONE), threads)
+    threads = clamp(block // 4, 32, clamp(block // 16, 256, 1024))
+    yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (ROW, ONE, ONE), threads)
 
 
 def collectives(hidden: int, shards: int, *, has_post_norms: bool) -> Iterator[KernelSpec]:
     """Plan the one-shot collectives."""
     constants = {"in_features": hidden, "ranks": shards, "max_rows": ONE_SHOT_ROWS}
     meeting = {"buffers": "*i64", "flags": "*i64", "epochs": "*i32", "rank": "i32"}
-    constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": _power_of_two(hidden), "RANKS": shards}
+    constexprs: dict[str, int | str] = {"H": hidden, "BLOCK": power_of_two(hidden), "RANKS": shards}
     constexprs |= {"MAX_ROWS": ONE_SHOT_ROWS, "DRAIN": 0}
     # Addresses come from memory: where the compiler would make buffers of them, it would loop over the lanes.
     chips = {"gfx": {"buffer_ops": 0}, "gfx9": {"DRAIN": 1}}
-    threads = _clamp(_power_of_two(hidden) // 8, 64, 1024)
-    grid = (_ROW, _ONE, _ONE)
+    threads = clamp(power_of_two(hidden) // 8, 64, 1024)
+    grid = (ROW, ONE, ONE)
     norm, types = _adding_norm(has_post_norms=has_post_norms)
     name, types = f"all_reduce_{norm}", {**types, **meeting, "epsilon": "fp32"}
     yield KernelSpec(name, constants, f"collectives.{name}", constexprs, types, grid, threads, chips=chips)

@@ -26,7 +26,7 @@ from pathlib import Path
 from llmpack import kernel_file
 from llmpack.kernel_compiler import compile_kernel, prepare_worker, triton_version
 from llmpack.kernel_file import Kernel, KernelFile
-from llmpack.kernel_plan import KernelSpec
+from llmpack.kernel_spec import KernelSpec
 from llmrun.artifact import (
     CUDA_TARGETS,
     PTX_TARGET,

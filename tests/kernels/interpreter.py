@@ -8,18 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmpack.kernel_plan import BACKEND, KernelSpec
+from llmpack.kernel_spec import BACKEND, KernelSpec
 
 BACKENDS = {"cuda": 1, "hip": 2}  # llmpack_kernels.decode
 
 
-def launch(spec: KernelSpec, backend: str = "cuda", *, sequences: int = 0, splits: int = 0, **arguments: Any) -> None:
+def launch(
+    spec: KernelSpec,
+    backend: str = "cuda",
+    *,
+    sequences: int = 0,
+    splits: int = 0,
+    num_experts: int = 0,
+    **arguments: Any,
+) -> None:
     """Run a kernel on numpy arrays, which it changes in place. The first array's first axis is the rows."""
     module, _, name = spec.function.partition(".")
     function = getattr(importlib.import_module(f"llmpack_kernels.{module}"), name)
     assert set(arguments) == set(spec.types), "arguments are those of the plan"
     rows = len(next(value for n in spec.types if isinstance(value := arguments[n], np.ndarray)))
-    sizes = {"one": 1, "rows": rows, "sequences": sequences, "splits": splits, None: 0}
+    sizes = {"one": 1, "rows": rows, "sequences": sequences, "splits": splits, "experts": num_experts, None: 0}
     grid = tuple(-(-sizes[a.dimension] // a.divisor) * a.factor + sizes[a.plus] for a in spec.grid)
     other = spec.on({"cuda": "sm_80", "hip": "gfx1100"}[backend])
     values = {n: BACKENDS[backend] if v == BACKEND else other.get(n, v) for n, v in spec.constexprs.items()}

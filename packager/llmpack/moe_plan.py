@@ -1,0 +1,134 @@
+"""Which GPU kernels a mixture of experts needs (FORMAT.md 5.16, 8.4): its routing, and the products of its experts.
+
+In: the shape of one rank's experts and how they are stored. Out: `KernelSpec`s, as `kernel_plan.py`. It compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmpack.kernel_file import GridAxis
+from llmpack.kernel_spec import BACKEND, FEATURES_PER_CHUNK, ONE, ROW, KernelSpec, clamp, power_of_two
+
+MOST_ROWS = 16  # of the kernels that multiply where they unpack
+# Of the kernels on the matrix units, by pairs of a token and an expert for each expert, at most (0: any number): pairs of a
+# program; output features, input features, threads and stages of gate and up, and of down.
+BLOCKS = {
+    8: (16, (32, 128, 128, 3), (32, 128, 128, 4)),
+    64: (64, (64, 64, 256, 3), (64, 64, 128, 3)),
+    0: (128, (64, 64, 256, 3), (128, 64, 256, 3)),
+}
+SORT_BLOCK, COMBINE_BLOCK = 1024, 1024
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer on one rank: hidden_size, intermediate_size, how many there are, and how many a token gets."""
+
+    hidden: int
+    intermediate: int
+    number: int
+    chosen: int
+
+    @property
+    def few_rows(self) -> int:
+        """Up to how many tokens a pair reads its expert's weights alone: with more, most experts would be read again."""
+        return clamp(self.number // self.chosen, 1, MOST_ROWS)
+
+
+def routing(shape: Experts, *, is_normed: bool) -> Iterator[KernelSpec]:
+    """Plan the choice of experts, and for many tokens the order of pairs and the sum of each token's."""
+    number, chosen, hidden = shape.number, shape.chosen, shape.hidden
+    block = max(32, power_of_two(number))
+    constants = {"num_experts": number, "num_experts_per_tok": chosen, "norm_topk_prob": int(is_normed)}
+    constexprs: dict[str, int | str] = {"E": number, "CHOSEN": chosen, "IS_NORMED": int(is_normed)}
+    constexprs |= {"BLOCK": block, "TOP": power_of_two(chosen)}
+    types = {"logits": "*fp32", "experts": "*i32", "routing": "*fp32"}
+    threads = clamp(block // 4, 32, 256)
+    yield KernelSpec("moe_route", constants, "moe.route", constexprs, types, (ROW, ONE, ONE), threads)
+    types = {"experts": "*i32", "pairs": "*i32", "blocks": "*i32", "num_pairs": "i32"}
+    grid = (GridAxis(factor=number), ONE, ONE)
+    for most, (block_m, _, _) in BLOCKS.items():
+        constants = {"num_experts": number, "max_rows": most * number}
+        constexprs = {"E": number, "BLOCK_M": block_m, "BLOCK": SORT_BLOCK}
+        yield KernelSpec("moe_sort", constants, "moe.sort", constexprs, types, grid, 256)
+    constants = {"in_features": hidden, "num_experts_per_tok": chosen}
+    constexprs = {"H": hidden, "CHOSEN": chosen, "BLOCK": COMBINE_BLOCK}
+    grid = (GridAxis(factor=-(-hidden // COMBINE_BLOCK)), ROW, ONE)
+    yield KernelSpec("moe_combine", constants, "moe.combine", constexprs, {"z": "*fp16", "y": "*fp16"}, grid, 128)
+
+
+def products(shape: Experts, storage: str, group_size: int) -> Iterator[KernelSpec]:
+    """Plan gate_up and down of experts stored as "f16", "q8" or "q4"; group_size 0: none."""
+    hidden, intermediate, chosen = shape.hidden, shape.intermediate, shape.chosen
+    constants = {"in_features": hidden, "intermediate_size": intermediate, "num_experts_per_tok": chosen}
+    constexprs: dict[str, int | str] = {"STORAGE": storage, "H": hidden, "F": intermediate, "GROUP": group_size}
+    constexprs |= {"CHOSEN": chosen, "BACKEND": BACKEND}
+    stored = {"weight": "*fp16"}
+    if storage == "f16":
+        constexprs["scales"] = 0  # a parameter of the function that is none of the kernel
+    else:
+        constants["group_size"] = group_size
+        stored = {"weight": "*u8", "scales": "*fp16"}
+    yield from _for_few(shape, storage, constants, constexprs, stored)
+
+    sorted_pairs = {"pairs": "*i32", "blocks": "*i32"}
+    gate_up_types = {**sorted_pairs, "x": "*fp16", **stored, "h": "*fp16"}
+    down_types = {**sorted_pairs, "routing": "*fp32", "h": "*fp16", **stored, "z": "*fp16"}
+    for most, (block_m, of_gate_up, of_down) in BLOCKS.items():
+        for part, tiling, types, n, k in (
+            ("gate_up", of_gate_up, gate_up_types, intermediate, hidden),
+            ("down", of_down, down_types, hidden, intermediate),
+        ):
+            block_n, block_k, threads, stages = tiling
+            own = {name: v for name, v in constexprs.items() if part == "gate_up" or name != "CHOSEN"}
+            own |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, power_of_two(k)))}
+            grid = (GridAxis("rows", block_m, plus="experts"), GridAxis(factor=-(-n // block_n)), ONE)
+            yield KernelSpec(
+                f"moe_grouped_{part}_{storage}",
+                {**constants, "max_rows": most * shape.number},
+                f"moe.{part}_blocks",
+                own,
+                types,
+                grid,
+                threads,
+                stages,
+            )
+
+
+def _for_few(
+    shape: Experts,
+    storage: str,
+    constants: dict[str, int],
+    constexprs: dict[str, int | str],
+    stored: dict[str, str],
+) -> Iterator[KernelSpec]:
+    """Plan a program for each pair, or each token, and 16 output features: 16 bytes of weights a thread."""
+    features, rows_a_thread = FEATURES_PER_CHUNK.get(storage, 1), 8 if storage == "f16" else 4
+    constants = {**constants, "max_rows": shape.few_rows}
+    chunks = min(256 * rows_a_thread // 16, power_of_two(shape.hidden // features))
+    gate_up = KernelSpec(
+        f"moe_gate_up_{storage}",
+        constants,
+        "moe.gate_up_rows",
+        {**constexprs, "CHUNKS": chunks},
+        {"x": "*fp16", **stored, "experts": "*i32", "h": "*fp16"},
+        (GridAxis("rows", factor=shape.chosen), GridAxis(factor=shape.intermediate // 16), ONE),
+        clamp(chunks * 16 // rows_a_thread, 32, 256),
+    )
+    yield gate_up
+    slots = min(8, power_of_two(shape.chosen))
+    # Few programs have more threads each, for as many bytes on their way.
+    most_threads = 512 if shape.hidden <= 2048 else 256
+    chunks = min(max(1, most_threads * rows_a_thread // 16 // slots), power_of_two(shape.intermediate // features))
+    yield dataclasses.replace(
+        gate_up,
+        op=f"moe_down_{storage}",
+        function="moe.down_rows",
+        constexprs={**constexprs, "SLOTS": slots, "CHUNKS": chunks},
+        types={"h": "*fp16", **stored, "experts": "*i32", "routing": "*fp32", "y": "*fp16"},
+        grid=(ROW, GridAxis(factor=shape.hidden // 16), ONE),
+        threads=clamp(slots * chunks * 16 // rows_a_thread, 32, most_threads),
+    )
