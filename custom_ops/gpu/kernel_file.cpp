@@ -13,7 +13,7 @@ namespace llmpack::gpu {
 namespace {
 
 constexpr size_t kHeaderBytes = 64, kKernelBytes = 224, kConstantBytes = 32, kParameterBytes = 48;
-constexpr uint32_t kVersion = 1, kDimensions = 4, kCooperative = 1, kWaits = 2;
+constexpr uint32_t kVersion = 1, kDimensions = 5, kCooperative = 1, kWaits = 2;
 
 class Reader {
   public:

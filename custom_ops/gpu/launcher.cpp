@@ -215,7 +215,7 @@ void Operation::launch(const Step& step, std::initializer_list<Value> values, St
         }
         parameters[i] = const_cast<uint64_t*>(&bits);
     }
-    const int64_t dimensions[] = {1, step.rows, step.sequences, step.splits};
+    const int64_t dimensions[] = {1, step.rows, step.sequences, step.splits, step.experts};
     unsigned grid[3];
     for (int axis = 0; axis < 3; axis++) {
         const GridAxis& a = record.grid[axis];

@@ -30,7 +30,7 @@ struct Settings {
 
 // What a grid is made of (FORMAT.md 8.4).
 struct Step {
-    int64_t rows = 1, sequences = 1, splits = 1;
+    int64_t rows = 1, sequences = 1, splits = 1, experts = 1;
 };
 
 // An argument of a kernel, as a name and a kind; its value is given at each launch, in the same order.

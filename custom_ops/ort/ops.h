@@ -21,6 +21,7 @@ std::vector<const OrtCustomOp*> gpu_elementwise_ops();  // RMSNormF16, ..AddRMSN
 std::vector<const OrtCustomOp*> gpu_attention_ops();    // PagedAttention
 std::vector<const OrtCustomOp*> gpu_collective_ops();   // AllReduce, AllReduce..AddRMSNorm
 std::vector<const OrtCustomOp*> gpu_top_k_ops();        // TopK
+std::vector<const OrtCustomOp*> gpu_moe_ops();          // MoEF16, MoEQ8, MoEQ4
 
 }  // namespace llmpack::ort
 

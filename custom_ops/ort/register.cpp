@@ -12,9 +12,9 @@ OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions* options) {
     static OrtStatus* (*const make)(const OrtApi&) = [](const OrtApi& api) -> OrtStatus* {
         OrtCustomOpDomain* made = nullptr;
         if (OrtStatus* status = CreateCustomOpDomain(api, "ai.llmpack", &made)) return status;
-        for (const auto& ops :
-             {matmul_ops(), moe_ops(), elementwise_ops(), attention_ops(), collective_ops(), gpu_matmul_ops(),
-              gpu_elementwise_ops(), gpu_attention_ops(), gpu_collective_ops(), gpu_top_k_ops()}) {
+        for (const auto& ops : {matmul_ops(), moe_ops(), elementwise_ops(), attention_ops(), collective_ops(),
+                                gpu_matmul_ops(), gpu_elementwise_ops(), gpu_attention_ops(),
+                                gpu_collective_ops(), gpu_top_k_ops(), gpu_moe_ops()}) {
             for (const OrtCustomOp* op : ops) {
                 if (OrtStatus* status = CustomOpDomain_Add(api, made, op)) return status;
             }

@@ -1,7 +1,7 @@
 """One rank's graph for the CPU -> the same rank's graph for a GPU (FORMAT 5.9): the same weights, other activations.
 
 In: what `split.py` made. Out: a graph whose operators are the launcher's, with every number that chooses a kernel as an
-attribute; float16 between the operators, float32 in the residual stream and the logits; AllReduce, and a norm of what is
+attribute; float16 between the operators, float32 in the residual stream and all logits; AllReduce, and a norm of what is
 added to the residual stream, joined with the norm behind them; each rank's own columns of the logits, which nobody gathers on
 the device, and the likeliest tokens of them. Initializers stay as they are: both graphs map one weights.bin. Requires: no
 weight is float32 but norms and biases. It knows no kernel and no chip.
@@ -20,6 +20,7 @@ from llmpack.kernel_plan import TOP_K
 from llmrun.artifact import OPS_DOMAIN, KvCacheSpec
 
 _MATMULS = ("MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4")
+_MOES = ("MoEF16", "MoEQ8", "MoEQ4")
 _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
@@ -52,6 +53,7 @@ class _Rewrite:
         self.types: dict[str, int] = {}
         # One rank's head makes the logits; the columns of several are gathered behind it.
         self.head = next((n.input[0] for n in graph.node if n.op_type == "AllGather"), "logits")
+        self.router_logits = {node.input[1] for node in graph.node if node.op_type in _MOES}
         self.vocab_size, self.columns = self.shapes["logits"][-1], self.shapes[self.head][-1]
         self.first_id = rank * self.columns
         sums = {node.input[0]: node for node in graph.node if node.op_type == "AddRMSNorm"}
@@ -104,11 +106,15 @@ class _Rewrite:
             return [self._norm(new, width)]
         if op in _MATMULS:
             is_head = node.output[0] == self.head
-            new.op_type = op + ("F32" if is_head else "")
+            is_float = is_head or node.output[0] in self.router_logits
+            new.op_type = op + ("F32" if is_float else "")
             if is_head:
                 new.output[0] = "logits"
             _set(new, in_features=width)
-            self.types[new.output[0]] = _FLOAT if is_head else _HALF
+            self.types[new.output[0]] = _FLOAT if is_float else _HALF
+        elif op in _MOES:
+            _set(new, in_features=width)
+            self.types[new.output[0]] = _HALF
         elif op in ("SwiGLU", "GeGLU"):
             _set(new, in_features=width // 2)
             self.types[new.output[0]] = _HALF

@@ -14,11 +14,12 @@ from llmpack.kernel_spec import BACKEND, FEATURES_PER_CHUNK, ONE, ROW, KernelSpe
 
 MOST_ROWS = 16  # of the kernels that multiply where they unpack
 # Of the kernels on the matrix units, by pairs of a token and an expert for each expert, at most (0: any number): pairs of a
-# program; output features, input features, threads and stages of gate and up, and of down.
+# program; output features, input features, threads and stages of gate and up, and of down; input features of both on RDNA 3,
+# whose matrix operands take twice the registers.
 BLOCKS = {
-    8: (16, (32, 128, 128, 3), (32, 128, 128, 4)),
-    64: (64, (64, 64, 256, 3), (64, 64, 128, 3)),
-    0: (128, (64, 64, 256, 3), (128, 64, 256, 3)),
+    8: (16, (32, 128, 128, 3), (32, 128, 128, 4), 64),
+    64: (64, (64, 64, 256, 3), (64, 64, 128, 3), 64),
+    0: (128, (64, 64, 256, 3), (128, 64, 256, 3), 32),
 }
 SORT_BLOCK, COMBINE_BLOCK = 1024, 1024
 
@@ -50,8 +51,8 @@ def routing(shape: Experts, *, is_normed: bool) -> Iterator[KernelSpec]:
     yield KernelSpec("moe_route", constants, "moe.route", constexprs, types, (ROW, ONE, ONE), threads)
     types = {"experts": "*i32", "pairs": "*i32", "blocks": "*i32", "num_pairs": "i32"}
     grid = (GridAxis(factor=number), ONE, ONE)
-    for most, (block_m, _, _) in BLOCKS.items():
-        constants = {"num_experts": number, "max_rows": most * number}
+    for most, (block_m, *_) in BLOCKS.items():
+        constants = {"num_experts": number, "max_rows": most * number, "block": block_m}
         constexprs = {"E": number, "BLOCK_M": block_m, "BLOCK": SORT_BLOCK}
         yield KernelSpec("moe_sort", constants, "moe.sort", constexprs, types, grid, 256)
     constants = {"in_features": hidden, "num_experts_per_tok": chosen}
@@ -77,7 +78,7 @@ def products(shape: Experts, storage: str, group_size: int) -> Iterator[KernelSp
     sorted_pairs = {"pairs": "*i32", "blocks": "*i32"}
     gate_up_types = {**sorted_pairs, "x": "*fp16", **stored, "h": "*fp16"}
     down_types = {**sorted_pairs, "routing": "*fp32", "h": "*fp16", **stored, "z": "*fp16"}
-    for most, (block_m, of_gate_up, of_down) in BLOCKS.items():
+    for most, (block_m, of_gate_up, of_down, narrow) in BLOCKS.items():
         for part, tiling, types, n, k in (
             ("gate_up", of_gate_up, gate_up_types, intermediate, hidden),
             ("down", of_down, down_types, hidden, intermediate),
@@ -88,13 +89,14 @@ def products(shape: Experts, storage: str, group_size: int) -> Iterator[KernelSp
             grid = (GridAxis("rows", block_m, plus="experts"), GridAxis(factor=-(-n // block_n)), ONE)
             yield KernelSpec(
                 f"moe_grouped_{part}_{storage}",
-                {**constants, "max_rows": most * shape.number},
+                {**constants, "max_rows": most * shape.number, "block": block_m},
                 f"moe.{part}_blocks",
                 own,
                 types,
                 grid,
                 threads,
                 stages,
+                {"gfx11": {"BLOCK_K": min(narrow, int(own["BLOCK_K"]))}},
             )
 
 

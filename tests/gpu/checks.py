@@ -14,15 +14,18 @@ import shapes
 from device import Device
 from executor import MiniOrt
 
-from llmpack.kernel_plan import KernelSpec
+from llmpack import moe_plan
+from llmpack.kernel_spec import KernelSpec
 from llmpack.weights import Quantization, plan_rank
 from llmpack_ops import reference
 from llmrun.manifest import ModelConfig
 
 ELEMENT = {np.dtype(d): i for d, i in ((np.float32, 1), (np.uint8, 2), (np.int32, 6), (np.int64, 7), (np.float16, 10))}
+EXPERTS, EXPERTS_STORED = moe_plan.Experts(256, 128, 6, 3), (("q4", 64), ("q8", 32), ("f16", 0))
 N, K, VOCABULARY = 256, 512, 512
 # float16 results are rounded once (2^-11), and their terms are sums in float32; scores pass through exponentials.
-TOLERANCES = {"matmul": 2e-3, "norm": 2e-3, "gated": 2e-3, "attention": 4e-3, "exact": 0.0}
+# An expert's activations are rounded before, and so is its share of a sum.
+TOLERANCES = {"matmul": 2e-3, "moe": 4e-3, "norm": 2e-3, "gated": 2e-3, "attention": 4e-3, "exact": 0.0}
 
 
 def extra_specs() -> list[KernelSpec]:
@@ -35,7 +38,11 @@ def extra_specs() -> list[KernelSpec]:
         found += plan_kernels(config, plan_rank(config, quantization, 1, 0), 1, shapes.BLOCK_SIZE)
     heads = config.num_attention_heads, config.num_key_value_heads
     found += [qk_norm(*heads, config.head_dim), gated("geglu", config.intermediate_size)]
-    return [*found, *norms(config.hidden_size, has_post_norms=True)]
+    for storage, group_size in EXPERTS_STORED:
+        found += moe_plan.products(EXPERTS, storage, group_size)
+    found += [spec for is_normed in (False, True) for spec in moe_plan.routing(EXPERTS, is_normed=is_normed)]
+    found += norms(config.hidden_size, has_post_norms=True)
+    return list({(spec.op, *sorted(spec.constants.items())): spec for spec in found}.values())
 
 
 def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
@@ -51,6 +58,7 @@ def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
         "attention",
         "real_attention",
         "top_k",
+        "experts",
     ):
         error = getattr(checks, name)()
         bench.results[f"operators/{name}"] = error
@@ -274,3 +282,36 @@ class Checks:
         self.close_to(found.weight_sums[:2], sums, "norm", "TopK: sums")
         values = np.take_along_axis(logits[:2], order, 1).astype(np.float64)
         return self.close_to(found.logits[:2], values, "exact", "TopK")
+
+    def experts(self) -> float:
+        """Every storage; few tokens and many, up to the largest blocks; all of them to the same experts; logits with a NaN."""
+        return max(self._experts(storage, group_size) for storage, group_size in EXPERTS_STORED)
+
+    def _experts(self, storage: str, group_size: int) -> float:
+        number, hidden, width, chosen = EXPERTS.number, EXPERTS.hidden, EXPERTS.intermediate, EXPERTS.chosen
+        parts = [
+            helpers.random_projection(storage, number * n, k, group_size or 32)
+            for n, k in ((2 * width, hidden), (hidden, width))
+        ]
+        gate_up, down = (part.weight.reshape(number, -1, part.weight.shape[1]) for part in parts)
+        sizes = {"num_experts": number, "num_experts_per_tok": chosen, "intermediate_size": width}
+        sizes |= {"in_features": hidden, "out_features": hidden, **({"group_size": group_size} if group_size else {})}
+        stored = [array for part in parts for array in part.initializers.values()]
+        worst = 0.0
+        for is_normed in (False, True):
+            node = self.ort.node(f"MoE{storage.upper()}", norm_topk_prob=int(is_normed), **sizes)
+            for rows in (1, 2, 3, 16, 17, 100, 200):
+                x = self.rng.standard_normal((rows, hidden)) / np.sqrt((gate_up**2).sum(2).mean())
+                logits = self.rng.standard_normal((rows, number)).astype(np.float32)
+                if rows == 17:
+                    logits[:, -chosen:] += 100  # to the same experts, all of them
+                if rows > 2:
+                    logits[1, 0] = np.nan
+                x = x.astype(np.float16)
+                (y,) = self.run(node, [x, logits, *stored], [((rows, hidden), np.float16)])
+                bad = np.isnan(logits).any(axis=1)
+                if not (np.isnan(y) == bad[:, None]).all():
+                    raise AssertionError(f"MoE {storage}, {rows} rows: a row is NaN if, and only if, its logits are")
+                expected = reference.moe(x[~bad], logits[~bad], gate_up, down, chosen, norm_topk_prob=is_normed)
+                worst = max(worst, self.close_to(y[~bad], expected, "moe", f"MoE {storage}, {rows} rows"))
+        return worst

@@ -47,7 +47,10 @@ MODELS = ("7b", "13b", "34b", "70b")
 PARTS = ("two-ranks", "demo", "operators", "matrix-vector", "prefill", "model", "onnxruntime")
 SOURCES = [
     *sorted((ROOT / "custom_ops/llmpack_kernels").glob("*.py")),
-    *(ROOT / "packager/llmpack" / name for name in ("kernel_compiler.py", "kernel_file.py", "kernel_plan.py")),
+    *(
+        ROOT / "packager/llmpack" / name
+        for name in ("kernel_compiler.py", "kernel_file.py", "kernel_plan.py", "kernel_spec.py", "moe_plan.py")
+    ),
 ]
 
 

@@ -22,11 +22,16 @@ def rank_graph(shards: int) -> onnx.ModelProto:
     return split(logical, CONFIG, shapes.weights_of(CONFIG, shards), 0, shards, "weights.bin")
 
 
+def model_for_gpu(model: onnx.ModelProto, shards: int) -> onnx.ModelProto:
+    kv_heads = CONFIG.num_key_value_heads // shards
+    return gpu_graph(
+        model, KvCacheSpec("float16", shapes.BLOCK_SIZE, CONFIG.num_hidden_layers, kv_heads, CONFIG.head_dim)
+    )
+
+
 def for_gpu(model: onnx.ModelProto, shards: int = 1) -> list[onnx.NodeProto]:
     """Return the nodes of llmpack's operators, after a check of the types of all values."""
-    kv_heads = CONFIG.num_key_value_heads // shards
-    cache = KvCacheSpec("float16", shapes.BLOCK_SIZE, CONFIG.num_hidden_layers, kv_heads, CONFIG.head_dim)
-    graph = gpu_graph(model, cache).graph
+    graph = model_for_gpu(model, shards).graph
     made = {name for node in graph.node for name in node.output}
     described = {info.name for info in (*graph.value_info, *graph.output)}
     assert described == made
@@ -130,3 +135,75 @@ def test_a_model_has_the_kernels_of_its_own_norms_and_activation(shards: int) ->
         assert planned & (llama | gemma) == {op for op in own if shards > 1 or not op.startswith("all_reduce")}
         assert "rms_norm" in planned  # of the embedding's rows
         assert ("all_reduce" in planned) == (shards > 1)
+
+
+MOE = dataclasses.replace(CONFIG, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, moe_intermediate_size=256)
+
+
+def give_experts(model: onnx.ModelProto, shards: int) -> None:
+    """Put a router and its experts in the place of every MLP, as a rank's graph has them."""
+    hidden, width = MOE.hidden_size, MOE.moe_intermediate_size // shards
+    nodes = []
+    for node in model.graph.node:
+        parent, _, name = node.name.rpartition("/")
+        if not parent.endswith("/mlp"):
+            nodes.append(node)
+        elif name == "down_proj":
+            x, y = nodes[-1].output[0], node.output[0]  # of the norm
+            logits, weights = f"{parent}/gate/y", f"{parent}/experts."
+            info = onnx.helper.make_tensor_value_info(logits, onnx.TensorProto.FLOAT, ["T", MOE.num_experts])
+            model.graph.value_info.append(info)
+            inputs = [x, f"{parent}/gate.weight"]
+            sizes = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": 1, "intermediate_size": width}
+            sizes |= {"out_features": hidden, "group_size": 64}
+            extra = {"domain": node.domain}
+            nodes.append(
+                onnx.helper.make_node("MatMulF16", inputs, [logits], f"{parent}/gate", out_features=8, **extra)
+            )
+            inputs = [x, logits, *(weights + name for name in ("gate_up", "gate_up_scales", "down", "down_scales"))]
+            nodes.append(onnx.helper.make_node("MoEQ4", inputs, [y], f"{parent}/experts", **sizes, **extra))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_experts_and_their_router(shards: int) -> None:
+    """Logits of a router stay float32, as those of the head; what the experts give is joined with nothing before it."""
+    model = rank_graph(shards)
+    give_experts(model, shards)
+    nodes = {node.name: node for node in for_gpu(model, shards)}
+    for layer in range(MOE.num_hidden_layers):
+        router, experts = (nodes[f"/model/layers.{layer}/mlp/{name}"] for name in ("gate", "experts"))
+        assert router.op_type == "MatMulF16F32"
+        assert attributes(router) == {"in_features": MOE.hidden_size, "out_features": 8}
+        assert (experts.op_type, experts.input[1]) == ("MoEQ4", router.output[0])
+        assert attributes(experts) == {
+            "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": 1, "in_features": MOE.hidden_size,
+            "intermediate_size": MOE.moe_intermediate_size // shards, "out_features": MOE.hidden_size, "group_size": 64,
+        }  # fmt: skip
+        reduced = [node for node in nodes.values() if node.input[0] == experts.output[0]]
+        assert [node.op_type for node in reduced] == ["AllReduceAddRMSNorm" if shards > 1 else "AddRMSNorm"]
+    types = {info.name: info.type.tensor_type.elem_type for info in model_for_gpu(model, shards).graph.value_info}
+    assert types[router.output[0]] == onnx.TensorProto.FLOAT
+    assert types[experts.output[0]] == onnx.TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_model_of_experts_has_their_kernels(shards: int) -> None:
+    """And those of an MLP only where a layer has one."""
+    experts = {"moe_route", "moe_sort", "moe_combine"}
+    experts |= {f"moe_{part}_q4" for part in ("gate_up", "down", "grouped_gate_up", "grouped_down")}
+    for config, own in (
+        (CONFIG, {"swiglu"}),
+        (MOE, experts),
+        (dataclasses.replace(MOE, mlp_layer_types=("sparse", "dense")), {"swiglu"} | experts),
+    ):
+        specs = shapes.specs_of(config, shards)
+        planned = {spec.op for spec in specs}
+        assert planned & ({"swiglu"} | experts) == own
+        router = {"in_features": 256, "out_features": 8, "y_bits": 32}
+        routers = [spec for spec in specs if spec.op == "matmul_f16" and router.items() <= spec.constants.items()]
+        assert bool(routers) == (own != {"swiglu"})
+        for spec in specs:
+            if spec.op.endswith("up_q4") and spec.op.startswith("moe"):
+                assert spec.constants["intermediate_size"] == 256 // shards

@@ -37,6 +37,7 @@ def test_the_program_runs_dry(chip, tmp_path):
             "attention",
             "real_attention",
             "top_k",
+            "experts",
         )
     }
     assert {"model dry: decode, graph", "model dry: prefill 16, graph"} <= set(rows)

@@ -1,0 +1,225 @@
+// MoEF16, MoEQ8 and MoEQ4 of a GPU's graph: the experts of each token (FORMAT.md 5.16, 8.4).
+#include <string>
+#include <utility>
+
+#include "ort/gpu_operator.h"
+#include "ort/ops.h"
+#include "ort/stored_weights.h"
+
+namespace llmpack::ort {
+namespace {
+
+struct PlainExperts {
+    static constexpr const char* kName = "MoEF16";
+    static constexpr const char* kStorage = "f16";
+    static constexpr bool kIsQuantized = false;
+    static constexpr Port kInputs[] = {
+        {"x", kFloat16}, {"router_logits", kFloat}, {"gate_up", kFloat16}, {"down", kFloat16}};
+};
+
+template <WeightType type>
+struct QuantizedExperts {
+    static constexpr const char* kName = type == WeightType::kQ8 ? "MoEQ8" : "MoEQ4";
+    static constexpr const char* kStorage = type == WeightType::kQ8 ? "q8" : "q4";
+    static constexpr bool kIsQuantized = true;
+    static constexpr WeightType kType = type;
+    static constexpr Port kInputs[] = {{"x", kFloat16},     {"router_logits", kFloat},
+                                       {"gate_up", kUInt8}, {"gate_up_scales", kFloat16},
+                                       {"down", kUInt8},    {"down_scales", kFloat16}};
+};
+
+// Sizes of one rank, checked: what is read of the weights follows from them alone.
+struct ExpertSizes {
+    int64_t hidden, intermediate, experts, chosen, is_normed, group_size;
+
+    ExpertSizes(const NodeInfo& node, bool is_quantized)
+        : hidden(node.size_attribute("in_features")),
+          intermediate(node.size_attribute("intermediate_size")),
+          experts(node.size_attribute("num_experts")),
+          chosen(node.size_attribute("num_experts_per_tok")),
+          is_normed(node.int_attribute("norm_topk_prob")),
+          group_size(is_quantized ? group_size_attribute(node) : 1) {
+        expect("out_features", node.size_attribute("out_features"), hidden, hidden, "in_features", &hidden);
+        expect("num_experts", experts, 1, 1024, "at most 1024");
+        expect("num_experts_per_tok", chosen, 1, experts, "at most num_experts", &experts);
+        expect("norm_topk_prob", is_normed, 0, 1, "0 or 1");
+        for (const auto& [name, size] :
+             {std::pair("in_features", hidden), {"intermediate_size", intermediate}}) {
+            const int64_t rest = size % kTileRows + size % group_size;
+            if (rest != 0) expect(name, size, 0, 0, "a multiple of 16 and of group_size", &group_size);
+        }
+    }
+
+  private:
+    static void expect(const char* name, int64_t found, int64_t least, int64_t most, const char* expected,
+                       const int64_t* number = nullptr) {
+        if (least <= found && found <= most) return;
+        const std::string said = number == nullptr ? "" : " (" + std::to_string(*number) + ")";
+        throw OpError(std::string("attribute ") + name + " is " + std::to_string(found) + ", expected " +
+                      expected + said);
+    }
+};
+
+// Addresses of pieces of the workspace, one after the other.
+class Pieces {
+  public:
+    explicit Pieces(gpu::DevicePointer begin) : next_(begin) {}
+    gpu::DevicePointer take(int64_t count, size_t item_bytes) {
+        const gpu::DevicePointer piece = next_;
+        next_ += (static_cast<uint64_t>(count) * item_bytes + 15) / 16 * 16;
+        return piece;
+    }
+    gpu::DevicePointer end() const { return next_; }
+
+  private:
+    gpu::DevicePointer next_;
+};
+
+template <class Stored>
+struct GpuMoE {
+    static constexpr const char* kName = Stored::kName;
+    static constexpr auto& kInputs = Stored::kInputs;
+    static constexpr Port kOutputs[] = {{"y", kFloat16}};
+
+    // What lies in the workspace, for T tokens and so P = T * chosen pairs.
+    struct Scratch {
+        gpu::DevicePointer experts, routing, h, pairs, blocks, z, end;
+    };
+
+    explicit GpuMoE(const NodeInfo& node) : sizes(node, Stored::kIsQuantized) {
+        Launcher& launcher = Launcher::current();
+        route = launcher.operation("moe_route",
+                                   {{"num_experts", sizes.experts},
+                                    {"num_experts_per_tok", sizes.chosen},
+                                    {"norm_topk_prob", sizes.is_normed}},
+                                   {{"logits", kPointer}, {"experts", kPointer}, {"routing", kPointer}});
+        gate_up = product(launcher, "moe_gate_up_",
+                          {{"x", kPointer},
+                           {"weight", kPointer},
+                           {"scales", kPointer},
+                           {"experts", kPointer},
+                           {"h", kPointer}});
+        down = product(launcher, "moe_down_",
+                       {{"h", kPointer},
+                        {"weight", kPointer},
+                        {"scales", kPointer},
+                        {"experts", kPointer},
+                        {"routing", kPointer},
+                        {"y", kPointer}});
+        sort = launcher.operation(
+            "moe_sort", {{"num_experts", sizes.experts}},
+            {{"experts", kPointer}, {"pairs", kPointer}, {"blocks", kPointer}, {"num_pairs", kInteger}},
+            {"block"});
+        grouped_gate_up = product(launcher, "moe_grouped_gate_up_",
+                                  {{"pairs", kPointer},
+                                   {"blocks", kPointer},
+                                   {"x", kPointer},
+                                   {"weight", kPointer},
+                                   {"scales", kPointer},
+                                   {"h", kPointer}});
+        grouped_down = product(launcher, "moe_grouped_down_",
+                               {{"pairs", kPointer},
+                                {"blocks", kPointer},
+                                {"routing", kPointer},
+                                {"h", kPointer},
+                                {"weight", kPointer},
+                                {"scales", kPointer},
+                                {"z", kPointer}});
+        combine = launcher.operation("moe_combine",
+                                     {{"in_features", sizes.hidden}, {"num_experts_per_tok", sizes.chosen}},
+                                     {{"z", kPointer}, {"y", kPointer}});
+        launcher.reserve(static_cast<size_t>(scratch(0, launcher.settings.max_rows).end));
+    }
+
+    void compute(Context& context) const {
+        const Tensor x = context.input(0), logits = context.input(1);
+        x.expect_shape({kAnySize, sizes.hidden}, "[tokens, hidden_size]");
+        const int64_t T = x.shape[0], P = T * sizes.chosen;
+        logits.expect_shape({T, sizes.experts}, "[tokens, num_experts]");
+        constexpr size_t kDown = Stored::kIsQuantized ? 4 : 3;
+        const auto [gate_up_weight, gate_up_scales] =
+            weights(context, 2, 2 * sizes.intermediate, sizes.hidden);
+        const auto [down_weight, down_scales] = weights(context, kDown, sizes.hidden, sizes.intermediate);
+        const Launcher& launcher = Launcher::current();
+        if (T > launcher.settings.max_rows) {
+            throw OpError("x has " + std::to_string(T) + " tokens, expected at most " +
+                          std::to_string(launcher.settings.max_rows));
+        }
+        void* y = context.output_memory(0, {T, sizes.hidden});
+        if (T == 0) return;
+        const gpu::Stream stream = context.gpu_stream();
+        const Scratch at = scratch(launcher.workspace(), T);
+        route.launch({T}, {logits.data, at.experts, at.routing}, stream);
+        if (T <= gate_up.most_rows()) {
+            gate_up.launch({T}, {x.data, gate_up_weight, gate_up_scales, at.experts, at.h}, stream);
+            down.launch({T}, {at.h, down_weight, down_scales, at.experts, at.routing, y}, stream);
+            return;
+        }
+        const gpu::Step grouped{P, 1, 1, sizes.experts};
+        sort.launch(grouped, {at.experts, at.pairs, at.blocks, narrow(P)}, stream);
+        grouped_gate_up.launch(grouped, {at.pairs, at.blocks, x.data, gate_up_weight, gate_up_scales, at.h},
+                               stream);
+        grouped_down.launch(grouped, {at.pairs, at.blocks, at.routing, at.h, down_weight, down_scales, at.z},
+                            stream);
+        combine.launch({T}, {at.z, y}, stream);
+    }
+
+    static constexpr int64_t kLeastBlock = 16;  // pairs of a block (FORMAT.md 8.4)
+    ExpertSizes sizes;
+    Operation route, gate_up, down, sort, grouped_gate_up, grouped_down, combine;
+
+  private:
+    Operation product(Launcher& launcher, const char* op, std::initializer_list<Argument> arguments) const {
+        const std::string name = std::string(op) + Stored::kStorage;
+        if constexpr (Stored::kIsQuantized) {
+            return launcher.operation(name,
+                                      {{"in_features", sizes.hidden},
+                                       {"intermediate_size", sizes.intermediate},
+                                       {"num_experts_per_tok", sizes.chosen},
+                                       {"group_size", sizes.group_size}},
+                                      arguments, {"block"});
+        } else {
+            return launcher.operation(name,
+                                      {{"in_features", sizes.hidden},
+                                       {"intermediate_size", sizes.intermediate},
+                                       {"num_experts_per_tok", sizes.chosen}},
+                                      arguments, {"block"});
+        }
+    }
+
+    // The weights and scales (null: none) of all experts, [N, K] each, from input `index` on.
+    std::pair<void*, void*> weights(const Context& context, size_t index, int64_t N, int64_t K) const {
+        const Tensor weight = context.input(index);
+        if constexpr (Stored::kIsQuantized) {
+            const Tensor scales = context.input(index + 1);
+            check_quantized(Stored::kType, weight, scales, sizes.experts * N, K, sizes.group_size);
+            return {weight.data, scales.data};
+        } else {
+            check_float(weight, sizes.experts * N, K);
+            return {weight.data, nullptr};
+        }
+    }
+
+    Scratch scratch(gpu::DevicePointer begin, int64_t T) const {
+        const int64_t P = T * sizes.chosen;
+        Pieces pieces(begin);
+        Scratch at{};
+        at.experts = pieces.take(P, sizeof(int32_t));
+        at.routing = pieces.take(P, sizeof(float));
+        at.h = pieces.take(P * sizes.intermediate, sizeof(uint16_t));
+        at.pairs = pieces.take(P, sizeof(int32_t));
+        at.blocks = pieces.take(3 * ((P + kLeastBlock - 1) / kLeastBlock + sizes.experts), sizeof(int32_t));
+        at.z = pieces.take(P * sizes.hidden, sizeof(uint16_t));
+        at.end = pieces.end();
+        return at;
+    }
+};
+
+}  // namespace
+
+std::vector<const OrtCustomOp*> gpu_moe_ops() {
+    return gpu_ops_of<GpuMoE<PlainExperts>, GpuMoE<QuantizedExperts<WeightType::kQ8>>,
+                      GpuMoE<QuantizedExperts<WeightType::kQ4>>>();
+}
+
+}  // namespace llmpack::ort
