@@ -24,7 +24,7 @@ class Bench:
         self.results: dict[str, Any] = {"dry": self.dry}
         self.failed = 0
         self.build = Path(tempfile.mkdtemp(prefix="llmpack-gpu-"))
-        self.models = ("dry",) if self.dry else arguments.models
+        self.models = ("dry", "dry-moe") if self.dry else arguments.models
         self.parts = ("bandwidth", *arguments.parts)  # what follows is a share of it
         self.copy_bytes_per_s = 0.0
         self.is_hip = False

@@ -21,8 +21,12 @@ MODELS = {
     "34b": (8192, 22016, 48, 64, 8, 128, 32000),
     "70b": (8192, 28672, 80, 64, 8, 128, 32000),
     "dry": (256, 512, 2, 8, 4, 32, 512),
+    "30b-a3b": (2048, 6144, 48, 32, 4, 128, 151936),
     "dry-gemma": (256, 512, 2, 8, 4, 32, 512),
+    "dry-moe": (256, 512, 2, 8, 4, 32, 512),
 }
+# num_experts, num_experts_per_tok, moe_intermediate_size
+EXPERTS = {"30b-a3b": (128, 8, 768), "dry-moe": (8, 2, 128)}
 WINDOW = 7  # of every other layer of a Gemma
 NO_WINDOW = 2**31 - 1  # FORMAT 5.5
 QUANTIZATION = Quantization("q4", 64)
@@ -31,6 +35,7 @@ STEP = ("input_ids", "positions", "slot_mapping", "query_start", "seq_lens", "lo
 
 def config_of(name: str, layers: int | None = None) -> ModelConfig:
     hidden, intermediate, depth, heads, kv_heads, head_dim, vocabulary = MODELS[name]
+    number, chosen, moe_intermediate = EXPERTS.get(name, (0, 0, 0))
     return ModelConfig(
         architecture="Gemma3ForCausalLM" if name.endswith("gemma") else "LlamaForCausalLM",
         hidden_size=hidden,
@@ -47,6 +52,10 @@ def config_of(name: str, layers: int | None = None) -> ModelConfig:
         mlp_bias=False,
         rope={"rope_type": "default", "rope_theta": 10000.0},
         dtype="float16",
+        num_experts=number,
+        num_experts_per_tok=chosen,
+        norm_topk_prob=True,
+        moe_intermediate_size=moe_intermediate,
     )
 
 
@@ -104,10 +113,20 @@ def write_graph(config: ModelConfig, path: Path) -> None:
 
     def product(weight: str, x: str, output: str, rows: str = "T", suffix: str = "") -> str:
         w = weights[weight]
-        attributes = {"in_features": w.num_columns, "out_features": w.num_rows, "group_size": w.group_size}
+        attributes = {"in_features": w.num_columns, "out_features": w.num_rows, "group_size": w.group_size or 0}
         kind = full if suffix else half
         inputs = [x, *(i.name for i in w.initializers)]
         return add(f"MatMul{w.storage.upper()}{suffix}", inputs, (output, kind, w.num_rows), rows=rows, **attributes)  # type: ignore[arg-type]
+
+    def experts(parent: str, x: str, i: int) -> str:
+        logits = product(f"{parent}.gate", x, f"r{i}", suffix="F32")
+        gate_up, down = (weights[f"{parent}.experts.{name}_proj"] for name in ("gate_up", "down"))
+        inputs = [x, logits, *(item.name for w in (gate_up, down) for item in w.initializers)]
+        names = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
+        attributes = {name: int(getattr(config, name)) for name in names}
+        attributes |= {"intermediate_size": config.moe_intermediate_size, "group_size": gate_up.group_size or 0}
+        attributes |= {"in_features": hidden, "out_features": hidden}
+        return add(f"MoE{gate_up.storage.upper()}", inputs, (f"d{i}", half, hidden), **attributes)
 
     embedding = weights["model.embed_tokens"]
     x = add(
@@ -191,6 +210,9 @@ def write_graph(config: ModelConfig, path: Path) -> None:
         x = product(f"{layer}.self_attn.o_proj", attended, f"o{i}")
         post_norm = f"{layer}.post_attention_layernorm"
         y = add_and_norm(x, post_norm, f"{layer}.pre_feedforward_layernorm" if config.has_post_norms else post_norm)
+        if config.is_sparse(i):
+            x = experts(f"{layer}.mlp", y, i)
+            continue
         gate_up = product(f"{layer}.mlp.gate_up_proj", y, f"g{i}")
         op = "SwiGLU" if config.activation == "silu" else "GeGLU"
         act = add(op, [gate_up], (f"w{i}", half, config.intermediate_size), in_features=config.intermediate_size)
@@ -231,6 +253,8 @@ class Weights:
         item, weight = self._items[name]
         if item.dtype == np.uint8:
             return np.resize(self._bytes, item.num_bytes)
+        if weight.storage == "f16":  # a router
+            return self._rng.standard_normal(item.shape).astype(np.float16)
         if item.dtype == np.float16:  # scales: rows of about unit length
             level = 32 if weight.storage == "q4" else 19
             scale = 1 / (level * math.sqrt(weight.num_columns))

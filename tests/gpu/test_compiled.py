@@ -27,8 +27,9 @@ ort = MiniOrt(mini, operators, "ROCMExecutionProvider" if is_hip else "CUDAExecu
 config = shapes.config_of(name)
 shapes.write_graph(config, folder / "graph.onnx")
 model = GpuModel(folder / "graph.onnx", ort, Device(is_hip=is_hip), 32, shapes.random_weights(config))
-for ids, lengths in (([[5]], [7]), ([[5, 6, 7, 8, 9, 10]], [6]), ([[1], [2], [3]], [4, 5, 6])):
-    model.step(box.feeds(ids, lengths, 2)).run()
+steps = ([[5]], [7]), ([[5, 6, 7, 8, 9, 10]], [6]), ([[1], [2], [3]], [4, 5, 6]), ([[1] * 40], [40]), ([[1] * 300], [300])
+for ids, lengths in steps:
+    model.step(box.feeds(ids, lengths, 20 if len(ids) == 1 else 2)).run()
 print(driver.standin_violations(), driver.standin_count(1), driver.standin_count(7), driver.standin_report().decode())
 """
 
@@ -37,12 +38,12 @@ print(driver.standin_violations(), driver.standin_count(1), driver.standin_count
 def compiled():
     from llmpack import kernels
 
-    models = ("dry", "dry-gemma")
+    models = ("dry", "dry-gemma", "dry-moe")
     return {name: kernels.build(shapes.specs_of(shapes.config_of(name)), ["sm_90", "gfx1100"]) for name in models}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dry", "dry-gemma"])
+@pytest.mark.parametrize("name", ["dry", "dry-gemma", "dry-moe"])
 @pytest.mark.parametrize(("target", "chip"), [("sm_90", "sm_90"), ("ptx_80", "sm_121"), ("gfx1100", "gfx1100")])
 def test_every_launch_of_compiled_code_is_allowed(
     target, chip, name, compiled, standins: Path, operators: Path, tmp_path: Path

@@ -40,7 +40,9 @@ def test_the_program_runs_dry(chip, tmp_path):
             "experts",
         )
     }
-    assert {"model dry: decode, graph", "model dry: prefill 16, graph"} <= set(rows)
+    assert {f"model {name}: {what}, graph" for name in ("dry", "dry-moe") for what in ("decode", "prefill 16")} <= set(
+        rows
+    )
     assert float(rows["demo model against float64"]) < 1e-2
     assert {"onnxruntime dry: decode, eager", "onnxruntime dry: prefill, eager"} <= set(rows)
     assert results["failed"] == 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from llmpack.kernel_plan import KernelSpec, plan_kernels
+import dataclasses
+
+from llmpack.kernel_plan import plan_kernels
+from llmpack.kernel_spec import KernelSpec
 from llmpack.weights import check_options, plan_rank
 from llmrun.artifact import ModelConfig
 
@@ -13,6 +16,15 @@ SHAPES = {
     "codellama-34b": (8192, 22016, 64, 8, 32000),
     "llama-2-70b": (8192, 28672, 64, 8, 32000),
     "llama-3-8b": (4096, 14336, 32, 8, 128256),
+    "mixtral-8x7b": (4096, 14336, 32, 8, 32000),
+    "qwen-3-30b-a3b": (2048, 6144, 32, 4, 151936),
+    "granite-3.1-1b-a400m": (1024, 512, 16, 8, 49155),
+}
+# num_experts, num_experts_per_tok, moe_intermediate_size
+EXPERTS = {
+    "mixtral-8x7b": (8, 2, 14336),
+    "qwen-3-30b-a3b": (128, 8, 768),
+    "granite-3.1-1b-a400m": (32, 8, 512),
 }
 BLOCK_SIZE = 16
 
@@ -20,10 +32,18 @@ BLOCK_SIZE = 16
 def config_of(shape: str) -> ModelConfig:
     hidden, intermediate, heads, kv_heads, vocab_size = SHAPES[shape]
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    return ModelConfig(
+    number, chosen, moe_intermediate = EXPERTS.get(shape, (0, 0, 0))
+    config = ModelConfig(
         "LlamaForCausalLM", hidden, intermediate, 1, heads, kv_heads, 128, vocab_size, 4096, 1e-5, False, False, False,
         rope, "float16",
     )  # fmt: skip
+    return dataclasses.replace(
+        config,
+        num_experts=number,
+        num_experts_per_tok=chosen,
+        norm_topk_prob=True,
+        moe_intermediate_size=moe_intermediate,
+    )
 
 
 def specs_of(shape: str, shards: int, scheme: str = "q4", group_size: int = 64) -> list[KernelSpec]:

@@ -21,7 +21,8 @@ from kernel_shapes import specs_of
 from llmpack import kernel_file, kernels
 from llmpack.kernel_compiler import nvidia_tool
 from llmpack.kernel_file import Kernel, KernelFile
-from llmpack.kernel_plan import KernelSpec, attention, collectives, gated, norms, qk_norm, sampling
+from llmpack.kernel_plan import attention, collectives, gated, norms, qk_norm, sampling
+from llmpack.kernel_spec import KernelSpec
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
@@ -35,7 +36,7 @@ CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 def representative() -> list[KernelSpec]:
     """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, one that sees other ranks, and
-    what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it.
+    what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it, and Qwen 3 30B-A3B's experts.
     """
     chosen = [qk_norm(32, 8, 128), gated("geglu", 14336)]
     for spec in (*norms(8192, has_post_norms=True), *collectives(8192, 2, has_post_norms=True)):
@@ -43,6 +44,7 @@ def representative() -> list[KernelSpec]:
             chosen.append(spec)
     chosen += [spec for spec in attention(4, 1, 256, 16) if spec.op == "attention"]
     chosen += [spec for spec in sampling(262144) if spec.op == "top_k_last"]
+    chosen += [spec for spec in specs_of("qwen-3-30b-a3b", 1) if spec.op.startswith("moe_")]
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":
             if spec.constants["max_rows"] in (4, 8, 16, 0) and spec.constants["out_features"] == 5120:
