@@ -133,6 +133,7 @@ def run_sort(experts: np.ndarray, number: int, most: int) -> tuple[np.ndarray, n
     launch(spec, experts=experts.reshape(-1), pairs=pairs, blocks=blocks, num_pairs=count)
     assert pairs[-1] == -7
     assert (blocks[-1] == -7).all()
+    assert (blocks[:-1] >= 0).all(), "a block that nobody wrote"
     return pairs[:-1], blocks[:-1], block_m
 
 
