@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every GPU kernel on every target: compiles, prints a table, fails on a spill.
 
-    python tests/benchmarks/kernel_resources.py [--targets all] [--shapes llama-2-7b,llama-2-70b] [--shards 1,2] [--quant q4]
+    python tests/benchmarks/kernel_resources.py [--targets all] [--shapes llama-2-7b,qwen-3-30b-a3b] [--shards 1,2] [--quant q4]
 
 No GPU is needed. Compiled kernels come from the packager's cache where they are there.
 """
@@ -22,7 +22,7 @@ from llmpack import kernels
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="all")
-    parser.add_argument("--shapes", default="llama-2-7b,llama-2-70b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default="llama-2-7b,llama-2-70b,qwen-3-30b-a3b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--shards", default="1,2")
     parser.add_argument("--quant", default="q4")
     parser.add_argument("--only", default="", help="operations whose name contains this")
