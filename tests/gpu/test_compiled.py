@@ -30,7 +30,8 @@ model = GpuModel(folder / "graph.onnx", ort, Device(is_hip=is_hip), 32, shapes.r
 steps = ([[5]], [7]), ([[5, 6, 7, 8, 9, 10]], [6]), ([[1], [2], [3]], [4, 5, 6]), ([[1] * 40], [40]), ([[1] * 300], [300])
 for ids, lengths in steps:
     model.step(box.feeds(ids, lengths, 20 if len(ids) == 1 else 2)).run()
-print(driver.standin_violations(), driver.standin_count(1), driver.standin_count(7), driver.standin_report().decode())
+late = sum(node.op_type == "MatMulQ4" for node, _ in model.nodes)  # on sm_90, of more than 64 rows: hopper.py
+print(driver.standin_violations(), driver.standin_count(1), driver.standin_count(7), late, driver.standin_report().decode())
 """
 
 
@@ -66,7 +67,7 @@ def test_every_launch_of_compiled_code_is_allowed(
         shared=SHARED_MEMORY.get(chip, 99 << 10),
     )
     assert done.returncode == 0, done.stderr
-    violations, launches, early, *report = done.stdout.split(maxsplit=3)
+    violations, launches, early, late, *report = done.stdout.split(maxsplit=4)
     assert int(violations) == 0, report
     assert int(launches) > 60
-    assert int(early) == (int(launches) if target == "sm_90" else 0)
+    assert int(early) == (int(launches) - int(late) if target == "sm_90" else 0)
