@@ -48,9 +48,9 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
     table = next(w for w in weights if w.row.role == "embedding")
     specs = [*_products(weights), embedding(table.storage, table.num_columns, table.group_size or 0)]
     specs += norms(config.hidden_size, has_post_norms=config.has_post_norms)
-    if not all(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
+    if config.has_dense_layers:
         specs.append(gated(ACTIVATIONS[config.activation], config.intermediate_size // shards))
-    if config.num_experts:
+    if config.num_experts is not None:
         specs += _experts(config, weights, shards)
     if config.has_qk_norm:
         specs.append(qk_norm(*heads_per_rank(config, shards), config.head_dim))
@@ -63,9 +63,8 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
 
 def _experts(config: ModelConfig, weights: list[RankWeight], shards: int) -> Iterator[KernelSpec]:
     storage, group_size = next((w.storage, w.group_size or 0) for w in weights if w.row.role == "experts")
-    shape = moe_plan.Experts(
-        config.hidden_size, config.moe_intermediate_size // shards, config.num_experts, config.num_experts_per_tok
-    )
+    intermediate, number = (config.moe_intermediate_size or 0) // shards, config.num_experts or 0
+    shape = moe_plan.Experts(config.hidden_size, intermediate, number, config.num_experts_per_tok or 0)
     yield from moe_plan.routing(shape, is_normed=config.norm_topk_prob)
     yield from moe_plan.products(shape, storage, group_size)
 

@@ -35,7 +35,7 @@ STEP = ("input_ids", "positions", "slot_mapping", "query_start", "seq_lens", "lo
 
 def config_of(name: str, layers: int | None = None) -> ModelConfig:
     hidden, intermediate, depth, heads, kv_heads, head_dim, vocabulary = MODELS[name]
-    number, chosen, moe_intermediate = EXPERTS.get(name, (0, 0, 0))
+    number, chosen, moe_intermediate = EXPERTS.get(name, (None, None, None))
     return ModelConfig(
         architecture="Gemma3ForCausalLM" if name.endswith("gemma") else "LlamaForCausalLM",
         hidden_size=hidden,

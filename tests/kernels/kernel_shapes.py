@@ -32,7 +32,7 @@ BLOCK_SIZE = 16
 def config_of(shape: str) -> ModelConfig:
     hidden, intermediate, heads, kv_heads, vocab_size = SHAPES[shape]
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    number, chosen, moe_intermediate = EXPERTS.get(shape, (0, 0, 0))
+    number, chosen, moe_intermediate = EXPERTS.get(shape, (None, None, None))
     config = ModelConfig(
         "LlamaForCausalLM", hidden, intermediate, 1, heads, kv_heads, 128, vocab_size, 4096, 1e-5, False, False, False,
         rope, "float16",
