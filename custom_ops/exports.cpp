@@ -31,6 +31,8 @@ int llmpack_ops_version(void) { return LLMPACK_OPS_VERSION; }
 
 const char* llmpack_ops_isa(void) { return llmpack::kernels().name; }
 
+const char* llmpack_ops_isas(void) { return llmpack::supported_isas(); }
+
 int llmpack_ops_set_isa(const char* name) {
     if (name != nullptr && llmpack::set_isa(name)) return 0;
     return failed(

@@ -26,6 +26,9 @@ LLMPACK_EXPORT int llmpack_ops_version(void);
 // VNNI), "avx512-vbmi" (with VNNI and VBMI) or "neon" (with dot products). The best one is chosen at load.
 LLMPACK_EXPORT const char* llmpack_ops_isa(void);
 
+// All that this machine can run, best first, separated by a comma and a space.
+LLMPACK_EXPORT const char* llmpack_ops_isas(void);
+
 // Choose the instruction set of sessions that are made from now on, and of packing. -1: unknown name, or this
 // machine lacks it.
 LLMPACK_EXPORT int llmpack_ops_set_isa(const char* name);

@@ -112,12 +112,17 @@ def activation_bytes(manifest: Manifest, num_tokens: int, max_num_seqs: int) -> 
     heads = (model.num_attention_heads + 2 * max(model.num_key_value_heads, shards)) // shards * model.head_dim
     per_token = 3 * 4 * model.hidden_size + 2 * 2 * model.hidden_size + 2 * heads
     per_token += 2 * 3 * model.intermediate_size // shards + 4 * model.head_dim
+    experts_of_all = 0
+    if model.num_experts is not None:  # the launcher's workspace: custom_ops/ort/gpu_moe.cpp
+        width = (model.moe_intermediate_size or 0) // shards
+        per_token += (model.num_experts_per_tok or 0) * (16 + 2 * (width + model.hidden_size)) + 4 * model.num_experts
+        experts_of_all = 12 * model.num_experts
     columns = -(-model.vocab_size // shards)  # of the logits, and for the choice among them (FORMAT 8.4)
     logits_and_record = 4 * columns + 8 * (_TOP_K + 1)
     per_row = logits_and_record + (8 * _TOP_K + 4) * (columns // _TOP_K_CHUNK + 1)
     most = min(max_num_seqs, MOST_CAPTURED)
     graphs = most * (most + 1) // 2 * logits_and_record
-    return num_tokens * (per_token + 2 * per_row) + 2 * graphs + (64 << 20)
+    return num_tokens * (per_token + 2 * per_row) + experts_of_all + 2 * graphs + (64 << 20)
 
 
 def fit_blocks(

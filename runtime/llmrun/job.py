@@ -215,11 +215,18 @@ class Job:
 
     def _shake_hands(self, facts: dict[str, Any]) -> None:
         """Compare the ranks' facts; a difference is an error on every rank, and names the rank that is alone with it."""
-        everyone = self.comm.agree({**facts, "cores": rank_status.own_cores(), "quota": cpu_quota()})
+        own = {"cores": rank_status.own_cores(), "quota": cpu_quota(), "isas": self.operators.isas}
+        everyone = self.comm.agree({**facts, **own})
+        self._share_isa([status.pop("isas") for status in everyone])
         self._affinities = [rank_status.read_cores(status.pop("cores")) for status in everyone]
         self._quotas = [status.pop("quota") for status in everyone]
         for name in facts:
             _expect_alike(name, [str(status[name]) for status in everyone])
+
+    def _share_isa(self, isas: list[list[str]]) -> None:
+        """Take the best instruction set that all ranks have where each chooses experts: last bits decide a near tie."""
+        if self.options.isa is None and self.artifact.manifest.model.num_experts is not None:
+            self.isa = self.operators.choose_isa(next(isa for isa in isas[0] if all(isa in other for other in isas)))
 
     def _place(self) -> device.Placement:
         """Decide where this rank computes; where the user leaves that open, all compute on the CPU if one has to."""

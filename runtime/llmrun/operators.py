@@ -56,6 +56,11 @@ class Operators:
         return self.functions.llmpack_ops_isa().decode()
 
     @property
+    def isas(self) -> list[str]:
+        """Instruction sets that this machine can run, best first."""
+        return self.functions.llmpack_ops_isas().decode().split(", ")
+
+    @property
     def transport(self) -> str:
         """How the collectives travel between the ranks."""
         return self.functions.llmpack_ops_transport().decode()
@@ -130,6 +135,8 @@ def load_library(path: str | os.PathLike[str]) -> ctypes.CDLL:
     library.llmpack_ops_version.restype = ctypes.c_int
     library.llmpack_ops_isa.argtypes = []
     library.llmpack_ops_isa.restype = ctypes.c_char_p
+    library.llmpack_ops_isas.argtypes = []
+    library.llmpack_ops_isas.restype = ctypes.c_char_p
     library.llmpack_ops_set_isa.argtypes = [ctypes.c_char_p]
     library.llmpack_ops_set_isa.restype = ctypes.c_int
     library.llmpack_ops_weight_fetch.argtypes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from llmpack.selfcheck import swap_near_ties
 from llmrun import Engine
+from llmrun.operators import Operators
 from models import GRANITE_MOE, MIXTRAL, QWEN_MOE, make_checkpoint
+from mpi.harness import RunningJob, mpirun_command
 
 Packed = Callable[..., Path]
 MODELS = {"qwen": QWEN_MOE, "mixtral": MIXTRAL, "granite": GRANITE_MOE}
@@ -83,3 +86,15 @@ def test_sequences_of_a_batch_say_what_they_say_alone(model: str, tmp_path: Path
         with torch.no_grad():
             expected = truth.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2)
         assert answer == expected[0, len(prompt) :].tolist()[: len(answer)]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("has_experts", [True, False])
+def test_ranks_that_choose_experts_compute_alike(has_experts: bool, tmp_path: Path, packed: Packed) -> None:
+    """Rank 1 has the portable kernels only. What it adds to a sum may differ in last bits, what it chooses may not."""
+    folder = packed(make_checkpoint(tmp_path, **(QWEN_MOE if has_experts else {})), 2, "q4")
+    script = Path(__file__).parent / "isa_ranks.py"
+    outcome = RunningJob([*mpirun_command(2), sys.executable, str(script), str(folder)]).finish()
+    assert outcome.code == 0, outcome.stderr
+    best = Operators().isas[0]
+    assert outcome.stdout.split() == (["portable"] * 2 if has_experts else [best, best])
