@@ -269,7 +269,9 @@ def test_experts_without_a_token_and_with_all_of_them(kind: str, most: int) -> N
     check_blocks(own, choices(kind, 130, 6).reshape(-1, 1), most)
 
 
-@pytest.mark.parametrize("most", moe_plan.BLOCKS)
+@pytest.mark.parametrize(
+    "most", [8, pytest.param(64, marks=pytest.mark.extended), pytest.param(0, marks=pytest.mark.extended)]
+)
 @pytest.mark.parametrize(("storage", "group_size"), CASES_OF_GROUPS)
 def test_many_tokens_of_features_that_fill_no_block(storage: str, group_size: int, most: int) -> None:
     """Input and output features that none of the tilings divides, where the groups allow it."""

@@ -17,6 +17,7 @@ from llmrun import comm
 from llmrun.cores import CoreShare, Place, cpu_quota, places_of, share_cores
 from llmrun.errors import InternalError, ResourceError
 from llmrun.job import Job
+from llmrun.job_options import ISAS, JobOptions
 from llmrun.launcher import launcher_family
 from llmrun.manifest import KvCacheSpec
 from llmrun.memory import available_bytes, expect_one_sequence, fit_blocks
@@ -84,6 +85,8 @@ def job_of_two() -> Job:
     ranks.rank, ranks.size, ranks._comm = 0, 2, Echo()  # type: ignore[assignment]
     job.rank, job.size, job.comm = 0, 2, ranks
     job.watchdog = Watchdog(0, (), 10.0)
+    job._ops = SimpleNamespace(isas=list(ISAS))  # type: ignore[assignment]
+    job.options = JobOptions(isa=ISAS[0])
     return job
 
 

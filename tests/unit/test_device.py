@@ -49,7 +49,7 @@ def manifest(*targets, kernels=None, scheme_bytes=18_200_000_000):
     names = targets or ("cpu", "sm_89")
     kernels = {name: name for name in names if name != "cpu"} if kernels is None else kernels
     model = SimpleNamespace(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
-                            head_dim=128, vocab_size=32000)  # fmt: skip
+                            head_dim=128, vocab_size=32000, num_experts=None)  # fmt: skip
     cache = KvCacheSpec("float16", 16, 80, 4, 128)
     ranks = [SimpleNamespace(weight_bytes=scheme_bytes)] * 2
     return SimpleNamespace(targets=names, kernels=kernels, model=model, kv_cache=cache, shards=2, ranks=ranks)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llmpack import native, selfcheck, store, write
+from llmpack import native, packed_rank, store, write
 from llmpack.pack import Options, pack
 from llmrun.artifact import IntegrityError, InternalError, ResourceError, UsageError, open_artifact
 
@@ -57,7 +57,7 @@ def test_the_bytes_do_not_depend_on_cores_or_instruction_set(tmp_path, tiny_chec
     pack(tiny_checkpoint, tmp_path / "a", options)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
     monkeypatch.setattr(store, "_ELEMENTS_AT_ONCE", 9000)  # some rows more than whole tiles
-    monkeypatch.setattr(selfcheck, "_ELEMENTS_AT_ONCE", 8192)
+    monkeypatch.setattr(packed_rank, "_ELEMENTS_AT_ONCE", 8192)
     assert library.llmpack_ops_set_isa(b"portable") == 0
     try:
         pack(tiny_checkpoint, tmp_path / "b", options)
@@ -337,14 +337,14 @@ def test_what_cannot_be_read_back_is_not_published(tmp_path, tiny_checkpoint, mo
 
 def test_a_library_that_multiplies_wrongly_is_found_while_packing(tmp_path, tiny_checkpoint, monkeypatch):
     """Negative control of the self-check's comparison with numpy."""
-    real = selfcheck.packed_product
+    real = packed_rank.packed_product
 
     def lie(*arguments):
         y = real(*arguments)
         y[-1] *= 1 + 1e-6
         return y
 
-    monkeypatch.setattr(selfcheck, "packed_product", lie)
+    monkeypatch.setattr(packed_rank, "packed_product", lie)
     with pytest.raises(InternalError, match="numpy read tile"):
         pack(tiny_checkpoint, tmp_path / "a", Options(scheme="q4"))
     assert list(tmp_path.iterdir()) == []
