@@ -45,9 +45,9 @@ def representative() -> list[KernelSpec]:
     chosen += [spec for spec in attention(4, 1, 256, 16) if spec.op == "attention"]
     chosen += [spec for spec in sampling(262144) if spec.op == "top_k_last"]
     # Of the three sizes of blocks the largest: the others take fewer registers.
-    largest = {"moe_route": 0, "moe_combine": 0, "moe_gate_up_q4": 16, "moe_down_q4": 16}
+    largest = {"moe_gate_up_q4": 16, "moe_down_q4": 16, "moe_grouped_gate_up_q4": 0, "moe_grouped_down_q4": 0}
     for spec in specs_of("qwen-3-30b-a3b", 1):
-        if spec.op.startswith("moe_") and spec.constants.get("max_rows", 0) == largest.get(spec.op, 0):
+        if spec.op in largest and spec.constants["max_rows"] == largest[spec.op]:
             chosen.append(spec)
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":

@@ -105,7 +105,7 @@ def test_any_number_of_experts(isa: str, scheme: str, E: int, k: int, T: int, no
     check(Mixture(scheme, E, k, norms=norms), random_x(T, 64), random_logits(T, E))
 
 
-@pytest.mark.parametrize(("k", "T"), [(1, 2), (40, 2), (1024, 1)])
+@pytest.mark.parametrize(("k", "T"), [(1, 2), (40, 2), pytest.param(1024, 1, marks=pytest.mark.extended)])
 def test_as_many_experts_as_there_may_be(library, k: int, T: int) -> None:
     check(Mixture("f16", 1024, k, 16, 16), random_x(T, 16), random_logits(T, 1024))
 
