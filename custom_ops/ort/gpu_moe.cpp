@@ -40,7 +40,8 @@ struct ExpertSizes {
           is_normed(node.int_attribute("norm_topk_prob")),
           group_size(is_quantized ? group_size_attribute(node) : 1) {
         expect("out_features", node.size_attribute("out_features"), hidden, hidden, "in_features", &hidden);
-        expect("num_experts", experts, 1, 1024, "at most 1024");
+        const std::string most = "at most " + std::to_string(kMostExperts);
+        expect("num_experts", experts, 1, kMostExperts, most.c_str());
         expect("num_experts_per_tok", chosen, 1, experts, "at most num_experts", &experts);
         expect("norm_topk_prob", is_normed, 0, 1, "0 or 1");
         for (const auto& [name, size] :

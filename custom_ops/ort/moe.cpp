@@ -24,7 +24,6 @@
 namespace llmpack::ort {
 namespace {
 
-constexpr int64_t kMostExperts = 1024;
 constexpr int64_t kPairsOfGroup = 256;  // fewer if the next expert has too many, more if one alone has
 
 int64_t tiled_attribute(const NodeInfo& node, const char* name, int64_t divisor, const char* divisor_name) {

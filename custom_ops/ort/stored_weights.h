@@ -9,6 +9,8 @@
 
 namespace llmpack::ort {
 
+constexpr int64_t kMostExperts = 1024;  // of a MoE
+
 inline int64_t group_size_attribute(const NodeInfo& node) {
     const int64_t group_size = node.int_attribute("group_size");
     if (group_size != 32 && group_size != 64 && group_size != 128) {

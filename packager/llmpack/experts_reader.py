@@ -8,7 +8,7 @@ from llmpack.families import Experts
 from llmpack.model_reader import Reader
 from llmrun.artifact import IncompatibleError, IntegrityError
 
-_MAX_EXPERTS = 1024  # of the operator: custom_ops/ort/moe.cpp
+_MAX_EXPERTS = 1024  # of the operator: custom_ops/ort/stored_weights.h
 
 
 def read_experts(reader: Reader, experts: Experts, num_hidden_layers: int) -> dict[str, Any]:
@@ -29,15 +29,15 @@ def read_experts(reader: Reader, experts: Experts, num_hidden_layers: int) -> di
             f"{reader.path}: num_experts_per_tok is {num_experts_per_tok}; expected at most {key}, {num_experts}.",
             code="E310",
         )
-    is_given = experts.norm_topk_prob is not None
     kinds = _layer_types(reader, num_hidden_layers) if experts.has_dense_layers else None
     if kinds is not None and "sparse" not in kinds:
-        return {"norm_topk_prob": True}  # no layer has experts: a dense model
+        return {}  # a dense model
+    is_normed = experts.norm_topk_prob
     return {
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "moe_intermediate_size": reader.size(experts.size, size),
-        "norm_topk_prob": experts.norm_topk_prob if is_given else reader.flag("norm_topk_prob"),
+        "norm_topk_prob": reader.flag("norm_topk_prob") if is_normed is None else is_normed,
         "mlp_layer_types": kinds,
     }
 

@@ -44,7 +44,7 @@ def representative() -> list[KernelSpec]:
             chosen.append(spec)
     chosen += [spec for spec in attention(4, 1, 256, 16) if spec.op == "attention"]
     chosen += [spec for spec in sampling(262144) if spec.op == "top_k_last"]
-    # Of the three sizes of blocks the largest: the others take fewer registers.
+    # Of the three sizes of blocks the largest; `make kernels` has all.
     largest = {"moe_gate_up_q4": 16, "moe_down_q4": 16, "moe_grouped_gate_up_q4": 0, "moe_grouped_down_q4": 0}
     for spec in specs_of("qwen-3-30b-a3b", 1):
         if spec.op in largest and spec.constants["max_rows"] == largest[spec.op]:
