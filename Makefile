@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 DEMO := artifacts/demo-q4-tp2
-AT_ONCE := -n 2 --dist worksteal  # tests side by side: many wait for processes (ARGS="-n 0": one after another)
+AT_ONCE := -n 3 --dist worksteal  # tests side by side: many wait for processes (ARGS="-n 0": one after another)
 MAKEFLAGS += -j2  # the two environments of `make test` are made side by side
 
 .PHONY: demo test test-all test-browser test-gpu kernels fuzz test-clients soak test-openmpi test-asan test-neon lint format bench bench-server bench-quick clean

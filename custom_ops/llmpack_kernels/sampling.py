@@ -45,18 +45,34 @@ def top_k_first(logits, keys, sums, first_id, num_columns, C: tl.constexpr, K: t
 
 
 @triton.jit
-def top_k_last(keys, sums, top, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr):
-    """Keys int64 [rows, PARTS, K], sums float32 [rows, PARTS] -> top int64 [rows, K + 1].
+def _merge(x, LEFT: tl.constexpr, K: tl.constexpr):
+    """Int64 [2 LEFT, K], each row sorted, those of even numbers falling, of odd ones rising -> [LEFT, K], likewise.
 
-    K candidates, the likeliest first, and the bits of the sum, float32. BLOCK >= PARTS K and PARTS_BLOCK >= PARTS: powers of 2.
+    Of a falling and a rising row the larger ones, place by place, are the K largest of both; they fall, then rise or the other
+    way round, so that log2(K) steps sort them.
+    """
+    x = tl.max(tl.reshape(x, [LEFT, 2, K]), 1)
+    turned = -(tl.arange(0, LEFT) & 1).to(tl.int64)[:, None]  # all bits of odd rows, which rise where these fall
+    return tl.bitonic_merge(x ^ turned, descending=True) ^ turned
+
+
+@triton.jit
+def top_k_last(keys, sums, top, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, K: tl.constexpr):
+    """Keys int64 [rows, PARTS, K], of each part falling, sums float32 [rows, PARTS] -> top int64 [rows, K + 1].
+
+    K candidates, the likeliest first, and the bits of the sum, float32. PARTS_BLOCK >= PARTS: a power of 2.
     """
     begin()
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    best = tl.topk(tl.load(keys + row * (PARTS * K) + at, mask=at < PARTS * K, other=-0x7FFFFFFFFFFFFFFF), K)
-    tl.store(top + row * (K + 1) + tl.arange(0, K), best)
-    part = tl.arange(0, PARTS_BLOCK)
+    part, place = tl.arange(0, PARTS_BLOCK), tl.arange(0, K)
+    from_end = tl.where((part & 1)[:, None] == 1, K - 1 - place[None, :], place[None, :])
+    at = row * (PARTS * K) + part[:, None] * K + from_end
+    best = tl.load(keys + at, mask=part[:, None] < PARTS, other=-0x7FFFFFFFFFFFFFFF)
+    for i in tl.static_range(1, 32):
+        if PARTS_BLOCK >> i > 0:
+            best = _merge(best, PARTS_BLOCK >> i, K)
+    tl.store(top + row * (K + 1) + place[None, :], best)
     share = tl.load(sums + row * PARTS + part, mask=part < PARTS, other=0.0)
     own = _logit(tl.load(keys + (row * PARTS + part) * K, mask=part < PARTS, other=0))
-    total = tl.sum(tl.where(share == 0.0, 0.0, share * tl.exp(own - _logit(tl.max(best, 0)))), 0)
+    total = tl.sum(tl.where(share == 0.0, 0.0, share * tl.exp(own - _logit(tl.max(best)))), 0)
     tl.store(top + row * (K + 1) + K, total.to(tl.int32, bitcast=True).to(tl.int64))

@@ -257,7 +257,7 @@ def sampling(columns: int) -> Iterator[KernelSpec]:
     yield KernelSpec("top_k_first", constants, "sampling.top_k_first", constexprs, types, grid, 256)
     types = {"keys": "*i64", "sums": "*fp32", "top": "*i64"}
     block = power_of_two(parts * TOP_K)
-    constexprs = {"PARTS": parts, "PARTS_BLOCK": power_of_two(parts), "BLOCK": block, "K": TOP_K}
+    constexprs = {"PARTS": parts, "PARTS_BLOCK": power_of_two(parts), "K": TOP_K}
     # More than 16 candidates of a thread spill on CDNA.
     threads = clamp(block // 4, 32, clamp(block // 16, 256, 1024))
     yield KernelSpec("top_k_last", constants, "sampling.top_k_last", constexprs, types, (ROW, ONE, ONE), threads)

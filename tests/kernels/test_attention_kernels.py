@@ -170,12 +170,12 @@ def test_windows_of_a_prompt_in_chunks(window: int) -> None:
 
 @divides_nothing
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("splits", [1, 3, 20], ids=lambda s: f"{s}_splits")
-def test_windows_of_decoded_tokens(window: int, splits: int) -> None:
+def test_windows_of_decoded_tokens(window: int) -> None:
     """Parts are of what is seen: in those that see nothing stands nothing, and it must not be read as numbers."""
     world = World(4, 2, 16, 16, [130, 1, 64], window=window)
     world.step([(0, 0, 129), (2, 0, 63)])
-    world.step([(0, 129, 130), (1, 0, 1), (2, 63, 64)], splits)
+    for splits in (1, 3, 20) if window == 33 else (1, 3):
+        world.step([(0, 129, 130), (1, 0, 1), (2, 63, 64)], splits)
 
 
 @divides_nothing

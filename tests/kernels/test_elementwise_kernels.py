@@ -131,6 +131,19 @@ def test_the_likeliest_tokens_in_order(columns: int) -> None:
     np.testing.assert_allclose(found.weight_sums, exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 8, 37])
+def test_the_likeliest_of_many_parts(parts: int) -> None:
+    """Each part's candidates fall; nothing else is known of them, and what lies behind the last part is none."""
+    _, last = kernel_plan.sampling(parts * kernel_plan.TOP_K_CHUNK)
+    rng = np.random.default_rng(parts)
+    keys = rng.integers(-(2**62), 2**62, (3, parts, kernel_plan.TOP_K))
+    keys[1] >>= rng.integers(0, 20, (parts, 1))  # most of a row's largest stand in few parts
+    keys = -np.sort(-keys, axis=2)
+    top = np.zeros((3, kernel_plan.TOP_K + 1), np.int64)
+    launch(last, keys=keys, sums=np.ones((3, parts), np.float32), top=top)
+    np.testing.assert_array_equal(top[:, :-1], -np.sort(-keys.reshape(3, -1), axis=1)[:, : kernel_plan.TOP_K])
+
+
 def test_equal_logits_come_in_order_of_ids() -> None:
     logits = np.zeros((1, 2100), np.float32)
     logits[0, ::2] = -0.0

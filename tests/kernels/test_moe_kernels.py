@@ -88,7 +88,7 @@ def run_route(logits: np.ndarray, chosen: int, *, is_normed: bool) -> tuple[np.n
 
 @pytest.mark.parametrize("is_normed", [False, True])
 @pytest.mark.parametrize(
-    ("number", "chosen"), [(1, 1), (8, 2), (8, 8), (60, 4), (128, 8), (40, 1), (520, 260)], ids=str
+    ("number", "chosen"), [(1, 1), (8, 2), (8, 8), (60, 4), (128, 8), (40, 1), (520, 40)], ids=str
 )
 def test_routing(number: int, chosen: int, is_normed: bool) -> None:
     logits = (np.random.default_rng([number, chosen]).standard_normal((3, number)) * 4).astype(np.float32)
@@ -318,7 +318,7 @@ def run(own: Layer, x: np.ndarray, logits: np.ndarray, most: int | None, backend
     return y
 
 
-@pytest.mark.parametrize("storage", ["q4", "f16"])
+@pytest.mark.parametrize("storage", ["q8", "f16"])
 @pytest.mark.parametrize("most", [None, *moe_plan.BLOCKS])
 def test_the_whole_operator(storage: str, most: int | None, backend: str) -> None:
     """A row whose logits hold a NaN is NaN, as is one whose x does; the others are right; sums end at the largest float16."""

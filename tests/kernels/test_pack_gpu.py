@@ -17,7 +17,7 @@ from models import DEMO
 
 @pytest.fixture
 def few_variants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fewer variants of each operation: the demo's test below compiles all of them."""
+    """Fewer variants of each operation: the demo's test for all targets compiles all of them."""
     monkeypatch.setattr(kernel_plan, "ROWS", (4,))
     monkeypatch.setenv("LLMPACK_CACHE", str(tmp_path / "cache"))
 
@@ -63,7 +63,9 @@ def test_an_artifact_with_gpu_code(tmp_path: Path, tiny_checkpoint: Path, few_va
 def test_the_demo_for_gpus_runs_on_the_cpu_and_lists_what_it_holds(
     targets: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path, monkeypatch
 ) -> None:
-    """Every kernel of a model: a minute of compilers for two chips, some minutes for all; then from .build."""
+    """All variants of a model's kernels for all targets take minutes; then they come from .build."""
+    if targets != ("all",):
+        monkeypatch.setattr(kernel_plan, "ROWS", (4,))
     monkeypatch.setenv("LLMPACK_CACHE", str(Path(__file__).parents[2] / ".build/kernel-cache"))
     pack(DEMO, tmp_path / "a", Options(scheme="q4", shards=2, targets=targets))
     manifest = open_artifact(tmp_path / "a").manifest
@@ -71,7 +73,7 @@ def test_the_demo_for_gpus_runs_on_the_cpu_and_lists_what_it_holds(
     assert set(manifest.kernels) == {*expected, kernels.PTX_TARGET}
     for target, path in manifest.kernels.items():
         file = kernel_file.from_bytes((tmp_path / "a" / path).read_bytes(), path)
-        assert len(file.kernels) == len({(k.op, *sorted(k.constants.items())) for k in file.kernels}) > 30, target
+        assert len(file.kernels) == len({(k.op, *sorted(k.constants.items())) for k in file.kernels}) > 25, target
         shared_bytes = kernels.SHARED_MEMORY.get(target, 1 << 30)  # PTX: the driver decides
         for kernel in file.kernels:
             assert kernel.spill_bytes == 0, (target, kernel.op, kernel.constants)

@@ -166,12 +166,11 @@ def test_one_expert_or_two_are_all_that_is_computed_together(isa: str, scheme: s
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_tokens_of_an_expert_are_shared_out(library, scheme: str, threads: int) -> None:
+def test_tokens_of_an_expert_are_shared_out(library, scheme: str) -> None:
     """Enough of them, and of their features, that loops over them are cut into ranges: alike whatever the instruction set."""
     logits = random_logits(150, 2)
     logits[:, 1] += 2
-    check(Mixture(scheme, 2, 1, 1024, 512, 64), random_x(150, 1024), logits, threads)
+    check(Mixture(scheme, 2, 1, 1024, 512, 64), random_x(150, 1024), logits, threads=3)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
