@@ -318,7 +318,7 @@ def run(own: Layer, x: np.ndarray, logits: np.ndarray, most: int | None, backend
     return y
 
 
-@pytest.mark.parametrize("storage", ["q8", "f16"])
+@pytest.mark.parametrize(("storage", "backend"), [("q4", "cuda"), ("f16", "cuda"), ("f16", "hip")])
 @pytest.mark.parametrize("most", [None, *moe_plan.BLOCKS])
 def test_the_whole_operator(storage: str, most: int | None, backend: str) -> None:
     """A row whose logits hold a NaN is NaN, as is one whose x does; the others are right; sums end at the largest float16."""
