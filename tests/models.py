@@ -34,6 +34,16 @@ PARTLY_ROTATED: dict[str, Any] = {
     },
 }
 
+# Of the kind of Ministral 3: queries from position 64 on are multiplied.
+MINISTRAL: dict[str, Any] = {
+    "model_type": "ministral3",
+    "head_dim": 64,
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 64},
+        **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    },
+}
+
 MULTIPLIERS: dict[str, Any] = {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.3,

@@ -64,7 +64,10 @@ def has_chat_template(files: ModelFiles) -> bool:
 
 
 def _find(files: ModelFiles) -> dict[str, tuple[Path, Any]]:
-    """Return all templates, {name: (file, template)}: those in files of their own, else those of tokenizer_config.json."""
+    """Return all templates, {name: (file, template)}: those in files of their own, else those of tokenizer_config.json.
+
+    Else that of chat_template.json, where models that see images had it first.
+    """
     names = {_DEFAULT: "chat_template.jinja"} if files.exists("chat_template.jinja") else {}
     names.update((Path(name).stem, name) for name in files.more_templates())
     found: dict[str, tuple[Path, Any]] = {}
@@ -79,6 +82,9 @@ def _find(files: ModelFiles) -> dict[str, tuple[Path, Any]]:
     template = files.json(path.name).get("chat_template")
     if isinstance(template, list):
         return {str(entry.get("name")): (path, entry.get("template")) for entry in template if isinstance(entry, dict)}
+    if template is None and files.exists("chat_template.json"):
+        path = files.model_dir / "chat_template.json"
+        template = files.json(path.name).get("chat_template")
     return {} if template is None else {_DEFAULT: (path, template)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmpack.experts_reader import read_experts
-from llmpack.families import FAMILIES, Family
+from llmpack.families import FAMILIES, SEEING, Family
 from llmpack.model_reader import Reader, read_json
 from llmpack.rope_reader import read_ropes
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig
@@ -49,17 +49,9 @@ def read_config(model_dir: Path) -> ModelConfig:
         IncompatibleError: a model that llmpack does not support; names the key and the value.
     """
     path = model_dir / "config.json"
-    raw = read_json(path)
-    model_type = raw.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        supported = ", ".join(map(repr, FAMILIES))
-        raise IncompatibleError(f"{path}: model_type is {model_type!r}; llmpack packs {supported}.")
-    known = [family.stored_as or family.architecture]
-    architectures = raw.get("architectures") or known
-    if architectures != known:
-        raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs {known}.")
-    raw = _part(raw, path, family)
+    raw, family = _language_model(read_json(path), path)
+    if family.rope_parameters and raw.get("rope_parameters") is None and raw.get("rope_scaling") is None:
+        raw = {**raw, "rope_parameters": family.rope_parameters}
     reader = Reader(raw, path)
     act_key, act = family.activation
     must_be = {act_key: (act, None), **_MUST_BE, **({} if family.has_multipliers else _MULTIPLIERS)}
@@ -131,20 +123,31 @@ def read_config(model_dir: Path) -> ModelConfig:
     )
 
 
-def _part(raw: dict[str, Any], path: Path, family: Family) -> dict[str, Any]:
-    """Return what is about the language model, and of the rest what holds for all of a model's parts."""
-    if family.part is None:
-        return raw
-    part = raw.get(family.part)
+def _language_model(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], Family]:
+    """Return the settings of the language model, and its family; of those outside, what holds for all of a model's parts."""
+    model_type = raw.get("model_type")
+    known = {**FAMILIES, **SEEING}.get(model_type) if isinstance(model_type, str) else None
+    if known is None:
+        supported = ", ".join(map(repr, (*FAMILIES, *SEEING)))
+        raise IncompatibleError(f"{path}: model_type is {model_type!r}; llmpack packs {supported}.")
+    architecture = (isinstance(known, Family) and known.stored_as) or known.architecture
+    architectures = raw.get("architectures") or [architecture]
+    if architectures != [architecture]:
+        raise IncompatibleError(f"{path}: architectures is {architectures}; llmpack packs {[architecture]}.")
+    if isinstance(known, Family):
+        return raw, known
+    part = raw.get("text_config")
     if not isinstance(part, dict):
-        raise IntegrityError(f"{path}: {family.part} is {part!r:.60}; expected an object.", code="E310")
-    if FAMILIES.get(part.get("model_type", "gemma3_text")) is not FAMILIES["gemma3_text"]:
-        raise IncompatibleError(
-            f"{path}: {family.part}.model_type is {part['model_type']!r:.60}; supported: 'gemma3_text'."
-        )
-    common = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+        raise IntegrityError(f"{path}: text_config is {part!r:.60}; expected an object.", code="E310")
+    language = part.get("model_type", known.languages[0])
+    if language not in known.languages:
+        supported = ", ".join(map(repr, known.languages))
+        raise IncompatibleError(f"{path}: text_config.model_type is {language!r:.60}; supported: {supported}.")
+    common = ("dtype", "torch_dtype", "quantization_config")
     of_all = {key: raw[key] for key in common if key in raw and part.get(key) is None}
-    return {**part, **of_all}
+    # Not the part's own word, which transformers saves without heeding it.
+    is_tied = True if raw.get("tie_word_embeddings") is None else raw["tie_word_embeddings"]
+    return {**part, **of_all, "tie_word_embeddings": is_tied}, FAMILIES[language]
 
 
 def _read_multipliers(reader: Reader, family: Family, hidden_size: int, dtype: str) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """The families of models, by `model_type` in config.json: how they differ from Llama, and what absent keys mean there.
 
 From transformers' configuration_*.py and modeling_*.py: Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2
-has biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may rotate a part of each head alone; Granite
-multiplies the embedding, what is added to the residual stream, attention's products and the logits by numbers of its own;
-SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles where attention slides, normalises what is added
-to the residual stream, has gelu in place of silu, and stores a norm's weight less 1. Its checkpoints that see images are packed
-without what sees. Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs.
+has biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may rotate a part of each head alone; Ministral 3
+multiplies late queries; Granite multiplies the embedding, what is added to the residual stream, attention's products and the
+logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles where attention
+slides, normalises what is added to the residual stream, has gelu in place of silu, and stores a norm's weight less 1. Qwen 3
+MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs. Checkpoints of Gemma 3 and Mistral that see
+images are packed without what sees.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Family:
         has_multipliers: whether config.json may say the four of Granite.
         has_no_rope_layers: whether config.json may say, or leave to transformers' rule, which layers do not rotate.
         has_local_rope: whether layers that slide rotate by settings of their own; by default every sixth does not slide.
+        has_growing_queries: whether RoPE's settings may say that later queries are multiplied by more than 1 (Llama 4's).
+        rope_parameters: None: the default type.
         stored_as: the architecture that config.json names, where it is another than `architecture`.
-        part: the member of config.json that is about the language model; None: all of it is.
         experts: None: every layer has one MLP.
         is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
@@ -75,34 +77,47 @@ class Family:
     has_no_rope_layers: bool = False
     is_hybrid: bool = False
     has_local_rope: bool = False
+    has_growing_queries: bool = False
+    rope_parameters: dict[str, Any] | None = None
     activation: tuple[str, str] = ("hidden_act", "silu")
     stored_as: str | None = None
-    part: str | None = None
     experts: Experts | None = None
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-_GEMMA3 = Family(
-    "Gemma3ForCausalLM",
-    131072,
-    num_key_value_heads=4,
-    head_dim=256,
-    tie_word_embeddings=True,
-    rope_theta=1000000.0,
-    window="by layer",
-    has_local_rope=True,
-    activation=("hidden_activation", "gelu_pytorch_tanh"),
-    sizes={
-        **{"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8},
-        **{"vocab_size": 262208, "query_pre_attn_scalar": 256},
-    },
-)
+@dataclass(frozen=True)
+class Seeing:
+    """A `model_type` of checkpoints that see images: the language model's settings are config.json's text_config.
+
+    Attributes:
+        languages: the `model_type`s that text_config may have, the first where it has none.
+    """
+
+    architecture: str
+    languages: tuple[str, ...]
+
+
 # With layer_types in config.json transformers takes a mistral for a ministral, which differs in that alone.
 _MISTRAL = Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="listed layers")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", 2048, has_mlp_bias=True),
     "mistral": _MISTRAL,
     "ministral": dataclasses.replace(_MISTRAL, stored_as="MinistralForCausalLM"),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        262144,
+        num_key_value_heads=8,
+        head_dim=128,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        window="all layers",
+        has_window=False,
+        has_growing_queries=True,
+        rope_parameters={
+            **{"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384},
+            **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+    ),
     "qwen2": Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, attention_bias=True, window="by layer"),
     "qwen3": Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, window="by layer"),
     "qwen3_moe": Family(
@@ -159,6 +174,23 @@ FAMILIES = {
         experts=Experts(("num_local_experts",), "intermediate_size", True, has_dense_layers=False, sizes=(8, 11008, 2)),
     ),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),
-    "gemma3_text": _GEMMA3,
-    "gemma3": dataclasses.replace(_GEMMA3, stored_as="Gemma3ForConditionalGeneration", part="text_config"),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        131072,
+        num_key_value_heads=4,
+        head_dim=256,
+        tie_word_embeddings=True,
+        rope_theta=1000000.0,
+        window="by layer",
+        has_local_rope=True,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        sizes={
+            **{"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8},
+            **{"vocab_size": 262208, "query_pre_attn_scalar": 256},
+        },
+    ),
+}
+SEEING = {
+    "gemma3": Seeing("Gemma3ForConditionalGeneration", ("gemma3_text",)),
+    "mistral3": Seeing("Mistral3ForConditionalGeneration", ("mistral", "ministral3")),
 }

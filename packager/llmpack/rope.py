@@ -150,4 +150,7 @@ def longest_sequence(config: ModelConfig) -> tuple[int, str]:
         stretched = int(min(rope["original_max_position_embeddings"] * rope["factor"], _MAX_POSITIONS))
         if stretched > limit:
             limit, what = stretched, f"{stretched}, YaRN's factor times original_max_position_embeddings"
+    if "llama_4_scaling_beta" in rope and rope["original_max_position_embeddings"] < limit:
+        limit = int(rope["original_max_position_embeddings"])
+        what = f"{limit}, original_max_position_embeddings: the model multiplies later queries, and llmpack does not"
     return limit, what

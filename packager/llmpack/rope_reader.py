@@ -21,6 +21,7 @@ _ROPE_NUMBERS = {
     "yarn": ("factor", _OUTSIDE),
     "longrope": (_OUTSIDE,),
 }
+_BETA = "llama_4_scaling_beta"
 _ALL, _SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 _LOCAL_THETA = 10000.0  # rope_local_base_freq where config.json does not say it
 _OLD_LONGROPE = ("su", "yarn")  # what Phi 3 called it
@@ -88,6 +89,9 @@ def read_rope(reader: Reader, family: Family, head_dim: int, max_position_embedd
             )
         if kind == "yarn":
             _read_yarn(inner, rope)
+        if family.has_growing_queries and given.get(_BETA):
+            rope[_BETA] = inner.positive(_BETA)
+            rope.setdefault(_OUTSIDE, inner.positive(_OUTSIDE, original))
         is_outside = given.get("partial_rotary_factor") is None
         rotary_dim = _read_rotary_dim(reader if is_outside else inner, family, head_dim)
         if kind == "longrope":

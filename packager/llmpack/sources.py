@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from llmpack.families import FAMILIES, SEEING
 from llmpack.weights import EMBEDDING, HEAD, source_shape, weight_rows
 from llmrun.artifact import IntegrityError, ModelConfig
 
@@ -40,6 +41,7 @@ _EXPERTS = {
 # Of a model that sees images: how the names of its language model begin, and what they begin with in a model that is nothing
 # else; first as they are published and saved, then as transformers calls its modules.
 _LANGUAGE_MODEL = (("language_model.", ""), ("model.language_model.", "model."))
+_SEEING = {FAMILIES[language].architecture for seeing in SEEING.values() for language in seeing.languages}
 # And the parts that are not packed.
 _EYES = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
 
@@ -158,13 +160,13 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
 
 def sees_images(config: ModelConfig, found: Iterable[str]) -> bool:
     """Tell whether a checkpoint has parts for images, which are not packed."""
-    return config.architecture == "Gemma3ForCausalLM" and any(name.startswith(_EYES) for name in found)
+    return config.architecture in _SEEING and any(name.startswith(_EYES) for name in found)
 
 
 def _language_model(config: ModelConfig, found: Iterable[str]) -> dict[str, str]:
     """Return the tensors of the language model, by the names that they have in a checkpoint of nothing else."""
     names = {name: name for name in found}
-    if config.architecture != "Gemma3ForCausalLM":
+    if config.architecture not in _SEEING:
         return names
     for prefix, plain in _LANGUAGE_MODEL:
         for name in [name for name in names if name.startswith(prefix)]:

@@ -26,6 +26,7 @@ from llmrun.artifact import IncompatibleError, IntegrityError
 
 __all__ = ["open_library"]
 
+_MISTRALS = ("mistral", "ministral", "mistral3", "ministral3")
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _SAVE_ONE = "Let transformers write one: AutoTokenizer's save_pretrained."
 # Files of tokenizers that are neither; vocab.json without merges.txt may be anything.
@@ -64,7 +65,7 @@ def open_library(files: ModelFiles, added: dict[str, tuple[int, bool]], vocab_si
             )
         return None
     are_special = all(special for _, special in added.values())
-    is_mistral = files.json("config.json").get("model_type") in ("mistral", "ministral")
+    is_mistral = files.json("config.json").get("model_type") in _MISTRALS
     is_rebuilt = config.get("tokenizer_class") in _LLAMA_CLASSES and not is_mistral
     if has_json and not (is_rebuilt and are_special):
         return _open_json(files, added, vocab_size)

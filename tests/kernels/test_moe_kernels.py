@@ -87,9 +87,7 @@ def run_route(logits: np.ndarray, chosen: int, *, is_normed: bool) -> tuple[np.n
 
 
 @pytest.mark.parametrize("is_normed", [False, True])
-@pytest.mark.parametrize(
-    ("number", "chosen"), [(1, 1), (8, 2), (8, 8), (60, 4), (128, 8), (40, 1), (520, 40)], ids=str
-)
+@pytest.mark.parametrize(("number", "chosen"), [(1, 1), (8, 2), (8, 8), (60, 4), (128, 8), (40, 1), (520, 40)], ids=str)
 def test_routing(number: int, chosen: int, is_normed: bool) -> None:
     logits = (np.random.default_rng([number, chosen]).standard_normal((3, number)) * 4).astype(np.float32)
     experts, routing = run_route(logits, chosen, is_normed=is_normed)

@@ -1,5 +1,7 @@
 """Which chat template the packager finds: what it renders to is what transformers' does."""
 
+import json
+
 import pytest
 from tokenizer_makers import edit_json, load_files, train_byte_level
 
@@ -51,6 +53,20 @@ def test_chat_template_from_each_place(model):
         "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% endfor %}"
     )
     assert "{% generation %}" in read_tokenizer(model, 500).chat_template
+
+
+def test_the_template_that_models_that_see_images_had_first(model):
+    """The processor's own file, before there was chat_template.jinja."""
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'seeing' }}"}))
+    files = read_tokenizer(model, 500)
+    assert files.chat_template == "{{ 'seeing' }}"
+    assert "chat_template.json" in files.sources
+    edit_json(model, "tokenizer_config.json", chat_template="{{ 'config' }}")
+    assert read_tokenizer(model, 500).chat_template == "{{ 'config' }}"
+    edit_json(model, "tokenizer_config.json", chat_template=None)
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": ["a"]}))
+    with pytest.raises(IncompatibleError, match=r"chat_template.json: chat_template: found list"):
+        read_tokenizer(model, 500)
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ x", "{% nosuchtag %}", "{{ " + "(" * 5000 + "}}"])

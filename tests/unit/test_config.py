@@ -244,7 +244,7 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma"}, "'gemma'; llmpack packs 'llama', 'mistral', 'ministral', 'qwen2', 'qwen3'"),
+        ({"model_type": "gemma"}, "'gemma'; llmpack packs 'llama', 'mistral', 'ministral', 'ministral3', 'qwen2'"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
         ({"model_type": "qwen2", "architectures": ["LlamaForCausalLM"]}, "Qwen2ForCausalLM"),
         (

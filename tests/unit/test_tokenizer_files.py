@@ -125,7 +125,7 @@ def write_json_of_transformers_4(folder, theirs):
 
 
 @pytest.mark.parametrize("legacy", [None, False, True])
-@pytest.mark.parametrize("model_type", ["mistral", "ministral"])
+@pytest.mark.parametrize("model_type", ["mistral", "ministral", "mistral3", "ministral3"])
 def test_the_tokenizer_json_of_a_mistral_is_used_as_it_is(model_type, legacy, sp):
     theirs = pytest.importorskip("transformers").AutoTokenizer
     write_json_of_transformers_4(sp, theirs)
