@@ -1,14 +1,14 @@
 """What a model thinks before it answers, between <think> and </think>, told apart from the answer.
 
-Whether a model thinks is read off its chat template, which names the tags. Where the template ends a prompt with <think>
-(DeepSeek-R1's), the answer begins within the thoughts; elsewhere (Qwen 3's) the model begins them itself, or does not.
-Granite 3.3's asks for the answer behind them between <response> and </response>.
+Whether a model thinks is read off its chat template, which names the tags (Mistral's are [THINK] and [/THINK]). Where the
+template ends a prompt with <think> (DeepSeek-R1's), the answer begins within the thoughts; elsewhere (Qwen 3's) the model
+begins them itself, or does not. Granite 3.3's asks for the answer behind them between <response> and </response>.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,14 +17,33 @@ if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
 
 REASONING_FORMATS = ("deepseek", "none")  # as reasoning_content, as DeepSeek's API has it; or within the text
-_OPENING, _CLOSING = "<think>", "</think>"
+
+
+class Tags(NamedTuple):
+    """What stands before and behind thoughts."""
+
+    opening: str
+    closing: str
+
+
+THINK = Tags("<think>", "</think>")
+_KNOWN = (THINK, Tags("[THINK]", "[/THINK]"))
 _RESPONSE, _RESPONSE_END = "<response>", "</response>"
 
 
 def may_think(tokenizer: Tokenizer | None) -> bool:
     """Tell whether the model's chat template knows of thoughts."""
-    template = None if tokenizer is None else tokenizer.chat_template
-    return template is not None and _CLOSING in template
+    return _named(tokenizer) is not None
+
+
+def tags_of(tokenizer: Tokenizer | None) -> Tags:
+    """Return the tags that the model's chat template names; <think> and </think> if it names none."""
+    return _named(tokenizer) or THINK
+
+
+def _named(tokenizer: Tokenizer | None) -> Tags | None:
+    template = (None if tokenizer is None else tokenizer.chat_template) or ""
+    return next((tags for tags in _KNOWN if tags.closing in template), None)
 
 
 def tags_answers(tokenizer: Tokenizer | None) -> bool:
@@ -34,12 +53,12 @@ def tags_answers(tokenizer: Tokenizer | None) -> bool:
 
 def begins_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
     """Tell whether a prompt ends with the beginning of the model's thoughts."""
-    return _ends_with(_OPENING, tokenizer, prompt)
+    return _ends_with(tags_of(tokenizer).opening, tokenizer, prompt)
 
 
 def ends_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
     """Tell whether a prompt ends with the end of thoughts: the model is not to think (Qwen 3's `enable_thinking`)."""
-    return _ends_with(_CLOSING, tokenizer, prompt)
+    return _ends_with(tags_of(tokenizer).closing, tokenizer, prompt)
 
 
 def _ends_with(tag: str, tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
@@ -53,21 +72,24 @@ def _ends_with(tag: str, tokenizer: Tokenizer | None, prompt: Sequence[int]) -> 
 def shown_tokens(tokenizer: Tokenizer | None) -> dict[int, str]:
     """Return the tags that are special tokens, which have no text otherwise, and their texts."""
     special = {} if tokenizer is None else tokenizer.special_tokens
-    return {special[tag]: tag for tag in (_OPENING, _CLOSING) if tag in special}
+    return {special[tag]: tag for tag in tags_of(tokenizer) if tag in special}
 
 
 class ThoughtStream:
     """The text of one answer as it comes, in two: thoughts and the rest; which of them a tag begins is known when it ends."""
 
-    def __init__(self, *, has_begun: bool = False, is_apart: bool = True, is_tagged: bool = False) -> None:
+    def __init__(
+        self, tags: Tags = THINK, *, has_begun: bool = False, is_apart: bool = True, is_tagged: bool = False
+    ) -> None:
         """Begin an answer.
 
         Args:
+            tags: of the thoughts.
             has_begun: the prompt has begun the thoughts.
             is_apart: thoughts come without tags, and both without the white space between them; otherwise as written.
             is_tagged: behind thoughts the rest may have tags, too, which it then comes without.
         """
-        self._has_begun, self._is_apart = has_begun, is_apart
+        self._tags, self._has_begun, self._is_apart = tags, has_begun, is_apart
         self._held = ""
         self._is_decided = False  # whether there are thoughts
         self._is_bare = is_apart  # nothing of the thoughts, or behind them, has been told yet
@@ -82,15 +104,15 @@ class ThoughtStream:
             return "", ""
         if not self.is_thinking:
             return "", self._rest()
-        end = self._held.find(_CLOSING)
+        end = self._held.find(self._tags.closing)
         if end < 0:
-            end = last_place(self._held, [_CLOSING])
+            end = last_place(self._held, [self._tags.closing])
             return self._told(len(self._held[:end].rstrip()) if self._is_apart else end), ""
         self.is_thinking = False
         if not self._is_apart:
-            return self._told(end + len(_CLOSING)), self._told(len(self._held))
+            return self._told(end + len(self._tags.closing)), self._told(len(self._held))
         thought = self._told(len(self._held[:end].rstrip()))
-        self._held = self._held.lstrip().removeprefix(_CLOSING)
+        self._held = self._held.lstrip().removeprefix(self._tags.closing)
         self._is_bare = True
         self._in_tags = None if self._is_tagged else False
         return thought, self._rest()
@@ -124,11 +146,11 @@ class ThoughtStream:
 
     def _decide(self) -> bool:
         start = self._held.lstrip()
-        if start.startswith(_OPENING):
+        if start.startswith(self._tags.opening):
             self._has_begun = True  # a second time, as some models do
             if self._is_apart:
-                self._held = start.removeprefix(_OPENING)
-        elif _OPENING.startswith(start):
+                self._held = start.removeprefix(self._tags.opening)
+        elif self._tags.opening.startswith(start):
             return False
         self._is_decided, self.is_thinking = True, self._has_begun
         self._is_bare &= self._has_begun
@@ -172,7 +194,7 @@ class ThoughtConstraint:
 
         self._grammar, self._tokenizer, self._is_thinking = grammar, tokenizer, has_begun
         self._opening = None if has_begun or has_ended else _opening_id(tokenizer)
-        self._shown = shown_tokens(tokenizer)
+        self._shown, self._closing = shown_tokens(tokenizer), tags_of(tokenizer).closing.encode()
         self._end = b""  # of the thoughts, as far as they may be the beginning of </think>
         allowed = np.zeros(-(-tokenizer.vocab_size // 32) * 32, np.uint8)
         allowed[: tokenizer.vocab_size] = 1
@@ -198,8 +220,8 @@ class ThoughtConstraint:
         if self._is_thinking:
             text = self._shown.get(token_id, "").encode() or self._tokenizer.token_bytes(token_id)
             self._end += text
-            self._is_thinking = _CLOSING.encode() not in self._end
-            self._end = self._end[1 - len(_CLOSING) :]
+            self._is_thinking = self._closing not in self._end
+            self._end = self._end[1 - len(self._closing) :]
         elif token_id == self._opening:
             self._is_thinking, self._opening = True, None
         else:
@@ -213,11 +235,11 @@ class ThoughtConstraint:
 
 
 def _opening_id(tokenizer: Tokenizer) -> int | None:
-    special = tokenizer.special_tokens
-    if _OPENING in special:
-        return special[_OPENING]
+    special, opening = tokenizer.special_tokens, tags_of(tokenizer).opening
+    if opening in special:
+        return special[opening]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else next(iter(special.values()), None)
-    ids = tokenizer.encode_segments([_OPENING] if first is None else [first, _OPENING])
+    ids = tokenizer.encode_segments([opening] if first is None else [first, opening])
     ids = ids if first is None else ids[1:]
     return ids[0] if len(ids) == 1 else None
 

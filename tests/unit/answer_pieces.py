@@ -11,12 +11,13 @@ from llmrun.server.limits import Limits
 from llmrun.server.schemas import Schemas
 from llmrun.server.tasks import Choice
 from llmrun.server.tools import ToolForm
+from llmrun.thoughts import THINK
 
 
 def the_pieces(
     body: dict[str, Any], form: ToolForm | None = None, *, tells_thoughts: bool = False, is_thinking: bool = False
 ) -> Pieces:
-    service: Any = SimpleNamespace(tells_thoughts=tells_thoughts, tags_answers=False)
+    service: Any = SimpleNamespace(tells_thoughts=tells_thoughts, thought_tags=THINK, tags_answers=False)
     return Pieces(service, Schemas(Limits()).chat_call(body), form, is_thinking=is_thinking)
 
 

@@ -17,6 +17,7 @@ from tool_forms import HERMES, TOOLS
 from llmrun.constraint import allowed_tokens
 from llmrun.server.grammar import Grammars
 from llmrun.thoughts import (
+    THINK,
     ThoughtConstraint,
     ThoughtStream,
     begins_thought,
@@ -24,6 +25,7 @@ from llmrun.thoughts import (
     may_think,
     shown_tokens,
     tags_answers,
+    tags_of,
 )
 from llmrun.tokenizer import Tokenizer
 
@@ -137,6 +139,24 @@ def test_what_the_template_and_the_prompt_say(tokenizer: Tokenizer, monkeypatch:
     assert shown_tokens(tokenizer) == {5: "<think>", 6: "</think>"}
     assert begins_thought(tokenizer, [1, 5, *tokenizer.encode("\n")])
     assert not begins_thought(tokenizer, [5, 6])
+
+
+def test_the_tags_of_a_mistral(grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tags_of(tokenizer) == tags_of(None) == THINK
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ '[THINK]' + block.thinking + '[/THINK]' }}")
+    monkeypatch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, "[THINK]": 4, "[/THINK]": 63})
+    tags = tags_of(tokenizer)
+    assert may_think(tokenizer)
+    assert shown_tokens(tokenizer) == {4: "[THINK]", 63: "[/THINK]"}
+    assert begins_thought(tokenizer, [1, 4])
+    assert ends_thought(tokenizer, [1, 4, 63])
+    stream = ThoughtStream(tags)
+    pieces = [stream.push(character) for character in "[THINK]a <think>[/THIN b[/THINK]c"] + [stream.finish()]
+    assert tuple(map("".join, zip(*pieces, strict=True))) == ("a <think>[/THIN b", "c")
+    constraint = ThoughtConstraint(grammars.constraint("regex", "yes|no"), tokenizer, tokenizer.eos_token_ids)
+    assert taken(constraint, tokenizer, [4, *tokenizer.encode("Oh", add_bos=False), 63]) == []
+    mask = allowed_tokens(constraint.mask([]), tokenizer.vocab_size)
+    assert {tokenizer.token_bytes(int(i))[:1] for i in np.flatnonzero(mask)} <= {b"y", b"n"}
 
 
 def test_an_answer_has_its_thoughts_beside_it() -> None:

@@ -142,13 +142,14 @@ class _Chat:
         Raises:
             UsageError: the messages do not fit the context or the template.
         """
-        from llmrun.thoughts import ThoughtStream, begins_thought, may_think, shown_tokens
+        from llmrun.thoughts import ThoughtStream, begins_thought, may_think, shown_tokens, tags_of
 
         arguments, tokenizer = self._arguments, engine.tokenizer
         prompt_ids = self._encode(engine, messages)
         thoughts = None
         if may_think(tokenizer):
-            thoughts = ThoughtStream(has_begun=begins_thought(tokenizer, prompt_ids), is_apart=False)
+            has_begun = begins_thought(tokenizer, prompt_ids)
+            thoughts = ThoughtStream(tags_of(tokenizer), has_begun=has_begun, is_apart=False)
 
         def tell(thought: str, text: str) -> None:
             if thought:

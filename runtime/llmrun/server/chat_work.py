@@ -159,7 +159,10 @@ class Pieces:
         if self.is_late:
             self._thoughts = collections.defaultdict(
                 lambda: ThoughtStream(
-                    has_begun=is_thinking, is_apart=service.tells_thoughts, is_tagged=service.tags_answers
+                    service.thought_tags,
+                    has_begun=is_thinking,
+                    is_apart=service.tells_thoughts,
+                    is_tagged=service.tags_answers,
                 )
             )
         self._parsers: dict[int, toolbox.ToolStream] | None = None

@@ -24,7 +24,7 @@ from llmrun.server.limits import Limits
 from llmrun.server.metrics import Metrics
 from llmrun.server.schemas import Schemas
 from llmrun.server.workers import Workers
-from llmrun.thoughts import REASONING_FORMATS, may_think, tags_answers
+from llmrun.thoughts import REASONING_FORMATS, THINK, may_think, tags_answers, tags_of
 
 if TYPE_CHECKING:
     from llmrun.engine import Engine
@@ -66,6 +66,7 @@ class Service:
         self._reasoning_format = reasoning_format
         # Both are known with the model.
         self.tells_thoughts = False  # apart from an answer's text
+        self.thought_tags = THINK
         self.tags_answers = False  # behind thoughts
         self.limits, self.names, self.model_name = limits, tuple(names), names[0]
         self.schemas = Schemas(limits)
@@ -102,7 +103,7 @@ class Service:
         self.fingerprint = f"fp_{engine.job.artifact.digest[:10]}"
         tokenizer, model = engine.tokenizer, engine.manifest.model
         self.tells_thoughts = self._reasoning_format != "none" and may_think(tokenizer)
-        self.tags_answers = tags_answers(tokenizer)
+        self.thought_tags, self.tags_answers = tags_of(tokenizer), tags_answers(tokenizer)
         self.grammars = (
             None
             if tokenizer is None
