@@ -23,6 +23,7 @@ _WINDOW, _MAX_WINDOW_LAYERS = 4096, 28  # sliding_window and max_window_layers w
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
+    "attention_out_bias": (False, None),
     "logit_scale": (1.0, None),
     "num_local_experts": (None, 0, 1),
     "use_qk_norm": (False, None),
@@ -110,7 +111,7 @@ def read_config(model_dir: Path) -> ModelConfig:
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=reader.positive("rms_norm_eps", family.rms_norm_eps),
         tie_word_embeddings=reader.flag("tie_word_embeddings", default=family.tie_word_embeddings),
-        attention_bias=reader.flag("attention_bias") if family.attention_bias is None else family.attention_bias,
+        attention_bias=_has_attention_bias(reader, family),
         mlp_bias=family.has_mlp_bias and reader.flag("mlp_bias"),
         rope=rope,
         rope_local=None if sliding_window is None else of_sliding,
@@ -196,6 +197,12 @@ def _check_hybrid(reader: Reader) -> None:
             )
     if not reader.raw.get("layer_types"):
         raise IncompatibleError(f"{reader.path}: layer_types is missing; supported: 'attention' for every layer.")
+
+
+def _has_attention_bias(reader: Reader, family: Family) -> bool:
+    if family.attention_bias is not None:
+        return family.attention_bias
+    return reader.flag("attention_bias", default=family.has_attention_bias)
 
 
 def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tuple[int | None, tuple[str, ...] | None]:

@@ -1,12 +1,12 @@
 """The families of models, by `model_type` in config.json: how they differ from Llama, and what absent keys mean there.
 
 From transformers' configuration_*.py and modeling_*.py: Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2
-has biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may rotate a part of each head alone; Ministral 3
-multiplies late queries; Granite multiplies the embedding, what is added to the residual stream, attention's products and the
-logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles where attention
-slides, normalises what is added to the residual stream, has gelu in place of silu, and stores a norm's weight less 1. Qwen 3
-MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs. Checkpoints of Gemma 3 and Mistral that see
-images are packed without what sees.
+and Seed-OSS have biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may rotate a part of each head alone;
+Ministral 3 multiplies late queries; Granite multiplies the embedding, what is added to the residual stream, attention's products
+and the logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles where
+attention slides, normalises what is added to the residual stream, has gelu in place of silu, and stores a norm's weight less 1.
+Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs. Checkpoints of Gemma 3 and Mistral that
+see images are packed without what sees.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Family:
         sizes: others of config.json, which most families have to say.
         num_key_value_heads: None: as many as num_attention_heads.
         attention_bias: None: config.json says it.
+        has_attention_bias: what it says where it does not.
         has_mlp_bias: whether config.json may say it.
         activation: the key of config.json, and what it must say.
         window: which layers of attention may look back no further than a window; "listed layers" are those of layer_types, or
@@ -65,6 +66,7 @@ class Family:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     attention_bias: bool | None = None
+    has_attention_bias: bool = False
     has_mlp_bias: bool = False
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -165,6 +167,18 @@ FAMILIES = {
         tie_word_embeddings=True,
         rope_theta=2000000.0,
         has_no_rope_layers=True,
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        524288,
+        num_key_value_heads=8,
+        head_dim=128,
+        has_attention_bias=True,
+        has_mlp_bias=True,
+        sizes={
+            **{"hidden_size": 4096, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 80},
+            **{"vocab_size": 155136},
+        },
     ),
     "granite": Family("GraniteForCausalLM", 2048, has_mlp_bias=True, has_multipliers=True),
     "granitemoe": Family(

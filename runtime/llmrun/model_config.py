@@ -63,7 +63,7 @@ class ModelConfig:
     @property
     def has_output_bias(self) -> bool:
         """Whether o_proj has a bias."""
-        return self.attention_bias and self.architecture != "Qwen2ForCausalLM"
+        return self.attention_bias and self.architecture not in ("Qwen2ForCausalLM", "SeedOssForCausalLM")
 
     @property
     def has_qk_norm(self) -> bool:

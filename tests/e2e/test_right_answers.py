@@ -93,6 +93,7 @@ VARIANTS = {
     },
     "ministral3": MINISTRAL,
     "qwen2": {"model_type": "qwen2"},
+    "seed-oss": {"model_type": "seed_oss", "head_dim": 64, "mlp_bias": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 64},
     "qwen3-bias": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
     "phi3": {**PHI3},

@@ -8,7 +8,7 @@ from models import MULTIPLIERS
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "granite", "smollm3"]
+    "model_type", ["llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "seed_oss"]
 )
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
@@ -17,6 +17,7 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
     ours, theirs = read(tmp_path, **given), AutoConfig.for_model(**given)
     for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.attention_bias == getattr(theirs, "attention_bias", ours.attention_bias)
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert {"partial_rotary_factor": 1.0, **ours.rope} == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
@@ -37,7 +38,7 @@ def test_the_mlp_of_a_hybrid_that_is_none_has_the_shared_size(tmp_path):
 
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "granitemoehybrid", "smollm3"]
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "granitemoehybrid", "smollm3", "seed_oss"]
 )
 def test_biases_are_those_of_transformers_whatever_a_family_ignores(tmp_path, model_type, said):
     import torch
