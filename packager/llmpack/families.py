@@ -2,11 +2,11 @@
 
 From transformers' configuration_*.py and modeling_*.py: Mistral, Qwen and Phi 3 may look back no further than a window, Qwen 2
 and Seed-OSS have biases on q, k and v only, Qwen 3 norms on the heads of q and k; Phi 3 may rotate a part of each head alone;
-Ministral 3 multiplies late queries; Granite multiplies the embedding, what is added to the residual stream, attention's products
-and the logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles where
-attention slides, normalises what is added to the residual stream, has gelu in place of silu, and stores a norm's weight less 1.
-Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs. Checkpoints of Gemma 3 and Mistral that
-see images are packed without what sees.
+Ministral 3 multiplies late queries; Granite multiplies the embedding, what is added to the residual stream, attention's
+products and the logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles
+where attention slides, normalises what is added to the residual stream, has gelu in place of silu, and stores a norm's weight
+less 1. Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs. Checkpoints of Gemma 3 and
+Mistral that see images are packed without what sees.
 """
 
 from __future__ import annotations

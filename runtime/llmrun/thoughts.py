@@ -1,8 +1,9 @@
 """What a model thinks before it answers, between <think> and </think>, told apart from the answer.
 
 Whether a model thinks is read off its chat template, which names the tags (Mistral's begin with [THINK], Seed-OSS's with
-<seed:think>). Where the template ends a prompt with <think> (DeepSeek-R1's), the answer begins within the thoughts; elsewhere (Qwen 3's) the model
-begins them itself, or does not. Granite 3.3's asks for the answer behind them between <response> and </response>.
+<seed:think>). Where the template ends a prompt with <think> (DeepSeek-R1's), the answer begins within the thoughts; elsewhere
+(Qwen 3's) the model begins them itself, or does not. Granite 3.3's asks for the answer behind them between <response> and
+</response>.
 """
 
 from __future__ import annotations
