@@ -26,7 +26,6 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "attention_out_bias": (False, None),
     "logit_scale": (1.0, None),
     "num_local_experts": (None, 0, 1),
-    "use_qk_norm": (False, None),
     "is_encoder_decoder": (False, None),
     "is_causal": (True, None),
     "use_bidirectional_attention": (False, None),
@@ -99,7 +98,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     sliding_window, layer_types = _read_windows(reader, family, num_hidden_layers)
     rope, of_sliding = read_ropes(reader, family, head_dim, max_position_embeddings)
-    return ModelConfig(
+    config = ModelConfig(
         architecture=family.architecture,
         hidden_size=hidden_size,
         intermediate_size=reader.size(intermediate, family.sizes.get("intermediate_size")),
@@ -122,6 +121,12 @@ def read_config(model_dir: Path) -> ModelConfig:
         **(read_experts(reader, family.experts, num_hidden_layers) if family.experts else {}),
         **_read_multipliers(reader, family, hidden_size, dtype),
     )
+    # Qwen 3 Coder's config.json says so; transformers normalises in every Qwen 3, and in no Llama, whatever it says.
+    if raw.get("use_qk_norm") not in (False, None) and not config.has_qk_norm:
+        raise IncompatibleError(
+            f"{path}: use_qk_norm is {raw['use_qk_norm']!r}, which is not supported; supported: False."
+        )
+    return config
 
 
 def _language_model(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], Family]:

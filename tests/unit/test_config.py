@@ -265,6 +265,7 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
         ({"hidden_act": ["silu"]}, "hidden_act is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"is_causal": False}, "is_causal is False"),
+        ({"use_qk_norm": True}, "use_qk_norm is True, which is not supported; supported: False"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
         *(({name: 2.5}, f"{name} is 2.5, which is not supported") for name in MULTIPLIERS),
         ({**HYBRID, "num_local_experts": 1}, "num_local_experts is 1, .* supported: 0"),

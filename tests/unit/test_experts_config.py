@@ -45,6 +45,17 @@ QWEN_30B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+QWEN_CODER_30B: dict[str, Any] = {
+    **QWEN_30B,
+    "intermediate_size": 5472,
+    "max_position_embeddings": 262144,
+    "max_window_layers": 28,
+    "qkv_bias": False,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.0,
+    "shared_expert_intermediate_size": 0,
+    "use_qk_norm": True,
+}
 MIXTRAL_8X7B: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "hidden_act": "silu",
@@ -88,7 +99,7 @@ GRANITE_1B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "vocab_size": 49155,
 }
-PUBLISHED = {"qwen": QWEN_30B, "mixtral": MIXTRAL_8X7B, "granite": GRANITE_1B}
+PUBLISHED = {"qwen": QWEN_30B, "qwen-coder": QWEN_CODER_30B, "mixtral": MIXTRAL_8X7B, "granite": GRANITE_1B}
 
 
 def read(folder: Path, config: dict[str, Any]) -> ModelConfig:
