@@ -55,7 +55,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     reader = Reader(raw, path)
     act_key, act = family.activation
     must_be = {act_key: (act, None), **_MUST_BE, **({} if family.has_multipliers else _MULTIPLIERS)}
-    if family.experts:
+    if family.experts or family.is_hybrid:
         del must_be["num_local_experts"]
     for key, allowed in must_be.items():
         if raw.get(key) not in allowed:

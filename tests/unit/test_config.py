@@ -268,6 +268,7 @@ def test_both_spellings_of_the_data_type(tmp_path, key):
         ({"use_qk_norm": True}, "use_qk_norm is True, which is not supported; supported: False"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
         *(({name: 2.5}, f"{name} is 2.5, which is not supported") for name in MULTIPLIERS),
+        ({**HYBRID, "num_local_experts": 64}, "num_local_experts is 64, .* supported: 0"),
         ({**HYBRID, "num_local_experts": 1}, "num_local_experts is 1, .* supported: 0"),
         ({**HYBRID, "num_local_experts": None}, "num_local_experts is None, .* supported: 0"),
         ({**HYBRID, "position_embedding_type": None}, "position_embedding_type is None, .* supported: 'rope'"),
