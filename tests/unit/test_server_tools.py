@@ -11,7 +11,7 @@ import pytest
 from answer_pieces import pieces_of, the_pieces
 from hypothesis import given
 from hypothesis import strategies as st
-from tool_forms import FORMS, FUNCTION, GRANITE, HERMES, LLAMA, MISTRAL, NAMED, PHI, TOOLS
+from tool_forms import CODER, FORMS, FUNCTION, GRANITE, HERMES, LLAMA, MISTRAL, NAMED, PHI, TOOLS
 
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError
@@ -41,7 +41,9 @@ def test_the_form_of_calls_is_read_off_the_template(tokenizer: Tokenizer, monkey
     functionary = "{{ tools }}<function={{ name }}>{{ arguments }}</function>"
     assert tool_form(with_template(tokenizer, functionary, monkeypatch)) == FUNCTION
     with_template(tokenizer, functionary.replace("{{ arguments }}", "<parameter={{ key }}>"), monkeypatch)
-    assert tool_form(tokenizer) == ToolForm("arguments")  # one that is not known: the commonest
+    assert tool_form(tokenizer) == ToolForm("arguments", is_spelled=True)
+    with_template(tokenizer, "{{ tools }}<tool_call>\n<function={{ name }}>\n<parameter={{ key }}>", monkeypatch)
+    assert tool_form(tokenizer) == CODER
     assert tool_form(with_template(tokenizer, "tools {{ broken", monkeypatch)) is None
 
 
@@ -222,6 +224,7 @@ def test_a_call_with_arguments_that_are_no_object_is_text(arguments: str) -> Non
 
 CALL = '{"name": "weather", "parameters": {"city": "Rome"}}'
 ARGUMENTS = '{"city": "Rome"}'
+SPELLED = "<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>"
 ANSWERS: list[tuple[str, str | None, int]] = [
     (CALL, None, 1),
     (f" {CALL}; {CALL}\n", None, 2),
@@ -284,6 +287,17 @@ def check_found(stream: ToolStream, text: str, cuts: list[int], expected: str | 
             (FUNCTION, f"<function=weather>{ARGUMENTS}</function><function=weather>{ARGUMENTS}", None, 2),
             (FUNCTION, "<function=weather>Rome</function>", "<function=weather>Rome</function>", 0),
             (LLAMA, f"<function=weather>{ARGUMENTS}</function>", f"<function=weather>{ARGUMENTS}</function>", 0),
+            (CODER, f"<tool_call>\n{SPELLED}\n</tool_call>", None, 1),
+            (CODER, f"So: <tool_call>{SPELLED}</tool_call>\n<tool_call>\n{SPELLED}\n</tool_call>", "So: ", 2),
+            (CODER, f"So:\n{SPELLED}\n</tool_call>", "So:\n", 1),
+            (CODER, f"{SPELLED}\n</tool_call>\n<tool_call>\n{SPELLED}\n</tool_call>", None, 2),
+            (CODER, f"{SPELLED}{SPELLED} Done.", "Done.", 2),
+            (CODER, f"<tool_call>{CALL}</tool_call>", None, 1),
+            (CODER, "<tool_call>\n" + SPELLED[:-1], "<tool_call>\n" + SPELLED[:-1], 0),
+            (CODER, "<function=weather>\n</parameter>\n", "<function=weather>\n</parameter>\n", 0),
+            (CODER, "a <function=unknown>\n</function>", "a <function=unknown>\n</function>", 0),
+            (HERMES, f"<tool_call>\n{SPELLED}\n</tool_call>", None, 1),
+            (HERMES, SPELLED, SPELLED, 0),
             (GRANITE, f"<|tool_call|>[{CALL}, {CALL}]", None, 2),
             (GRANITE, f"<|tool_call|> [\n {CALL},\n {CALL}\n]\n", None, 2),
             (GRANITE, f"Let me see.<|tool_call|>[{CALL}] and more", "Let me see.and more", 1),

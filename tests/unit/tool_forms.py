@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llmrun.server.tools import ToolForm
 
 LLAMA = ToolForm("parameters")
 HERMES = ToolForm("arguments", "<tool_call>\n", "\n</tool_call>", tag="<tool_call>")
+CODER = replace(HERMES, is_spelled=True)
 # The ids are the demo's <unk>, <s> and </s>, which no text gives.
 MISTRAL = ToolForm("arguments", "[TOOL_CALLS] [", "]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1),))
 NAMED = ToolForm(
@@ -20,7 +22,7 @@ PHI = ToolForm(
     tag="<|tool_call|>",
     tokens=(("<|tool_call|>", 1), ("<|/tool_call|>", 0)),
 )
-FORMS = [LLAMA, HERMES, MISTRAL, NAMED, FUNCTION, GRANITE, PHI]
+FORMS = [LLAMA, HERMES, CODER, MISTRAL, NAMED, FUNCTION, GRANITE, PHI]
 WEATHER = {
     "type": "function",
     "function": {

@@ -4,6 +4,7 @@ Which form a model was trained on is read off its template:
 
     Llama 3       {"name": ..., "parameters": {...}}, several joined by ";"
     Hermes, Qwen  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, one after the other
+    Qwen 3 Coder  <function=name> with arguments between tags, maybe in Hermes' (`spelled_calls.py`); if demanded, Hermes' form
     Mistral       [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]; later [TOOL_CALLS]name[ARGS]{...}, one after the other
     Functionary   <function=name>{...}</function>, one after the other
     Granite 3     <|tool_call|>[{"name": ..., "arguments": {...}}, ...]; what it writes may begin with <tool_call>[ instead
@@ -28,13 +29,14 @@ from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
 from llmrun.server.json_schema import changed_schema, check_size, checked_schema, closed_schema
 from llmrun.server.limits import Limits
+from llmrun.server.spelled_calls import FUNCTION, PARAMETER, spelled_calls_at
 from llmrun.thoughts import last_place
 from llmrun.tokenizer_backends import alternation
 
 if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
 
-_HERMES, _MISTRAL, _FUNCTION, _GRANITE = "<tool_call>", "[TOOL_CALLS]", "<function=", "<|tool_call|>"
+_HERMES, _MISTRAL, _FUNCTION, _GRANITE = "<tool_call>", "[TOOL_CALLS]", FUNCTION, "<|tool_call|>"
 _CLOSINGS = {_HERMES: "</tool_call>", _MISTRAL: "", _FUNCTION: "</function>", _GRANITE: "<|/tool_call|>"}
 _BETWEEN = re.compile(r"[ \t\r\n;,]*")
 _LIST = re.compile(re.escape(_MISTRAL) + r"\s*\[(?=[\s\"'{]|\Z)")  # as a template has it, in a literal or ending one
@@ -59,6 +61,7 @@ class ToolForm:
         tag: what tells a call from text; empty: its first brace.
         tokens: those of its tags that are special tokens of the tokenizer, and their ids.
         tells_by_system: the template takes the tools as JSON in the system message, not as a variable.
+        is_spelled: the model was taught to write calls as Qwen 3 Coder does.
     """
 
     key: str = ""
@@ -68,6 +71,7 @@ class ToolForm:
     tag: str = ""
     tokens: tuple[tuple[str, int], ...] = ()
     tells_by_system: bool = False
+    is_spelled: bool = False
 
     @property
     def shown_tokens(self) -> dict[int, str]:
@@ -77,7 +81,7 @@ class ToolForm:
     @property
     def tags(self) -> tuple[str, ...]:
         """What may begin a call: any model may have learnt Hermes' form, the commonest."""
-        return tuple(dict.fromkeys((_HERMES, *filter(None, [self.tag]))))
+        return tuple(dict.fromkeys((_HERMES, *filter(None, [self.tag]), *([_FUNCTION] * self.is_spelled))))
 
     def new_id(self) -> str:
         """Return an id for a call; Mistral's templates take none but of nine letters and digits."""
@@ -106,13 +110,15 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
     if tells_by_system and not ("messages" in names and _OF_MESSAGE.search(template)):
         return None
     special = tokenizer.special_tokens
+    is_spelled = _FUNCTION in template and PARAMETER in template
 
     def tokens(*tags: str) -> tuple[tuple[str, int], ...]:
         return tuple((tag, special[tag]) for tag in tags if tag in special)
 
     if _HERMES in template:
         closing = _CLOSINGS[_HERMES]
-        return ToolForm("arguments", f"{_HERMES}\n", f"\n{closing}", tag=_HERMES, tokens=tokens(_HERMES, closing))
+        known = tokens(_HERMES, closing)
+        return ToolForm("arguments", f"{_HERMES}\n", f"\n{closing}", tag=_HERMES, tokens=known, is_spelled=is_spelled)
     if _MISTRAL in template:
         if "[ARGS]" in template:
             known = tokens(_MISTRAL, "[CALL_ID]", "[ARGS]")
@@ -126,10 +132,11 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
             closing += _CLOSINGS[_GRANITE]
         known = tokens(_GRANITE, _CLOSINGS[_GRANITE])
         return ToolForm("arguments", opening, closing, tag=_GRANITE, tokens=known, tells_by_system=tells_by_system)
-    if _FUNCTION in template and "<parameter=" not in template:
+    if _FUNCTION in template and not is_spelled:
         closing = _CLOSINGS[_FUNCTION]
         return ToolForm(opening=_FUNCTION, closing=closing, middle=">", tag=_FUNCTION, tokens=tokens(closing))
-    return ToolForm("parameters" if '"parameters"' in template or "'parameters'" in template else "arguments")
+    key = "parameters" if '"parameters"' in template or "'parameters'" in template else "arguments"
+    return ToolForm(key, is_spelled=is_spelled)
 
 
 def call_grammar(
@@ -239,7 +246,8 @@ def find_calls(
     Only calls of tools that the request offered count: anything else is text. Bare objects and Hermes' form do, whichever
     the template shows.
     """
-    names = {tool["function"]["name"] for tool in tools}
+    parameters = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    names = set(parameters)
     stripped = text.strip()
     rest = ""
     calls, at = _objects_at(stripped, 0, names)  # first, because an argument may hold what looks like a tag
@@ -248,10 +256,15 @@ def find_calls(
         while (found := _first_tag(form, stripped, at)) is not None:
             start, tag = found
             rest += stripped[at:start]
-            some, at = _tagged_at(stripped, start + len(tag), tag, names)
             closing = _CLOSINGS[tag]
+            some, at = spelled_calls_at(stripped, start + (tag != _FUNCTION) * len(tag), parameters)
+            if some:
+                closing = _CLOSINGS[_HERMES]
+            else:
+                some, at = _tagged_at(stripped, start + len(tag), tag, names)
             is_closed = stripped.startswith(closing, at)
-            if not some or not (is_closed or at == len(stripped) or tag == _GRANITE):  # Granite closes nothing
+            # Granite closes nothing, and a spelled call ends by itself.
+            if not some or not (is_closed or at == len(stripped) or tag == _GRANITE or closing != _CLOSINGS[tag]):
                 return text, []
             calls += some
             at += len(closing) if is_closed else 0
