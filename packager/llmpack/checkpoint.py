@@ -262,7 +262,10 @@ def _read_header(model_dir: Path, name: str) -> dict[str, TensorInfo]:
     tensors = {}
     for tensor, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise IncompatibleError(f"{path}: {tensor} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}.")
+            raise IncompatibleError(
+                f"{path}: {tensor} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}. If the model is a"
+                " quantized one, take the one that it was made from; else convert it."
+            )
         tensors[tensor] = TensorInfo(
             name, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0]
         )
