@@ -27,17 +27,25 @@ _TENSORS = {
 # Routers and experts of other names than in a Qwen; "{}" is an expert's number, without which a tensor holds all of them.
 _EXPERTS = {
     "MixtralForCausalLM": (
-        ("block_sparse_moe.gate", ("gate",)),
-        ("block_sparse_moe.experts.{}.w1", ("gate_proj",)),
-        ("block_sparse_moe.experts.{}.w3", ("up_proj",)),
-        ("block_sparse_moe.experts.{}.w2", ("down_proj",)),
+        ("block_sparse_moe.gate.weight", ("gate",)),
+        ("block_sparse_moe.experts.{}.w1.weight", ("gate_proj",)),
+        ("block_sparse_moe.experts.{}.w3.weight", ("up_proj",)),
+        ("block_sparse_moe.experts.{}.w2.weight", ("down_proj",)),
     ),
     "GraniteMoeForCausalLM": (
-        ("block_sparse_moe.router.layer", ("gate",)),
-        ("block_sparse_moe.input_linear", ("gate_proj", "up_proj")),
-        ("block_sparse_moe.output_linear", ("down_proj",)),
+        ("block_sparse_moe.router.layer.weight", ("gate",)),
+        ("block_sparse_moe.input_linear.weight", ("gate_proj", "up_proj")),
+        ("block_sparse_moe.output_linear.weight", ("down_proj",)),
     ),
 }
+# The same as transformers 5 has them in memory, and saves them where it is told not to save them as they are published.
+_IN_MEMORY = tuple(
+    (router, (f"{mlp}.experts.gate_up_proj", ("gate_proj", "up_proj")), (f"{mlp}.experts.down_proj", ("down_proj",)))
+    for mlp, router in (
+        ("mlp", ("mlp.gate.weight", ("gate",))),
+        ("block_sparse_moe", ("block_sparse_moe.router.weight", ("gate",))),
+    )
+)
 # Of a model that sees images: how the names of its language model begin, and what they begin with in a model that is nothing
 # else; first as they are published and saved, then as transformers calls its modules.
 _LANGUAGE_MODEL = (("language_model.", ""), ("model.language_model.", "model."))
@@ -71,12 +79,15 @@ class _Tensor:
         return (rows, *shapes[0][1:])
 
 
-def _tensors_of(config: ModelConfig) -> Iterator[_Tensor]:
-    """Return the tensors of the whole table."""
+def _tensors_of(config: ModelConfig, found: Iterable[str]) -> Iterator[_Tensor]:
+    """Return the tensors of the whole table, named as some that are there."""
+    experts = _EXPERTS.get(config.architecture, ())
+    ends = {name.partition(".layers.")[2].partition(".")[2] for name in found}
+    experts = next((table for table in _IN_MEMORY if table[1][0] in ends), experts)
     done: set[str] = set()
     for source in (source for row in weight_rows(config) for source in row.sources):
         if source not in done:
-            tensor = _expert_tensor(config, source) or _renamed(config, source) or _Tensor(source, (source,))
+            tensor = _expert_tensor(config, experts, source) or _renamed(config, source) or _Tensor(source, (source,))
             done |= {*tensor.sources}
             yield tensor
 
@@ -92,19 +103,19 @@ def _renamed(config: ModelConfig, source: str) -> _Tensor | None:
     return None
 
 
-def _expert_tensor(config: ModelConfig, source: str) -> _Tensor | None:
-    """Return the same of a router or an expert."""
+def _expert_tensor(config: ModelConfig, tensors: Iterable[tuple[str, tuple[str, ...]]], source: str) -> _Tensor | None:
+    """Return the same of a router or an expert, which `tensors` have."""
     layer, _, path = source.removesuffix(".weight").partition(".mlp.")
     expert, _, name = path.removeprefix("experts.").rpartition(".")
-    for tensor, parts in _EXPERTS.get(config.architecture, ()):
-        if name not in parts:
+    for tensor, parts in tensors:
+        if name not in parts or not (expert or name == "gate"):
             continue
         if not expert:
-            return _Tensor(f"{layer}.{tensor}.weight", (source,))
+            return _Tensor(f"{layer}.{tensor}", (source,))
         is_stacked = "{}" not in tensor
         numbers = [str(i) for i in range(config.num_experts or 0)] if is_stacked else [expert]
         sources = tuple(f"{layer}.mlp.experts.{i}.{part}.weight" for i in numbers for part in parts)
-        return _Tensor(f"{layer}.{tensor.format(expert)}.weight", sources, is_stacked)
+        return _Tensor(f"{layer}.{tensor.format(expert)}", sources, is_stacked)
     return None
 
 
@@ -131,7 +142,7 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
         )
     shapes: dict[str, tuple[int, ...]] = {}  # of the tensors
     places: dict[str, Place] = {}
-    for tensor in _tensors_of(config):
+    for tensor in _tensors_of(config, found):
         shapes[tensor.name], first_row = tensor.shape(config), 0
         for source in tensor.sources:
             places[source] = Place(tensor.name, first_row)

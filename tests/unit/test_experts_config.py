@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpack.config import read_config
 from llmpack.pack import Options, pack
@@ -214,6 +214,29 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(
     if len(rest) == 2:  # as one matrix
         with pytest.raises(IntegrityError, match=rf"{tensor}: shape .*, but config.json asks for \[6, 512, 256\]"):
             resolve_sources(config, {**shapes, tensor: (rest[0] * rest[1], last)})
+
+
+@pytest.mark.parametrize("model", [QWEN_MOE, MIXTRAL, GRANITE_MOE])
+def test_experts_saved_as_transformers_has_them_in_memory_give_the_same_bytes(
+    model: dict[str, Any], tmp_path: Path
+) -> None:
+    published = make_checkpoint(tmp_path / "published", **model)
+    saved = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(published).save_pretrained(saved, save_original_format=False)
+    joined = [name for name in shapes_of(saved) if name.endswith(".experts.gate_up_proj")]
+    assert joined
+    for scheme in ("f32", "q4"):
+        for folder in (published, saved):
+            pack(folder, tmp_path / f"{folder.name}-{scheme}", Options(shards=2, scheme=scheme))
+        for rank in (0, 1):
+            one, other = (tmp_path / f"{name}-{scheme}/rank-{rank}/weights.bin" for name in ("published", "saved"))
+            assert one.read_bytes() == other.read_bytes()
+    config, shapes = read_config(saved), shapes_of(saved)
+    with pytest.raises(IntegrityError, match=rf"missing: {joined[1]}; not known to a model of this .*: none"):
+        resolve_sources(config, {name: shape for name, shape in shapes.items() if name != joined[1]})
+    number, rows, columns = shapes[joined[0]]
+    with pytest.raises(IntegrityError, match=rf"config.json asks for \[{number}, {rows}, {columns}\]"):
+        resolve_sources(config, {**shapes, joined[0]: (number + 1, rows, columns)})
 
 
 @pytest.mark.parametrize(
