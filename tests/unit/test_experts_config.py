@@ -142,6 +142,7 @@ def test_settings_are_those_of_transformers(name: str, spelling: str, tmp_path: 
     [
         ({"mlp_only_layers": [0, 3]}, [0, 1, 1, 0]),
         ({"decoder_sparse_step": 2}, [0, 1, 0, 1]),
+        ({"decoder_sparse_step": 3}, [0, 0, 1, 0]),
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, [0, 0, 0, 1]),
         ({"mlp_only_layers": None, "decoder_sparse_step": None}, [1, 1, 1, 1]),
         ({"mlp_only_layers": [0, 1, 2, 3]}, [0, 0, 0, 0]),
@@ -155,6 +156,17 @@ def test_layers_with_experts_are_those_of_qwens_rule(keys: dict[str, Any], spars
     assert (found.num_experts is None) == (1 not in sparse)
 
 
+def test_layers_of_other_families_all_have_experts_whatever_qwens_keys_say(tmp_path: Path) -> None:
+    found = read(tmp_path, {**MIXTRAL_8X7B, "mlp_only_layers": [0], "decoder_sparse_step": 2})
+    assert found.mlp_layer_types is None
+
+
+@pytest.mark.parametrize("keys", [{"num_experts": 1024}, {"num_experts": 8}, {"num_experts_per_tok": 128}])
+def test_the_most_experts_are_taken(keys: dict[str, Any], tmp_path: Path) -> None:
+    found = read(tmp_path, {**QWEN_30B, **keys})
+    assert {key: getattr(found, key) for key in keys} == keys
+
+
 @pytest.mark.parametrize(
     ("keys", "error", "match"),
     [
@@ -165,6 +177,7 @@ def test_layers_with_experts_are_those_of_qwens_rule(keys: dict[str, Any], spars
         ({"moe_intermediate_size": -1}, IntegrityError, r"moe_intermediate_size is -1; expected an integer"),
         ({"norm_topk_prob": 1}, IntegrityError, r"norm_topk_prob is 1; expected true or false"),
         ({"mlp_only_layers": "all"}, IntegrityError, r"mlp_only_layers is 'all'; expected a list of layers' numbers"),
+        ({"mlp_only_layers": 3}, IntegrityError, r"mlp_only_layers is 3; expected a list of layers' numbers"),
         ({"mlp_only_layers": [True]}, IntegrityError, r"mlp_only_layers is \[True\]; expected a list"),
         ({"decoder_sparse_step": 0}, IntegrityError, r"decoder_sparse_step is 0; expected an integer of at least 1"),
         ({"hidden_act": "gelu"}, IncompatibleError, r"hidden_act is 'gelu', which is not supported"),
