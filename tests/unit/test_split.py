@@ -14,7 +14,7 @@ from llmpack.gpu_graph import gpu_graph
 from llmpack.layout import untile_rows
 from llmpack.pack import Options, pack
 from llmpack.split import split
-from llmpack.weights import Quantization, check_split, plan_rank, weight_rows
+from llmpack.weights import Quantization, check_options, check_split, plan_rank, weight_rows
 from llmrun.artifact import IntegrityError, KvCacheSpec, ModelConfig, UsageError, open_artifact
 from models import TINY, make_checkpoint
 
@@ -214,11 +214,45 @@ def config_of(**changes):
             "--shards 1 or 3 or 9 works",
         ),
         ({"hidden_size": 80, "head_dim": 10}, 32, 1, "--quant f16 or f32"),
+        # Shares of whole groups, but not of whole heads; of whole heads, but not of whole groups.
+        ({"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 64}, 32, 4, "--shards 1 or 2 works"),
+        ({"head_dim": 40}, 32, 8, "--shards 1 or 2 works"),
     ],
 )
 def test_a_split_that_does_not_divide_names_what_would(changes, group_size, shards, advice):
     with pytest.raises(UsageError, match=advice):
         check_split(config_of(**changes), Quantization("q4", group_size), shards)
+
+
+@pytest.mark.parametrize("scheme", ["f32", "f16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intermediate_size": 514},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
+        {"num_attention_heads": 16, "num_key_value_heads": 6, "intermediate_size": 1024},
+    ],
+    ids=["mlp", "heads", "kv_heads"],
+)
+def test_a_share_that_is_no_whole_number_is_refused_without_groups_too(changes, scheme):
+    with pytest.raises(UsageError, match=r"--shards 4 with group_size none does not divide .* --shards 1 or 2 works"):
+        check_split(config_of(**changes), Quantization(scheme, 64), 4)
+
+
+def test_experts_whose_rows_fill_no_whole_tiles_are_refused_without_groups_too():
+    """Tiles of one expert must not hold the rows of the next: down_proj has as many as hidden_size."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    check_split(config_of(hidden_size=264), Quantization("f16", 64), 1)
+    check_split(config_of(hidden_size=272, **experts), Quantization("f16", 64), 1)
+    with pytest.raises(UsageError, match=r"264 \(hidden\).* It cannot be packed"):
+        check_split(config_of(hidden_size=264, **experts), Quantization("f16", 64), 1)
+
+
+def test_the_size_of_dense_mlps_counts_only_where_a_layer_has_one():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "intermediate_size": 514}
+    check_split(config_of(**experts), Quantization("q4", 64), 4)
+    with pytest.raises(UsageError, match=r"128\.5 \(down_proj\)"):
+        check_split(config_of(**experts, mlp_layer_types=("dense", "sparse")), Quantization("q4", 64), 4)
 
 
 def test_shards_are_advised_that_fit_with_any_group_size_chosen_by_default():
@@ -283,3 +317,24 @@ def test_a_tied_embedding_is_written_and_declared_once(tmp_path, capfd):
     graph = onnx.load(tmp_path / "a/rank-0/cpu.onnx", load_external_data=False).graph
     names = [tensor.name for tensor in graph.initializer]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("scheme", ["f32", "f16", "q8", "q4"])
+def test_all_that_the_options_promise_is_taken(scheme, group_size):
+    assert check_options(scheme, group_size, 64) == Quantization(scheme, group_size or 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("q4", None, 0), "--shards 0: expected 1 to 64"),
+        (("q4", None, 65), "--shards 65: expected 1 to 64"),
+        (("q4", 0, 1), "--group-size 0: choose one of 32, 64, 128"),
+        (("q4", 16, 1), "--group-size 16: choose one of 32, 64, 128"),
+        (("q6", None, 1), "--quant q6: unknown; choose one of f32, f16, q8, q4"),
+    ],
+)
+def test_options_beyond_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        check_options(*options)
