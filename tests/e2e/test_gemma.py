@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from seeing_models import check_language_model, named_as_modules, save_seeing, write_config
 
 from llmpack.config import read_config
 from llmpack.pack import Options, pack
-from llmrun import Engine
 from llmrun.artifact import IncompatibleError, IntegrityError
 from models import GEMMA, make_checkpoint
 
@@ -68,12 +68,6 @@ OTHER = {
     **{**TEXT, "rope_theta": 5e5, "rope_local_base_freq": 5e3, "sliding_window": 100, "sliding_window_pattern": 4},
     **{"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "query_pre_attn_scalar": 168, "rms_norm_eps": 1e-5},
 }
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize("published", [TEXT, SEEING, OTHER], ids=["text", "seeing", "other"])
@@ -185,34 +179,15 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_token_index=258,
     )
     model = Gemma3ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.08)
-        logits = model(torch.tensor([IDS])).logits[0].numpy()
-    folder = tmp_path_factory.mktemp("seeing")
-    model.save_pretrained(folder)
-    np.save(folder / "logits.npy", logits)
-    return folder
+    return save_seeing(model, tmp_path_factory.mktemp("seeing"), IDS, norm=0)
 
 
 @pytest.mark.parametrize("names", ["published", "of_modules"])
 def test_the_language_model_of_one_that_sees_is_packed(
     names: str, seeing: Path, packed: Packed, tmp_path: Path
 ) -> None:
-    folder = seeing
-    if names == "of_modules":
-        tensors = load_file(seeing / "model.safetensors")
-        folder = write_config(tmp_path / "m", json.loads((seeing / "config.json").read_text()))
-        renamed = {
-            "model." + name.replace("language_model.model.", "language_model."): tensor
-            for name, tensor in tensors.items()
-        }
-        assert not renamed.keys() & tensors.keys()
-        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    with Engine(packed(folder, 1, "f32")) as engine:
-        truth = np.load(seeing / "logits.npy")
-        assert np.abs(truth).max() > 1
-        np.testing.assert_allclose(engine.logits(IDS), truth, rtol=0, atol=2e-4)
+    folder = named_as_modules(seeing, tmp_path / "m") if names == "of_modules" else seeing
+    check_language_model(folder, seeing, IDS, packed)
 
 
 def test_that_what_sees_is_left_out_is_said(seeing: Path, tmp_path: Path) -> None:

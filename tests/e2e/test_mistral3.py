@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from seeing_models import check_language_model, named_as_modules, save_seeing, write_config
 
 from llmpack.config import read_config
 from llmpack.pack import Options, pack
@@ -64,12 +63,6 @@ MINISTRAL_3 = {
 UNSAID = {**MINISTRAL_3["text_config"], "rope_parameters": None}
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.parametrize(
     "published", [SMALL_3_1, MINISTRAL_3, UNSAID], ids=["small-3.1", "ministral-3", "ministral-3-text"]
 )
@@ -105,7 +98,6 @@ def test_settings_are_those_of_transformers(tmp_path: Path, published: dict[str,
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_named(tmp_path: Path, config: dict[str, Any], kind: type, words: str) -> None:
-    config = {name: value for name, value in config.items() if name != "architectures" or "text_config" in config}
     with pytest.raises(kind, match=words):
         read_config(write_config(tmp_path, config))
 
@@ -130,36 +122,15 @@ def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         tie_word_embeddings=request.param == "ministral3",
     )
     model = Mistral3ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1 if "norm" in name else 0, 0.08)
-        logits = model(torch.tensor([IDS])).logits[0].numpy()
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    np.save(folder / "logits.npy", logits)
-    return folder
+    return save_seeing(model, tmp_path_factory.mktemp(request.param), IDS, norm=1)
 
 
 @pytest.mark.parametrize("names", ["saved", "of_modules"])
 def test_the_language_model_of_one_that_sees_is_packed(
     names: str, seeing: Path, packed: Packed, tmp_path: Path
 ) -> None:
-    folder = seeing
-    if names == "of_modules":
-        tensors = load_file(seeing / "model.safetensors")
-        folder = write_config(tmp_path / "m", json.loads((seeing / "config.json").read_text()))
-        renamed = {
-            name.replace("language_model.lm_head", "lm_head")
-            if "lm_head" in name
-            else "model." + name.replace("language_model.model.", "language_model."): tensor
-            for name, tensor in tensors.items()
-        }
-        assert not renamed.keys() & tensors.keys()
-        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    with Engine(packed(folder, 1, "f32")) as engine:
-        truth = np.load(seeing / "logits.npy")
-        assert np.abs(truth).max() > 1
-        np.testing.assert_allclose(engine.logits(IDS), truth, rtol=0, atol=2e-4)
+    folder = named_as_modules(seeing, tmp_path / "m") if names == "of_modules" else seeing
+    check_language_model(folder, seeing, IDS, packed)
 
 
 def test_sequences_end_where_queries_begin_to_grow(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_windows_of_decoded_tokens(window: int) -> None:
     """Parts are of what is seen: in those that see nothing stands nothing, and it must not be read as numbers."""
     world = World(4, 2, 16, 16, [130, 1, 64], window=window)
     world.step([(0, 0, 129), (2, 0, 63)])
-    for splits in (1, 3, 20) if window == 33 else (1, 3):
+    for splits in (1, 3, 20) if window == 33 else (1, 3):  # 20 take seconds
         world.step([(0, 129, 130), (1, 0, 1), (2, 63, 64)], splits)
 
 

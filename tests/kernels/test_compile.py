@@ -26,8 +26,7 @@ from llmpack.kernel_spec import KernelSpec
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
-# Nearly what another target's compiler makes: sm_89's and sm_120's, and gfx942's.
-ALIKE = ("sm_86", "sm_100", "gfx90a")
+ALIKE = ("sm_86", "gfx90a")  # nearly what the compiler makes for sm_89 and gfx942: left to the extended tests
 TARGETS = [
     pytest.param(target, marks=pytest.mark.extended) if target in ALIKE else target
     for target in (*kernels.GPU_TARGETS, kernels.PTX_TARGET)
@@ -72,11 +71,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
     patch.undo()
 
 
-def build(target: str) -> KernelFile:
-    chip = kernels.PTX_CHIP if target == kernels.PTX_TARGET else target
-    return kernels.build(representative(), (chip,))[target]
-
-
 @pytest.fixture(scope="session", params=TARGETS)
 def target(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -85,7 +79,8 @@ def target(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def file(target: str, cache) -> KernelFile:
     """One target's kernels. Tests go target by target, so that side by side each is compiled once."""
-    return build(target)
+    chip = kernels.PTX_CHIP if target == kernels.PTX_TARGET else target
+    return kernels.build(representative(), (chip,))[target]
 
 
 @pytest.mark.slow
@@ -98,9 +93,8 @@ def test_every_target_gets_every_kernel(file: KernelFile, target: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS[:-1], indirect=True)  # of PTX the driver decides
 def test_no_spill_and_no_more_shared_memory_than_there_is(file: KernelFile, target: str) -> None:
-    if target == kernels.PTX_TARGET:
-        pytest.skip("the driver decides")
     for kernel in file.kernels:
         assert kernel.registers > 0, kernel.op
         may_spill = (target, kernel.op, kernel.constants.get("head_dim")) in SPILLS
@@ -115,23 +109,23 @@ def test_no_spill_and_no_more_shared_memory_than_there_is(file: KernelFile, targ
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120", kernels.PTX_TARGET], indirect=True)
 def test_the_oldest_driver_that_the_launcher_takes_takes_the_code(file: KernelFile, target: str) -> None:
     """CUDA 12.0: its PTX is 8.0, and ABI 7 in an ELF header's ident is that of its cubins (CUDA 13 writes 8). sm_120: 12.8."""
     if target == kernels.PTX_TARGET:
         assert all(b".version 8.0\n" in kernel.code for kernel in file.kernels)
         assert all(b".target sm_80\n" in kernel.code for kernel in file.kernels)
         assert all(kernel.code.endswith(b"\0") for kernel in file.kernels)
-    elif target in ("sm_80", "sm_86", "sm_89", "sm_90"):
-        assert {kernel.code[8] for kernel in file.kernels} == {7}
     elif target == "sm_120":
         assert all(b"compilation tools, release 12." in kernel.code for kernel in file.kernels)
+    else:
+        assert {kernel.code[8] for kernel in file.kernels} == {7}
 
 
 @pytest.mark.slow
-def test_waiting_for_other_ranks_only_loads(file: KernelFile, target: str) -> None:
+@pytest.mark.parametrize("target", [kernels.PTX_TARGET], indirect=True)
+def test_waiting_for_other_ranks_only_loads(file: KernelFile) -> None:
     """FORMAT 8.5: one atomic, on the rank's own memory; flags and rows of others by loads that no cache serves."""
-    if target != kernels.PTX_TARGET:
-        pytest.skip("read in PTX")
     found = [k.code.decode() for k in file.kernels if k.op.startswith("all_reduce_")]
     assert len(found) == 2
     for text in found:

@@ -141,18 +141,21 @@ def test_what_the_template_and_the_prompt_say(tokenizer: Tokenizer, monkeypatch:
     assert not begins_thought(tokenizer, [5, 6])
 
 
-def test_the_tags_of_a_mistral(grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tags", [("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>")])
+def test_tags_of_other_families(
+    tags: tuple[str, str], grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, closing = tags
     assert tags_of(tokenizer) == tags_of(None) == THINK
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ '[THINK]' + block.thinking + '[/THINK]' }}")
-    monkeypatch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, "[THINK]": 4, "[/THINK]": 63})
-    tags = tags_of(tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", f"{{{{ '{opening}' + thought + '{closing}' }}}}")
+    monkeypatch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, opening: 4, closing: 63})
     assert may_think(tokenizer)
-    assert shown_tokens(tokenizer) == {4: "[THINK]", 63: "[/THINK]"}
+    assert shown_tokens(tokenizer) == {4: opening, 63: closing}
     assert begins_thought(tokenizer, [1, 4])
     assert ends_thought(tokenizer, [1, 4, 63])
-    stream = ThoughtStream(tags)
-    pieces = [stream.push(character) for character in "[THINK]a <think>[/THIN b[/THINK]c"] + [stream.finish()]
-    assert tuple(map("".join, zip(*pieces, strict=True))) == ("a <think>[/THIN b", "c")
+    stream, thought = ThoughtStream(tags_of(tokenizer)), f"a <think>{closing[:-2]} b"
+    pieces = [stream.push(character) for character in f"{opening}{thought}{closing}c"] + [stream.finish()]
+    assert tuple(map("".join, zip(*pieces, strict=True))) == (thought, "c")
     constraint = ThoughtConstraint(grammars.constraint("regex", "yes|no"), tokenizer, tokenizer.eos_token_ids)
     assert taken(constraint, tokenizer, [4, *tokenizer.encode("Oh", add_bos=False), 63]) == []
     mask = allowed_tokens(constraint.mask([]), tokenizer.vocab_size)

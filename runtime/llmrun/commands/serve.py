@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reasoning-format",
         choices=REASONING_FORMATS,
         default=REASONING_FORMATS[0],
-        help="thoughts between <think> and </think>: as reasoning_content, or none: within the text (%(default)s)",
+        help="what a model thinks first: as reasoning_content, or none: within the text (%(default)s)",
     )
     group.add_argument("--metrics-prefix", default="vllm", metavar="NAME", help="of the names in /metrics (vllm)")
     limits_of_server.add_options(parser)
