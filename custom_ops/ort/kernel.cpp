@@ -127,6 +127,13 @@ void NodeInfo::expect_no_constant(size_t index) const {
                   " is an initializer, expected an input of the graph: the operator writes into it");
 }
 
+bool NodeInfo::has_input(size_t index) const {
+    size_t count = 0;
+    require(api_, KernelInfo_GetInputCount(api_, info_, &count),
+            [] { return "ONNX Runtime does not say how many inputs the node has, expected their number"; });
+    return index < count;
+}
+
 std::optional<Tensor> NodeInfo::constant_input(size_t index) const {
     int is_constant = 0;
     const OrtValue* value = nullptr;

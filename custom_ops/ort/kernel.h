@@ -39,6 +39,7 @@ struct Port {
     ElementType type;
     bool is_on_host =
         false;  // an input of a GPU's operator that the host reads: small, and no copy is captured
+    bool is_optional = false;  // an input that a node may lack, with all behind it
 };
 
 struct InPlace {
@@ -105,6 +106,8 @@ class NodeInfo {
     // or other nodes and later runs take it for a constant. Of an initializer that is an input of the graph
     // as well, or lies behind an Unsqueeze, ONNX Runtime says nothing: llmrun's graph_check.py refuses those.
     void expect_no_constant(size_t index) const;
+    // Whether the node has input `index`, which is optional.
+    bool has_input(size_t index) const;
     // Input `index` if it is an initializer: the memory that each call will get.
     std::optional<Tensor> constant_input(size_t index) const;
     std::string name() const;
@@ -208,6 +211,22 @@ class StoredInput {
     std::optional<Tensor> tensor_;
 };
 
+// The same of an optional input.
+class OptionalInput {
+  public:
+    OptionalInput(const NodeInfo& node, size_t index) {
+        if (node.has_input(index)) stored_.emplace(node, index);
+    }
+    bool is_there() const { return stored_.has_value(); }
+    // Null: the node has none.
+    std::optional<Tensor> of(const Context& context) const {
+        return stored_ ? std::optional(stored_->of(context)) : std::nullopt;
+    }
+
+  private:
+    std::optional<StoredInput> stored_;
+};
+
 // Rows that are worth a call of their own in parallel_for: about 16K numbers.
 inline int64_t row_grain(int64_t columns) {
     return columns >= 16384 ? 1 : 16384 / (columns < 1 ? 1 : columns);
@@ -292,8 +311,11 @@ struct CustomOp : OrtCustomOp {
         GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kInputs); };
         GetOutputType = [](const OrtCustomOp*, size_t i) -> int { return Op::kOutputs[i].type; };
         GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kOutputs); };
-        GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };   // required
-        GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };  // required
+        // INPUT_OUTPUT_OPTIONAL or INPUT_OUTPUT_REQUIRED
+        GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int {
+            return Op::kInputs[i].is_optional;
+        };
+        GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
         // OrtMemTypeCPUInput, or OrtMemTypeDefault: the provider's own memory.
         GetInputMemoryType = [](const OrtCustomOp*, size_t i) { return Op::kInputs[i].is_on_host ? -2 : 0; };
         GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
