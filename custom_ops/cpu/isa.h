@@ -16,7 +16,7 @@ constexpr int64_t kMaxHeadDim = 256;    // PagedAttention keeps its accumulators
 constexpr int64_t kRunTokens = 256;     // of a row of logits, whose weights make one sum
 constexpr int64_t kPositionGroup = 16;  // positions of a vector of scores; cache blocks hold whole groups
 
-enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4 };
+enum class WeightType { kF32, kF16, kQ8, kQ6, kQ4, kMXFP4 };
 
 // How a product of few tokens asks for weights ahead of their use: into the caches, or past those that would
 // keep them; and attention for keys and values: into the second-level cache, or, nearer to their use, into
@@ -36,20 +36,28 @@ struct QuantizedActivations {
 };
 
 // What makes of a gate and a value, side by side, one number.
-enum class Gating { kNone, kSwiGLU, kGeGLU };
+enum class Gating { kNone, kSwiGLU, kGeGLU, kClampedSwiGLU };
+
+// Of kClampedSwiGLU: what the gate is multiplied by in the logistic function, and what gate and value are cut
+// off at.
+struct Clamp {
+    float alpha, limit;
+};
 
 // y [M, N] = dequantized x [M, K] * W [N, K]^T, W in tiles of 16 rows; or with a `gating`, y [M, N / 2] =
 // that of the product. Then 32 divides N, and an output tile comes of one tile of either half of W.
 struct QuantizedMatMul {
     const QuantizedActivations* x;
     const uint8_t* weight;   // rounded up: Q8 [N / 16, K / 4, 16, 4]; Q6 [N / 16, K / 16, 3, 16, 4]; Q4
-                             // [N / 16, K / 8, 16, 4]
+                             // and MXFP4 [N / 16, K / 8, 16, 4]
     const uint16_t* scales;  // [N / 16, K / group_size, 16] float16 bits
     float* y;                // [M, N] or [M, N / 2]
     int64_t N;
     Gating gating;
     WeightFetch fetch;
-    float* scratch;  // with a gating and more than two tokens: [M, 32], of this call alone
+    float* scratch;               // with a gating and more than two tokens: [M, 32], of this call alone
+    const float* bias = nullptr;  // with a gating: [N], added to its input; null: none
+    Clamp clamp = {};
 };
 
 // y [M, N] = x [M, K] * W [N, K]^T, W in tiles of 16 rows; `gating` as above.
@@ -60,6 +68,8 @@ struct FloatMatMul {
     int64_t M, N, K;
     Gating gating;
     WeightFetch fetch;
+    const float* bias = nullptr;  // as above
+    Clamp clamp = {};
 };
 
 // y [T, K] = rows ids of W [N, K], W in tiles as above (Q8 and Q6).
@@ -117,7 +127,7 @@ struct Kernels {
     void (*quantize)(const float* x, const QuantizedActivations& out, int64_t begin, int64_t end);
 
     // Output tiles [begin, end) of 16 features each, for all tokens. matmul_quantized: kQ8, kQ6,
-    // kQ4. matmul_float: kF32, kF16.
+    // kQ4, kMXFP4. matmul_float: kF32, kF16.
     void (*matmul_quantized)(WeightType type, const QuantizedMatMul& args, int64_t begin, int64_t end);
     void (*matmul_float)(WeightType type, const FloatMatMul& args, int64_t begin, int64_t end);
 
@@ -129,7 +139,7 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* residual, const float* weight, float epsilon, int64_t H,
                      float* y, float* sum, int64_t begin, int64_t end);
 
-    // Rows [begin, end): y [T, F] = act(gate) * up with gate_up [T, 2 F].
+    // Rows [begin, end): y [T, F] = act(gate) * up with gate_up [T, 2 F]. kSwiGLU, kGeGLU.
     void (*glu)(Gating gating, const float* gate_up, int64_t F, float* y, int64_t begin, int64_t end);
 
     // y [n] += scale * x [n].  PRECOND: 16 divides n.

@@ -42,7 +42,7 @@ struct Float {
             if (args.gating == Gating::kNone) return store_tile<m>(y, args.y, args.N, tile, first_token);
             F32x16 up[m];
             float_tile<Weight, fetch, m>(args, tile + args.N / 2 / kTileRows, first_token, up);
-            store_gated_tile<m>(args.gating, y, up, args.y, args.N, tile, first_token);
+            store_gated_tile<m>(args, y, up, tile, first_token);
         }
     };
 };

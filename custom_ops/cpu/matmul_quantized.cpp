@@ -10,20 +10,32 @@ namespace {
 // vectors of four features each, [kStep / 4][16, 4], for dot4 (simd.h). kZero is what the weights that dot4
 // multiplies with are too large by.
 
-constexpr uint8_t level(int value) { return static_cast<uint8_t>(value + 64); }
-alignas(64) constexpr uint8_t kLevels[16] = {
-    level(-64), level(-52), level(-42), level(-32), level(-24), level(-18), level(-11), level(-5),
-    level(0),   level(6),   level(12),  level(19),  level(26),  level(34),  level(44),  level(56)};
+// Levels of four bits, offset so that they are not negative (FORMAT.md 4.3).
+template <int zero>
+constexpr uint8_t level(int value) {
+    return static_cast<uint8_t>(value + zero);
+}
+alignas(64) constexpr uint8_t kQ4Levels[16] = {level<64>(-64), level<64>(-52), level<64>(-42), level<64>(-32),
+                                               level<64>(-24), level<64>(-18), level<64>(-11), level<64>(-5),
+                                               level<64>(0),   level<64>(6),   level<64>(12),  level<64>(19),
+                                               level<64>(26),  level<64>(34),  level<64>(44),  level<64>(56)};
+alignas(64) constexpr uint8_t kMXFP4Levels[16] = {
+    level<12>(0),  level<12>(1),  level<12>(2),  level<12>(3),  level<12>(4),  level<12>(6),
+    level<12>(8),  level<12>(12), level<12>(0),  level<12>(-1), level<12>(-2), level<12>(-3),
+    level<12>(-4), level<12>(-6), level<12>(-8), level<12>(-12)};
 
-struct Q4 : SmallBytes {
-    static constexpr int kZero = 64, kStep = 8;
+template <const uint8_t (&levels)[16], int zero>
+struct Codebook : SmallBytes {
+    static constexpr int kZero = zero, kStep = 8;
     static constexpr int64_t kBytes32 = 256;
     static LLMPACK_INLINE void decode(const uint8_t* w, Bytes (&q)[2]) {
         const Bytes both = load_bytes(w);
-        q[0] = lookup(kLevels, both);
-        q[1] = lookup(kLevels, shift_right<4>(both));
+        q[0] = lookup(levels, both);
+        q[1] = lookup(levels, shift_right<4>(both));
     }
 };
+using Q4 = Codebook<kQ4Levels, 64>;
+using MXFP4 = Codebook<kMXFP4Levels, 12>;
 
 struct Q6 : SmallBytes {
     static constexpr int kZero = 32, kStep = 16;
@@ -144,12 +156,12 @@ struct GatedQuantized {
             if constexpr (m <= kMostTokensOfTwoStreams) {
                 F32x16 y[2][m];
                 quantized_tiles<Scheme, fetch, 2, m>(args, tile, apart, first_token, y);
-                store_gated_tile<m>(args.gating, y[0], y[1], args.y, args.N, tile, first_token);
+                store_gated_tile<m>(args, y[0], y[1], tile, first_token);
             } else {
                 F32x16 gate[1][m], up[1][m];
                 quantized_tiles<Scheme, fetch, 1, m>(args, tile, 0, first_token, gate);
                 quantized_tiles<Scheme, fetch, 1, m>(args, tile + apart, 0, first_token, up);
-                store_gated_tile<m>(args.gating, gate[0], up[0], args.y, args.N, tile, first_token);
+                store_gated_tile<m>(args, gate[0], up[0], tile, first_token);
             }
         }
     };
@@ -311,7 +323,7 @@ void many_tokens(const QuantizedMatMul& args, int64_t begin, int64_t end) {
         for (int64_t t = 0; t < args.x->M; t++) {
             const float* sums = args.scratch + t * kStride;
             F32x16 gate[1] = {load(sums)}, up[1] = {load(sums + kTileRows)};
-            store_gated_tile<1>(args.gating, gate, up, args.y, args.N, tile, t);
+            store_gated_tile<1>(args, gate, up, tile, t);
         }
     }
 }
@@ -367,6 +379,8 @@ void matmul_quantized(WeightType type, const QuantizedMatMul& args, int64_t begi
         quantized_range<Q4>(args, begin, end);
     } else if (type == WeightType::kQ6) {
         quantized_range<Q6>(args, begin, end);
+    } else if (type == WeightType::kMXFP4) {
+        quantized_range<MXFP4>(args, begin, end);
     } else {
         quantized_range<Q8>(args, begin, end);
     }

@@ -79,12 +79,20 @@ LLMPACK_INLINE void store_tile(const F32x16 (&values)[m], float* y, int64_t N, i
     }
 }
 
-// Gates the values of one output tile, and stores it.
-template <int m>
-LLMPACK_INLINE void store_gated_tile(Gating gating, F32x16 (&gate)[m], const F32x16 (&up)[m], float* y,
-                                     int64_t N, int64_t tile, int64_t first_token) {
-    for (int t = 0; t < m; t++) gate[t] = gated(gating, gate[t], up[t]);
-    store_tile<m>(gate, y, N / 2, tile, first_token);
+// Adds the bias, if there is one, to the values of one output tile, gates them, and stores it.
+template <int m, class MatMul>
+LLMPACK_INLINE void store_gated_tile(const MatMul& args, F32x16 (&gate)[m], F32x16 (&up)[m], int64_t tile,
+                                     int64_t first_token) {
+    if (args.bias != nullptr) {
+        const float* bias = args.bias + tile * kTileRows;
+        const F32x16 of_gate = load(bias), of_up = load(bias + args.N / 2);
+        for (int t = 0; t < m; t++) {
+            gate[t] = gate[t] + of_gate;
+            up[t] = up[t] + of_up;
+        }
+    }
+    for (int t = 0; t < m; t++) gate[t] = gated(args.gating, gate[t], up[t], args.clamp);
+    store_tile<m>(gate, args.y, args.N / 2, tile, first_token);
 }
 
 }  // namespace llmpack::LLMPACK_ISA

@@ -132,12 +132,19 @@ LLMPACK_INLINE F32x16 exp_nonpositive(F32x16 x) { return exp(x); }
 #endif
 
 // act(gate) * up, where act is x / (1 + e^-z): of SwiGLU with z = x; of GeGLU with the z that makes it gelu's
-// approximation by tanh, as tanh(z / 2) = 2 / (1 + e^-z) - 1.
-LLMPACK_INLINE F32x16 gated(Gating gating, F32x16 gate, F32x16 up) {
+// approximation by tanh, as tanh(z / 2) = 2 / (1 + e^-z) - 1; of the clamped SwiGLU with z = alpha x, of
+// numbers that are cut off, and with up + 1. NaN stays NaN.
+LLMPACK_INLINE F32x16 gated(Gating gating, F32x16 gate, F32x16 up, Clamp clamp = {}) {
+    if (gating == Gating::kClampedSwiGLU) {
+        gate = min2(set1(clamp.limit), gate);
+        up = max2(set1(-clamp.limit), min2(set1(clamp.limit), up)) + set1(1.0f);
+    }
     F32x16 z = gate;
     if (gating == Gating::kGeGLU) {
         const float twice = 1.5957691216f;  // 2 sqrt(2 / pi)
         z = gate * fma(gate * gate, set1(twice * 0.044715f), set1(twice));
+    } else if (gating == Gating::kClampedSwiGLU) {
+        z = gate * set1(clamp.alpha);
     }
     return gate / (set1(1.0f) + exp(set1(-0.0f) - z)) * up;
 }

@@ -26,6 +26,7 @@ LEVELS: dict[str, NDArray[np.int64]] = {
     "q4": np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56]),
     "q6": np.arange(64) - 32,
     "q8": np.arange(256) - 128,
+    "mxfp4": np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]),
 }
 
 
@@ -35,7 +36,7 @@ def dequantize(quantized: Array, scales: Array, storage: str) -> Float64:
     Args:
         quantized: [out_features, in_features], uint8.
         scales: [out_features, in_features / group_size], float16.
-        storage: "q4", "q6" or "q8".
+        storage: "q4", "q6", "q8" or "mxfp4".
     Returns:
         [out_features, in_features]: level of the number * scale.
     Raises:
@@ -115,6 +116,13 @@ def swiglu(gate_up: Array) -> Float64:
     # e^-|g| cannot overflow; both branches are the logistic function.
     e = np.exp(-np.abs(gate))
     return gate * np.where(gate >= 0, 1.0, e) / (1.0 + e) * up
+
+
+def clamped_swiglu(gate_up: Array, alpha: float, limit: float) -> Float64:
+    """Return gate * sigmoid(alpha * gate) * (up + 1) in the same way, both cut off at `limit`, up at -limit too (5.16)."""
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return swiglu(np.concatenate([alpha * gate, up + 1], axis=1)) / alpha
 
 
 def geglu(gate_up: Array) -> Float64:
@@ -223,7 +231,16 @@ def route(router_logits: Array, num_experts_per_tok: int, *, norm_topk_prob: boo
 
 
 def moe(
-    x: Array, router_logits: Array, gate_up: Array, down: Array, num_experts_per_tok: int, *, norm_topk_prob: bool
+    x: Array,
+    router_logits: Array,
+    gate_up: Array,
+    down: Array,
+    num_experts_per_tok: int,
+    *,
+    norm_topk_prob: bool,
+    gate_up_bias: Array | None = None,
+    down_bias: Array | None = None,
+    clamp: tuple[float, float] | None = None,
 ) -> Float64:
     """Send each token through its experts, MLPs with SwiGLU, and sum what they give by weight (5.16).
 
@@ -234,6 +251,9 @@ def moe(
         down: [num_experts, hidden_size, intermediate_size], dequantized.
         num_experts_per_tok: how many a token gets.
         norm_topk_prob: whether the weights of a token's experts sum to 1.
+        gate_up_bias: [num_experts, 2 intermediate_size], of the gates and the ups.
+        down_bias: [num_experts, hidden_size].
+        clamp: alpha and limit of `clamped_swiglu`, in place of SwiGLU.
 
     Returns:
         [T, hidden_size].
@@ -242,8 +262,11 @@ def moe(
     experts, weights = route(router_logits, num_experts_per_tok, norm_topk_prob=norm_topk_prob)
     for token, slot in np.ndindex(experts.shape):
         expert = experts[token, slot]
-        row = swiglu(matmul(x[token : token + 1], gate_up[expert]))
-        y[token] += weights[token, slot] * matmul(row, down[expert])[0]
+        row = matmul(x[token : token + 1], gate_up[expert])
+        row = row if gate_up_bias is None else row + gate_up_bias[expert]
+        row = swiglu(row) if clamp is None else clamped_swiglu(row, *clamp)
+        z = matmul(row, down[expert])[0]
+        y[token] += weights[token, slot] * (z if down_bias is None else z + down_bias[expert])
     return y
 
 

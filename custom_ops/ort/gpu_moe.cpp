@@ -13,8 +13,12 @@ struct PlainExperts {
     static constexpr const char* kName = "MoEF16";
     static constexpr const char* kStorage = "f16";
     static constexpr bool kIsQuantized = false;
-    static constexpr Port kInputs[] = {
-        {"x", kFloat16}, {"router_logits", kFloat}, {"gate_up", kFloat16}, {"down", kFloat16}};
+    static constexpr Port kInputs[] = {{"x", kFloat16},
+                                       {"router_logits", kFloat},
+                                       {"gate_up", kFloat16},
+                                       {"down", kFloat16},
+                                       {"gate_up_bias", kFloat, false, true},
+                                       {"down_bias", kFloat, false, true}};
 };
 
 template <WeightType type>
@@ -23,9 +27,14 @@ struct QuantizedExperts {
     static constexpr const char* kStorage = type == WeightType::kQ8 ? "q8" : "q4";
     static constexpr bool kIsQuantized = true;
     static constexpr WeightType kType = type;
-    static constexpr Port kInputs[] = {{"x", kFloat16},     {"router_logits", kFloat},
-                                       {"gate_up", kUInt8}, {"gate_up_scales", kFloat16},
-                                       {"down", kUInt8},    {"down_scales", kFloat16}};
+    static constexpr Port kInputs[] = {{"x", kFloat16},
+                                       {"router_logits", kFloat},
+                                       {"gate_up", kUInt8},
+                                       {"gate_up_scales", kFloat16},
+                                       {"down", kUInt8},
+                                       {"down_scales", kFloat16},
+                                       {"gate_up_bias", kFloat, false, true},
+                                       {"down_bias", kFloat, false, true}};
 };
 
 // Sizes of one rank, checked: what is read of the weights follows from them alone.

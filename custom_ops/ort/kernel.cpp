@@ -106,6 +106,14 @@ float NodeInfo::float_attribute(const char* name) const {
     return value;
 }
 
+std::optional<float> NodeInfo::optional_float_attribute(const char* name) const {
+    float value = 0;
+    OrtStatus* missing = KernelInfoGetAttribute_float(api_, info_, name, &value);
+    if (missing == nullptr) return value;
+    ReleaseStatus(api_, missing);
+    return std::nullopt;
+}
+
 int64_t NodeInfo::size_attribute(const char* name) const {
     const int64_t value = int_attribute(name);
     if (value >= 1 && value <= kMaxSize) return value;

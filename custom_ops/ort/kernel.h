@@ -98,6 +98,8 @@ class NodeInfo {
     // Attributes are required: the packager writes every one.
     int64_t int_attribute(const char* name) const;
     float float_attribute(const char* name) const;
+    // Null where there is no such float.
+    std::optional<float> optional_float_attribute(const char* name) const;
     // Throws OpError unless it is from 1 to kMaxSize.
     int64_t size_attribute(const char* name) const;
     // The same, or `otherwise` where there is no such integer: what graphs of older versions lack.

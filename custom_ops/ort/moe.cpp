@@ -1,4 +1,5 @@
-// MoEF32, MoEF16, MoEQ8, MoEQ4: checks of FORMAT.md 5.16, the choice of experts, and the division of work.
+// MoEF32, MoEF16, MoEQ8, MoEQ4, MoEMXFP4: checks of FORMAT.md 5.16, the choice of experts, and the division
+// of work.
 //
 // A step's pairs, of a token and an expert that it is sent to, are sorted by expert, then token; an expert's
 // are a segment. Experts go in groups, in rising order:
@@ -123,14 +124,30 @@ struct Group {
     }
 };
 
+// What becomes of a product. bias: [num_experts, N], null: none.
+struct Gate {
+    Gating gating = Gating::kNone;
+    Clamp clamp = {};
+    const float* bias = nullptr;
+
+    int64_t columns(int64_t N) const { return gating == Gating::kNone ? N : N / 2; }
+    const float* bias_of(int64_t expert, int64_t N) const {
+        return bias == nullptr ? nullptr : bias + expert * N;
+    }
+};
+
 // A matrix class holds one matrix [N, K] for each expert. of: the weights, or throws OpError; run: y [rows,
 // N], or with a gating [rows, N / 2], of x [rows, K], each segment by its expert's matrix.
 template <WeightType type>
 class FloatMatrices {
   public:
     static constexpr ElementType kStored = type == WeightType::kF32 ? kFloat : kFloat16;
-    static constexpr Port kInputs[] = {
-        {"x", kFloat}, {"router_logits", kFloat}, {"gate_up", kStored}, {"down", kStored}};
+    static constexpr Port kInputs[] = {{"x", kFloat},
+                                       {"router_logits", kFloat},
+                                       {"gate_up", kStored},
+                                       {"down", kStored},
+                                       {"gate_up_bias", kFloat, false, true},
+                                       {"down_bias", kFloat, false, true}};
     static constexpr size_t kGateUp = 2, kDown = 3;
 
     FloatMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts, int64_t N,
@@ -143,10 +160,9 @@ class FloatMatrices {
         return weight.as<uint8_t>();
     }
 
-    template <Gating gating>
     void run(const Context& context, const Group& group, const uint8_t* weight, const float* x,
-             float* y) const {
-        const int64_t columns = gating == Gating::kNone ? N_ : N_ / 2, tiles = columns / kTileRows;
+             const Gate& gate, float* y) const {
+        const int64_t columns = gate.columns(N_), tiles = columns / kTileRows;
         const int64_t bytes = tile_bytes(type, K_), expert_bytes = N_ / kTileRows * bytes;
         const Kernels& k = context.kernels;
         const WeightFetch fetch = weight_fetch();
@@ -156,11 +172,11 @@ class FloatMatrices {
                 begin, end, [&](const Segment&) { return tiles; },
                 [&](const Segment& segment, int64_t first, int64_t last) {
                     const int64_t row = segment.first - group.first();
-                    k.matmul_float(
-                        type,
-                        {group.is_shared ? x : x + row * K_, weight + segment.expert * expert_bytes,
-                         y + row * columns, segment.rows, N_, K_, gating, fetch},
-                        first, last);
+                    k.matmul_float(type,
+                                   {group.is_shared ? x : x + row * K_,
+                                    weight + segment.expert * expert_bytes, y + row * columns, segment.rows,
+                                    N_, K_, gate.gating, fetch, gate.bias_of(segment.expert, N_), gate.clamp},
+                                   first, last);
                 });
         });
     }
@@ -179,9 +195,14 @@ struct QuantizedWeights {
 template <WeightType type>
 class QuantizedMatrices {
   public:
-    static constexpr Port kInputs[] = {{"x", kFloat},       {"router_logits", kFloat},
-                                       {"gate_up", kUInt8}, {"gate_up_scales", kFloat16},
-                                       {"down", kUInt8},    {"down_scales", kFloat16}};
+    static constexpr Port kInputs[] = {{"x", kFloat},
+                                       {"router_logits", kFloat},
+                                       {"gate_up", kUInt8},
+                                       {"gate_up_scales", kFloat16},
+                                       {"down", kUInt8},
+                                       {"down_scales", kFloat16},
+                                       {"gate_up_bias", kFloat, false, true},
+                                       {"down_bias", kFloat, false, true}};
     static constexpr size_t kGateUp = 2, kDown = 4;
 
     QuantizedMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts,
@@ -200,9 +221,8 @@ class QuantizedMatrices {
         return {weight.as<uint8_t>(), scales.as<uint16_t>()};
     }
 
-    template <Gating gating>
     void run(const Context& context, const Group& group, const QuantizedWeights& stored, const float* x,
-             float* y) const {
+             const Gate& gate, float* y) const {
         const Kernels& k = context.kernels;
         const int64_t groups = K_ / group_size_;
         const QuantizedActivations all =
@@ -233,11 +253,11 @@ class QuantizedMatrices {
             });
         }
 
-        const int64_t columns = gating == Gating::kNone ? N_ : N_ / 2, tiles = columns / kTileRows;
+        const int64_t columns = gate.columns(N_), tiles = columns / kTileRows;
         const int64_t bytes = tile_bytes(type, K_), expert_tiles = N_ / kTileRows;
         const int64_t grain = tile_grain(N_ / columns * bytes, group.rows() / group.count);
         const WeightFetch fetch = weight_fetch();
-        const GatingScratch scratch(gating == Gating::kNone ? 0 : group.most_rows(),
+        const GatingScratch scratch(gate.gating == Gating::kNone ? 0 : group.most_rows(),
                                     context.places(group.count * tiles, grain));
         context.parallel_for_in_places(
             group.count * tiles, grain, [&](int64_t place, int64_t begin, int64_t end) {
@@ -246,12 +266,13 @@ class QuantizedMatrices {
                     [&](const Segment& segment, int64_t first, int64_t last) {
                         const QuantizedActivations activations = of_segment(segment);
                         const int64_t tile = segment.expert * expert_tiles;
-                        k.matmul_quantized(type,
-                                           {&activations, stored.weight + tile * bytes,
-                                            stored.scales + tile * groups * kTileRows,
-                                            y + (segment.first - group.first()) * columns, N_, gating, fetch,
-                                            scratch.of(place)},
-                                           first, last);
+                        k.matmul_quantized(
+                            type,
+                            {&activations, stored.weight + tile * bytes,
+                             stored.scales + tile * groups * kTileRows,
+                             y + (segment.first - group.first()) * columns, N_, gate.gating, fetch,
+                             scratch.of(place), gate.bias_of(segment.expert, N_), gate.clamp},
+                            first, last);
                     });
             });
     }
@@ -267,7 +288,8 @@ constexpr const char* moe_name() {
     return type == WeightType::kF32   ? "MoEF32"
            : type == WeightType::kF16 ? "MoEF16"
            : type == WeightType::kQ8  ? "MoEQ8"
-                                      : "MoEQ4";
+           : type == WeightType::kQ4  ? "MoEQ4"
+                                      : "MoEMXFP4";
 }
 
 // The pairs of a step, in memory of the calling thread.
@@ -320,11 +342,13 @@ class Pairs {
 
     int64_t token(int64_t place) const { return tokens_[place]; }
 
-    // Takes the token's pairs before place `end` in rising order of the experts: calls body(place, weight).
+    // Takes the token's pairs before place `end` in rising order of the experts: calls body(place, expert,
+    // weight).
     template <class Body>
     void take(int64_t token, int64_t end, const Body& body) {
         for (int64_t& next = next_[token]; next < k_ && places_[token * k_ + next] < end; next++) {
-            body(places_[token * k_ + next], weights_[token * k_ + next]);
+            const int64_t pair = token * k_ + next;
+            body(places_[pair], experts_[pair], weights_[pair]);
         }
     }
 
@@ -347,7 +371,7 @@ class Pairs {
 
 template <WeightType type>
 struct MoEOp {
-    static constexpr bool kIsQuantized = type == WeightType::kQ8 || type == WeightType::kQ4;
+    static constexpr bool kIsQuantized = type != WeightType::kF32 && type != WeightType::kF16;
     using Matrices = std::conditional_t<kIsQuantized, QuantizedMatrices<type>, FloatMatrices<type>>;
     static constexpr const char* kName = moe_name<type>();
     static constexpr auto& kInputs = Matrices::kInputs;
@@ -357,6 +381,9 @@ struct MoEOp {
         : routing(routing_attributes(node)),
           F(size_of_axis(node, "intermediate_size")),
           H(size_of_axis(node, "out_features")),
+          gate(gate_attributes(node)),
+          gate_up_bias(node, std::size(kInputs) - 2),
+          down_bias(node, std::size(kInputs) - 1),
           gate_up(node, Matrices::kGateUp, "num_experts * 2 * intermediate_size / 16", routing.num_experts,
                   2 * F, H),
           down(node, Matrices::kDown, "num_experts * out_features / 16", routing.num_experts, H, F) {}
@@ -368,6 +395,9 @@ struct MoEOp {
         router_logits.expect_shape({T, E}, "[tokens, num_experts]");
         const auto gate_up_weights = gate_up.of(context);
         const auto down_weights = down.of(context);
+        Gate gate_of_step = gate;
+        gate_of_step.bias = bias_of(context, gate_up_bias, 2 * F, "[num_experts, 2 * intermediate_size]");
+        const float* const down_biases = bias_of(context, down_bias, H, "[num_experts, out_features]");
         float* const y = context.output(0, {T, H});
 
         Pairs pairs(routing, T);
@@ -381,12 +411,15 @@ struct MoEOp {
         for (int64_t i = 0; i < pairs.number_of_segments();) {
             const Group group = pairs.group(i);
             i += group.count;
-            const float* z = run_group(context, group, pairs, x.as<float>(), gate_up_weights, down_weights);
+            const float* z =
+                run_group(context, group, pairs, x.as<float>(), gate_up_weights, gate_of_step, down_weights);
             const int64_t columns = H * (group.rows() + T - 1) / T;  // that are added to a token's row
             context.parallel_for(T, row_grain(columns), [&](int64_t begin, int64_t end) {
                 for (int64_t t = begin; t < end; t++) {
-                    pairs.take(t, group.end(), [&](int64_t place, float weight) {
+                    pairs.take(t, group.end(), [&](int64_t place, int64_t expert, float weight) {
                         context.kernels.add_scaled(z + (place - group.first()) * H, weight, H, y + t * H);
+                        if (down_biases != nullptr)
+                            context.kernels.add_scaled(down_biases + expert * H, weight, H, y + t * H);
                     });
                 }
             });
@@ -396,7 +429,8 @@ struct MoEOp {
     // Returns z [rows, H].
     template <class Weights>
     const float* run_group(const Context& context, const Group& group, const Pairs& pairs, const float* x,
-                           const Weights& gate_up_weights, const Weights& down_weights) const {
+                           const Weights& gate_up_weights, const Gate& gate_of_step,
+                           const Weights& down_weights) const {
         float* const rows = line_workspace<struct Rows>(group.rows() * H);  // of x, later z
         float* const activations = line_workspace<struct Activations>(group.rows() * F);
         if (!group.is_shared) {
@@ -407,9 +441,9 @@ struct MoEOp {
             });
             x = rows;
         }
-        gate_up.template run<Gating::kSwiGLU>(context, group, gate_up_weights, x, activations);
+        gate_up.run(context, group, gate_up_weights, x, gate_of_step, activations);
         const Group apart{group.segments, group.count, false};  // activations are each expert's own
-        down.template run<Gating::kNone>(context, apart, down_weights, activations, rows);
+        down.run(context, apart, down_weights, activations, Gate{}, rows);
         return rows;
     }
 
@@ -417,6 +451,28 @@ struct MoEOp {
         const int64_t E = bounded_attribute(node, "num_experts", 1, kMostExperts);
         return {E, bounded_attribute(node, "num_experts_per_tok", 1, E),
                 bounded_attribute(node, "norm_topk_prob", 0, 1) == 1};
+    }
+    static Gate gate_attributes(const NodeInfo& node) {
+        const auto alpha = node.optional_float_attribute("swiglu_alpha"),
+                   limit = node.optional_float_attribute("swiglu_limit");
+        if (!alpha && !limit) return {Gating::kSwiGLU};
+        if (!alpha || !limit) {
+            throw OpError(
+                "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or "
+                "neither");
+        }
+        if (!(*limit >= 0.0f)) {
+            throw OpError("attribute swiglu_limit is " + std::to_string(*limit) + ", expected at least 0");
+        }
+        return {Gating::kClampedSwiGLU, {*alpha, *limit}};
+    }
+    // [num_experts, columns], or null: none.
+    const float* bias_of(const Context& context, const OptionalInput& input, int64_t columns,
+                         const char* meaning) const {
+        const std::optional<Tensor> bias = input.of(context);
+        if (!bias) return nullptr;
+        bias->expect_shape({routing.num_experts, columns}, meaning);
+        return bias->as<float>();
     }
     static int64_t size_of_axis(const NodeInfo& node, const char* name) {
         if constexpr (kIsQuantized)
@@ -426,6 +482,8 @@ struct MoEOp {
 
     Routing routing;
     int64_t F, H;
+    Gate gate;
+    OptionalInput gate_up_bias, down_bias;
     Matrices gate_up, down;
 };
 
@@ -433,7 +491,8 @@ struct MoEOp {
 
 std::vector<const OrtCustomOp*> moe_ops() {
     return {custom_op<MoEOp<WeightType::kF32>>(), custom_op<MoEOp<WeightType::kF16>>(),
-            custom_op<MoEOp<WeightType::kQ8>>(), custom_op<MoEOp<WeightType::kQ4>>()};
+            custom_op<MoEOp<WeightType::kQ8>>(), custom_op<MoEOp<WeightType::kQ4>>(),
+            custom_op<MoEOp<WeightType::kMXFP4>>()};
 }
 
 }  // namespace llmpack::ort

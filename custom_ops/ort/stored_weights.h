@@ -31,7 +31,7 @@ inline void check_float(const Tensor& weight, int64_t N, int64_t K, const char* 
 inline void check_quantized(WeightType type, const Tensor& weight, const Tensor& scales, int64_t N, int64_t K,
                             int64_t group_size, const char* first_axis = kTilesOfRows) {
     const int64_t tiles = (N + kTileRows - 1) / kTileRows;
-    if (type == WeightType::kQ4) {
+    if (type == WeightType::kQ4 || type == WeightType::kMXFP4) {
         weight.expect_shape({tiles, K / 8, kTileRows, 4}, {"[", first_axis, ", in_features / 8, 16, 4]"});
     } else if (type == WeightType::kQ6) {
         weight.expect_shape({tiles, K / 16, 3, kTileRows, 4},

@@ -102,6 +102,7 @@ struct OrtKernelInfo {
     std::string name;
     std::map<std::string, int64_t> ints;
     std::map<std::string, float> floats;
+    size_t num_inputs = 0;
 };
 struct OrtKernelContext {
     std::vector<OrtValue> inputs, outputs;
@@ -186,6 +187,10 @@ OrtStatus* node_name(const OrtKernelInfo* info, char* out, size_t* size) {
     *size = info->name.size() + 1;
     return nullptr;
 }
+OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) {
+    *out = info->num_inputs;
+    return nullptr;
+}
 OrtStatus* parallel_for(const OrtKernelContext* context, void (*function)(void*, size_t), size_t total,
                         size_t, void* user_data) {
     std::atomic<size_t> next{0};
@@ -226,6 +231,7 @@ const OrtApi* api(uint32_t) {
         set(91, output);
         set(93, release_status);
         set(99, release_info);
+        set(230, input_count);
         set(244, node_name);
         set(249, constant_input);
         set(274, parallel_for);
@@ -265,7 +271,8 @@ void run() {
         info.floats[key] = static_cast<float>(read<double>());
     }
     OrtKernelContext context;
-    context.inputs.resize(read<uint64_t>());
+    info.num_inputs = read<uint64_t>();
+    context.inputs.resize(info.num_inputs);
     for (OrtValue& value : context.inputs) {
         value.info.type = static_cast<int>(read<uint64_t>());
         value.info.shape.resize(read<uint64_t>());

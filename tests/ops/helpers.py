@@ -191,9 +191,9 @@ def layout_q6(quantized: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.stack(parts).transpose(1, 3, 0, 2, 4))
 
 
-LAYOUTS = {"q8": layout_q8, "q6": layout_q6, "q4": layout_q4}
+LAYOUTS = {"q8": layout_q8, "q6": layout_q6, "q4": layout_q4, "mxfp4": layout_q4}
 # Integers that a scheme stores, lowest and highest.
-RANGES = {"q8": (1, 255), "q6": (0, 63), "q4": (0, 15)}
+RANGES = {"q8": (1, 255), "q6": (0, 63), "q4": (0, 15), "mxfp4": (0, 15)}
 
 
 @dataclass
@@ -249,7 +249,10 @@ def random_x(M: int, K: int, seed: int = 1) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of E experts of F features each, k of them for each token of H features."""
+    """A mixture of E experts of F features each, k of them for each token of H features.
+
+    `biases`: how many of gate_up's and down's there are. `clamp`: swiglu_alpha and swiglu_limit.
+    """
 
     scheme: str
     E: int = 6
@@ -258,6 +261,13 @@ class Mixture:
     F: int = 32
     group_size: int = 32
     norms: bool = True
+    biases: int = 0
+    clamp: tuple[float, float] | None = None
+
+    @property
+    def stored_biases(self) -> dict[str, np.ndarray]:
+        shapes = {"gate_up_bias": (self.E, 2 * self.F), "down_bias": (self.E, self.H)}
+        return {name: 3 * random_x(*shapes[name], seed=3) for name in list(shapes)[: self.biases]}
 
     @property
     def gate_up(self) -> Projection:
@@ -273,8 +283,8 @@ class Mixture:
             name if part == "weight" else f"{name}_{part}": array
             for name, projection in (("gate_up", self.gate_up), ("down", self.down))
             for part, array in projection.initializers.items()
-        }
-        attributes = {
+        } | self.stored_biases
+        attributes: dict[str, Any] = {
             **self.down.attributes,
             "num_experts": self.E,
             "num_experts_per_tok": self.k,
@@ -282,6 +292,8 @@ class Mixture:
             "intermediate_size": self.F,
             "out_features": self.H,
         }
+        if self.clamp is not None:
+            attributes |= zip(("swiglu_alpha", "swiglu_limit"), self.clamp, strict=True)
         inputs = {"x": x, "router_logits": logits, **stored}
         return Node(f"MoE{self.scheme.upper()}", inputs, initializers=tuple(stored), attributes=attributes)
 

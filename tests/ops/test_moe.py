@@ -1,6 +1,8 @@
-"""MoEF32, MoEF16, MoEQ8, MoEQ4 against float64 (FORMAT.md 5.16), and against the products that they are made of."""
+"""MoEF32, MoEF16, MoEQ8, MoEQ4, MoEMXFP4 against float64 (FORMAT.md 5.16), and against the products that they are made of."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from llmpack_ops import reference
 from llmrun.job_options import ISAS
 
 SCHEMES = ("f32", "f16", "q8", "q4")
-QUANTIZED = ("q8", "q4")
+QUANTIZED = ("q8", "q4", "mxfp4")
 NORMS = pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
 MOST_PAIRS = 256  # that are computed together (custom_ops/ort/moe.cpp), unless one expert has more
 
@@ -36,17 +38,23 @@ def product_error(scheme: str, x: np.ndarray, weight: np.ndarray, group_size: in
 def expert_error(mixture: Mixture, e: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What expert e makes of x, and how far from it an operator may be."""
     (gate_up, down), scheme, group_size = (m.weight for m in mixture.expert(e)), mixture.scheme, mixture.group_size
-    exact = reference.matmul(x, gate_up)
+    biases = mixture.stored_biases
+    exact = reference.matmul(x, gate_up) + biases.get("gate_up_bias", np.zeros((mixture.E, 1)))[e]
     (gate, up), (of_gate, of_up) = (
         np.split(values, 2, axis=1) for values in (exact, product_error(scheme, x, gate_up, group_size))
     )
-    inner = reference.swiglu(exact)
-    silu = np.abs(reference.swiglu(np.concatenate([gate, np.ones_like(gate)], axis=1)))
-    # silu's derivative is at most 1.1.
+    act = reference.swiglu
+    if mixture.clamp is not None:
+        (alpha, limit), up = mixture.clamp, np.clip(up, -mixture.clamp[1], mixture.clamp[1]) + 1
+        gate = np.minimum(gate, limit)
+        act = partial(reference.clamped_swiglu, alpha=alpha, limit=limit)
+    inner = act(exact)
+    silu = np.abs(act(np.concatenate([gate, np.full_like(gate, mixture.clamp is None)], axis=1)))
+    # silu's derivative is at most 1.1, at any alpha; to cut off makes no difference larger.
     most_silu, most_up = silu + 1.1 * of_gate, np.abs(up) + of_up
     of_inner = 1.1 * of_gate * most_up + silu * of_up + TOLERANCES["swiglu"] * most_silu * most_up
     of_down = of_inner @ np.abs(down).T + product_error(scheme, np.abs(inner) + of_inner, down, group_size)
-    return reference.matmul(inner, down), of_down
+    return reference.matmul(inner, down) + biases.get("down_bias", np.zeros((mixture.E, 1)))[e], of_down
 
 
 def check(mixture: Mixture, x: np.ndarray, logits: np.ndarray, threads: int = 1) -> np.ndarray:
@@ -59,6 +67,8 @@ def check(mixture: Mixture, x: np.ndarray, logits: np.ndarray, threads: int = 1)
         mixture.down.weight.reshape(mixture.E, mixture.H, mixture.F),
         mixture.k,
         norm_topk_prob=mixture.norms,
+        **mixture.stored_biases,
+        clamp=mixture.clamp,
     )
     assert y.shape == exact.shape
     assert y.dtype == np.float32
@@ -68,7 +78,8 @@ def check(mixture: Mixture, x: np.ndarray, logits: np.ndarray, threads: int = 1)
         z, error = expert_error(mixture, int(experts[token, slot]), x[token : token + 1])
         bound[token] += weights[token, slot] * (error + TOLERANCES["routing"] * (np.abs(z) + error))[0]
     assert (np.abs(y - exact) <= bound).all()
-    assert_as_products(mixture, x, logits, y)
+    if not mixture.biases and mixture.clamp is None and mixture.scheme != "mxfp4":
+        assert_as_products(mixture, x, logits, y)
     return y
 
 
@@ -86,6 +97,44 @@ def assert_as_products(mixture: Mixture, x: np.ndarray, logits: np.ndarray, y: n
 @pytest.mark.parametrize("T", [1, 2, 3, 5, 8, 17, 40])
 def test_any_number_of_tokens(isa: str, scheme: str, T: int, norms: bool) -> None:
     check(Mixture(scheme, norms=norms), random_x(T, 64), random_logits(T, 6))
+
+
+CLAMPS = {"swiglu": None, "clamped": (1.702, 7.0), "clamped_early": (0.7, 0.25)}
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "mxfp4"])
+@pytest.mark.parametrize(("biases", "clamp"), [(0, "clamped"), (1, "swiglu"), (2, "clamped"), (2, "clamped_early")])
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_biases_and_limits(isa: str, scheme: str, biases: int, clamp: str, T: int) -> None:
+    """Of few tokens, whose gates and ups are two streams, of more, and of so many that weights are decoded first."""
+    x, logits = random_x(T, 96), random_logits(T, 5)
+    y = check(Mixture(scheme, 5, 2, 96, 64, biases=biases, clamp=CLAMPS[clamp]), x, logits)
+    if biases:
+        assert not np.array_equal(y, check(Mixture(scheme, 5, 2, 96, 64, clamp=CLAMPS[clamp]), x, logits))
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 40])
+def test_mxfp4_is_q8_of_the_same_numbers(isa: str, T: int) -> None:
+    """To the same bits, as the integers and the scales are the same; of one rounding of activations."""
+    mixture = Mixture("mxfp4", 6, 2, 160, 96, biases=2, clamp=(1.702, 7.0))
+    node = mixture.node(random_x(T, 160), random_logits(T, 6))
+    as_q8 = mixture.node(node.inputs["x"], node.inputs["router_logits"])
+    as_q8.op = "MoEQ8"
+    for name in ("gate_up", "down"):
+        tiles = node.inputs[name]  # [tiles, K / 8, 16, 4]
+        levels = reference.LEVELS["mxfp4"][np.stack([tiles & 15, tiles >> 4], axis=2)] + 128
+        as_q8.inputs[name] = levels.astype(np.uint8).reshape(len(tiles), -1, 16, 4)
+    np.testing.assert_array_equal(node.run()[0], as_q8.run()[0])
+
+
+@pytest.mark.parametrize("scheme", ["f32", "mxfp4"])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf], ids=["nan", "negative_nan", "inf"])
+def test_nan_is_not_cut_off(isa: str, scheme: str, bad: float) -> None:
+    x = random_x(9, 64)
+    x[4, 33] = bad
+    (y,) = Mixture(scheme, biases=2, clamp=(1.702, 7.0)).node(x, random_logits(9, 6)).run()
+    assert np.isnan(y[4]).any() if bad == np.inf else np.isnan(y[4]).all()
+    assert np.isfinite(np.delete(y, 4, 0)).all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -16,7 +16,7 @@ MISSING = "is missing or no integer, expected an integer"
 
 # name: (scheme, inputs to replace, attributes to replace or, where None, to leave out, sentence). Three tokens, six experts of
 # 32 features, two for each token of 64.
-MOE_CASES: dict[str, tuple[str, dict[str, np.ndarray], dict[str, int | None], str]] = {
+MOE_CASES: dict[str, tuple[str, dict[str, np.ndarray], dict[str, float | None], str]] = {
     "num_experts is missing": ("f32", {}, {"num_experts": None}, f"attribute num_experts {MISSING}"),
     "no experts": ("f32", {}, {"num_experts": 0}, "attribute num_experts is 0, expected 1 to 1024"),
     "too many experts": ("q4", {}, {"num_experts": 1025}, "attribute num_experts is 1025, expected 1 to 1024"),
@@ -108,6 +108,38 @@ MOE_CASES: dict[str, tuple[str, dict[str, np.ndarray], dict[str, int | None], st
         "f32", {}, {"intermediate_size": 64},
         f"input gate_up has shape [24, 64, 16], expected [48, 64, 16] = {GATE_UP}in_features, 16]",
     ),
+    "alpha without a limit": (
+        "q4", {}, {"swiglu_alpha": 1.0},
+        "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or neither",
+    ),
+    "a limit without alpha": (
+        "mxfp4", {}, {"swiglu_limit": 1.0},
+        "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or neither",
+    ),
+    "a limit below 0": (
+        "f32", {}, {"swiglu_alpha": 1.0, "swiglu_limit": -1.0},
+        "attribute swiglu_limit is -1.000000, expected at least 0",
+    ),
+    "a limit that is no number": (
+        "f32", {}, {"swiglu_alpha": 1.0, "swiglu_limit": float("nan")},
+        "attribute swiglu_limit is nan, expected at least 0",
+    ),
+    "gate_up_bias of fewer features": (
+        "q4", {"gate_up_bias": ZEROS((6, 32), F32)}, {},
+        "input gate_up_bias has shape [6, 32], expected [6, 64] = [num_experts, 2 * intermediate_size]",
+    ),
+    "gate_up_bias of one axis": (
+        "f32", {"gate_up_bias": ZEROS(384, F32)}, {},
+        "input gate_up_bias has shape [384], expected [6, 64] = [num_experts, 2 * intermediate_size]",
+    ),
+    "down_bias of fewer experts": (
+        "mxfp4", {"gate_up_bias": ZEROS((6, 64), F32), "down_bias": ZEROS((5, 64), F32)}, {},
+        "input down_bias has shape [5, 64], expected [6, 64] = [num_experts, out_features]",
+    ),
+    "q8 gate_up for mxfp4": (
+        "mxfp4", {"gate_up": ZEROS((24, 16, 16, 4), U8)}, {},
+        f"input gate_up has shape [24, 16, 16, 4], expected [24, 8, 16, 4] = {GATE_UP}in_features / 8, 16, 4]",
+    ),
     "the widest and most experts that attributes say": (
         "f32", {}, {"num_experts": 1024, "intermediate_size": 2**31 - 16},
         "input router_logits has shape [3, 6], expected [3, 1024] = [tokens, num_experts]",
@@ -117,7 +149,7 @@ MOE_CASES: dict[str, tuple[str, dict[str, np.ndarray], dict[str, int | None], st
 
 def wrong(scheme: str, inputs: dict[str, np.ndarray], attributes: dict[str, Any]) -> Node:
     node = Mixture(scheme).node(random_x(3, 64), random_logits(3, 6))
-    assert inputs.keys() <= node.inputs.keys()
+    assert inputs.keys() <= {*node.inputs, "gate_up_bias", "down_bias"}
     node.inputs |= inputs
     node.attributes = {k: v for k, v in ((node.attributes or {}) | attributes).items() if v is not None}
     return node
