@@ -9,9 +9,7 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kMaxGroup = 128, kMaxElements = INT64_C(1) << 40;
 
-bool is_quantized(int32_t storage) {
-    return storage == LLMPACK_Q8 || storage == LLMPACK_Q6 || storage == LLMPACK_Q4;
-}
+bool is_quantized(int32_t storage) { return storage >= LLMPACK_Q8 && storage <= LLMPACK_MXFP4; }
 
 [[maybe_unused]] bool starts_with(const char* text, const char* start) {
     return std::strncmp(text, start, std::strlen(start)) == 0;

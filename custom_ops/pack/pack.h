@@ -18,7 +18,15 @@ extern "C" {
 #endif
 
 // Element types of checkpoints; also the storage of unquantized weights (F32, F16 only).
-enum { LLMPACK_F32 = 0, LLMPACK_F16 = 1, LLMPACK_BF16 = 2, LLMPACK_Q8 = 3, LLMPACK_Q4 = 4, LLMPACK_Q6 = 5 };
+enum {
+    LLMPACK_F32 = 0,
+    LLMPACK_F16 = 1,
+    LLMPACK_BF16 = 2,
+    LLMPACK_Q8 = 3,
+    LLMPACK_Q4 = 4,
+    LLMPACK_Q6 = 5,
+    LLMPACK_MXFP4 = 6
+};
 
 // What the functions return.
 enum {
@@ -30,20 +38,20 @@ enum {
 
 // Rows of a matrix, to become row tiles (FORMAT.md 4.3).
 typedef struct {
-    int32_t struct_size;  // sizeof(LlmpackRows), so that a stale caller is refused
-    int32_t source_type;  // LLMPACK_F32, F16 or BF16
-    int32_t storage;      // any of the types but LLMPACK_BF16
-    int32_t group_size;   // input features that share a scale, a multiple of 16 up to 128; Q8, Q6, Q4 only
-    int64_t num_rows;     // rows given, at most 16 * num_tiles; the tiles' other rows become zero weights
-    int64_t num_columns;  // input features; a multiple of group_size
-    int64_t row_stride;   // elements from one source row to the next
-    int64_t num_tiles;    // tiles of 16 rows to write
-    const void* rows;     // [num_rows, row_stride], of which num_columns are read
+    int32_t struct_size;      // sizeof(LlmpackRows), so that a stale caller is refused
+    int32_t source_type;      // LLMPACK_F32, F16 or BF16
+    int32_t storage;          // any of the types but LLMPACK_BF16
+    int32_t group_size;       // input features that share a scale, a multiple of 16 up to 128; not F32, F16
+    int64_t num_rows;         // rows given, at most 16 * num_tiles; the tiles' other rows become zero weights
+    int64_t num_columns;      // input features; a multiple of group_size
+    int64_t row_stride;       // elements from one source row to the next
+    int64_t num_tiles;        // tiles of 16 rows to write
+    const void* rows;         // [num_rows, row_stride], of which num_columns are read
     const float* candidates;  // Q6, Q4: steps to try, as (largest entry of the group) / step; |c| >= 4
     int64_t num_candidates;   // at least 1
     void* weight;      // F32, F16: [num_tiles, num_columns, 16]; Q8: [.., / 4, 16, 4]; Q6: [.., / 16, 3, 16,
-                       // 4]; Q4: [.., / 8, 16, 4]
-    uint16_t* scales;  // Q8, Q6, Q4: [num_tiles, num_columns / group_size, 16], float16 bits
+                       // 4]; Q4, MXFP4: [.., / 8, 16, 4]
+    uint16_t* scales;  // not F32, F16: [num_tiles, num_columns / group_size, 16], float16 bits
 } LlmpackRows;
 
 LLMPACK_EXPORT int llmpack_ops_pack_rows(const LlmpackRows* rows);
@@ -53,10 +61,10 @@ LLMPACK_EXPORT int llmpack_ops_pack_rows(const LlmpackRows* rows);
 typedef struct {
     int32_t struct_size;  // sizeof(LlmpackProduct)
     int32_t storage;      // any of the types but LLMPACK_BF16
-    int32_t group_size;   // Q8, Q6 and Q4
+    int32_t group_size;   // not F32, F16
     int32_t reserved;     // 0
     int64_t num_tiles;
-    int64_t num_columns;  // a multiple of 8, and of group_size for Q8, Q6 and Q4
+    int64_t num_columns;  // a multiple of 8, and of group_size
     const void* weight;   // tiles, as above
     const uint16_t* scales;
     const double* x;  // [num_columns, 8]

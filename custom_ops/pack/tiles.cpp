@@ -80,6 +80,9 @@ constexpr float middle(int i) { return (kLevels[i] + kLevels[i + 1]) / 2; }
 alignas(64) constexpr float kMiddles[16] = {
     0,         middle(7), middle(3), middle(11), middle(1), middle(5),  middle(9),  middle(13),
     middle(0), middle(2), middle(4), middle(6),  middle(8), middle(10), middle(12), middle(14)};
+// mxfp4: twice E2M1's numbers, and the middles of the positive ones.
+alignas(64) constexpr float kMXFP4Levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr float kMXFP4Middles[7] = {0.5f, 1.5f, 2.5f, 3.5f, 5, 7, 10};
 
 template <int kStorage>
 struct Levels;
@@ -96,6 +99,16 @@ struct Uniform {
         return rint(max(min(x, all(static_cast<float>(kHigh))), all(static_cast<float>(kLow))));
     }
     static LLMPACK_INLINE Int index(const Float& x) { return to_int(nearest(x)) + all(kZero); }
+};
+template <>
+struct Levels<LLMPACK_MXFP4> {
+    static LLMPACK_INLINE Int index(const Float& x) {
+        const Int negative = all(0.0f) > x;
+        const Float magnitude = select(negative, all(0.0f) - x, x);
+        Int index = negative & all(8);
+        for (float middle : kMXFP4Middles) index = index - (magnitude > all(middle));  // a mask is -1
+        return index;
+    }
 };
 template <>
 struct Levels<LLMPACK_Q6> : Uniform<-32, 31, 32> {};
@@ -148,6 +161,13 @@ bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint1
     Float step;
     if constexpr (kStorage == LLMPACK_Q8) {
         step = max(negated, highest) / all(127.0f);
+    } else if constexpr (kStorage == LLMPACK_MXFP4) {
+        // The power of two that is at most a quarter of the largest magnitude, halved as the levels are
+        // doubled; no less than float16's smallest, or 0.
+        const Float largest = max(negated, highest);
+        const Int exponent = bits(largest) & all(0x7f800000);
+        const Int step_bits = exponent - all(3 << 23), least = all((127 - 24) << 23);
+        step = from_bits(select(step_bits > least, step_bits, least) & (largest != all(0.0f)));
     } else {
         Float extreme = select(negated >= highest, lowest, highest);
         if (any(max(extreme, all(0.0f) - extreme) >= all(kHuge))) return false;
@@ -164,7 +184,7 @@ bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint1
     Int nonzero = unit != all(0.0f);
     Float inverse = select(nonzero, all(1.0f) / select(nonzero, unit, all(1.0f)), all(0.0f));
     auto quantize = [&](int64_t k) { return Levels<kStorage>::index(load(values + k * kRows) * inverse); };
-    if constexpr (kStorage == LLMPACK_Q4) {
+    if constexpr (kStorage == LLMPACK_Q4 || kStorage == LLMPACK_MXFP4) {
         for (int64_t k = 0; k < count; k += 8, cells += 4 * kRows) {
             Int cell = quantize(k) | shift_left<4>(quantize(k + 4));
             cell = cell | shift_left<8>(quantize(k + 1) | shift_left<4>(quantize(k + 5)));
@@ -194,12 +214,13 @@ bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint1
 bool pack_group(const LlmpackRows& a, const float* values, uint8_t* cells, uint16_t* scales) {
     if (a.storage == LLMPACK_Q4) return pack_group<LLMPACK_Q4>(a, values, cells, scales);
     if (a.storage == LLMPACK_Q6) return pack_group<LLMPACK_Q6>(a, values, cells, scales);
+    if (a.storage == LLMPACK_MXFP4) return pack_group<LLMPACK_MXFP4>(a, values, cells, scales);
     return pack_group<LLMPACK_Q8>(a, values, cells, scales);
 }
 
 // Bits of a quantized number.
 constexpr int64_t bits_of(int32_t storage) {
-    return storage == LLMPACK_Q4 ? 4 : storage == LLMPACK_Q6 ? 6 : 8;
+    return storage == LLMPACK_Q4 || storage == LLMPACK_MXFP4 ? 4 : storage == LLMPACK_Q6 ? 6 : 8;
 }
 
 template <int kType>
@@ -301,17 +322,18 @@ LLMPACK_INLINE void add_group(const LlmpackProduct& a, int64_t tile, int64_t fir
             }
         }
     } else {
+        const auto& levels = kStorage == LLMPACK_Q4 ? kLevels : kMXFP4Levels;
         const uint8_t* cells = static_cast<const uint8_t*>(a.weight) + at / 2;
         for (int64_t k = 0; k < count; k += 8, cells += 4 * kRows) {
             Int low, high;
             std::memcpy(&low, cells, sizeof(low));
             high = shift_right<4>(low);
             for (int j = 0; j < 4; ++j) {
-                accumulate(sums, lookup(kLevels, low & all(15)), x + (k + j) * kVectors);
+                accumulate(sums, lookup(levels, low & all(15)), x + (k + j) * kVectors);
                 low = shift_right<8>(low);
             }
             for (int j = 0; j < 4; ++j) {
-                accumulate(sums, lookup(kLevels, high & all(15)), x + (k + 4 + j) * kVectors);
+                accumulate(sums, lookup(levels, high & all(15)), x + (k + 4 + j) * kVectors);
                 high = shift_right<8>(high);
             }
         }
@@ -359,6 +381,7 @@ void packed_product(const LlmpackProduct& product) {
     if (product.storage == LLMPACK_F16) return product_of<LLMPACK_F16>(product);
     if (product.storage == LLMPACK_Q8) return product_of<LLMPACK_Q8>(product);
     if (product.storage == LLMPACK_Q6) return product_of<LLMPACK_Q6>(product);
+    if (product.storage == LLMPACK_MXFP4) return product_of<LLMPACK_MXFP4>(product);
     product_of<LLMPACK_Q4>(product);
 }
 

@@ -42,11 +42,12 @@ def untile_rows(tiles: np.ndarray, num_rows: int) -> np.ndarray:
     return tiles.transpose(0, 2, 1, 3).reshape(num_tiles * ROW_TILE, num_cells * cell)[:num_rows]
 
 
-def tile_nibbles(quantized: np.ndarray) -> np.ndarray:
+def tile_nibbles(quantized: np.ndarray, zero: int = 8) -> np.ndarray:
     """Tile 4-bit integers: in each cell, byte j holds feature j in its low half and feature j + 4 in its high half.
 
     Args:
-        quantized: [num_rows, in_features], uint8 in 0..15; in_features is a multiple of 8. Missing rows become 8 (zero).
+        quantized: [num_rows, in_features], uint8 in 0..15; in_features is a multiple of 8.
+        zero: what missing rows become.
 
     Returns:
         [ceil(num_rows / ROW_TILE), in_features / 8, ROW_TILE, 4], uint8.
@@ -57,7 +58,7 @@ def tile_nibbles(quantized: np.ndarray) -> np.ndarray:
     num_rows, in_features = quantized.shape
     cells = quantized.reshape(num_rows, in_features // _NIBBLE_CELL, 2, _NIBBLE_CELL // 2)
     packed = cells[:, :, 0] | cells[:, :, 1] << 4
-    return tile_rows(packed.reshape(num_rows, in_features // 2), _NIBBLE_CELL // 2, fill=0x88)
+    return tile_rows(packed.reshape(num_rows, in_features // 2), _NIBBLE_CELL // 2, fill=zero | zero << 4)
 
 
 def untile_nibbles(tiles: np.ndarray, num_rows: int) -> np.ndarray:

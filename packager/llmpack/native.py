@@ -18,8 +18,8 @@ from llmrun.library import find_library
 
 VECTORS = 8  # activation vectors side by side in `packed_product`
 
-_TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3, "q4": 4, "q6": 5}  # enum of pack.h
-_BITS = {"q4": 4, "q6": 6}  # of a stored number, where it is no element of its array
+_TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3, "q4": 4, "q6": 5, "mxfp4": 6}  # enum of pack.h
+_BITS = {"q4": 4, "q6": 6, "mxfp4": 4}  # of a stored number, where it is no element of its array
 _NOT_FINITE, _OVERFLOW = 1, 2
 
 
@@ -92,8 +92,8 @@ def pack_rows(
 
     Args:
         rows: [num_rows, num_columns], float32, float16, or uint16 holding bfloat16; columns are contiguous.
-        storage: "f32", "f16", "q8", "q6" or "q4".
-        group_size: input features that share a scale; q8, q6 and q4 only.
+        storage: "f32", "f16", "q8", "q6", "q4" or "mxfp4".
+        group_size: input features that share a scale; not of f32 and f16.
         weight: array to fill, as FORMAT 4.3 has it; it holds at least num_rows, further rows become zero weights.
         scales: array to fill, likewise; None for f32 and f16.
         is_bfloat16: what uint16 rows must say.
@@ -135,7 +135,7 @@ def packed_product(
     Args:
         weight: tiles as FORMAT 4.3 has them.
         scales: their scales; None for f32 and f16.
-        storage: "f32", "f16", "q8", "q6" or "q4".
+        storage: "f32", "f16", "q8", "q6", "q4" or "mxfp4".
         group_size: input features that share a scale.
         x: [num_columns, VECTORS], float64.
 

@@ -22,7 +22,7 @@ from llmrun.artifact import ROW_TILE, InternalError
 _ELEMENTS_AT_ONCE = 1 << 20
 _MAX_THREADS = 8
 _SAME = 1e-10  # float64 sums in another order, as a share of the sum of magnitudes
-_UNTILE = {"q8": untile_rows, "q6": untile_six_bits, "q4": untile_nibbles}
+_UNTILE = {"q8": untile_rows, "q6": untile_six_bits, "q4": untile_nibbles, "mxfp4": untile_nibbles}
 
 
 class PackedRank:

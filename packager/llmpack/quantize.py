@@ -18,6 +18,10 @@ import numpy as np
 LEVELS = np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56], np.float32)
 MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2)  # exact; a weight on a middle becomes the lower level
 ZERO_POINT = {"q6": 32, "q8": 128}
+# Twice the numbers of OCP's E2M1, so that they are integers, and the middles of the positive ones.
+MXFP4_LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+_MXFP4_MIDDLES = (MXFP4_LEVELS[1:8] + MXFP4_LEVELS[:7]) / np.float32(2)
+_MXFP4_LEAST = np.float32(2.0**-24)  # the smallest scale: float16's
 
 # Steps to try for a group, as its entry of largest magnitude divided by the step: -64 keeps that entry exactly, whatever its
 # sign; others trade its exactness for that of the rest; positive ones turn the codebook around (a negative scale).
@@ -78,6 +82,23 @@ def quantize_q8(weight: np.ndarray, group_size: int) -> tuple[np.ndarray, np.nda
     """
     groups = _groups(weight, group_size)
     return _round(groups, _to_float16(np.abs(groups).max(axis=2) / np.float32(127)), ZERO_POINT["q8"], 1, 255)
+
+
+def quantize_mxfp4(weight: np.ndarray, group_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a matrix to OCP's MXFP4: one power of two per group; weight ~ MXFP4_LEVELS[quantized] * scales.
+
+    The power is an eighth of the largest that is no larger than the group's largest magnitude, so numbers that were MXFP4
+    before stay exactly what they were (but below 2^-24, float16's smallest scale); others take the nearest level, on a middle
+    the smaller one. Shapes, dtypes and errors as for `quantize_q4`, and no scale is negative.
+    """
+    groups = _groups(weight, group_size)
+    largest = np.abs(groups).max(axis=2)
+    power = (largest.view(np.int32) & 0x7F800000) - (3 << 23)  # bits of a float32
+    power = np.maximum(power, _MXFP4_LEAST.view(np.int32)).astype(np.int32).view(np.float32)
+    scales = _to_float16(np.where(largest > 0, power, np.float32(0)))
+    levels = groups * _inverse(scales)
+    codes = np.searchsorted(_MXFP4_MIDDLES, np.abs(levels), side="left") + 8 * (levels < 0)
+    return codes.astype(np.uint8).reshape(len(weight), -1), scales
 
 
 def _nearest(x: np.ndarray) -> np.ndarray:

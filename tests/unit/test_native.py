@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpack import layout, native
-from llmpack.quantize import quantize_q4, quantize_q6, quantize_q8
+from llmpack.quantize import quantize_mxfp4, quantize_q4, quantize_q6, quantize_q8
 from llmpack_ops import reference
 from llmrun.errors import IncompatibleError
 from llmrun.job_options import ISAS
@@ -37,7 +37,7 @@ class EmulatedLibrary:
     def llmpack_ops_pack_rows(self, reference):
         a = reference._obj
         source = ((a.num_rows - 1) * a.row_stride + a.num_columns) * (4 if a.source_type == 0 else 2)
-        bits = {0: 32, 1: 16, 3: 8, 4: 4, 5: 6}[a.storage]
+        bits = {0: 32, 1: 16, 3: 8, 4: 4, 5: 6, 6: 4}[a.storage]
         cells = a.num_tiles * 16 * a.num_columns * bits // 8
         scales = a.num_tiles * 16 * a.num_columns // a.group_size * 2 if a.scales else 0
         numbers = [a.source_type, a.storage, a.group_size, a.num_rows, a.num_columns, a.row_stride, a.num_tiles]
@@ -51,7 +51,7 @@ class EmulatedLibrary:
 
     def llmpack_ops_packed_product(self, reference):
         a = reference._obj
-        bits = {0: 32, 1: 16, 3: 8, 4: 4, 5: 6}[a.storage]
+        bits = {0: 32, 1: 16, 3: 8, 4: 4, 5: 6, 6: 4}[a.storage]
         cells = a.num_tiles * 16 * a.num_columns * bits // 8
         scales = a.num_tiles * 16 * a.num_columns // a.group_size * 2 if a.scales else 0
         arrays = [(a.weight, cells), (a.scales, scales), (a.x, a.num_columns * native.VECTORS * 8)]
@@ -77,8 +77,13 @@ def isa(request, monkeypatch):
     library.llmpack_ops_set_isa(best)
 
 
-UNTILE = {"q8": layout.untile_rows, "q6": layout.untile_six_bits, "q4": layout.untile_nibbles}
-STORAGES = ("q4", "q6", "q8", "f16", "f32")
+UNTILE = {
+    "q8": layout.untile_rows,
+    "q6": layout.untile_six_bits,
+    "q4": layout.untile_nibbles,
+    "mxfp4": layout.untile_nibbles,
+}
+STORAGES = ("q4", "mxfp4", "q6", "q8", "f16", "f32")
 
 
 def empty_tiles(num_rows, num_columns, storage, group_size):
@@ -90,6 +95,7 @@ def empty_tiles(num_rows, num_columns, storage, group_size):
         "q8": ((tiles, num_columns // 4, 16, 4), np.uint8),
         "q6": ((tiles, num_columns // 16, 3, 16, 4), np.uint8),
         "q4": ((tiles, num_columns // 8, 16, 4), np.uint8),
+        "mxfp4": ((tiles, num_columns // 8, 16, 4), np.uint8),
     }[storage]
     scales = np.full((tiles, num_columns // group_size, 16), 77, np.float16) if storage in UNTILE else None
     return np.full(shape, 77, dtype), scales
@@ -105,6 +111,9 @@ def pack_with_numpy(values, storage, group_size):
     if storage == "q6":
         quantized, scales = quantize_q6(values, group_size)
         return layout.tile_six_bits(quantized), layout.tile_rows(scales)
+    if storage == "mxfp4":
+        quantized, scales = quantize_mxfp4(values, group_size)
+        return layout.tile_nibbles(quantized, 0), layout.tile_rows(scales)
     quantized, scales = quantize_q4(values, group_size)
     return layout.tile_nibbles(quantized), layout.tile_rows(scales)
 
@@ -220,7 +229,8 @@ def test_what_is_not_finite_is_refused(isa, storage, value, dtype):
 
 
 @pytest.mark.parametrize(
-    ("storage", "value"), [("q4", 1e9), ("q4", 530e3), ("q6", 530e3), ("q8", 9e6), ("f16", 65520.0), ("f16", -1e9)]
+    ("storage", "value"),
+    [("q4", 1e9), ("q4", 530e3), ("q6", 530e3), ("q8", 9e6), ("mxfp4", 530e3), ("f16", 65520.0), ("f16", -1e9)],
 )
 def test_what_float16_cannot_hold_is_refused(isa, storage, value):
     values = np.zeros((17, 64), np.float32)
