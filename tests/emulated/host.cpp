@@ -182,6 +182,10 @@ OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* sizes,
 }
 void release_status(OrtStatus* status) { delete status; }
 void release_info(OrtTensorTypeAndShapeInfo* info) { delete info; }
+OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) {
+    *out = info->num_inputs;
+    return nullptr;
+}
 OrtStatus* node_name(const OrtKernelInfo* info, char* out, size_t* size) {
     if (out != nullptr) std::memcpy(out, info->name.c_str(), info->name.size() + 1);
     *size = info->name.size() + 1;

@@ -42,12 +42,15 @@ class MiniOrt:
         if code != 0:
             raise RuntimeError(self.library.mini_error().decode())
 
-    def node(self, op: str, name: str = "", **attributes: float) -> ctypes.c_void_p:
+    def node(self, op: str, name: str = "", num_inputs: int = 0, **attributes: float) -> ctypes.c_void_p:
+        """Make a node; num_inputs: 0 for the inputs that every node of the operator has."""
         count = len(attributes)
         names = (ctypes.c_char_p * count)(*(key.encode() for key in attributes))
         kinds = (ctypes.c_int * count)(*(isinstance(value, int) for value in attributes.values()))
         values = (ctypes.c_double * count)(*attributes.values())
-        made = self.library.mini_node(op.encode(), self._provider, name.encode(), count, names, kinds, values)
+        made = self.library.mini_node(
+            op.encode(), self._provider, name.encode(), num_inputs, count, names, kinds, values
+        )
         if made is None:
             raise RuntimeError(self.library.mini_error().decode())
         return ctypes.c_void_p(made)
@@ -129,12 +132,12 @@ class GpuModel:
                 address = device.allocate(num_bytes)
                 device.clear(address, num_bytes)
                 self.tensors[value.name] = (kind, shape, address)
-        self.nodes = [
-            (node, None if node.domain == "" else ort.node(node.op_type, node.name, **_attributes(node)))
-            for node in model.graph.node
-        ]
+        self.nodes = [(node, None if node.domain == "" else self._own(node)) for node in model.graph.node]
         (top,) = [_attributes(node) for node in model.graph.node if node.op_type == "TopK"]
         self.vocab_size, self.first_id = top["vocab_size"], top["first_id"]
+
+    def _own(self, node: onnx.NodeProto) -> ctypes.c_void_p:
+        return self.ort.node(node.op_type, node.name, len(node.input), **_attributes(node))
 
     def close(self) -> None:
         """Free weights and cache."""

@@ -26,6 +26,7 @@ struct OrtKernelInfo {
     std::string name;
     std::map<std::string, int64_t> integers;
     std::map<std::string, float> floats;
+    size_t num_inputs = 0;
 };
 struct OrtValue {
     int type = 0;
@@ -98,6 +99,7 @@ OrtApi make_api() {
     set(93, +[](OrtStatus* done) { delete done; });
     set(99, +[](OrtTensorTypeAndShapeInfo* info) { delete info; });
     set(193, +[](const OrtKernelContext* context, void** out) -> OrtStatus* { return *out = context->stream, nullptr; });
+    set(230, +[](const OrtKernelInfo* info, size_t* out) -> OrtStatus* { return *out = info->num_inputs, nullptr; });
     set(244, +[](const OrtKernelInfo* info, char* out, size_t* size) -> OrtStatus* {
         if (out != nullptr) std::memcpy(out, info->name.c_str(), info->name.size() + 1);
         return *size = info->name.size() + 1, nullptr;
@@ -173,9 +175,9 @@ EXPORT int mini_load(const char* path) {
     return failed(register_ops(&session(), &base));
 }
 
-// Names of attributes, with integer values where `is_integer`, else floats.
-EXPORT Node* mini_node(const char* op, const char* provider, const char* name, int count, const char** names,
-                       const int* is_integer, const double* values) {
+// Names of attributes, with integer values where `is_integer`, else floats. num_inputs: 0 for those that every node has.
+EXPORT Node* mini_node(const char* op, const char* provider, const char* name, int num_inputs, int count,
+                       const char** names, const int* is_integer, const double* values) {
     for (const OrtCustomOpDomain* domain : session().domains) {
         for (const OrtCustomOp* candidate : domain->ops) {
             if (std::strcmp(candidate->GetName(candidate), op) != 0 ||
@@ -185,6 +187,10 @@ EXPORT Node* mini_node(const char* op, const char* provider, const char* name, i
             auto node = std::make_unique<Node>();
             node->op = candidate;
             node->info.name = name;
+            node->info.num_inputs = static_cast<size_t>(num_inputs);
+            for (size_t i = 0; num_inputs == 0 && i < candidate->GetInputTypeCount(candidate); i++) {
+                node->info.num_inputs += candidate->GetInputCharacteristic(candidate, i) == 0;
+            }
             for (int i = 0; i < count; i++) {
                 if (is_integer[i] != 0) {
                     node->info.integers[names[i]] = static_cast<int64_t>(values[i]);
@@ -202,7 +208,7 @@ EXPORT Node* mini_node(const char* op, const char* provider, const char* name, i
 EXPORT void mini_node_free(Node* node) { delete node; }
 EXPORT int mini_counts(const Node* node, int what) {  // 0: inputs, 1: outputs; types of an input 100 + i, an output 200 + i
     const OrtCustomOp* op = node->op;
-    if (what == 0) return static_cast<int>(op->GetInputTypeCount(op));
+    if (what == 0) return static_cast<int>(node->info.num_inputs);
     if (what == 1) return static_cast<int>(op->GetOutputTypeCount(op));
     return what >= 200 ? op->GetOutputType(op, static_cast<size_t>(what - 200))
                        : op->GetInputType(op, static_cast<size_t>(what - 100));
