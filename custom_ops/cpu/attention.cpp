@@ -351,9 +351,14 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
         const float* head = args.qkv + (token_of(row) * (H + 2 * KV) + head_of(row)) * D;
         rotate(head, args.cos_sin + token_of(row) * D, D, args.scale, rows.q + row * rows.padded);
         for (int64_t j = 0; j < rows.padded; j += 16) store(rows.out + row * rows.padded + j, zero());
-        // Finite: where all scores so far are minus infinity, their weights are e^-inf = 0, and no e^NaN.
-        rows.highest[row] = -__FLT_MAX__;
+        // The softmax begins with the sink; none is as minus infinity. Finite: where all scores so far are
+        // minus infinity, their weights are e^-inf = 0, and no e^NaN.
+        const float sink = args.sinks == nullptr ? -__builtin_inff() : args.sinks[head_of(row)];
+        const float highest = sink > -__FLT_MAX__ ? sink : -__FLT_MAX__;
+        rows.highest[row] = highest;
         store(rows.totals + row * 16, zero());
+        // Its weight: e^0, as it is the highest, or e^-inf; NaN where it is infinity or NaN.
+        rows.totals[row * 16] = sink < highest ? 0.0f : 1.0f + (sink - highest);
     }
 
     // A head's stretch: first its keys are read, then its values. Near: what is read next is asked for, into

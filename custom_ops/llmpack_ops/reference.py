@@ -148,6 +148,7 @@ def paged_attention(
     query_start: Array,
     seq_lens: Array,
     block_table: Array,
+    sinks: Array | None = None,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -166,6 +167,7 @@ def paged_attention(
         query_start: [B + 1], first token of each sequence, and T.
         seq_lens: [B], length of each sequence with this step's tokens.
         block_table: [B, max_blocks], cache blocks of each sequence in order.
+        sinks: [H], a score of each head more, whose value is zero; None: there is none.
         num_heads: H.
         num_kv_heads: KV.
         scale: factor of the scores.
@@ -199,9 +201,11 @@ def paged_attention(
             end_seen = length - (end - token) + 1
             seen = slice(max(0, end_seen - (window or end_seen)), end_seen)
             scores = np.einsum("hd,phd->hp", q64[token], keys[seen]) * scale
+            if sinks is not None:
+                scores = np.concatenate([scores, sinks.astype(np.float64)[:, None]], axis=1)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
-            out[token] = np.einsum("hp,phd->hd", weights, values[seen])
+            out[token] = np.einsum("hp,phd->hd", weights[:, : end_seen - seen.start], values[seen])
     return out.reshape(tokens, num_heads * head_dim), key_cache, value_cache
 
 

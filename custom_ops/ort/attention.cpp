@@ -13,15 +13,17 @@ struct PagedAttentionOp {
     static constexpr const char* kName = "PagedAttention";
     // kAny for the caches: float32 and float16 share one registration, compute() tells them apart.
     static constexpr Port kInputs[] = {
-        {"qkv", kFloat},          {"cos_sin", kFloat},     {"key_cache", kAny},  {"value_cache", kAny},
-        {"slot_mapping", kInt32}, {"query_start", kInt32}, {"seq_lens", kInt32}, {"block_table", kInt32}};
+        {"qkv", kFloat},       {"cos_sin", kFloat},      {"key_cache", kAny},
+        {"value_cache", kAny}, {"slot_mapping", kInt32}, {"query_start", kInt32},
+        {"seq_lens", kInt32},  {"block_table", kInt32},  {"sinks", kFloat, false, true}};
     static constexpr Port kOutputs[] = {{"out", kFloat}};
 
     explicit PagedAttentionOp(const NodeInfo& node)
         : num_heads(node.size_attribute("num_heads")),
           num_kv_heads(node.size_attribute("num_kv_heads")),
           window(node.size_attribute("window", kMaxSize)),
-          scale(node.float_attribute("scale")) {
+          scale(node.float_attribute("scale")),
+          sinks(node, 8) {
         if (num_heads % num_kv_heads != 0) {
             throw OpError("num_heads is " + std::to_string(num_heads) + " and num_kv_heads " +
                           std::to_string(num_kv_heads) + ", expected a multiple");
@@ -65,6 +67,8 @@ struct PagedAttentionOp {
         query_start.expect_shape({B + 1}, "[sequences + 1]");
         block_table.expect_shape({B, kAnySize}, "[sequences, max_blocks]");
         const int64_t max_blocks = block_table.shape[1];
+        const std::optional<Tensor> own_sinks = sinks.of(context);
+        if (own_sinks) own_sinks->expect_shape({num_heads}, "[num_heads]");
 
         struct Sequences;
         int32_t* token_sequence = workspace<int32_t, Sequences>(static_cast<size_t>(T));
@@ -90,6 +94,7 @@ struct PagedAttentionOp {
                                   query_start.as<int32_t>(),
                                   seq_lens.as<int32_t>(),
                                   block_table.as<int32_t>(),
+                                  own_sinks ? own_sinks->as<float>() : nullptr,
                                   token_sequence,
                                   tile_starts,
                                   tile_tokens,
@@ -163,6 +168,7 @@ struct PagedAttentionOp {
 
     int64_t num_heads, num_kv_heads, window;
     float scale;
+    OptionalInput sinks;
 };
 
 }  // namespace

@@ -211,7 +211,10 @@ def _run(
         elif part == "QKNorm":
             x = [_qk_norm(y, known[n[0]], known[n[1]], sizes) for y, known, n in zip(x, values, names, strict=True)]
         elif part == "PagedAttention":
-            x = [_attend(y, known[name[0]], sizes, manifest) for y, known, name in zip(x, values, names, strict=True)]
+            x = [
+                _attend(y, known[name[0]], [known[sinks] for sinks in name[7:]], sizes, manifest)
+                for y, known, name in zip(x, values, names, strict=True)
+            ]
         else:
             rest = [
                 [known[name.pop(0)] for _ in range(1 + (part == "AddRMSNorm"))]
@@ -270,7 +273,7 @@ def _experts(x: Array, logits: Array, gate_up: Array, down: Array, sizes: dict[s
     return y
 
 
-def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[str, Any]) -> Array:
+def _attend(qkv: Array, cos_sin: Array, sinks: list[Array], sizes: dict[str, Any], manifest: dict[str, Any]) -> Array:
     """5.5 of one whole sequence: each token sees itself and what is before it, within the window."""
     num_heads, num_kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
     dim = cos_sin.shape[1]
@@ -287,8 +290,9 @@ def _attend(qkv: Array, cos_sin: Array, sizes: dict[str, Any], manifest: dict[st
     scores = np.einsum("qhd,khd->hqk", rotated[:, :num_heads], keys) * sizes["scale"]
     sees = np.tri(len(qkv)) - np.tri(len(qkv), k=-min(sizes["window"], len(qkv)))
     scores += np.where(sees, 0, -np.inf)
-    shares = np.exp(scores - scores.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
+    highest = scores.max(-1, keepdims=True)
+    shares = np.exp(scores - highest)
+    shares /= shares.sum(-1, keepdims=True) + sum(np.exp(sink[:, None, None] - highest) for sink in sinks)
     return np.einsum("hqk,khd->qhd", shares, values).reshape(len(qkv), num_heads * dim)
 
 

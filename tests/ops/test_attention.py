@@ -41,6 +41,7 @@ class World:
     num_blocks: int = 0
     seed: int = 0
     window: int = ALL
+    sinks: np.ndarray | None = None
     qkv: list[np.ndarray] = field(init=False)
     cos_sin: np.ndarray = field(init=False)
 
@@ -77,6 +78,7 @@ class World:
             "query_start": np.cumsum([0] + [end - first for _, first, end in spans]).astype(np.int32),
             "seq_lens": np.array([end for *_, end in spans], np.int32),
             "block_table": table,
+            **({} if self.sinks is None else {"sinks": self.sinks}),
         }
 
     def attributes(self) -> dict[str, float]:

@@ -115,6 +115,12 @@ ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = 
         {"seq_lens": np.array([49], np.int32)}, {},
         "seq_lens[0] is 49, expected at least its 40 tokens of this step and at most the 48 positions of block_table",
     ),
+    "sinks": (
+        {"sinks": ZEROS(5, F32)}, {}, "input sinks has shape [5], expected [4] = [num_heads]",
+    ),
+    "sinks of all layers": (
+        {"sinks": ZEROS((2, 4), F32)}, {}, "input sinks has shape [2, 4], expected [4] = [num_heads]",
+    ),
     "negative block": (
         {"block_table": np.array([[2, -1, 1]], np.int32)}, {}, "block_table[0, 1] is -1, expected a block from 0 to 2",
     ),
