@@ -76,6 +76,16 @@ GRANITE_MOE: dict[str, Any] = {
     "intermediate_size": 256,
 }
 
+# Of the kind of gpt-oss: layers slide in turn; transformers saves its experts with in_features first.
+GPT_OSS: dict[str, Any] = {
+    **{"model_type": "gpt_oss", "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 256},
+    **{"head_dim": 32, "sliding_window": 8, "num_hidden_layers": 4, "swiglu_limit": 1.5, "pad_token_id": 0},
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 32},
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
+}
+
 # Of the kind of Gemma 3: two layers of four slide, and rotate by angles of their own.
 GEMMA: dict[str, Any] = {
     "model_type": "gemma3_text",
@@ -114,6 +124,8 @@ def make_checkpoint(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+            elif name.endswith("sinks"):
+                parameter.normal_(0, 1)
             elif "norm" in name:
                 parameter.normal_(0 if model_type.startswith("gemma") else 1, 0.1)
             else:

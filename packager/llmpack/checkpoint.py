@@ -12,30 +12,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import safetensors
 
+from llmpack import expert_tensors
 from llmpack.config import read_config
 from llmpack.model_files import list_names
 from llmpack.model_reader import EXPECTED, open_regular, read_json, refuse_pointer
+from llmpack.tensor_info import TensorInfo
 from llmrun.artifact import MANIFEST_NAME, IncompatibleError, IntegrityError, ModelConfig, SourceEntry, UsageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ELEMENTS_AT_ONCE = 1 << 20
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies; `dtype` as safetensors names it, `offset` in bytes from the start of the file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "MXFP4": np.dtype("<f4")}
 
 
 class Checkpoint:
@@ -66,16 +57,16 @@ class Checkpoint:
 
         Args:
             name: a tensor of shape [num_rows, num_columns] or [num_rows], or [.., num_columns], whose other axes count rows.
-            rows: range of rows.
+            rows: range of rows; may have a step.
             columns: range of columns; of a vector: 0 to 1.
         Returns:
-            [rows, columns], float32 (exact for bfloat16) or float16, as the file has it.
+            [rows, columns], float32 (exact for bfloat16 and MXFP4) or float16, as the file has it.
         Raises:
             IntegrityError: the file ends early, or a value is NaN or infinite; names the tensor.
         """
         info = self.tensors[name]
         width, item = self.layout(name)
-        raw = np.empty((rows.stop - rows.start, width), item)
+        raw = np.empty((len(_range(rows)), width), item)
         self.read_rows(name, rows, raw)
         block = raw[:, columns]
         if info.dtype == "BF16":
@@ -87,22 +78,46 @@ class Checkpoint:
         return block
 
     def layout(self, name: str) -> tuple[int, np.dtype]:
-        """Return the width of a tensor's rows and their type in the file (uint16 for bfloat16)."""
+        """Return the width of a tensor's rows and their type in the file (uint16 for bfloat16; float32 for MXFP4)."""
         info = self.tensors[name]
-        return info.shape[-1] if len(info.shape) > 1 else 1, _DTYPES[info.dtype]
+        return info.shape[-1] if len(info.shape) > 1 and not info.is_vector else 1, _DTYPES[info.dtype]
 
     def read_rows(self, name: str, rows: slice, raw: np.ndarray) -> None:
         """Read whole rows of a matrix as they are in the file, unchecked.
 
         Args:
             name: a tensor.
-            rows: range of rows.
+            rows: range of rows; may have a step.
             raw: contiguous [rows, width] of the type that `layout` says; filled.
         Raises:
             IntegrityError: the file ends early; names the tensor.
         """
-        info = self.tensors[name]
-        view, position = raw.data.cast("B"), info.offset + rows.start * raw.shape[1] * raw.itemsize
+        info, wanted, width = self.tensors[name], _range(rows), raw.shape[1]
+
+        def read(tensor: TensorInfo, first: int, array: np.ndarray) -> None:
+            self._read(name, tensor, first, array)
+
+        def of_all(tensor: TensorInfo, width: int, item: np.dtype) -> np.ndarray:
+            every = np.empty((wanted[-1] + 1 - wanted[0], width), item)
+            read(tensor, wanted[0] * width, every)
+            return every[:: wanted.step]
+
+        if not wanted:
+            return
+        if info.scales is not None:
+            blocks = of_all(info, width // 2, np.dtype("u1"))
+            scales = of_all(info.scales, width // expert_tensors.GROUP_SIZE, np.dtype("u1"))
+            expert_tensors.decode(blocks, scales, raw)
+        elif info.is_transposed:
+            expert_tensors.read_transposed(info, wanted, raw, read)
+        elif wanted.step > 1:
+            raw[:] = of_all(info, width, raw.dtype)
+        else:
+            read(info, wanted[0] * width, raw)
+
+    def _read(self, name: str, info: TensorInfo, first: int, array: np.ndarray) -> None:
+        """Fill an array with a tensor's elements from number `first` on."""
+        view, position = array.data.cast("B"), info.offset + first * array.itemsize
         while len(view):
             try:
                 count = os.preadv(self._files[info.file], [view], position)
@@ -185,7 +200,20 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
                     f"{model_dir}: {tensor} occurs in {tensors[tensor].file} and in {name}.", code="E311"
                 )
             tensors[tensor] = info
+    if config.has_expert_biases:
+        tensors = expert_tensors.as_matrices(tensors)
+    for name, info in tensors.items():
+        if info.dtype not in _DTYPES:
+            supported = ", ".join(dtype for dtype in _DTYPES if dtype != expert_tensors.MXFP4)
+            raise IncompatibleError(
+                f"{model_dir / info.file}: {name} has dtype {info.dtype}; supported: {supported}. If the model is a"
+                " quantized one, take the one that it was made from; else convert it."
+            )
     return Checkpoint(model_dir, config, tensors, stamps)
+
+
+def _range(rows: slice) -> range:
+    return range(rows.start, rows.stop, rows.step or 1)
 
 
 def _explain(model_dir: Path, names: list[str]) -> None:
@@ -261,11 +289,6 @@ def _read_header(model_dir: Path, name: str) -> dict[str, TensorInfo]:
         raise IntegrityError(f"{path}: the header is not a JSON object.", code="E311")
     tensors = {}
     for tensor, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise IncompatibleError(
-                f"{path}: {tensor} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}. If the model is a"
-                " quantized one, take the one that it was made from; else convert it."
-            )
         tensors[tensor] = TensorInfo(
             name, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0]
         )

@@ -19,6 +19,7 @@ from llmpack.rope_reader import read_ropes
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig
 
 _WINDOW, _MAX_WINDOW_LAYERS = 4096, 28  # sliding_window and max_window_layers where config.json does not say them
+_SWIGLU_ALPHA, _SWIGLU_LIMIT = 1.702, 7.0  # the same of swiglu_alpha and swiglu_limit
 # Keys that change what a model computes when they differ from these values; everything else in config.json is ignored.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
@@ -64,10 +65,12 @@ def read_config(model_dir: Path) -> ModelConfig:
             )
     if (quantization := raw.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise IncompatibleError(
-            f"{path}: has a quantization_config (quant_method {method!r}); llmpack packs f32, f16 and bf16 weights: take the"
-            " model that it was made from."
-        )
+        if method is None or method != family.quant_method:
+            others = "" if family.quant_method is None else f" and {family.quant_method}"
+            raise IncompatibleError(
+                f"{path}: has a quantization_config (quant_method {method!r}); llmpack packs f32, f16 and bf16{others} weights:"
+                " take the model that it was made from."
+            )
 
     if family.is_hybrid:
         _check_hybrid(reader)
@@ -119,6 +122,8 @@ def read_config(model_dir: Path) -> ModelConfig:
         layer_types=layer_types,
         no_rope_layers=_read_no_rope_layers(reader, num_hidden_layers) if family.has_no_rope_layers else None,
         **(read_experts(reader, family.experts, num_hidden_layers) if family.experts else {}),
+        swiglu_alpha=reader.positive("swiglu_alpha", _SWIGLU_ALPHA) if family.has_clamped_swiglu else None,
+        swiglu_limit=reader.positive("swiglu_limit", _SWIGLU_LIMIT) if family.has_clamped_swiglu else None,
         **_read_multipliers(reader, family, hidden_size, dtype),
     )
     # Qwen 3 Coder's config.json says so; transformers normalises in every Qwen 3, and in no Llama, whatever it says.
@@ -214,7 +219,8 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
     """Return sliding_window and layer_types of ModelConfig."""
     raw, path = reader.raw, reader.path
     by_layer = family.window == "by layer" and (family.has_local_rope or reader.flag("use_sliding_window"))
-    may_slide = by_layer or family.window == "listed layers"
+    in_turn = family.window == "in turn"
+    may_slide = by_layer or in_turn or family.window == "listed layers"
     kinds = ("full_attention", *(["sliding_attention"] * may_slide), *(["attention"] * family.is_hybrid))
     layer_types = raw.get("layer_types") or []
     supported = f"supported: {' and '.join(map(repr, kinds))} only"
@@ -243,6 +249,8 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
             )
         kind_of = ("full_attention", "sliding_attention" if has_window else "full_attention")
         layer_types = [kind_of[i >= first] for i in range(num_hidden_layers)]
+    elif in_turn and not layer_types:
+        layer_types = [kinds[(i + 1) % 2] for i in range(num_hidden_layers)]
     if "sliding_attention" not in layer_types:
         return None, None
     if len(layer_types) != num_hidden_layers:
@@ -250,4 +258,4 @@ def _read_windows(reader: Reader, family: Family, num_hidden_layers: int) -> tup
         raise IntegrityError(f"{path}: {found}; expected one for each of {num_hidden_layers} layers.", code="E310")
     if not has_window:
         raise IntegrityError(f"{path}: sliding_window is null; expected the window of layers that slide.", code="E310")
-    return reader.size("sliding_window", _WINDOW), tuple(layer_types)
+    return reader.size("sliding_window", family.sizes.get("sliding_window", _WINDOW)), tuple(layer_types)

@@ -6,8 +6,8 @@ quantization or layouts: each projection is one `Linear (x [T, in_features], wei
 take their operands apart (q, k, v; gate, up; each expert's). `split.py` turns it into what a rank runs.
 
 The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py, modeling_smollm3.py,
-modeling_gemma3.py, modeling_qwen3_moe.py, modeling_mixtral.py, modeling_granitemoe.py and modeling_granite.py, the last two's
-rearranged as in multipliers.py.
+modeling_gemma3.py, modeling_qwen3_moe.py, modeling_mixtral.py, modeling_gpt_oss.py, modeling_granitemoe.py and
+modeling_granite.py, the last two's rearranged as in multipliers.py.
 """
 
 from __future__ import annotations
@@ -191,18 +191,20 @@ class _Graph:
     def experts(self, mlp: str, x: str) -> str:
         """Send each token through those of a layer's experts that the router chooses."""
         config, numbers = self.config, range(self.config.num_experts or 0)
-        logits = self.linear(f"{mlp}.gate", x, False)
+        logits = self.linear(f"{mlp}.gate", x, config.has_expert_biases)
         roots = [f"{mlp}.experts.{i}" for i in numbers]
-        gate_up = [self.weight(f"{root}.{name}.weight") for root in roots for name in ("gate_proj", "up_proj")]
-        down = [self.weight(f"{root}.down_proj.weight") for root in roots]
-        return self.op(
-            "MoE",
-            f"{mlp}.experts",
-            [x, logits, *gate_up, *down],
-            num_experts=len(numbers),
-            num_experts_per_tok=config.num_experts_per_tok,
-            norm_topk_prob=int(config.norm_topk_prob),
-        )
+        gate_up = [f"{root}.{name}" for root in roots for name in ("gate_proj", "up_proj")]
+        matrices = [*gate_up, *(f"{root}.down_proj" for root in roots)]
+        kinds = ("weight", "bias") if config.has_expert_biases else ("weight",)
+        attributes: dict[str, Any] = {
+            "num_experts": len(numbers),
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "norm_topk_prob": int(config.norm_topk_prob),
+        }
+        if config.swiglu_limit is not None:
+            attributes |= {"swiglu_alpha": config.swiglu_alpha, "swiglu_limit": config.swiglu_limit}
+        weights = [self.weight(f"{matrix}.{kind}") for kind in kinds for matrix in matrices]
+        return self.op("MoE", f"{mlp}.experts", [x, logits, *weights], **attributes)
 
     def qk_norm(self, name: str, heads: list[str]) -> str:
         """RMSNorm of each head of q and of k; return q, k and v side by side."""
@@ -215,6 +217,8 @@ class _Graph:
         name = f"model.layers.{layer}.self_attn.attention"
         inputs = [*heads, cos_sin, *caches, "slot_mapping", "query_start", "seq_lens", "block_table"]
         config = self.config
+        if config.has_sinks:
+            inputs.append(self.weight(f"model.layers.{layer}.self_attn.sinks"))
         attributes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
         attributes["window"] = min(config.window_of(layer) or MAX_SIZE, MAX_SIZE)
         return self.op("PagedAttention", name, inputs, None, scale=attention_scale(config, layer), **attributes)

@@ -5,8 +5,9 @@ and Seed-OSS have biases on q, k and v only, Qwen 3 norms on the heads of q and 
 Ministral 3 multiplies late queries; Granite multiplies the embedding, what is added to the residual stream, attention's
 products and the logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles
 where attention slides, normalises what is added to the residual stream, has gelu in place of silu, and stores a norm's weight
-less 1. Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs. Checkpoints of Gemma 3 and
-Mistral that see images are packed without what sees.
+less 1. Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs; so does gpt-oss, whose experts
+are published in four bits and have biases and a SwiGLU that is cut off, and whose heads of attention may attend to nothing.
+Checkpoints of Gemma 3 and Mistral that see images are packed without what sees.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Family:
         has_mlp_bias: whether config.json may say it.
         activation: the key of config.json, and what it must say.
         window: which layers of attention may look back no further than a window; "listed layers" are those of layer_types, or
-            all where config.json lists none; "where used": where use_sliding_window is true.
+            all where config.json lists none; "in turn": every other where it lists none; "where used": where
+            use_sliding_window is true.
         has_window: whether there is one where config.json does not say it.
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
         original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
@@ -58,6 +60,8 @@ class Family:
         rope_parameters: None: the default type.
         stored_as: the architecture that config.json names, where it is another than `architecture`.
         experts: None: every layer has one MLP.
+        has_clamped_swiglu: whether config.json says what gate and up of experts are cut off at.
+        quant_method: that of a quantization_config whose weights are read; None: of none.
         is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
 
@@ -71,7 +75,7 @@ class Family:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    window: Literal["none", "all layers", "all layers where used", "listed layers", "by layer"] = "none"
+    window: Literal["none", "all layers", "all layers where used", "listed layers", "in turn", "by layer"] = "none"
     has_window: bool = True
     has_partial_rotary: bool = False
     original_max_position_embeddings: int | None = None
@@ -84,6 +88,8 @@ class Family:
     activation: tuple[str, str] = ("hidden_act", "silu")
     stored_as: str | None = None
     experts: Experts | None = None
+    has_clamped_swiglu: bool = False
+    quant_method: str | None = None
     sizes: dict[str, int] = field(default_factory=dict)
 
 
@@ -186,6 +192,33 @@ FAMILIES = {
         2048,
         has_multipliers=True,
         experts=Experts(("num_local_experts",), "intermediate_size", True, has_dense_layers=False, sizes=(8, 11008, 2)),
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        131072,
+        num_key_value_heads=8,
+        head_dim=64,
+        has_attention_bias=True,
+        rms_norm_eps=1e-5,
+        rope_theta=150000.0,
+        window="in turn",
+        rope_parameters={
+            **{"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+            **{"beta_fast": 32.0, "beta_slow": 1.0},
+        },
+        experts=Experts(
+            ("num_local_experts", "num_experts"),
+            "intermediate_size",
+            True,
+            has_dense_layers=False,
+            sizes=(128, 2880, 4),
+        ),
+        has_clamped_swiglu=True,
+        quant_method="mxfp4",
+        sizes={
+            **{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64},
+            **{"vocab_size": 201088, "sliding_window": 128},
+        },
     ),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),
     "gemma3_text": Family(

@@ -20,7 +20,7 @@ from llmpack.kernel_plan import TOP_K
 from llmrun.artifact import OPS_DOMAIN, KvCacheSpec
 
 _MATMULS = ("MatMulF16", "MatMulQ8", "MatMulQ6", "MatMulQ4")
-_MOES = ("MoEF16", "MoEQ8", "MoEQ4")
+_MOES = ("MoEF16", "MoEQ8", "MoEQ4", "MoEMXFP4")
 _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
@@ -54,6 +54,9 @@ class _Rewrite:
         # One rank's head makes the logits; the columns of several are gathered behind it.
         self.head = next((n.input[0] for n in graph.node if n.op_type == "AllGather"), "logits")
         self.router_logits = {node.input[1] for node in graph.node if node.op_type in _MOES}
+        # And what they are before a bias is added.
+        added = [node.input for node in graph.node if node.op_type == "Add" and node.output[0] in self.router_logits]
+        self.router_logits.update(*added)
         self.vocab_size, self.columns = self.shapes["logits"][-1], self.shapes[self.head][-1]
         self.first_id = rank * self.columns
         sums = {node.input[0]: node for node in graph.node if node.op_type == "AddRMSNorm"}
@@ -135,6 +138,8 @@ class _Rewrite:
             return []  # of the embedding's rows, which are float32 here
         elif op == "Gather":
             self.types[new.output[0]] = self.types[new.input[0]]
+        elif op == "Add" and node.output[0] in self.router_logits:
+            self.types[new.output[0]] = _FLOAT
         elif op == "Add" or (op == "Mul" and self.types.get(new.input[0]) == _HALF):
             return self._in_half(new)
         elif op not in ("Cast", "Mul", "Cos", "Sin", "Concat", "Unsqueeze"):

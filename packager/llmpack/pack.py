@@ -19,6 +19,7 @@ from typing import Any
 from llmpack import __version__, kernel_file, kernels, report
 from llmpack.checkpoint import Checkpoint, open_checkpoint
 from llmpack.cpu_graph import cpu_graph
+from llmpack.expert_tensors import MXFP4
 from llmpack.export import export
 from llmpack.generation import Generation, read_generation
 from llmpack.gpu_graph import gpu_graph
@@ -159,6 +160,8 @@ def _decide(
             f"tie_word_embeddings is true, but {tied[1]} is not {tied[0]}; both are used, as by transformers 5"
         )
     is_default = options.group_size is None
+    has_mxfp4 = any(info.dtype == MXFP4 for info in checkpoint.tensors.values())
+    quantization = dataclasses.replace(quantization, has_mxfp4=has_mxfp4)
     if is_default:
         quantization = choose_group_size(config, quantization, options.shards)
     check_split(config, quantization, options.shards, is_default=is_default)

@@ -70,12 +70,15 @@ def summarise(
     hidden, vocab = config.hidden_size, config.vocab_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = hidden * (2 * query + 2 * key_value + (4 if config.has_post_norms else 2))
-    layer += 2 * config.head_dim * config.has_qk_norm
+    layer += 2 * config.head_dim * config.has_qk_norm + config.num_attention_heads * config.has_sinks
     layer += (query + 2 * key_value) * config.attention_bias + hidden * config.has_output_bias
     dense = 3 * hidden * config.intermediate_size + (2 * config.intermediate_size + hidden) * config.mlp_bias
-    expert, num_experts = 3 * hidden * (config.moe_intermediate_size or 0), config.num_experts or 0
+    inner, num_experts = config.moe_intermediate_size or 0, config.num_experts or 0
+    expert = 3 * hidden * inner + (2 * inner + hidden) * config.has_expert_biases
     num_sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
-    mlps = (config.num_hidden_layers - num_sparse) * dense + num_sparse * num_experts * (expert + hidden)
+    mlps = (config.num_hidden_layers - num_sparse) * dense + num_sparse * num_experts * (
+        expert + hidden + config.has_expert_biases
+    )
     unused = num_sparse * (num_experts - (config.num_experts_per_tok or 0)) * expert
     embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)
     parameters = config.num_hidden_layers * layer + mlps + embeddings + hidden

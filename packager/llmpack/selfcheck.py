@@ -9,6 +9,7 @@ a time.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,17 +105,24 @@ def forward(
     def moe(i: int, x: np.ndarray) -> np.ndarray:
         """Return the same of a layer of experts; only those that a token goes through are read."""
         name, total = f"model.layers.{i}.mlp", np.zeros_like(x)
-        logits, k = product(ranks[0], f"{name}.gate", x), config.num_experts_per_tok or 0
+        logits = project(ranks[0], f"{name}.gate", x, has_bias=config.has_expert_biases)
+        k, act = config.num_experts_per_tok or 0, reference.swiglu
+        if config.swiglu_limit is not None:
+            act = partial(reference.clamped_swiglu, alpha=config.swiglu_alpha or 1.0, limit=config.swiglu_limit)
         logits[is_swapped] = swap_near_ties(logits[is_swapped], k, near_tie or 0.0)
         experts, weights = reference.route(logits, k, norm_topk_prob=config.norm_topk_prob)
         used = np.unique(experts)
         for expert in used:
             rows, slots = np.nonzero(experts == expert)
             part = {"part": (int(expert), config.num_experts), "compares": expert in (used[0], used[-1])}
+            share = weights[rows, slots][:, None]
             for rank in ranks:
-                hidden = reference.swiglu(product(rank, f"{name}.experts.gate_up_proj", x[rows], rows, **part))
-                y = product(rank, f"{name}.experts.down_proj", hidden, rows, **part)
-                total[rows] += weights[rows, slots][:, None] * y
+                hidden = product(rank, f"{name}.experts.gate_up_proj", x[rows], rows, **part)
+                if config.has_expert_biases:
+                    hidden = hidden + rank.vector(f"{name}.experts.gate_up_proj", is_bias=True)[expert]
+                total[rows] += share * product(rank, f"{name}.experts.down_proj", act(hidden), rows, **part)
+            if config.has_expert_biases:
+                total[rows] += share * ranks[0].vector(f"{name}.experts.down_proj", is_bias=True)[expert]
         return total
 
     gate = {"silu": reference.swiglu, "gelu_pytorch_tanh": reference.geglu}[config.activation]
@@ -133,6 +141,7 @@ def forward(
                     qkv, _cos_sin(config, i, positions), empty, empty, **sequences,
                     num_heads=num_heads, num_kv_heads=num_kv_heads, scale=attention_scale(config, i),
                     window=config.window_of(i),
+                    **({"sinks": rank.vector(f"{layer}.self_attn.sinks", is_bias=True)} if config.has_sinks else {}),
                 )  # fmt: skip
             if not np.isfinite(attended).all():
                 advice = "--kv-dtype f32 can hold more" if kv_dtype == "float16" else _TOO_LARGE

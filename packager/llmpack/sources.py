@@ -7,7 +7,7 @@ Families name and join tensors in their own ways. In: a ModelConfig, and the nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmpack.families import FAMILIES, SEEING
 from llmpack.weights import EMBEDDING, HEAD, source_shape, weight_rows
@@ -25,25 +25,37 @@ _TENSORS = {
     ),
 }
 # Routers and experts of other names than in a Qwen; "{}" is an expert's number, without which a tensor holds all of them.
-_EXPERTS = {
+_EXPERTS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "GptOssForCausalLM": (
+        ("mlp.router.weight", ("gate.weight",)),
+        ("mlp.router.bias", ("gate.bias",)),
+        ("mlp.experts.gate_up_proj", ("gate_proj.weight", "up_proj.weight")),
+        ("mlp.experts.gate_up_proj_bias", ("gate_proj.bias", "up_proj.bias")),
+        ("mlp.experts.down_proj", ("down_proj.weight",)),
+        ("mlp.experts.down_proj_bias", ("down_proj.bias",)),
+    ),
     "MixtralForCausalLM": (
-        ("block_sparse_moe.gate.weight", ("gate",)),
-        ("block_sparse_moe.experts.{}.w1.weight", ("gate_proj",)),
-        ("block_sparse_moe.experts.{}.w3.weight", ("up_proj",)),
-        ("block_sparse_moe.experts.{}.w2.weight", ("down_proj",)),
+        ("block_sparse_moe.gate.weight", ("gate.weight",)),
+        ("block_sparse_moe.experts.{}.w1.weight", ("gate_proj.weight",)),
+        ("block_sparse_moe.experts.{}.w3.weight", ("up_proj.weight",)),
+        ("block_sparse_moe.experts.{}.w2.weight", ("down_proj.weight",)),
     ),
     "GraniteMoeForCausalLM": (
-        ("block_sparse_moe.router.layer.weight", ("gate",)),
-        ("block_sparse_moe.input_linear.weight", ("gate_proj", "up_proj")),
-        ("block_sparse_moe.output_linear.weight", ("down_proj",)),
+        ("block_sparse_moe.router.layer.weight", ("gate.weight",)),
+        ("block_sparse_moe.input_linear.weight", ("gate_proj.weight", "up_proj.weight")),
+        ("block_sparse_moe.output_linear.weight", ("down_proj.weight",)),
     ),
 }
 # The same as transformers 5 has them in memory, and saves them where it is told not to save them as they are published.
 _IN_MEMORY = tuple(
-    (router, (f"{mlp}.experts.gate_up_proj", ("gate_proj", "up_proj")), (f"{mlp}.experts.down_proj", ("down_proj",)))
+    (
+        router,
+        (f"{mlp}.experts.gate_up_proj", ("gate_proj.weight", "up_proj.weight")),
+        (f"{mlp}.experts.down_proj", ("down_proj.weight",)),
+    )
     for mlp, router in (
-        ("mlp", ("mlp.gate.weight", ("gate",))),
-        ("block_sparse_moe", ("block_sparse_moe.router.weight", ("gate",))),
+        ("mlp", ("mlp.gate.weight", ("gate.weight",))),
+        ("block_sparse_moe", ("block_sparse_moe.router.weight", ("gate.weight",))),
     )
 )
 # Of a model that sees images: how the names of its language model begin, and what they begin with in a model that is nothing
@@ -56,19 +68,29 @@ _EYES = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("visi
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source is in the checkpoint: in rows of a tensor, from the first one on; of several matrices, all rows count."""
+    """Where a source is in the checkpoint: in rows of a tensor, from the first one on; of several matrices, all rows count.
+
+    `step`: rows from one to the next, where those of several sources take turns.
+    """
 
     tensor: str
     first_row: int = 0
+    step: int = 1
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor that the checkpoint should have, and the sources in it, in order; `is_stacked`: [num_experts, rows, columns]."""
+    """A tensor that the checkpoint should have, and the sources in it, in order.
+
+    Attributes:
+        is_stacked: its axes are [num_experts, rows, columns].
+        takes_turns: how many sources' rows take turns.
+    """
 
     name: str
     sources: tuple[str, ...]
     is_stacked: bool = False
+    takes_turns: int = 1
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the shape that it should have."""
@@ -78,12 +100,21 @@ class _Tensor:
             return (config.num_experts or 0, rows // (config.num_experts or 1), *shapes[0][1:])
         return (rows, *shapes[0][1:])
 
+    def places(self, config: ModelConfig) -> Iterator[tuple[str, Place]]:
+        """Return each source, and where it is in the tensor."""
+        first_row, turns = 0, self.takes_turns
+        for begin in range(0, len(self.sources), turns):
+            together = self.sources[begin : begin + turns]
+            yield from ((source, Place(self.name, first_row + i, turns)) for i, source in enumerate(together))
+            first_row += sum(source_shape(config, source)[0] for source in together)
+
 
 def _tensors_of(config: ModelConfig, found: Iterable[str]) -> Iterator[_Tensor]:
     """Return the tensors of the whole table, named as some that are there."""
     experts = _EXPERTS.get(config.architecture, ())
     ends = {name.partition(".layers.")[2].partition(".")[2] for name in found}
-    experts = next((table for table in _IN_MEMORY if table[1][0] in ends), experts)
+    if not config.has_expert_biases:
+        experts = next((table for table in _IN_MEMORY if table[1][0] in ends), experts)
     done: set[str] = set()
     for source in (source for row in weight_rows(config) for source in row.sources):
         if source not in done:
@@ -105,17 +136,19 @@ def _renamed(config: ModelConfig, source: str) -> _Tensor | None:
 
 def _expert_tensor(config: ModelConfig, tensors: Iterable[tuple[str, tuple[str, ...]]], source: str) -> _Tensor | None:
     """Return the same of a router or an expert, which `tensors` have."""
-    layer, _, path = source.removesuffix(".weight").partition(".mlp.")
-    expert, _, name = path.removeprefix("experts.").rpartition(".")
+    layer, _, path = source.partition(".mlp.")
+    expert, _, name = path.removeprefix("experts.").rpartition(".")[0].rpartition(".")
+    name = f"{name}.{source.rpartition('.')[2]}"
     for tensor, parts in tensors:
-        if name not in parts or not (expert or name == "gate"):
+        if name not in parts or not (expert or name.startswith("gate.")):
             continue
         if not expert:
             return _Tensor(f"{layer}.{tensor}", (source,))
         is_stacked = "{}" not in tensor
         numbers = [str(i) for i in range(config.num_experts or 0)] if is_stacked else [expert]
-        sources = tuple(f"{layer}.mlp.experts.{i}.{part}.weight" for i in numbers for part in parts)
-        return _Tensor(f"{layer}.{tensor.format(expert)}", sources, is_stacked)
+        sources = tuple(f"{layer}.mlp.experts.{i}.{part}" for i in numbers for part in parts)
+        turns = len(parts) if config.has_expert_biases else 1
+        return _Tensor(f"{layer}.{tensor.format(expert)}", sources, is_stacked, turns)
     return None
 
 
@@ -143,10 +176,8 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
     shapes: dict[str, tuple[int, ...]] = {}  # of the tensors
     places: dict[str, Place] = {}
     for tensor in _tensors_of(config, found):
-        shapes[tensor.name], first_row = tensor.shape(config), 0
-        for source in tensor.sources:
-            places[source] = Place(tensor.name, first_row)
-            first_row += source_shape(config, source)[0]
+        shapes[tensor.name] = tensor.shape(config)
+        places.update(tensor.places(config))
     names = {tensor: tensor for tensor in shapes}
     if config.tie_word_embeddings:
         pair = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
@@ -166,7 +197,7 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
             raise IntegrityError(
                 f"{name}: shape {list(found[name])}, but config.json asks for {list(shapes[tensor])}.", code="E313"
             )
-    return {source: Place(tensors[names[place.tensor]], place.first_row) for source, place in places.items()}
+    return {source: replace(place, tensor=tensors[names[place.tensor]]) for source, place in places.items()}
 
 
 def sees_images(config: ModelConfig, found: Iterable[str]) -> bool:

@@ -23,7 +23,7 @@ from llmpack.weights import MATRICES, Initializer, RankWeight, heads_per_rank
 from llmrun.artifact import OPS_DOMAIN, ModelConfig
 
 _MATMUL = {"f32": "MatMulF32", "f16": "MatMulF16", "q8": "MatMulQ8", "q6": "MatMulQ6", "q4": "MatMulQ4"}
-_MOE = {"f32": "MoEF32", "f16": "MoEF16", "q8": "MoEQ8", "q4": "MoEQ4"}
+_MOE = {"f32": "MoEF32", "f16": "MoEF16", "q8": "MoEQ8", "q4": "MoEQ4", "mxfp4": "MoEMXFP4"}
 _EMBEDDING = {"q8": "EmbeddingQ8", "q6": "EmbeddingQ6"}
 # Row counts of values, by the axis they follow; the rest of a shape is computed.
 _ROWS_ALL, _ROWS_CHOSEN = "T", "R"
@@ -127,14 +127,17 @@ class _Passes:
         """Replace each `MoE` by that of its storage [+ AllReduce]."""
         for node in [node for node in self.graph.nodes if node.op == "MoE"]:
             x, logits, *sources = node.inputs
-            gate_up, down = self.row_of[sources[0].name], self.row_of[sources[-1].name]
+            matrices = [name for name in (source.name for source in sources) if name in self.row_of]
+            gate_up, down = self.row_of[matrices[0]], self.row_of[matrices[-1]]
             sizes: dict[str, object] = {
                 "intermediate_size": down.num_columns,
                 "out_features": self.config.hidden_size,
             }
             if down.group_size is not None:
                 sizes["group_size"] = down.group_size
-            placeholders = [self._placeholder(item) for weight in (gate_up, down) for item in weight.initializers]
+            vectors = [self.vectors[name] for name in (gate_up.row.name, down.row.name) if name in self.vectors]
+            stored = [item for weight in (gate_up, down, *vectors) for item in weight.initializers]
+            placeholders = [self._placeholder(item) for item in stored]
             node.op, node.inputs = _MOE[down.storage], [x, logits, *placeholders]
             node.attrs.update(sizes)
             if self.shards > 1:

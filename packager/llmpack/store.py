@@ -108,8 +108,8 @@ class _Worker:
         except OverflowError as error:
             raise IncompatibleError(f"{', '.join(weight.row.sources)}: {error}; --quant f32 can hold it.") from None
         for item, array in zip(weight.initializers, arrays, strict=True):
-            # The outermost axis counts tiles, of everything but projections rows.
-            per_row = item.num_bytes // next(iter(item.shape)) // (ROW_TILE if len(item.shape) > 2 else 1)
+            # Of projections the outermost axis counts tiles.
+            per_row = item.num_bytes // (item.shape[0] * ROW_TILE if len(item.shape) > 2 else weight.num_rows)
             self.write(item.offset + run.first * per_row, array)
         return sum(array.nbytes for array in arrays)
 
@@ -120,8 +120,9 @@ class _Worker:
             first, last = max(run.first, start), min(run.last, start + block.num_rows)
             if first < last:
                 place = self.places[block.source]
-                begin = place.first_row + block.rows.start - start
-                pieces.append((place.tensor, Block(block.source, slice(begin + first, begin + last), block.columns)))
+                begin = block.rows.start - start
+                first, last = (place.first_row + (begin + row) * place.step for row in (first, last))
+                pieces.append((place.tensor, Block(block.source, slice(first, last, place.step), block.columns)))
             start += block.num_rows
         return pieces
 

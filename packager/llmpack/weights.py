@@ -9,13 +9,14 @@ checkpoint and the shapes of the initializers. Reads nothing. The order of `weig
 | row | all | a share for each rank | AllReduce |
 | vocab | a share of the vocabulary | all | AllGather |
 | replicated | all | all | nothing |
+| first | all, on rank 0 alone | all | AllReduce |
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,23 +24,29 @@ import numpy as np
 from llmpack.rope import order_of_features
 from llmrun.artifact import ROW_TILE, WEIGHT_ALIGNMENT, ModelConfig, UsageError
 
-Split = Literal["column", "row", "vocab", "replicated"]
+Split = Literal["column", "row", "vocab", "replicated", "first"]
 Role = Literal["linear", "experts", "router", "head", "embedding", "norm", "bias"]
 MATRICES: tuple[Role, ...] = ("linear", "experts", "router", "head")  # in row tiles, whatever their storage
 SCHEMES = ("f32", "f16", "q8", "q4")
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
 _MAX_SHARDS = 64
-QUANTIZED = ("q8", "q6", "q4")  # storages with scales
+QUANTIZED = ("q8", "q6", "q4", "mxfp4")  # storages with scales
+_MXFP4_GROUP_SIZE = 32
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Scheme of the artifact; group_size, of the projections, counts input features."""
+    """Scheme of the artifact; group_size, of the projections, counts input features.
+
+    Attributes:
+        has_mxfp4: whether the checkpoint has its experts in MXFP4, which stay so where weights are quantized.
+    """
 
     scheme: str
     group_size: int
+    has_mxfp4: bool = False
 
     def of_role(self, role: Role) -> str:
         """Return how a role is stored (FORMAT 4.4, 4.5); norms and biases stay float32, and routers float."""
@@ -47,6 +54,8 @@ class Quantization:
             return "f32"
         if role == "router":
             return "f32" if self.scheme == "f32" else "f16"
+        if role == "experts" and self.has_mxfp4 and self.scheme in QUANTIZED:
+            return "mxfp4"
         return "q6" if self.scheme == "q4" and role in ("head", "embedding") else self.scheme
 
     def group_size_of(self, role: Role, num_columns: int) -> int | None:
@@ -54,18 +63,24 @@ class Quantization:
         storage = self.of_role(role)
         if storage == "q6":
             return next(size for size in reversed(GROUP_SIZES) if num_columns % size == 0)
+        if storage == "mxfp4":
+            return _MXFP4_GROUP_SIZE
         return self.group_size if storage in QUANTIZED else None
 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """`name` + ".weight" (or ".bias") in the artifact; `sources` are tensors of the checkpoint, or their rows, stacked."""
+    """`name` + ".weight" (or ".bias") in the artifact; `sources` are tensors of the checkpoint, or their rows, stacked.
+
+    A source called as the row is so in the artifact, too. A vector of several experts is a matrix of `num_experts` rows.
+    """
 
     name: str
     sources: tuple[str, ...]
     split: Split
     role: Role
     offset: float = 0.0  # added to each value
+    num_experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class Block:
     @property
     def num_rows(self) -> int:
         """Rows of the rectangle."""
-        return self.rows.stop - self.rows.start
+        return len(range(self.rows.start, self.rows.stop, self.rows.step or 1))
 
 
 @dataclass(frozen=True)
@@ -136,12 +151,15 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
         if config.has_qk_norm:
             norm(f"{layer}.self_attn.q_norm")
             norm(f"{layer}.self_attn.k_norm")
+        if config.has_sinks:
+            sinks = f"{layer}.self_attn.sinks"
+            rows.append(WeightRow(sinks, (sinks,), "column", "bias"))
         projection(f"{layer}.self_attn.o_proj", "o_proj", "row", config.has_output_bias)
         norm(f"{layer}.post_attention_layernorm")
         if config.has_post_norms:
             norm(f"{layer}.pre_feedforward_layernorm")
         if config.is_sparse(i):
-            rows += _expert_rows(f"{layer}.mlp", config.num_experts or 0)
+            rows += _expert_rows(f"{layer}.mlp", config.num_experts or 0, has_biases=config.has_expert_biases)
         else:
             projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
             projection(f"{layer}.mlp.down_proj", "down_proj", "row", config.mlp_bias)
@@ -152,16 +170,23 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
     return rows
 
 
-def _expert_rows(mlp: str, num_experts: int) -> list[WeightRow]:
+def _expert_rows(mlp: str, num_experts: int, *, has_biases: bool) -> list[WeightRow]:
     """Return those of a layer of experts: the matrices of all lie one after another, so that one node has all (FORMAT 4.7)."""
     roots = [f"{mlp}.experts.{i}" for i in range(num_experts)]
-    gate_up = tuple(f"{root}.{name}.weight" for root in roots for name in ("gate_proj", "up_proj"))
-    down = tuple(f"{root}.down_proj.weight" for root in roots)
-    return [
-        WeightRow(f"{mlp}.gate", (f"{mlp}.gate.weight",), "replicated", "router"),
-        WeightRow(f"{mlp}.experts.gate_up_proj", gate_up, "column", "experts"),
-        WeightRow(f"{mlp}.experts.down_proj", down, "row", "experts"),
-    ]
+    gate_up = [f"{root}.{name}" for root in roots for name in ("gate_proj", "up_proj")]
+    down = [f"{root}.down_proj" for root in roots]
+    rows = []
+
+    def add(name: str, matrices: list[str], split: Split, role: Role, of_bias: Split, several: int | None) -> None:
+        rows.append(WeightRow(name, tuple(f"{matrix}.weight" for matrix in matrices), split, role))
+        if has_biases:
+            rows.append(WeightRow(name, tuple(f"{m}.bias" for m in matrices), of_bias, "bias", num_experts=several))
+
+    add(f"{mlp}.gate", [f"{mlp}.gate"], "replicated", "router", "replicated", None)
+    add(f"{mlp}.experts.gate_up_proj", gate_up, "column", "experts", "column", num_experts)
+    # What ranks sum up has its bias once: on the first of them.
+    add(f"{mlp}.experts.down_proj", down, "row", "experts", "first", num_experts)
+    return rows
 
 
 def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
@@ -171,6 +196,8 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
     if ".mlp.experts." in root:
         intermediate = config.moe_intermediate_size or 0
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    if kind == "sinks":
+        return (config.num_attention_heads,)
     out_in = {
         "embed_tokens": (config.vocab_size, hidden),
         "lm_head": (config.vocab_size, hidden),
@@ -190,21 +217,21 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
 
 def choose_group_size(config: ModelConfig, quantization: Quantization, shards: int) -> Quantization:
     """Return the quantization with the first default group size that divides this split; unchanged where none does."""
-    for size in DEFAULT_GROUP_SIZES:
-        if quantization.scheme not in QUANTIZED or _divides(config, shards, size):
-            return Quantization(quantization.scheme, size)
-    return quantization
+    choices = [replace(quantization, group_size=size) for size in DEFAULT_GROUP_SIZES]
+    return next((choice for choice in choices if _divides(config, shards, choice)), quantization)
 
 
-def _divides(config: ModelConfig, shards: int, group_size: int) -> bool:
-    """Tell whether heads divide over the ranks, and group_size every in_features per rank."""
+def _divides(config: ModelConfig, shards: int, quantization: Quantization) -> bool:
+    """Tell whether heads divide over the ranks, and group sizes every in_features per rank."""
+    group_size = quantization.group_size_of("linear", 0) or 1
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     kv_fits = kv_heads % shards == 0 or shards % kv_heads == 0
     query_fits = heads % shards == 0 and heads * config.head_dim // shards % group_size == 0
-    whole = math.lcm(group_size, ROW_TILE)  # of an expert, which has tiles of its own (FORMAT 4.7)
+    of_experts = quantization.group_size_of("experts", 0) or 1
+    whole = math.lcm(of_experts, ROW_TILE)  # of an expert, which has tiles of its own (FORMAT 4.7)
     sizes = [(size, group_size if name == "down_proj" else whole) for name, size in _mlp_sizes(config).items()]
     mlps_fit = all(size % shards == 0 and size // shards % part == 0 for size, part in sizes)
-    hidden_fits = config.hidden_size % (group_size if config.num_experts is None else whole) == 0
+    hidden_fits = config.hidden_size % (group_size if config.num_experts is None else math.lcm(group_size, whole)) == 0
     return kv_fits and query_fits and mlps_fit and hidden_fits
 
 
@@ -219,18 +246,22 @@ def _mlp_sizes(config: ModelConfig) -> dict[str, int]:
 def check_split(config: ModelConfig, quantization: Quantization, shards: int, *, is_default: bool = False) -> None:
     """Refuse a split that does not divide, naming the numbers and what would work; is_default: of the group_size."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    group_size = quantization.group_size if quantization.scheme in QUANTIZED else 1
-    if _divides(config, shards, group_size):
+    group_size = quantization.group_size_of("linear", 0) or 1
+    if _divides(config, shards, quantization):
         return
+
+    def divides(shards: int, group_size: int) -> bool:
+        return _divides(config, shards, replace(quantization, group_size=group_size))
+
     sizes = DEFAULT_GROUP_SIZES if is_default and group_size > 1 else (group_size,)
-    shards_that_fit = [n for n in range(1, _MAX_SHARDS + 1) if any(_divides(config, n, size) for size in sizes)]
-    sizes_that_fit = [size for size in GROUP_SIZES if _divides(config, shards, size)] if group_size > 1 else []
+    shards_that_fit = [n for n in range(1, _MAX_SHARDS + 1) if any(divides(n, size) for size in sizes)]
+    sizes_that_fit = [size for size in GROUP_SIZES if divides(shards, size)] if group_size > 1 else []
     advice = []
     if sizes_that_fit:
         advice.append(f"--group-size {' or '.join(map(str, sizes_that_fit))} works")
     if shards_that_fit:
         advice.append(f"--shards {' or '.join(map(str, shards_that_fit))} works")
-    if not advice and group_size > 1 and _divides(config, shards, 1):
+    if not advice and group_size > 1 and _divides(config, shards, Quantization("f16", 1)):
         advice.append("Use --quant f16 or f32")
     features = {"hidden": config.hidden_size, "o_proj": heads * config.head_dim / shards}
     features |= {what: size / shards for what, size in _mlp_sizes(config).items()}
@@ -247,6 +278,8 @@ def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank
     """Return every weight of one rank, with the blocks to read and the initializers to write, offsets included."""
     offset, weights = 0, []
     for row in weight_rows(config):
+        if row.split == "first" and rank > 0:
+            continue
         blocks = tuple(block for source in row.sources for block in _blocks(config, source, row.split, shards, rank))
         padding = vocab_per_rank(config, shards) - blocks[0].num_rows if row.split == "vocab" else 0
         num_rows = sum(block.num_rows for block in blocks) + padding
@@ -260,8 +293,9 @@ def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank
                 )
                 continue
         initializers = []
-        for suffix, dtype, shape in _stored(row.role, storage, num_rows, num_columns, group_size):
-            initializers.append(Initializer(f"{row.name}.{suffix}", np.dtype(dtype), shape, offset))
+        for suffix, dtype, shape in _stored(row, storage, num_rows, num_columns, group_size):
+            name = row.name if row.sources == (row.name,) else f"{row.name}.{suffix}"
+            initializers.append(Initializer(name, np.dtype(dtype), shape, offset))
             offset += -(-initializers[-1].num_bytes // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
         weights.append(
             RankWeight(row, blocks, num_rows, num_columns, padding, storage, group_size, tuple(initializers))
@@ -320,7 +354,7 @@ def _blocks(config: ModelConfig, source: str, split: Split, shards: int, rank: i
 def _block(config: ModelConfig, source: str, split: Split, shards: int, rank: int) -> Block:
     num_rows, num_columns = (*source_shape(config, source), 1)[:2]
     all_rows, all_columns = slice(0, num_rows), slice(0, num_columns)
-    if split == "replicated":
+    if split in ("replicated", "first"):
         return Block(source, all_rows, all_columns)
     if split == "row":
         share = num_columns // shards
@@ -337,16 +371,18 @@ def _block(config: ModelConfig, source: str, split: Split, shards: int, rank: in
 
 
 def _stored(
-    role: Role, storage: str, num_rows: int, num_columns: int, group_size: int | None
+    row: WeightRow, storage: str, num_rows: int, num_columns: int, group_size: int | None
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return (suffix, numpy dtype, shape) of the initializers of one weight (FORMAT 4.3, 4.5)."""
+    role = row.role
     if role in ("norm", "bias"):
-        return [("weight" if role == "norm" else "bias", "<f4", (num_rows,))]
+        shape = (num_rows,) if row.num_experts is None else (row.num_experts, num_rows // row.num_experts)
+        return [("weight" if role == "norm" else "bias", "<f4", shape)]
     tiles = -(-num_rows // ROW_TILE)
     if group_size is None:
         shape = (num_rows, num_columns) if role == "embedding" else (tiles, num_columns, ROW_TILE)
         return [("weight", {"f32": "<f4", "f16": "<f2"}[storage], shape)]
-    cells = {"q8": (num_columns // 4,), "q6": (num_columns // 16, 3), "q4": (num_columns // 8,)}[storage]
+    cells = {"q8": (num_columns // 4,), "q6": (num_columns // 16, 3)}.get(storage, (num_columns // 8,))
     return [
         ("weight", "u1", (tiles, *cells, ROW_TILE, 4)),
         ("scales", "<f2", (tiles, num_columns // group_size, ROW_TILE)),

@@ -36,7 +36,7 @@ _ON_GPUS = (
 _OPERATORS = {
     OPS_DOMAIN: {
         *(*_WITH_WEIGHTS, *_JOINED, *_ON_GPUS),
-        *("MoEF32", "MoEF16", "MoEQ8", "MoEQ4"),
+        *("MoEF32", "MoEF16", "MoEQ8", "MoEQ4", "MoEMXFP4"),
         *("RMSNorm", "AddRMSNorm", "SwiGLU", "GeGLU", "QKNorm", "PagedAttention"),
         *("AllReduce", "AllReduceAddRMSNorm", "AllGather"),
     },

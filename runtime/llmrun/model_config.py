@@ -28,6 +28,8 @@ class ModelConfig:
         moe_intermediate_size: intermediate_size of an expert.
         norm_topk_prob: whether the weights of a token's experts sum to 1.
         mlp_layer_types: of each layer, "sparse" (it has experts) or "dense"; None: the former, if there are experts.
+        swiglu_alpha: of an expert's clamped SwiGLU, what the gate is multiplied by in the logistic function; None: of SwiGLU.
+        swiglu_limit: what gate and up are cut off at then; None: nothing.
     """
 
     architecture: str
@@ -59,11 +61,23 @@ class ModelConfig:
     moe_intermediate_size: int | None = field(default_factory=lambda: None)
     norm_topk_prob: bool = field(default_factory=lambda: True)
     mlp_layer_types: tuple[str, ...] | None = field(default_factory=lambda: None)
+    swiglu_alpha: float | None = field(default_factory=lambda: None)
+    swiglu_limit: float | None = field(default_factory=lambda: None)
 
     @property
     def has_output_bias(self) -> bool:
         """Whether o_proj has a bias."""
         return self.attention_bias and self.architecture not in ("Qwen2ForCausalLM", "SeedOssForCausalLM")
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether each head of attention may attend to nothing, by a number of its own."""
+        return self.architecture == "GptOssForCausalLM"
+
+    @property
+    def has_expert_biases(self) -> bool:
+        """Whether routers and experts have biases."""
+        return self.architecture == "GptOssForCausalLM"
 
     @property
     def has_qk_norm(self) -> bool:
