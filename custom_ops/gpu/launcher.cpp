@@ -131,10 +131,9 @@ Function Launcher::function_of(const KernelRecord& record) {
     return function;
 }
 
-Operation Launcher::operation(const std::string& op, Constants constants,
+Operation Launcher::operation(const std::string& op, const Constants& constants,
                               std::initializer_list<Argument> arguments,
                               std::initializer_list<const char*> free) {
-    std::map<std::string, int64_t> wanted(constants.begin(), constants.end());
     Operation operation;
     operation.driver_ = &driver;
     operation.warp_size_ = file.warp_size;
@@ -146,7 +145,7 @@ Operation Launcher::operation(const std::string& op, Constants constants,
         const int64_t max_rows = own.count("max_rows") != 0 ? own.at("max_rows") : 0;
         own.erase("max_rows");
         for (const char* name : free) own.erase(name);
-        if (own != wanted) continue;
+        if (own != constants) continue;
         Operation::Variant variant{&record, function_of(record), max_rows, {}};
         for (const Parameter& p : record.parameters) {
             int index = -1;
@@ -168,7 +167,7 @@ Operation Launcher::operation(const std::string& op, Constants constants,
         operation.variants_.push_back(std::move(variant));
     }
     if (operation.variants_.empty()) {
-        throw GpuError(file.path + " has no " + op + " with " + words(wanted) +
+        throw GpuError(file.path + " has no " + op + " with " + words(constants) +
                        ": it belongs to another model; copy the artifact again");
     }
     std::sort(operation.variants_.begin(), operation.variants_.end(), [](const auto& a, const auto& b) {

@@ -48,7 +48,7 @@ struct Value {
     Value(float number);
 };
 
-using Constants = std::initializer_list<std::pair<const char*, int64_t>>;
+using Constants = std::map<std::string, int64_t>;
 
 // An operation with its constants decided: the variants of it in the kernel file, ready to launch.
 class Operation {
@@ -88,7 +88,8 @@ class Launcher {
 
     // The variants of `op` whose constants are these, and any `max_rows`; `free`: constants that the file
     // decides. Throws GpuError: none, or a parameter that `arguments` does not name.
-    Operation operation(const std::string& op, Constants constants, std::initializer_list<Argument> arguments,
+    Operation operation(const std::string& op, const Constants& constants,
+                        std::initializer_list<Argument> arguments,
                         std::initializer_list<const char*> free = {});
 
     // One piece of device memory for all operators, as they run one after the other. Reserved while operators

@@ -7,6 +7,8 @@ sequence, those that the query sees, are cut into S equal parts, a program each,
 (flash-decoding); `attention_combine` joins the parts.
 A query sees the `window` positions that end with its own. What no row of a program sees is not read: its blocks may hold
 anything by now.
+Kernels with HAS_SINKS take `sinks` float32 [H]: a score of each head more, whose value is zero. Where keys are
+split it joins in `attention_combine`, once. Others lack the parameter.
 
 Keys and queries are held as two halves: element j is rotated with j + D / 2, and a score is the sum of two products.
 Queries are rotated in float32 and rounded to float16 for the matrix units. Exponents are of base 2. Exponentials are LIFT
@@ -125,6 +127,16 @@ def _pass_over(
 
 
 @triton.jit
+def _with_sink(top, norm, sink):
+    """Return what values summed so far are multiplied by, and the sum of exponentials with a sink's; `sink` in base e."""
+    sink = sink * LOG2E
+    new_top = tl.maximum(top, sink)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - base)
+    return shrink, norm * shrink + tl.exp2(sink - (base - LIFT))
+
+
+@triton.jit
 def attention(
     out,
     qkv,
@@ -138,6 +150,7 @@ def attention(
     num_sequences,
     scale,
     window,
+    sinks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -146,6 +159,7 @@ def attention(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Write out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries; axis 1: heads."""
     begin()
@@ -173,10 +187,13 @@ def attention(
         # A multiple of BLOCK_N: the order of a token's sums depends on its position, not on the tokens beside it.
         start = tl.maximum(tl.min(last, 0) - window + 1, 0) // BLOCK_N * BLOCK_N
         end = tl.minimum(tl.load(seq_lens + sequence), tl.max(last, 0) + 1)
-        total, _, norm = _pass_over(
+        total, top, norm = _pass_over(
             q0, q1, last, start, end, key_cache, value_cache, block_table + sequence.to(tl.int64) * table_stride,
             head // (HEADS // KV_HEADS), scale, window, KV_HEADS, D, HALF, WIDTH, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
+        if HAS_SINKS:
+            shrink, norm = _with_sink(top, norm, tl.load(sinks + head))
+            total = total * shrink[:, None]
         d = tl.arange(0, WIDTH)
         target = out + token.to(tl.int64)[:, None] * (HEADS * D) + head * D + d[None, :]
         tl.store(target, saturate(total / norm[:, None], out), mask=(i < count)[:, None] & (d < D)[None, :])
@@ -241,7 +258,8 @@ def attention_split(
 
 
 @triton.jit
-def attention_combine(out, partial, num_splits, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+def attention_combine(out, partial, num_splits, sinks, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                      HAS_SINKS: tl.constexpr):  # fmt: skip
     """Join the splits of token `axis 0`, head `axis 1`: out float16 [T, H D]."""
     begin()
     at = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
@@ -260,4 +278,7 @@ def attention_combine(out, partial, num_splits, HEADS: tl.constexpr, D: tl.const
         total = total * shrink + tl.load(source + d, mask=d < D, other=0.0) * grow
         norm = norm * shrink + part_norm * grow
         top = new_top
+    if HAS_SINKS:
+        shrink, norm = _with_sink(top, norm, tl.load(sinks + tl.program_id(1)))
+        total = total * shrink
     tl.store(out + at * D + d, saturate(total / norm, out), mask=d < D)

@@ -10,8 +10,9 @@ namespace {
 struct GpuPagedAttention {
     static constexpr const char* kName = "PagedAttention";
     static constexpr Port kInputs[] = {
-        {"qkv", kFloat16},        {"cos_sin", kFloat},     {"key_cache", kFloat16}, {"value_cache", kFloat16},
-        {"slot_mapping", kInt32}, {"query_start", kInt32}, {"seq_lens", kInt32},    {"block_table", kInt32}};
+        {"qkv", kFloat16},         {"cos_sin", kFloat},      {"key_cache", kFloat16},
+        {"value_cache", kFloat16}, {"slot_mapping", kInt32}, {"query_start", kInt32},
+        {"seq_lens", kInt32},      {"block_table", kInt32},  {"sinks", kFloat, false, true}};
     static constexpr Port kOutputs[] = {{"out", kFloat16}};
 
     explicit GpuPagedAttention(const NodeInfo& node)
@@ -21,6 +22,7 @@ struct GpuPagedAttention {
           block_size(node.size_attribute("block_size")),
           scale(node.float_attribute("scale")),
           window(node.size_attribute("window", kMaxSize)),
+          sinks(node, 8),
           multiprocessors(Launcher::current().device.multiprocessors) {
         for (size_t cache : {2, 3}) node.expect_no_constant(cache);
         Launcher& launcher = Launcher::current();
@@ -35,7 +37,12 @@ struct GpuPagedAttention {
                                       {"num_kv_heads", num_kv_heads},
                                       {"head_dim", head_dim},
                                       {"block_size", block_size}};
-        any = launcher.operation("attention", shape,
+        // Kernels for sinks have a constant that others lack: those of older artifacts do.
+        const auto maybe_with_sinks = [&](gpu::Constants constants) {
+            if (sinks.is_there()) constants["has_sinks"] = 1;
+            return constants;
+        };
+        any = launcher.operation("attention", maybe_with_sinks(shape),
                                  {{"out", kPointer},
                                   {"qkv", kPointer},
                                   {"cos_sin", kPointer},
@@ -47,7 +54,8 @@ struct GpuPagedAttention {
                                   {"table_stride", kInteger},
                                   {"num_sequences", kInteger},
                                   {"scale", kNumber},
-                                  {"window", kInteger}});
+                                  {"window", kInteger},
+                                  {"sinks", kPointer}});
         split = launcher.operation("attention_split", shape,
                                    {{"partial", kPointer},
                                     {"qkv", kPointer},
@@ -61,8 +69,9 @@ struct GpuPagedAttention {
                                     {"num_splits", kInteger},
                                     {"scale", kNumber},
                                     {"window", kInteger}});
-        combine = launcher.operation("attention_combine", {{"num_heads", num_heads}, {"head_dim", head_dim}},
-                                     {{"out", kPointer}, {"partial", kPointer}, {"num_splits", kInteger}});
+        combine = launcher.operation(
+            "attention_combine", maybe_with_sinks({{"num_heads", num_heads}, {"head_dim", head_dim}}),
+            {{"out", kPointer}, {"partial", kPointer}, {"num_splits", kInteger}, {"sinks", kPointer}});
         int64_t most = 0;
         for (int64_t b = 1; b <= launcher.settings.max_sequences; b++)
             most = std::max(most, b * splits_of(b, kMostSplits));
@@ -88,6 +97,9 @@ struct GpuPagedAttention {
         query_start.expect_shape({B + 1}, "[sequences + 1]");
         block_table.expect_shape({B, kAnySize}, "[sequences, max_blocks]");
         const int64_t M = block_table.shape[1];
+        const std::optional<Tensor> own_sinks = sinks.of(context);
+        if (own_sinks) own_sinks->expect_shape({num_heads}, "[num_heads]");
+        const void* sinks_data = own_sinks ? own_sinks->data : nullptr;
         void* out = context.output_memory(0, {T, num_heads * head_dim});
         if (T == 0) return;
         const gpu::Stream stream = context.gpu_stream();
@@ -101,12 +113,12 @@ struct GpuPagedAttention {
                          {partial, qkv.data, cos_sin.data, keys.data, values.data, query_start.data,
                           seq_lens.data, block_table.data, narrow(M), narrow(S), scale, narrow(window)},
                          stream);
-            combine.launch({T, B, S}, {out, partial, narrow(S)}, stream);
+            combine.launch({T, B, S}, {out, partial, narrow(S), sinks_data}, stream);
             return;
         }
         any.launch({T, B},
                    {out, qkv.data, cos_sin.data, keys.data, values.data, query_start.data, seq_lens.data,
-                    block_table.data, narrow(M), narrow(B), scale, narrow(window)},
+                    block_table.data, narrow(M), narrow(B), scale, narrow(window), sinks_data},
                    stream);
     }
 
@@ -123,6 +135,7 @@ struct GpuPagedAttention {
     int64_t num_heads, num_kv_heads, head_dim, block_size;
     float scale;
     int64_t window;
+    OptionalInput sinks;
     int64_t multiprocessors;
     Operation write, any, split, combine;
 };

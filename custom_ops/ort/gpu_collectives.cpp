@@ -22,7 +22,7 @@ struct OneShot {
     Operation operation;
     const gpu::Meeting* meeting = nullptr;
 
-    void find(const char* op, gpu::Constants constants, std::initializer_list<Argument> arguments,
+    void find(const char* op, const gpu::Constants& constants, std::initializer_list<Argument> arguments,
               int64_t row_bytes) {
         gpu::Collectives& ranks = collectives();
         const gpu::KernelFile& file = Launcher::current().file;

@@ -196,8 +196,8 @@ def qk_norm(heads: int, kv_heads: int, d: int) -> KernelSpec:
     return KernelSpec("qk_norm", constants, "elementwise.qk_norm", constexprs, types, grid, 32)
 
 
-def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[KernelSpec]:
-    """Plan cache writes and attention of heads per rank and head_dim d."""
+def attention(heads: int, kv_heads: int, d: int, block_size: int, *, has_sinks: bool = False) -> Iterator[KernelSpec]:
+    """Plan cache writes and attention of heads per rank and head_dim d; `has_sinks`: with an input `sinks`."""
     half, width = max(16, power_of_two(d // 2)), max(16, power_of_two(d))
     shape: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "HALF": half}
     constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
@@ -213,12 +213,15 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
     chips = {"gfx": {"stages": 1}}
     narrow = {**chips, "gfx11": {"BLOCK_N": 16}}
     constexprs = {**shape, "WIDTH": width, "BLOCK_SIZE": block_size}
+    # Kernels for sinks have a constant and a parameter more; of the others it is none of the kernel's.
+    own, sinks = ({"has_sinks": 1}, {"sinks": "*fp32"}) if has_sinks else ({}, {})
+    sinking: dict[str, int | str] = {"HAS_SINKS": int(has_sinks), **({} if has_sinks else {"sinks": 0})}
     yield KernelSpec(
         "attention",
-        constants,
+        {**constants, **own},
         "attention.attention",
-        {**constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n},
-        {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32", "window": "i32"},
+        {**constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n, **sinking},
+        {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32", "window": "i32", **sinks},
         (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), ONE),
         128 if width <= 128 else 256,  # else they spill on NVIDIA's chips and on RDNA 4
         stages=3,
@@ -237,10 +240,10 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int) -> Iterator[Ke
     )
     yield KernelSpec(
         "attention_combine",
-        {"num_heads": heads, "head_dim": d},
+        {"num_heads": heads, "head_dim": d, **own},
         "attention.attention_combine",
-        {"HEADS": heads, "D": d, "WIDTH": width},
-        {"out": "*fp16", "partial": "*fp32", "num_splits": "i32"},
+        {"HEADS": heads, "D": d, "WIDTH": width, **sinking},
+        {"out": "*fp16", "partial": "*fp32", "num_splits": "i32", **sinks},
         (ROW, GridAxis(factor=heads), ONE),
         clamp(width, 32, 128),
     )

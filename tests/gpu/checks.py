@@ -5,6 +5,7 @@ Also on the stand-in, where it shows that this program is right. Tolerances are 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ from llmrun.manifest import ModelConfig
 ELEMENT = {np.dtype(d): i for d, i in ((np.float32, 1), (np.uint8, 2), (np.int32, 6), (np.int64, 7), (np.float16, 10))}
 EXPERTS, EXPERTS_STORED = moe_plan.Experts(256, 128, 6, 3), (("q4", 64), ("q8", 32), ("f16", 0))
 N, K, VOCABULARY = 256, 512, 512
+SINKING = (64, 8, 64)  # heads, KV heads and head_dim of gpt-oss
 # float16 results are rounded once (2^-11), and their terms are sums in float32; scores pass through exponentials.
 # An expert's activations are rounded before, and so is its share of a sum.
 TOLERANCES = {"matmul": 2e-3, "moe": 4e-3, "norm": 2e-3, "gated": 2e-3, "attention": 4e-3, "exact": 0.0}
@@ -30,7 +32,7 @@ TOLERANCES = {"matmul": 2e-3, "moe": 4e-3, "norm": 2e-3, "gated": 2e-3, "attenti
 
 def extra_specs() -> list[KernelSpec]:
     """The kernels of the operators checked: those of the tiny model, in every storage, and what no Llama has."""
-    from llmpack.kernel_plan import gated, norms, plan_kernels, qk_norm
+    from llmpack.kernel_plan import attention, gated, norms, plan_kernels, qk_norm
 
     config = shapes.config_of("dry")
     found = []
@@ -42,6 +44,7 @@ def extra_specs() -> list[KernelSpec]:
         found += moe_plan.products(EXPERTS, storage, group_size)
     found += [spec for is_normed in (False, True) for spec in moe_plan.routing(EXPERTS, is_normed=is_normed)]
     found += norms(config.hidden_size, has_post_norms=True)
+    found += attention(*SINKING, shapes.BLOCK_SIZE, has_sinks=True)
     return list({(spec.op, *sorted(spec.constants.items())): spec for spec in found}.values())
 
 
@@ -57,6 +60,7 @@ def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
         "embeddings",
         "attention",
         "real_attention",
+        "sinks",
         "top_k",
         "experts",
     ):
@@ -225,11 +229,27 @@ class Checks:
         steps = ([1], [1]), ([1], [777]), ([1, 1, 1], [513, 40, 600]), ([130], [390]), ([1, 33], [700, 33])
         return max(self._attention(shapes.config_of(self.real), steps, window) for window in (shapes.NO_WINDOW, 512))
 
-    def _attention(self, config: ModelConfig, steps: Iterable[tuple[list[int], list[int]]], window: int) -> float:
+    def sinks(self) -> float:
+        """The same with a score of each head more, which takes from nothing to nearly all."""
+        heads, kv_heads, dim = SINKING
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+        config = dataclasses.replace(self.config, **sizes)
+        steps = ([20], [20]), ([1], [300]), ([1, 1, 1], [1, 40, 70]), ([1, 9], [150, 20])
+        return max(self._attention(config, steps, window, has_sinks=True) for window in (shapes.NO_WINDOW, 128))
+
+    def _attention(
+        self,
+        config: ModelConfig,
+        steps: Iterable[tuple[list[int], list[int]]],
+        window: int,
+        *,
+        has_sinks: bool = False,
+    ) -> float:
         size = shapes.BLOCK_SIZE
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         numbers = {"num_heads": heads, "num_kv_heads": kv, "scale": dim**-0.5, "window": window}
-        node = self.ort.node("PagedAttention", head_dim=dim, block_size=size, **numbers)
+        sinks = [np.linspace(-2, 7, heads).astype(np.float32)] if has_sinks else []
+        node = self.ort.node("PagedAttention", num_inputs=8 + len(sinks), head_dim=dim, block_size=size, **numbers)
         worst = 0.0
         for queries, lengths in steps:
             tokens, blocks = sum(queries), -(-max(lengths) // size) + 2
@@ -251,6 +271,7 @@ class Checks:
                 np.cumsum([0, *queries]).astype(np.int32),
                 np.array(lengths, np.int32),
                 table,
+                *sinks,
             ]
             (out,) = self.run(node, given, [((tokens, heads * dim), np.float16)])
             expected, keys, values = reference.paged_attention(*given, **numbers)  # type: ignore[misc]

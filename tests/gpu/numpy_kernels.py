@@ -164,13 +164,19 @@ def _attend(p: Launch, b: int, first: int, end: int, part: slice | None = None) 
             yield t, h, scores, values[seen, h * kv // heads]
 
 
+def _sinks(p: Launch) -> np.ndarray:
+    heads = p["num_heads"]
+    return at(p["sinks"], (heads,), np.float32).astype(np.float64) if "sinks" in p else np.full(heads, -np.inf)
+
+
 def attention(p: Launch) -> None:
     starts = at(p["query_start"], (p["num_sequences"] + 1,), np.int32)
     out = at(p["out"], (int(starts[-1]), p["num_heads"], p["head_dim"]), np.float16)
+    sinks = _sinks(p)
     for b in range(p["num_sequences"]):
         for t, h, scores, values in _attend(p, b, int(starts[b]), int(starts[b + 1])):
             w = np.exp(scores - scores.max())
-            out[t, h] = half(w @ values / w.sum())
+            out[t, h] = half(w @ values / (w.sum() + np.exp(sinks[h] - scores.max())))
 
 
 def attention_split(p: Launch) -> None:
@@ -191,9 +197,12 @@ def attention_split(p: Launch) -> None:
 def attention_combine(p: Launch) -> None:
     rows, heads, dim, splits = p["grid"][0], p["num_heads"], p["head_dim"], p["num_splits"]
     partial = at(p["partial"], (rows, heads, splits, dim + 2), np.float32).astype(np.float64)
-    w = np.exp(partial[..., -2] - partial[..., -2].max(axis=2, keepdims=True))
-    total = (partial[..., :-2] * w[..., None]).sum(axis=2) / (partial[..., -1] * w).sum(axis=2)[..., None]
-    at(p["out"], (rows, heads, dim), np.float16)[:] = half(total)
+    highest = partial[..., -2].max(axis=2)
+    w = np.exp(partial[..., -2] - highest[..., None])
+    sums = (partial[..., -1] * w).sum(axis=2) + np.exp(_sinks(p) - highest)
+    at(p["out"], (rows, heads, dim), np.float16)[:] = half(
+        (partial[..., :-2] * w[..., None]).sum(axis=2) / sums[..., None]
+    )
 
 
 def moe_route(p: Launch) -> None:

@@ -36,6 +36,7 @@ def test_the_program_runs_dry(chip, tmp_path):
             "embeddings",
             "attention",
             "real_attention",
+            "sinks",
             "top_k",
             "experts",
         )

@@ -29,8 +29,9 @@ class World:
         lengths: list[int],
         seed: int = 0,
         window: int = NO_WINDOW,
+        sinks: np.ndarray | None = None,
     ):
-        self.window = window
+        self.window, self.sinks = window, sinks
         rng = np.random.default_rng(seed)
         self.heads, self.kv_heads, self.d, self.block_size = heads, kv_heads, head_dim, block_size
         width = (heads + 2 * kv_heads) * head_dim
@@ -42,7 +43,8 @@ class World:
         self.blocks = np.split(blocks[: sum(counts)], np.cumsum(counts)[:-1])
         shape = (len(blocks), block_size, kv_heads, head_dim)
         self.keys, self.values = np.full(shape, 7, np.float16), np.full(shape, 7, np.float16)
-        self.specs = {s.op: s for s in kernel_plan.attention(heads, kv_heads, head_dim, block_size)}
+        specs = kernel_plan.attention(heads, kv_heads, head_dim, block_size, has_sinks=sinks is not None)
+        self.specs = {s.op: s for s in specs}
 
     def step(self, spans: list[tuple[int, int, int]], splits: int = 3, skip: int = 0) -> np.ndarray:
         """Run a step, few tokens both ways. A span is (sequence, first position, end); `skip` first tokens are not written."""
@@ -77,9 +79,11 @@ class World:
             "block_table": table,
         }
         numbers = {"table_stride": table.shape[1], "scale": float(self.d**-0.5), "window": self.window}
+        sinks = {} if self.sinks is None else {"sinks": self.sinks}
         out = np.full((len(slots), self.heads * self.d), 7, np.float16)
         count = len(spans)
-        launch(self.specs["attention"], sequences=count, out=out, **inputs, **steps, **numbers, num_sequences=count)
+        launch(self.specs["attention"], sequences=count, out=out, **inputs, **steps, **numbers, num_sequences=count,
+               **sinks)  # fmt: skip
         np.testing.assert_allclose(out.astype(float), exact, rtol=0, atol=TOLERANCE)
 
         if len(slots) > 12:
@@ -88,8 +92,9 @@ class World:
         again = np.full_like(out, 7)
         launch(self.specs["attention_split"], sequences=count, splits=splits, partial=partial, **inputs, **steps,
                **numbers, num_splits=splits)  # fmt: skip
-        launch(self.specs["attention_combine"], out=again, partial=partial, num_splits=splits)
+        launch(self.specs["attention_combine"], out=again, partial=partial, num_splits=splits, **sinks)
         np.testing.assert_allclose(again.astype(float), exact, rtol=0, atol=TOLERANCE)
+        self.joined = again
         return out
 
     def _reference(self, inputs, slot_mapping, spans, table):
@@ -99,6 +104,7 @@ class World:
             query_start=np.cumsum([0] + [end - first for _, first, end in spans]),
             seq_lens=np.array([end for *_, end in spans]),
             block_table=table,
+            sinks=self.sinks,
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             scale=float(self.d**-0.5),
@@ -203,6 +209,54 @@ def test_a_token_has_the_same_bits_whatever_stands_beside_it() -> None:
     rows = whole.step([(0, 0, 120)])
     pieces = [apart.step([(0, first, end)]) for first, end in pairwise([0, 50, 77, 78, 120])]
     np.testing.assert_array_equal(np.concatenate(pieces), rows)
+
+
+@divides_nothing
+@pytest.mark.parametrize("window", [5, 40, NO_WINDOW], ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+def test_sinks(heads: str, window: int) -> None:
+    """From those that count for little beside the scores to those that take nearly all, of each head another."""
+    num_heads, num_kv_heads = HEADS[heads]
+    sinks = np.linspace(-2, 7, num_heads).astype(np.float32)[::-1].copy()
+    world = World(num_heads, num_kv_heads, 16, 16, [75, 1, 30], window=window, sinks=sinks)
+    world.step([(0, 0, 74), (2, 0, 29)])
+    for splits in (1, 4):
+        world.step([(0, 74, 75), (1, 0, 1), (2, 29, 30)], splits)
+
+
+def decoded(sink: float | None, key: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Both kernels' results of two heads whose sinks are `sink` and 1, None: without; `key`: what a feature of all keys is."""
+    sinks = None if sink is None else np.array([sink, 1], np.float32)
+    world = World(2, 1, 16, 16, [40], sinks=sinks)
+    world.cos_sin[:] = [1.0] * 8 + [0.0] * 8
+    world.qkv[0][:, :32] = np.abs(world.qkv[0][:, :32])  # queries
+    world.step([(0, 0, 39)])
+    world.keys[..., 5] = key
+    return world.step([(0, 39, 40)], skip=1), world.joined
+
+
+def test_a_sink_far_below_all_scores_is_as_none_and_one_far_above_takes_all() -> None:
+    none = decoded(None)
+    for sink in (-1e4, -1e30, -np.inf):
+        for out, expected in zip(decoded(sink), none, strict=True):
+            np.testing.assert_array_equal(out[0, :16], expected[0, :16])
+    for out in decoded(1000.0):
+        np.testing.assert_array_equal(out[0, :16], 0)
+        assert np.abs(out[0, 16:]).max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN")  # of rows that are no head's
+def test_a_token_all_of_whose_scores_are_minus_infinity_gives_all_to_its_sink() -> None:
+    for out in decoded(0.0, key=-np.inf):
+        np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("sink", [np.inf, np.nan])
+def test_a_sink_that_is_no_score_shows(sink: float) -> None:
+    for out in decoded(sink):
+        assert np.isnan(out[0, :16]).all()
+        assert np.isfinite(out[0, 16:]).all()
 
 
 def test_sequences_without_tokens_in_this_step() -> None:

@@ -41,13 +41,15 @@ CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 def representative() -> list[KernelSpec]:
     """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, one that sees other ranks, and
-    what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it, and Qwen 3 30B-A3B's experts.
+    what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it, gpt-oss's sinks, and Qwen 3
+    30B-A3B's experts.
     """
     chosen = [qk_norm(32, 8, 128), gated("geglu", 14336)]
     for spec in (*norms(8192, has_post_norms=True), *collectives(8192, 2, has_post_norms=True)):
         if spec.op not in SMALL:
             chosen.append(spec)
     chosen += [spec for spec in attention(4, 1, 256, 16) if spec.op == "attention"]
+    chosen += [spec for spec in attention(64, 8, 64, 16, has_sinks=True) if "has_sinks" in spec.constants]
     chosen += [spec for spec in sampling(262144) if spec.op == "top_k_last"]
     # Of the three sizes of blocks the largest; `make kernels` has all.
     largest = {"moe_gate_up_q4": 16, "moe_down_q4": 16, "moe_grouped_gate_up_q4": 0, "moe_grouped_down_q4": 0}
