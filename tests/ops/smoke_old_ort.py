@@ -28,7 +28,7 @@ def compare(name: str, y: np.ndarray, exact: np.ndarray, atol: float | np.ndarra
         sys.exit(1)
 
 
-def attention(dtype: type, window: int | None) -> None:
+def attention(dtype: type, window: int | None, *, has_sinks: bool) -> None:
     rng = np.random.default_rng(3)
     caches = [rng.standard_normal(shape).astype(dtype) for shape in ((4, 2, 8, 16), (4, 2, 16, 8))]
     angles = rng.uniform(0, 6, (3, 4))
@@ -41,6 +41,7 @@ def attention(dtype: type, window: int | None) -> None:
         "query_start": np.array([0, 2, 3], np.int32),
         "seq_lens": np.array([19, 1], np.int32),
         "block_table": np.array([[0, 3], [1, -1]], np.int32),
+        **({"sinks": np.array([-1, 0, 1, 2], np.float32)} if has_sinks else {}),
     }
     attributes = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.25, **({} if window is None else {"window": window})}
     first = dict(zip(("key_cache", "value_cache"), reference.positions_first(*caches), strict=True))
@@ -53,7 +54,7 @@ def attention(dtype: type, window: int | None) -> None:
         binding.bind_ortvalue_input(name, value)
     binding.bind_output("out")
     session.run_with_iobinding(binding)
-    name = np.dtype(dtype).name + (f" of a window of {window}" if window else "")
+    name = np.dtype(dtype).name + (f" of a window of {window}" if window else "") + " with sinks" * has_sinks
     compare(f"PagedAttention {name}", binding.get_outputs()[0].numpy(), exact, 1e-3)
     found = reference.positions_first(bound["key_cache"].numpy(), bound["value_cache"].numpy())
     atol = 4e-3 if dtype is np.float16 else 1e-6
@@ -118,7 +119,8 @@ def main(path: str) -> None:
     compare("GeGLU", helpers.Node("GeGLU", {"gate_up": x}).run()[0], reference.geglu(x), 1e-5)
     for dtype in (np.float32, np.float16):
         for window in (None, 3):
-            attention(dtype, window)
+            for has_sinks in (False, True):
+                attention(dtype, window, has_sinks=has_sinks)
     lone = {
         "AllReduce": helpers.Node("AllReduce", {"x": x}),
         "AllReduceAddRMSNorm": helpers.Node("AllReduceAddRMSNorm", inputs, ("y", "sum"), attributes={"epsilon": 1e-5}),

@@ -98,7 +98,8 @@ def test_elementwise(isa: str, columns: int) -> None:
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2)], ids=["MHA", "GQA"])
 @pytest.mark.parametrize("window", [1, 17, ALL])
 def test_attention(isa: str, window: int, heads: tuple[int, int], head_dim: int, dtype: type) -> None:
-    """The last position of the cache is read and written too."""
-    world = World(*heads, head_dim, 16, [Sequence(32, [0, 1])], dtype, window=window)
+    """The last position of the cache is read and written too, and the last sink read."""
+    sinks = np.zeros(heads[0], np.float32) if window == 17 else None
+    world = World(*heads, head_dim, 16, [Sequence(32, [0, 1])], dtype, window=window, sinks=sinks)
     for span in ((0, 0, 31), (0, 31, 32)):
         check(Node("PagedAttention", world.step([span]), ("out",), (), world.attributes()))
