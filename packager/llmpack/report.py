@@ -51,10 +51,14 @@ def bytes_per_token(config: ModelConfig, plan: list[RankWeight]) -> int:
 
     Of an embedding it reads a row, unless that is the head too, and of experts those that the token goes through.
     """
-    held = [(w.row.role, sum(item.num_bytes for item in w.initializers)) for w in plan if w.row.role != "embedding"]
-    all_experts = sum(size for role, size in held if role == "experts")
-    used = all_experts * (config.num_experts_per_tok or 0) // (config.num_experts or 1)
-    return sum(size for role, size in held if role != "experts") + used
+    of_all = of_experts = 0
+    for weight in (w for w in plan if w.row.role != "embedding"):
+        size = sum(item.num_bytes for item in weight.initializers)
+        if weight.row.role == "experts" or weight.row.num_experts is not None:
+            of_experts += size
+        else:
+            of_all += size
+    return of_all + of_experts * (config.num_experts_per_tok or 0) // (config.num_experts or 1)
 
 
 def summarise(

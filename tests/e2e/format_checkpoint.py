@@ -94,7 +94,7 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
 
 
 def _named_as_published(model: dict[str, Array], config: dict[str, Any]) -> dict[str, Array]:
-    """Return the same with routers and experts under the names of Mixtral's and Granite's checkpoints."""
+    """Return the same with routers and experts as in Mixtral's, Granite's and gpt-oss's checkpoints."""
     if config["architecture"] == "MixtralForCausalLM":
         names = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         return {_replaced(name, names): matrix for name, matrix in model.items()}
@@ -109,6 +109,17 @@ def _named_as_published(model: dict[str, Array], config: dict[str, Any]) -> dict
             model[f"{prefix}block_sparse_moe.input_linear.weight"] = np.stack([np.concatenate(pair) for pair in pairs])
             model[f"{prefix}block_sparse_moe.output_linear.weight"] = np.stack(own["down"])
             model[f"{prefix}block_sparse_moe.router.layer.weight"] = model.pop(f"{prefix}mlp.gate.weight")
+    if config["architecture"] == "GptOssForCausalLM":
+        for layer in range(config["num_hidden_layers"]):
+            prefix, numbers = f"model.layers.{layer}.mlp.", range(config["num_experts"])
+            own = {
+                p: np.stack([model.pop(f"{prefix}experts.{i}.{p}_proj.weight") for i in numbers])
+                for p in ("gate", "up", "down")
+            }
+            turns = np.stack([own["gate"], own["up"]], 2).reshape(len(numbers), -1, config["hidden_size"])
+            model[f"{prefix}experts.gate_up_proj"] = turns.transpose(0, 2, 1)
+            model[f"{prefix}experts.down_proj"] = own["down"].transpose(0, 2, 1)
+            model[f"{prefix}router.weight"] = model.pop(f"{prefix}gate.weight")
     return model
 
 

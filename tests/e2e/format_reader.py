@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 CHUNK_BYTES = 67_108_864
 LEVELS = np.array([-64, -52, -42, -32, -24, -18, -11, -5, 0, 6, 12, 19, 26, 34, 44, 56], np.float64)
+TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float64)
 # A joined operator is called after its parts, in order (5.10 to 5.12).
 PART = re.compile(
-    r"MatMul(?:F32|F16|Q8|Q6|Q4)|MoE(?:F32|F16|Q8|Q4)|Embedding(?:Q8|Q6)|AddRMSNorm|RMSNorm|QKNorm|SwiGLU|GeGLU|AllReduce|"
+    r"MatMul(?:F32|F16|Q8|Q6|Q4)|MoE(?:F32|F16|Q8|Q4|MXFP4)|Embedding(?:Q8|Q6)|AddRMSNorm|RMSNorm|QKNorm|SwiGLU|GeGLU|AllReduce|"
     r"AllGather|PagedAttention"
 )
 
@@ -69,7 +70,8 @@ def untile(kind: str, tiles: Array, scales: Array | None, num_rows: int, group_s
             last = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4
             values = np.concatenate([low, last[:, :, None]], 2).transpose(0, 3, 1, 2, 4).astype(np.float64) - 32
         else:
-            values = LEVELS[np.stack([tiles & 15, tiles >> 4], 3)].transpose(0, 2, 1, 3, 4)
+            levels = {"Q4": LEVELS, "MXFP4": TWICE_E2M1}[kind]
+            values = levels[np.stack([tiles & 15, tiles >> 4], 3)].transpose(0, 2, 1, 3, 4)
         assert scales is not None
         assert group_size is not None
         matrix = values.reshape(count, 16, -1)
@@ -130,8 +132,8 @@ class Rank:
         """Add the matrices of all experts, those of one kind one after another (4.7)."""
         sizes, kind = attributes(node), node.op_type.removeprefix("MoE")
         rows = {"gate_up": 2 * sizes["intermediate_size"], "down": sizes["out_features"]}
-        stored: list[Array | None] = [self.tensors[name] for name in node.input[2:]]
-        if not kind.startswith("Q"):
+        stored: list[Array | None] = [self.tensors[name] for name in node.input[2:] if not name.endswith(".bias")]
+        if len(stored) == 2:
             stored = [stored[0], None, stored[1], None]
         names = [name for name in node.input[2:] if name.endswith(".weight")]
         for i, (name, count) in enumerate(zip(names, rows.values(), strict=True)):
@@ -251,15 +253,16 @@ def _glu(gate_up: Array, name: str) -> Array:
     return gate / (1 + np.exp(-gate)) * up
 
 
-def _of_experts(rank: Rank, known: dict[str, Array], names: list[str]) -> tuple[Array, Array, Array]:
-    """Return the router's logits, and the matrices gate_up and down of all experts (5.16)."""
+def _of_experts(rank: Rank, known: dict[str, Array], names: list[str]) -> tuple[Array, Array, Array, list[Array]]:
+    """Return the router's logits, the matrices gate_up and down of all experts, and their biases (5.16)."""
     logits, *weights = names
     gate_up, down = (rank.matrices[name] for name in weights if name.endswith(".weight"))
-    return known[logits], gate_up, down
+    return known[logits], gate_up, down, [known[name] for name in weights if name.endswith(".bias")]
 
 
-def _experts(x: Array, logits: Array, gate_up: Array, down: Array, sizes: dict[str, Any]) -> Array:
+def _experts(x: Array, logits: Array, gate_up: Array, down: Array, biases: list[Array], sizes: dict[str, Any]) -> Array:
     """5.16."""
+    of_gate_up, of_down = [*biases, *[np.zeros((sizes["num_experts"], 1))] * 2][:2]
     y = np.zeros_like(x)
     odds = np.exp(logits - logits.max(1, keepdims=True))
     shares = odds / odds.sum(1, keepdims=True)
@@ -268,9 +271,18 @@ def _experts(x: Array, logits: Array, gate_up: Array, down: Array, sizes: dict[s
         chosen = sorted(range(len(share)), key=lambda expert: (-share[expert], expert))[: sizes["num_experts_per_tok"]]
         total = sum(share[chosen]) if sizes["norm_topk_prob"] else 1
         for expert in chosen:
-            hidden = _glu(x[row : row + 1] @ gate_ups[expert].T, "SwiGLU")
-            y[row] += share[expert] / total * (hidden @ downs[expert].T)[0]
+            hidden = x[row : row + 1] @ gate_ups[expert].T + of_gate_up[expert]
+            hidden = _cut_off(hidden, sizes) if "swiglu_limit" in sizes else _glu(hidden, "SwiGLU")
+            y[row] += share[expert] / total * ((hidden @ downs[expert].T)[0] + of_down[expert])
     return y
+
+
+def _cut_off(gate_up: Array, sizes: dict[str, Any]) -> Array:
+    """5.16, with `swiglu_limit`."""
+    gate, up = np.split(gate_up, 2, axis=1)
+    gate = np.minimum(gate, sizes["swiglu_limit"])
+    up = np.clip(up, -sizes["swiglu_limit"], sizes["swiglu_limit"])
+    return gate / (1 + np.exp(-sizes["swiglu_alpha"] * gate)) * (up + 1)
 
 
 def _attend(qkv: Array, cos_sin: Array, sinks: list[Array], sizes: dict[str, Any], manifest: dict[str, Any]) -> Array:

@@ -19,6 +19,7 @@ from llmrun.job_options import ISAS
 from models import (
     DEMO,
     GEMMA,
+    GPT_OSS,
     GRANITE,
     GRANITE_MOE,
     HYBRID_GRANITE,
@@ -134,6 +135,13 @@ VARIANTS = {
     "mixtral": MIXTRAL,
     "mixtral-all-experts": {**MIXTRAL, "num_experts_per_tok": 4, "sliding_window": 6, "tie_word_embeddings": True},
     "granite-moe": {**GRANITE_MOE, "attention_bias": True, "num_experts_per_tok": 1},
+    "gpt-oss": GPT_OSS,
+    "gpt-oss-without-biases-of-attention": {
+        **GPT_OSS,
+        "attention_bias": False,
+        "swiglu_alpha": 0.9,
+        "swiglu_limit": 7.0,
+    },
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -148,6 +156,7 @@ SPLIT_VARIANTS = {
     "normalised-before-it-is-added": (4, {**GEMMA, "num_key_value_heads": 1}),
     "experts-and-dense-layers": (4, {**QWEN_MOE, "num_key_value_heads": 2}),
     "experts-stored-together": (2, GRANITE_MOE),
+    "experts-with-biases": (4, {**GPT_OSS, "num_key_value_heads": 2}),
     "stored-together": (4, {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
 }
 

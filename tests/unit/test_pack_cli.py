@@ -92,13 +92,13 @@ def test_a_tied_embedding_is_held_once_and_the_head_lies_in_it_on_any_number_of_
     "name",
     [
         *("tiny", "tied", "tied-in-name-only", "biased", "qwen2", "qwen3", "phi3", "granite-hybrid", "smollm3"),
-        *("qwen3-moe", "granite-moe"),
+        *("qwen3-moe", "granite-moe", "gpt-oss"),
     ],
 )
 def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint):
     from transformers import AutoModelForCausalLM
 
-    from models import GRANITE_MOE, HYBRID_GRANITE, QWEN_MOE, SMOLLM, make_checkpoint, store_a_head
+    from models import GPT_OSS, GRANITE_MOE, HYBRID_GRANITE, QWEN_MOE, SMOLLM, make_checkpoint, store_a_head
 
     options = {
         "tied": {"tie_word_embeddings": True},
@@ -110,6 +110,7 @@ def test_parameters_are_those_that_torch_counts(name, tmp_path, tiny_checkpoint)
         "smollm3": SMOLLM,
         "qwen3-moe": QWEN_MOE,
         "granite-moe": GRANITE_MOE,
+        "gpt-oss": GPT_OSS,
     }
     folder = make_checkpoint(tmp_path / "m", **options[name]) if name in options else tiny_checkpoint
     if name == "tied-in-name-only":
