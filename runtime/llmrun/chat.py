@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmrun import template_sandbox
 from llmrun.errors import UsageError
+from llmrun.harmony import speaks_harmony
+from llmrun.harmony_prompt import template_messages, template_tools
 
 if TYPE_CHECKING:
     from llmrun.tokenizer import Tokenizer
@@ -265,6 +267,8 @@ def _render(
     source = tokenizer.chat_template
     if source is None:
         raise UsageError("chat: this artifact has no chat template: use `llmrun generate`, which takes plain text")
+    if speaks_harmony(tokenizer):
+        messages, tools = template_messages(messages), tools and template_tools(tools)
     variables = {
         "documents": None,  # defined, as in transformers: templates ask `is not none`
         **kwargs,

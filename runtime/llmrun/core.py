@@ -14,6 +14,7 @@ import numpy as np
 
 from llmrun.constraint import Constraint
 from llmrun.errors import InternalError, LlmpackError, NumericError, UsageError
+from llmrun.harmony import answer_text
 from llmrun.interrupts import InterruptsLater
 from llmrun.kv_cache import BlockPool
 from llmrun.logprobs import TokenLogprobs, token_logprobs
@@ -26,7 +27,6 @@ from llmrun.scheduler import Scheduler
 from llmrun.sequence import Piece, RunningSequence
 from llmrun.stats import Stats
 from llmrun.step_budget import DEFAULT_TOKEN_BUDGET
-from llmrun.text_stream import TextStream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,7 +158,7 @@ class Core:
         sampler = Sampler(params, logit_bias)
         stream = None
         if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, stops, is_continuation=is_continuation, shown=shown_tokens)
+            stream = answer_text(self.tokenizer, prompt, prompt_ids, stops, is_continuation, shown_tokens)
         return Request(
             sequence,
             prompt_ids,

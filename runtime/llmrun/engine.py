@@ -163,7 +163,7 @@ class Engine:
         return self._mirror.iterate(ids)
 
     def chat(self, messages: Sequence[Message], **options: Unpack[RequestOptions]) -> Generator[str, None, None]:
-        """Answer the last of some messages, yielding text as `generate` does.
+        """Answer the last of some messages, yielding text as `generate` does; of gpt-oss's answers, what is for the user.
 
         Args:
             messages: each a role ("system", "user", "assistant") and a content; the artifact's template makes them a

@@ -64,7 +64,7 @@ class TextStream:
         _check_stops(stop)
         self.stopped = False
         self._tokenizer = tokenizer
-        self._shown = {token_id: text.encode() for token_id, text in (shown or {}).items()}
+        self._shown = dict(shown or {})
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = tokenizer.strips_leading_space and not is_continuation
         self._matchers = [_Matcher(text) for text in dict.fromkeys(stop)]
@@ -81,7 +81,12 @@ class TextStream:
             raise RuntimeError("TextStream.push after finish")
         if self.stopped:
             return ""
-        data = self._shown.get(token_id) or self._tokenizer.token_bytes(token_id)
+        if text := self._shown.get(token_id):
+            self._at_start = False
+            text = self._decoder.decode(b"", final=True) + text
+            self._decoder.reset()
+            return self._emit(text)
+        data = self._tokenizer.token_bytes(token_id)
         if self._at_start and data:
             self._at_start = False
             data = data.removeprefix(b" ")

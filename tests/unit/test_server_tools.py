@@ -17,7 +17,8 @@ from llmrun.requests import Event
 from llmrun.server.errors import ApiError
 from llmrun.server.prompts import chat_ids
 from llmrun.server.tasks import Choice
-from llmrun.server.tools import ToolForm, ToolStream, find_calls, tool_form
+from llmrun.server.tool_stream import ToolStream
+from llmrun.server.tools import ToolForm, find_calls, tool_form
 from llmrun.tokenizer import Tokenizer
 from llmrun.tokenizer_backends import alternation
 

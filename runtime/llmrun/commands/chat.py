@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmrun import console, launcher, stdin
@@ -67,6 +68,7 @@ class _Chat:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._answered: tuple[Messages, list[int], list[int]] | None = None  # messages, their ids, the answer's
+        self._is_apart = False  # thoughts come without the markup that tells them from the answer: a text has none
 
     def prepare(self, engine: Engine) -> None:
         """Refuse an artifact that cannot chat, before the weights are read."""
@@ -130,8 +132,8 @@ class _Chat:
             )
         return 0
 
-    def _write_plainly(self, text: str, _is_thought: bool) -> None:
-        if not self._arguments.json:
+    def _write_plainly(self, text: str, is_thought: bool) -> None:
+        if not self._arguments.json and not (is_thought and self._is_apart):
             common.write(text)
 
     def _answer(
@@ -142,20 +144,30 @@ class _Chat:
         Raises:
             UsageError: the messages do not fit the context or the template.
         """
+        from llmrun.harmony import MessageStream, begun_message, shown_marks, speaks_harmony
         from llmrun.thoughts import ThoughtStream, begins_thought, may_think, shown_tokens, tags_of
 
         arguments, tokenizer = self._arguments, engine.tokenizer
         prompt_ids = self._encode(engine, messages)
-        thoughts = None
-        if may_think(tokenizer):
+        thoughts = shown = None
+        told: tuple[list[str], list[str]] = [], []  # thoughts, and the rest
+        if tokenizer is not None and speaks_harmony(tokenizer):
+            thoughts, shown = MessageStream(begun_message(tokenizer, prompt_ids)), shown_marks(tokenizer)
+            self._is_apart = True
+        elif may_think(tokenizer):
             has_begun = begins_thought(tokenizer, prompt_ids)
             thoughts = ThoughtStream(tags_of(tokenizer), has_begun=has_begun, is_apart=False)
+            shown = shown_tokens(tokenizer)
 
         def tell(thought: str, text: str) -> None:
             if thought:
                 write(thought, True)
+                told[0].append(thought)
             if text:
+                if self._is_apart and told[0] and not told[1]:
+                    write("\n\n", True)
                 write(text, False)
+                told[1].append(text)
 
         room = engine.max_seq_len - len(prompt_ids)
         request = engine.submit(
@@ -163,7 +175,7 @@ class _Chat:
             max_tokens=min(arguments.max_tokens or DEFAULT_ANSWER_TOKENS, max(room, 1)),
             stop=arguments.stop,
             ignore_eos=arguments.ignore_eos,
-            shown_tokens=None if thoughts is None else shown_tokens(tokenizer),
+            shown_tokens=shown,
             **common.sampling_of(arguments),
         )
         try:
@@ -175,6 +187,8 @@ class _Chat:
         if thoughts is not None:
             tell(*thoughts.finish())
         completion = engine.completion(request)
+        if self._is_apart:
+            completion = replace(completion, text="".join(told[1]))
         self._answered = ([*messages], prompt_ids, completion.ids)
         return completion
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive
 
+from llmrun.harmony import HarmonyConstraint, MessageStream, begun_message, shown_marks
 from llmrun.logprobs import TokenLogprobs
 from llmrun.requests import Event
 from llmrun.server import tools as toolbox
@@ -21,6 +22,7 @@ from llmrun.server.prompts import chat_ids
 from llmrun.server.schemas import ChatCall
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
+from llmrun.server.tool_stream import ToolStream
 from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, ends_thought, shown_tokens
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ async def answering(service: Service, call: ChatCall, receive: Receive) -> Async
     async with Answer(service, receive, call.sampled.n) as answer:
         prompt = await service.in_thread(work.prompt)
         await answer.submit([work.submitter(prompt, grammar)], call.sampled.n)
-        yield answer, Pieces(service, call, work.form, is_thinking=work.begins_thought(prompt, grammar))
+        begun, is_thinking = work.begun(prompt), work.begins_thought(prompt, grammar)
+        yield answer, Pieces(service, call, work.form, is_thinking=is_thinking, begun=begun)
 
 
 class _Work:
@@ -53,6 +56,7 @@ class _Work:
     def __init__(self, service: Service, call: ChatCall) -> None:
         self._service, self._call = service, call
         self.form: toolbox.ToolForm | None = None
+        self._may_be_call = False  # by its grammar
         if call.tool_choice != "none":
             self.form = toolbox.tool_form(service.engine.tokenizer)
             if self.form is None:
@@ -62,10 +66,12 @@ class _Work:
         """Return what the answer must be; takes the longer the larger the tools' schemas are, and they may fill a body."""
         call, form, limits = self._call, self.form, self._service.limits
         grammar = call.sampled.grammar
+        self._may_be_call = True
         if form is not None and call.tool_choice != "auto":
             return toolbox.call_grammar(form, call.tools, call.tool_choice, limits)
         if form is not None and grammar is not None and grammar[0] == "json":
             return toolbox.call_grammar(form, call.tools, call.tool_choice, limits, answer=grammar[1])
+        self._may_be_call = False
         return grammar
 
     def prompt(self) -> list[int]:
@@ -81,6 +87,11 @@ class _Work:
             chat_template_kwargs=service.template_kwargs(call.chat_template_kwargs),
         )
 
+    def begun(self, prompt: Sequence[int]) -> str | None:
+        """Return what the prompt has of the answer's first message; None: this model's answers are no messages."""
+        tokenizer = self._service.engine.tokenizer
+        return begun_message(tokenizer, prompt) if tokenizer is not None and self._service.speaks_harmony else None
+
     def begins_thought(self, prompt: Sequence[int], grammar: _Grammar) -> bool:
         service = self._service
         return (grammar is None or service.tells_thoughts) and begins_thought(service.engine.tokenizer, prompt)
@@ -93,6 +104,8 @@ class _Work:
         shown = {} if form is None else form.shown_tokens
         if form is not None or service.tells_thoughts:
             shown = {**shown, **shown_tokens(service.engine.tokenizer)}
+        if service.speaks_harmony and service.engine.tokenizer is not None:
+            shown = shown_marks(service.engine.tokenizer)
 
         def submit(on_event: Callable[[Event], None], i: int) -> Ticket:
             with naming_field("messages", service.engine.max_seq_len):
@@ -111,6 +124,9 @@ class _Work:
         """Return what the answer is held to: behind the thoughts, where these are told apart."""
         service = self._service
         engine, constraint = service.engine, service.constraint(grammar)
+        if constraint is not None and engine.tokenizer is not None and (begun := self.begun(prompt)) is not None:
+            end_ids = engine.manifest.eos_token_ids
+            return HarmonyConstraint(constraint, engine.tokenizer, end_ids, begun, has_channel=self._may_be_call)
         if constraint is None or engine.tokenizer is None or not service.tells_thoughts:
             return constraint
         return ThoughtConstraint(
@@ -149,13 +165,35 @@ class Pieces:
     """
 
     def __init__(
-        self, service: Service, call: ChatCall, form: toolbox.ToolForm | None, *, is_thinking: bool = False
+        self,
+        service: Service,
+        call: ChatCall,
+        form: toolbox.ToolForm | None,
+        *,
+        is_thinking: bool = False,
+        begun: str | None = None,
     ) -> None:
-        """`is_thinking`: the prompt has begun the thoughts."""
+        """Begin the answers.
+
+        Args:
+            service: which tells thoughts, or leaves them in the text.
+            call: the request.
+            form: how the model calls tools; None: it is not to.
+            is_thinking: the prompt has begun the thoughts.
+            begun: what it has of a message, if answers are messages.
+        """
         self.is_late = form is not None or service.tells_thoughts
         self.num_thought: int | None = 0 if service.tells_thoughts else None
-        self._call = call
+        self._call, self._form = call, form
+        self._messages: dict[int, MessageStream] | None = None
         self._thoughts: dict[int, ThoughtStream] | None = None
+        self._parsers: dict[int, ToolStream] | None = None
+        if begun is not None:
+            names = [] if form is None else [tool["function"]["name"] for tool in call.tools]
+            self._messages = collections.defaultdict(
+                lambda: MessageStream(begun, names, is_apart=service.tells_thoughts)
+            )
+            return
         if self.is_late:
             self._thoughts = collections.defaultdict(
                 lambda: ThoughtStream(
@@ -165,19 +203,22 @@ class Pieces:
                     is_tagged=service.tags_answers,
                 )
             )
-        self._parsers: dict[int, toolbox.ToolStream] | None = None
         if form is not None:
             # Any other kind is the client's alone, and may have text before a call.
             has_grammar = call.sampled.grammar is not None and call.sampled.grammar[0] == "json"
-            self._parsers = collections.defaultdict(
-                lambda: toolbox.ToolStream(form, call.tools, has_grammar=has_grammar)
-            )
+            self._parsers = collections.defaultdict(lambda: ToolStream(form, call.tools, has_grammar=has_grammar))
 
     def take(self, choice: Choice, event: Event) -> Piece:
         """Return what an event adds to a choice."""
         entries = [event.logprobs] if event.logprobs is not None and event.token_id is not None else []
         reason, calls = event.finish_reason, []
         thought, text, is_thought = self._split(choice, event)
+        if self._messages is not None:
+            stream = self._messages[choice.index]
+            if stream.is_markup and self.num_thought is not None:
+                entries = []
+            if reason is not None and self._form is not None:
+                calls = [self._form.call(*call) for call in stream.calls[: toolbox.MAX_CALLS]]
         if self._parsers is not None:
             parser = self._parsers[choice.index]
             text = parser.push(text)
@@ -196,9 +237,10 @@ class Pieces:
 
     def _split(self, choice: Choice, event: Event) -> tuple[str, str, bool]:
         """Return what an event adds to the thoughts, and to the rest of a choice, and whether its token is a thought's."""
-        if self._thoughts is None:
+        streams = self._thoughts if self._messages is None else self._messages
+        if streams is None:
             return "", event.text, False
-        stream = self._thoughts[choice.index]
+        stream = streams[choice.index]
         was_thinking = stream.is_thinking
         thought, text = stream.push(event.text)
         is_thought = was_thinking or stream.is_thinking

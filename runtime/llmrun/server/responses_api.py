@@ -60,6 +60,7 @@ class _Response:
         self._number = 0  # of the next event
         sampling = service.engine.sampling_params(**call.sampled.sampling)
         tool_choice = given.get("tool_choice", "auto")
+        effort = given.get("reasoning", {}).get("effort") if service.speaks_harmony else None
         self._head = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -72,7 +73,7 @@ class _Response:
             "metadata": given.get("metadata") or {},
             "parallel_tool_calls": call.may_call_several,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": effort, "summary": None},
             "store": False,
             "temperature": sampling.temperature,
             "text": {"format": {"type": "text"}, **given.get("text", {})},

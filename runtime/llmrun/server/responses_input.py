@@ -36,6 +36,7 @@ _NOTHING = Anything()
 def responses_record(limits: Limits, chat: Record) -> Record:
     """Return the table of a request's fields, of which some are those of a chat."""
     text, name = Text(limits.max_body_bytes), Text(64, 1)
+    effort = chat.fields.get("reasoning_effort")  # where the model's template has a place for it
     function: Any = chat.fields["tools"]
     of_function = {"type": Text(choices=("function",))}
     tool = _Tool(Record({**of_function, **function.item.fields["function"].fields}, required=("type", "name")))
@@ -61,7 +62,7 @@ def responses_record(limits: Limits, chat: Record) -> Record:
             "text": Record({"format": form, "verbosity": _NOTHING}),
             "stream_options": Record({"include_obfuscation": Flag()}),
             "include": ListOf(Text(64), 16),
-            "reasoning": _NOTHING,
+            "reasoning": _NOTHING if effort is None else Record({"effort": effort, "summary": _NOTHING}),
             "prompt_cache_retention": _NOTHING,
             "max_tool_calls": _NOTHING,
             "truncation": Only(("disabled",)),
@@ -177,6 +178,8 @@ def chat_body(body: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
         chat["tool_choice"] = (
             choice if isinstance(choice, str) else {"type": "function", "function": {"name": choice["name"]}}
         )
+    if isinstance(reasoning := given.get("reasoning"), Mapping) and "effort" in reasoning:
+        chat["reasoning_effort"] = reasoning["effort"]
     if (form := given.get("text", {}).get("format")) is not None:
         chat["response_format"] = _response_format(form)
     return chat

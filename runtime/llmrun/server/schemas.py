@@ -92,8 +92,8 @@ class ChatCall:
 class Schemas:
     """Checks requests against one server's limits."""
 
-    def __init__(self, limits: Limits) -> None:
-        """Build the tables."""
+    def __init__(self, limits: Limits, efforts: tuple[str, ...] = ()) -> None:
+        """Build the tables; `efforts`: what the model's template knows as `reasoning_effort`."""
         text = Text(limits.max_body_bytes)
         ids = ListOf(Number(0, MAX_TOKENS, whole=True), limits.max_body_bytes)
         common = _common(limits)
@@ -151,6 +151,7 @@ class Schemas:
                 "tool_choice": Either(((str, Text(choices=("none", "auto", "required"))), (dict, named))),
                 "parallel_tool_calls": Flag(),
                 "chat_template_kwargs": AnyObject(),
+                **({"reasoning_effort": Text(choices=efforts)} if efforts else {}),
                 "modalities": Only((["text"],)),
                 "audio": Only(()),
                 "functions": Only(([],)),
@@ -220,7 +221,8 @@ class Schemas:
             tools,
             choice,
             given.get("parallel_tool_calls", True),
-            given.get("chat_template_kwargs", {}),
+            {name: given[name] for name in ("reasoning_effort",) if name in given}
+            | given.get("chat_template_kwargs", {}),
             sampled,
         )
 

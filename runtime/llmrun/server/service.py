@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.types import Receive, Scope
 
 from llmrun.engine_loop import EngineLoop
+from llmrun.harmony import EFFORTS, speaks_harmony
 from llmrun.server.errors import ApiError, as_api_error, bad
 from llmrun.server.fields import Record
 from llmrun.server.grammar import Grammars, TokenConstraint
@@ -64,10 +65,11 @@ class Service:
         """
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._reasoning_format = reasoning_format
-        # Both are known with the model.
+        # All are known with the model.
         self.tells_thoughts = False  # apart from an answer's text
         self.thought_tags = THINK
         self.tags_answers = False  # behind thoughts
+        self.speaks_harmony = False
         self.limits, self.names, self.model_name = limits, tuple(names), names[0]
         self.schemas = Schemas(limits)
         self.metrics = Metrics(self.model_name, metrics_prefix)
@@ -102,7 +104,9 @@ class Service:
         self.engine = engine
         self.fingerprint = f"fp_{engine.job.artifact.digest[:10]}"
         tokenizer, model = engine.tokenizer, engine.manifest.model
-        self.tells_thoughts = self._reasoning_format != "none" and may_think(tokenizer)
+        if speaks_harmony(tokenizer):
+            self.speaks_harmony, self.schemas = True, Schemas(self.limits, EFFORTS)
+        self.tells_thoughts = self._reasoning_format != "none" and (self.speaks_harmony or may_think(tokenizer))
         self.thought_tags, self.tags_answers = tags_of(tokenizer), tags_answers(tokenizer)
         self.grammars = (
             None

@@ -9,6 +9,7 @@ Which form a model was trained on is read off its template:
     Functionary   <function=name>{...}</function>, one after the other
     Granite 3     <|tool_call|>[{"name": ..., "arguments": {...}}, ...]; what it writes may begin with <tool_call>[ instead
     Phi 4 mini    <|tool_call|>[...]<|/tool_call|>, or <|tool_call|>{...}<|/tool_call|>, one after the other
+    gpt-oss       a message to the tool (`llmrun.harmony`)
 
 Tags that are special tokens are part of the answer's text here (`ToolForm.shown_tokens`). What a model thinks before it
 answers (`llmrun.thoughts`) makes no calls, whatever it says of them.
@@ -24,13 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmrun.harmony import CONSTRAIN, MESSAGE, call_spelling, speaks_harmony
 from llmrun.server.errors import bad
 from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
 from llmrun.server.json_schema import changed_schema, check_size, checked_schema, closed_schema
 from llmrun.server.limits import Limits
 from llmrun.server.spelled_calls import FUNCTION, PARAMETER, spelled_calls_at
-from llmrun.thoughts import last_place
 from llmrun.tokenizer_backends import alternation
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class ToolForm:
         tokens: those of its tags that are special tokens of the tokenizer, and their ids.
         tells_by_system: the template takes the tools as JSON in the system message, not as a variable.
         is_spelled: the model was taught to write calls as Qwen 3 Coder does.
+        answer: what stands before an answer that is no call.
     """
 
     key: str = ""
@@ -72,6 +74,7 @@ class ToolForm:
     tokens: tuple[tuple[str, int], ...] = ()
     tells_by_system: bool = False
     is_spelled: bool = False
+    answer: str = ""
 
     @property
     def shown_tokens(self) -> dict[int, str]:
@@ -86,6 +89,10 @@ class ToolForm:
     def new_id(self) -> str:
         """Return an id for a call; Mistral's templates take none but of nine letters and digits."""
         return uuid.uuid4().hex[:9] if self.tag == _MISTRAL else f"call_{uuid.uuid4().hex[:24]}"
+
+    def call(self, name: str, arguments: str) -> dict[str, Any]:
+        """Return a call as OpenAI has it."""
+        return {"id": self.new_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @functools.lru_cache(maxsize=4)
@@ -115,6 +122,8 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
     def tokens(*tags: str) -> tuple[tuple[str, int], ...]:
         return tuple((tag, special[tag]) for tag in tags if tag in special)
 
+    if speaks_harmony(tokenizer):
+        return ToolForm(tokens=tokens(CONSTRAIN, MESSAGE), **call_spelling(tokenizer))
     if _HERMES in template:
         closing = _CLOSINGS[_HERMES]
         known = tokens(_HERMES, closing)
@@ -193,7 +202,7 @@ def call_grammar(
         if isinstance(answer, str):
             answer = parse_json(answer.encode(), max_depth=limits.max_schema_depth)
         answer = {"x-guidance": JSON_OPTIONS, **(answer if isinstance(answer, dict) else {"anyOf": [answer]})}
-        starts.append("answer")
+        starts.append(f"{_in_grammar(form, form.answer)} answer".strip())
         rules.append(f"answer: %json {json.dumps(answer)}")
     return "grammar", "\n".join([f"start: {' | '.join(starts)}", *rules, ""])
 
@@ -232,12 +241,6 @@ def _moved(schema: Any, root: str) -> Any:
     return changed_schema(schema, move)
 
 
-def may_be_call(form: ToolForm, text: str) -> bool:
-    """Tell whether an answer that begins with `text` may still turn out to be a call."""
-    start = text.lstrip()
-    return not start or start.startswith("{") or any(tag.startswith(start[: len(tag)]) for tag in form.tags)
-
-
 def find_calls(
     form: ToolForm, tools: Sequence[Mapping[str, Any]], text: str
 ) -> tuple[str | None, list[dict[str, Any]]]:
@@ -253,7 +256,7 @@ def find_calls(
     calls, at = _objects_at(stripped, 0, names)  # first, because an argument may hold what looks like a tag
     if not calls or at < len(stripped):
         calls, at = [], 0
-        while (found := _first_tag(form, stripped, at)) is not None:
+        while (found := first_tag(form, stripped, at)) is not None:
             start, tag = found
             rest += stripped[at:start]
             closing = _CLOSINGS[tag]
@@ -273,11 +276,11 @@ def find_calls(
         rest = (rest + stripped[at:]).strip()
     if not calls or len(calls) > MAX_CALLS:
         return text, []
-    functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    return rest or None, [{"id": form.new_id(), "type": "function", "function": function} for function in functions]
+    return rest or None, [form.call(name, arguments) for name, arguments in calls]
 
 
-def _first_tag(form: ToolForm, text: str, start: int) -> tuple[int, str] | None:
+def first_tag(form: ToolForm, text: str, start: int) -> tuple[int, str] | None:
+    """Return where the first tag that may begin a call stands, and the tag; None: there is none."""
     match = alternation(form.tags).search(text, start)
     return None if match is None else (match.start(), match[0])
 
@@ -349,45 +352,3 @@ def _arguments(value: Any) -> str | None:
 def _after_space(text: str, at: int) -> int:
     match = _BETWEEN.match(text, at)
     return at if match is None else match.end()
-
-
-class ToolStream:
-    """The text of one answer, behind its thoughts, as it comes, with calls held back until the end; see `find_calls`."""
-
-    def __init__(
-        self,
-        form: ToolForm,
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        has_grammar: bool = False,
-    ) -> None:
-        """Begin an answer.
-
-        Args:
-            form: how the model calls tools.
-            tools: the request's.
-            has_grammar: a call begins with the form's tag and has nothing beside it, and what begins otherwise has none.
-        """
-        self._form, self._tools, self._has_grammar = form, tools, has_grammar and bool(form.tag)
-        self._held = ""
-        self._is_text = False  # the answer did not begin as a call
-
-    def push(self, text: str) -> str:
-        """Take more text; return what is certainly not part of a call."""
-        self._held += text
-        if self._has_grammar:
-            self._is_text |= not self._form.tag.startswith(self._held[: len(self._form.tag)])
-            return self._release(len(self._held) if self._is_text else 0)
-        if not self._is_text and may_be_call(self._form, self._held):
-            return ""
-        self._is_text = True
-        found = _first_tag(self._form, self._held, 0)
-        return self._release(last_place(self._held, self._form.tags) if found is None else found[0])
-
-    def finish(self) -> tuple[str | None, list[dict[str, Any]]]:
-        """Return the rest of the text and the calls."""
-        return find_calls(self._form, self._tools, self._release(len(self._held)))
-
-    def _release(self, end: int) -> str:
-        piece, self._held = self._held[:end], self._held[end:]
-        return piece
