@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from models import make_checkpoint
+from unit.tokenizer_makers import edit_json, train_byte_level
+
 SPECIAL = [
     *("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>"),
     *("<|message|>", "<|call|>"),
@@ -47,3 +53,16 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|start|>assistant" }}{% endif %}
 """
+
+
+def harmony_checkpoint(folder: Path) -> dict[str, int]:
+    """Write a random tiny model whose tokenizer, template and end tokens are of gpt-oss's kind; return its special tokens."""
+    folder.mkdir(parents=True)
+    library = train_byte_level(folder, SPECIAL)
+    special = {text: library.token_to_id(text) for text in SPECIAL}
+    make_checkpoint(folder, vocab_size=512, max_position_embeddings=1024)
+    edit_json(folder, "tokenizer_config.json", eos_token="<|return|>")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    ends = [special[name] for name in ("<|return|>", "<|endoftext|>", "<|call|>")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return special

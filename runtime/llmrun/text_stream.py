@@ -83,9 +83,7 @@ class TextStream:
             return ""
         if text := self._shown.get(token_id):
             self._at_start = False
-            text = self._decoder.decode(b"", final=True) + text
-            self._decoder.reset()
-            return self._emit(text)
+            return self._emit(self._decoder.decode(b"", final=True) + text)
         data = self._tokenizer.token_bytes(token_id)
         if self._at_start and data:
             self._at_start = False

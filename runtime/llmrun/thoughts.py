@@ -3,7 +3,7 @@
 Whether a model thinks is read off its chat template, which names the tags (Mistral's begin with [THINK], Seed-OSS's with
 <seed:think>). Where the template ends a prompt with <think> (DeepSeek-R1's), the answer begins within the thoughts; elsewhere
 (Qwen 3's) the model begins them itself, or does not. Granite 3.3's asks for the answer behind them between <response> and
-</response>.
+</response>. Those of gpt-oss are messages (`llmrun.harmony`).
 """
 
 from __future__ import annotations

@@ -148,3 +148,6 @@ def test_shown_tokens_are_text() -> None:
     tokens = _Tokens(b"", b" a", b"", strips_leading_space=True)
     assert "".join(_run(TextStream(tokens, shown={0: "[X]"}), [0, 1, 2, 0])) == "[X] a[X]"
     assert "".join(_run(TextStream(tokens, ["]"], shown={0: "[X]"}), [1, 0, 1])) == "a[X"
+    # Half a character before one is none, and what comes behind it is no other half.
+    halves = _Tokens(b"", b"\xc3", b"\xa4")
+    assert "".join(_run(TextStream(halves, shown={0: "\udc00"}), [1, 2, 1, 0, 2])) == "\xe4\ufffd\udc00\ufffd"
