@@ -14,7 +14,13 @@ SPECIAL = [
 ]
 TEMPLATE = """\
 {%- macro described(tools) -%}
-    {%- for tool in tools %}{{ "// " + tool.function.description + "\\n" + tool.function.name + ";" }}{% endfor -%}
+    {%- for tool in tools %}
+        {{- "// " + tool.function.description + "\\n" + tool.function.name }}
+        {%- for name, schema in ((tool.function.parameters or {}).properties or {}).items() if schema.default is defined %}
+            {{- "(" + name + " = " + (schema.default if schema.enum else schema.default | tojson) + ")" }}
+        {%- endfor %}
+        {{- ";" }}
+    {%- endfor -%}
 {%- endmacro -%}
 {%- macro system() -%}
     {%- if reasoning_effort is not defined %}{% set reasoning_effort = "medium" %}{% endif -%}

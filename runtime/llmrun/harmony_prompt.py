@@ -6,6 +6,7 @@ call before it. Messages that clients send have several calls, of another model'
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,24 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
 
 def template_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tools, each with a description: the template adds to it."""
-    return [{**tool, "function": {"description": "", **tool.get("function", {})}} for tool in tools]
+    """Return the tools with a description and with defaults of choices as text: the template adds to them as such."""
+    described = []
+    for tool in tools:
+        function: dict[str, Any] = {"description": "", **tool.get("function", {})}
+        parameters = function.get("parameters")
+        if isinstance(parameters, Mapping) and isinstance(properties := parameters.get("properties"), Mapping):
+            written = {name: _with_written_default(schema) for name, schema in properties.items()}
+            function["parameters"] = {**parameters, "properties": written}
+        described.append({**tool, "function": function})
+    return described
+
+
+def _with_written_default(schema: Any) -> Any:
+    if not isinstance(schema, Mapping) or not (schema.get("enum") or schema.get("oneOf")):
+        return schema
+    if isinstance(schema.get("default", ""), str):
+        return schema
+    return {**schema, "default": json.dumps(schema["default"], ensure_ascii=False)}
 
 
 def _place(call: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> int:

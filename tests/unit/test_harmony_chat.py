@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from harmony_tokens import harmony_tokenizer, ids_of
-from tool_forms import TOOLS, WEATHER
+from tool_forms import TOOLS, WEATHER, tool
 
 from harmony_model import SPECIAL
 from llmrun.chat import encode_chat, render_chat
@@ -141,6 +141,17 @@ def test_what_the_template_asks_for_reaches_it(harmony: Tokenizer) -> None:
     assert developer == "<|start|>developer<|message|>Be brief.// \nweather;// \nnow;"
     assert " Reasoning: medium<|end|>" in render_chat(harmony, ASKED)
     assert encode_chat(harmony, ASKED)[-2:] == ids_of(harmony, "<|start|>assistant")[-2:]
+
+
+def test_defaults_of_parameters_are_text_where_the_template_takes_them_for_it(harmony: Tokenizer) -> None:
+    parameters = {
+        **{"a": {"enum": [1, 2], "default": 1}, "b": {"enum": ["x", None], "default": None}},
+        **{"c": {"enum": ["x", "y"], "default": "x"}, "d": {"type": "integer", "default": 3}, "e": True},
+    }
+    tools = [tool("f", {"type": "object", "properties": parameters}), {"type": "function", "function": {"name": "g"}}]
+    text = render_chat(harmony, ASKED, tools=tools)
+    assert "f(a = 1)(b = null)(c = x)(d = 3);" in text
+    assert parameters["a"] == {"enum": [1, 2], "default": 1}
 
 
 def test_other_templates_have_thoughts_under_their_own_name(
