@@ -4,8 +4,10 @@
 
 Thoughts are on the channel `analysis`; what is on `final`, or on `commentary` without a recipient, is for the user. A message
 to a tool is a call: `to=functions.NAME` stands in its header, before the channel or behind it, and maybe <|constrain|> and the
-type of what follows. The markup is special tokens, which have no text. In an answer's text they are lone surrogates here: no
-bytes decode to those, so nothing that a model writes, or is told to write, can pass for markup.
+type of what follows. What the model makes up of the user or of a tool is thought, too.
+
+The markup is special tokens, which have no text. In an answer's text they are lone surrogates here: no bytes decode to those,
+so nothing that a model writes, or is told to write, can pass for markup.
 
 The format: https://github.com/openai/harmony, docs/format.md.
 """
@@ -35,6 +37,7 @@ _NAMES_OF = {mark: name for name, mark in _MARKS.items()}
 _MARK = re.compile("([" + "".join(_NAMES_OF) + "])")
 _CHANNEL = re.compile(_MARKS[CHANNEL] + r"\s*(\w+)")
 _RECIPIENT = re.compile(r"(?:\b|assistant)to=([^" + "".join(_NAMES_OF) + "]+)")
+_OTHERS = re.compile(_MARKS[START] + r"\s*(?!assistant|to=)\w")  # a message that the model makes up for somebody else
 _FUNCTIONS = "functions."  # the namespace of a request's tools
 ANALYSIS, FINAL, COMMENTARY = "analysis", "final", "commentary"
 _ROLE = "assistant"
@@ -154,7 +157,7 @@ class MessageStream:
         self._written += text
         self._header += text
         header = self._header.removeprefix(_MARKS[START])
-        if _may_be_header(header):
+        if _may_be_header(header) or _OTHERS.match(self._header):
             return
         # A model that was trained on may have unlearnt the markup: what has no channel is for the user.
         text = header.removeprefix(_ROLE)
@@ -167,7 +170,8 @@ class MessageStream:
         """Begin a message's text."""
         channel = _CHANNEL.search(self._header)
         self.is_open = self._is_new = True
-        self.is_thinking = channel is not None and channel[1] == ANALYSIS
+        is_analysis = channel is not None and channel[1] == ANALYSIS
+        self.is_thinking = is_analysis or _OTHERS.match(self._header) is not None
         self._call, self._arguments = self._called(), ""
         if not self._is_apart and self._call is None:
             self._take_text("")
@@ -337,11 +341,8 @@ def _may_be_header(text: str) -> bool:
 
 def _is_object(arguments: str) -> bool:
     try:
-        found = json.loads(arguments, parse_constant=_no_json)
-    except (ValueError, RecursionError):
+        found = json.loads(arguments)
+        json.dumps(found, allow_nan=False)
+    except (ValueError, RecursionError):  # NaN and 1e999 are Python's only, and nothing that a client can read
         return False
     return isinstance(found, dict)
-
-
-def _no_json(name: str) -> Any:
-    raise ValueError(name)  # NaN and the like are Python's only

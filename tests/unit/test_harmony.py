@@ -93,7 +93,14 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("<|channel|>commentary to=functions.other<|message|>{}", "", "{}", []),
     (f'{ASKS} <|constrain|>json<|message|>{{"city": "Ro', "", '{"city": "Ro', []),
     (f"{ASKS}<|message|>[1]", "", "[1]", []),
+    (f'{ASKS}<|message|>{{"a": 1e999}}', "", '{"a": 1e999}', []),
     (f'{ASKS}<|message|>{{"a": NaN}}', "", '{"a": NaN}', []),
+    # What nobody else has said.
+    (
+        f"{ASKS}<|message|>{CITY}<|call|><|start|>functions.weather to=assistant<|channel|>commentary<|message|>rain<|end|>"
+        "<|start|>user<|message|>And now?<|end|><|start|>assistant<|channel|>final<|message|>Rain.",
+        *("rain\n\nAnd now?", "Rain.", [("weather", CITY)]),
+    ),
     # Cut off elsewhere.
     (f"{THINKS}", "A b.", "", []),
     (f"{THINKS}<|channel|>fin", "A b.", "", []),
