@@ -24,6 +24,31 @@ LEVELS_4 = tl.constexpr(0x3B352E28)
 LEVELS_8 = tl.constexpr(0x534C4640)
 LEVELS_12 = tl.constexpr(0x786C625A)
 SIGN_BITS = tl.constexpr(0x80808080)
+# The same of mxfp4, of 4 * level + 48: its levels are small, and what is added to them takes part in the rounding of sums.
+E2M1_0 = tl.constexpr(0x3C383430)
+E2M1_4 = tl.constexpr(0x60504840)
+E2M1_8 = tl.constexpr(0x24282C30)
+E2M1_12 = tl.constexpr(0x00101820)
+
+
+@triton.constexpr_function
+def has_nibbles(storage):
+    """Whether a byte holds two weights, each the number of one of sixteen levels."""
+    return storage in ("q4", "mxfp4")
+
+
+@triton.constexpr_function
+def levels(storage, first):
+    """Return the bytes of four levels from `first` on."""
+    q4 = {0: LEVELS_0, 4: LEVELS_4, 8: LEVELS_8, 12: LEVELS_12}
+    mxfp4 = {0: E2M1_0, 4: E2M1_4, 8: E2M1_8, 12: E2M1_12}
+    return {"q4": q4, "mxfp4": mxfp4}[storage][first].value
+
+
+@triton.constexpr_function
+def negative_levels(storage, first):
+    """Return the same with bit 7 set."""
+    return levels(storage, first) | SIGN_BITS.value
 
 
 @triton.jit
@@ -84,23 +109,25 @@ def v_perm(high, low, selector):
 
 
 @triton.jit
-def _lookup_cuda(word):
-    """Nibbles 0..3 of `word` -> four bytes 0x80 | level + 64.
+def _lookup_cuda(word, STORAGE: tl.constexpr):
+    """Nibbles 0..3 of `word` -> four bytes of the levels, with bit 7 set.
 
     Both halves of the table are looked up by the whole nibble. Where its top bit asks for the other half, the byte is all ones,
     because every byte of the table is negative: so `&` joins them.
     """
-    low = prmt(_constant(word, LEVELS_0 | SIGN_BITS), _constant(word, LEVELS_4 | SIGN_BITS), word)
+    low = prmt(_constant(word, negative_levels(STORAGE, 0)), _constant(word, negative_levels(STORAGE, 4)), word)
     flipped = word ^ _constant(word, 0x88888888)
-    return low & prmt(_constant(word, LEVELS_8 | SIGN_BITS), _constant(word, LEVELS_12 | SIGN_BITS), flipped)
+    return low & prmt(
+        _constant(word, negative_levels(STORAGE, 8)), _constant(word, negative_levels(STORAGE, 12)), flipped
+    )
 
 
 @triton.jit
-def _lookup_hip(word):
-    """Low nibbles of the four bytes of `word` -> four bytes level + 64."""
+def _lookup_hip(word, STORAGE: tl.constexpr):
+    """Low nibbles of the four bytes of `word` -> four bytes of the levels."""
     index = word & 0x07070707
-    low = v_perm(_constant(word, LEVELS_4), _constant(word, LEVELS_0), index)
-    high = v_perm(_constant(word, LEVELS_12), _constant(word, LEVELS_8), index)
+    low = v_perm(_constant(word, levels(STORAGE, 4)), _constant(word, levels(STORAGE, 0)), index)
+    high = v_perm(_constant(word, levels(STORAGE, 12)), _constant(word, levels(STORAGE, 8)), index)
     return v_perm(high, low, ((word >> 1) & 0x04040404) | 0x03020100)
 
 
@@ -117,18 +144,19 @@ def _byte_float(bytes, i: tl.constexpr):
 
 
 @triton.jit
-def _level_of(q):
-    """q4 by selection, for PLAIN."""
-    byte = tl.where(q < 4, LEVELS_0, tl.where(q < 8, LEVELS_4, tl.where(q < 12, LEVELS_8, LEVELS_12)))
+def _level_of(q, STORAGE: tl.constexpr):
+    """q4 or mxfp4 by selection, for PLAIN."""
+    first = tl.where(q < 4, levels(STORAGE, 0), levels(STORAGE, 4))
+    byte = tl.where(q < 8, first, tl.where(q < 12, levels(STORAGE, 8), levels(STORAGE, 12)))
     return ((byte >> ((q & 3) * 8)) & 0xFF).to(tl.float32)
 
 
 @triton.jit
-def unpack_q4(word, BACKEND: tl.constexpr):
-    """One word -> 8 input features."""
+def unpack_nibbles(word, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
+    """One word of q4 or mxfp4 -> 8 input features."""
     if BACKEND == CUDA:
-        a = _lookup_cuda(word)  # features 0 4 1 5
-        b = _lookup_cuda(word >> 16)  # features 2 6 3 7
+        a = _lookup_cuda(word, STORAGE)  # features 0 4 1 5
+        b = _lookup_cuda(word >> 16, STORAGE)  # features 2 6 3 7
         return (
             _unit_float(a, 0),
             _unit_float(a, 2),
@@ -140,8 +168,8 @@ def unpack_q4(word, BACKEND: tl.constexpr):
             _unit_float(b, 3),
         )
     elif BACKEND == HIP:
-        a = _lookup_hip(word)
-        b = _lookup_hip(word >> 4)
+        a = _lookup_hip(word, STORAGE)
+        b = _lookup_hip(word >> 4, STORAGE)
         return (
             _byte_float(a, 0),
             _byte_float(a, 1),
@@ -154,14 +182,14 @@ def unpack_q4(word, BACKEND: tl.constexpr):
         )
     else:
         return (
-            _level_of(word & 15),
-            _level_of((word >> 8) & 15),
-            _level_of((word >> 16) & 15),
-            _level_of((word >> 24) & 15),
-            _level_of((word >> 4) & 15),
-            _level_of((word >> 12) & 15),
-            _level_of((word >> 20) & 15),
-            _level_of((word >> 28) & 15),
+            _level_of(word & 15, STORAGE),
+            _level_of((word >> 8) & 15, STORAGE),
+            _level_of((word >> 16) & 15, STORAGE),
+            _level_of((word >> 24) & 15, STORAGE),
+            _level_of((word >> 4) & 15, STORAGE),
+            _level_of((word >> 12) & 15, STORAGE),
+            _level_of((word >> 20) & 15, STORAGE),
+            _level_of((word >> 28) & 15, STORAGE),
         )
 
 
@@ -183,37 +211,43 @@ def kept(value: tl.constexpr, num_rows):
     )
 
 
-def with_levels(text):
+def with_levels(text, storage="q4"):
     """Put the two parts of the table that assembly has as constants into it, negative as `_lookup_cuda` wants them."""
-    return text.replace("LEVELS_4", str(LEVELS_4.value | SIGN_BITS.value)).replace(
-        "LEVELS_12", str(LEVELS_12.value | SIGN_BITS.value)
-    )
+    fourth, twelfth = (str(negative_levels(storage, first)) for first in (4, 12))
+    return text.replace("LEVELS_4", fourth).replace("LEVELS_12", twelfth)
 
 
-_UNPACK_HALF = tl.constexpr(
-    with_levels("""{ .reg .b32 a, b, c, d, s, z;
-    mov.b32 s, {$9, $9}; mov.b32 z, 0x64C064C0;
+_UNPACK_HALF = """{ .reg .b32 a, b, c, d, s, z;
+    mov.b32 s, {$9, $9}; mov.b32 z, ZEROS;
     xor.b32 c, $8, 0x88888888;
     prmt.b32 a, $10, LEVELS_4, $8; prmt.b32 b, $11, LEVELS_12, c; and.b32 a, a, b;
     shr.u32 d, $8, 16; shr.u32 c, c, 16;
     prmt.b32 d, $10, LEVELS_4, d; prmt.b32 b, $11, LEVELS_12, c; and.b32 d, d, b;
-    prmt.b32 b, a, 0x64646464, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$0, $1}, b;
-    prmt.b32 b, d, 0x64646464, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$2, $3}, b;
-    prmt.b32 b, a, 0x64646464, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$4, $5}, b;
-    prmt.b32 b, d, 0x64646464, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$6, $7}, b; }""")
-)
+    prmt.b32 b, a, EXPONENTS, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$0, $1}, b;
+    prmt.b32 b, d, EXPONENTS, $12; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$2, $3}, b;
+    prmt.b32 b, a, EXPONENTS, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$4, $5}, b;
+    prmt.b32 b, d, EXPONENTS, $13; sub.f16x2 b, b, z; mul.f16x2 b, b, s; mov.b32 {$6, $7}, b; }"""
+
+
+def _unpack_half(storage, exponents, zeros):
+    return with_levels(_UNPACK_HALF.replace("EXPONENTS", exponents).replace("ZEROS", zeros), storage)
+
+
+UNPACK_Q4_HALF = tl.constexpr(_unpack_half("q4", "0x64646464", "0x64C064C0"))
+UNPACK_MXFP4_HALF = tl.constexpr(_unpack_half("mxfp4", "0x5C5C5C5C", "0x5CB05CB0"))
 
 
 @triton.jit
-def unpack_q4_half(word, scale, num_rows):
-    """Word and scale, float16 -> 8 input features as float16, each level * scale rounded once; for CUDA.
+def unpack_half(word, scale, num_rows, STORAGE: tl.constexpr):
+    """Word of q4 or mxfp4 and scale, float16 -> 8 input features as float16, each level * scale rounded once; for CUDA.
 
-    A byte 0x80 | level + 64 below 0x64 is the float16 1216 + level: two features are two instructions from there.
+    A byte 0x80 | level + 64 below 0x64 is the float16 1216 + level, one 0x80 | 4 * level + 48 below 0x5C is 300 + level: two
+    features are two instructions from there.
     """
     if INTERPRETED:
-        f0, f1, f2, f3, f4, f5, f6, f7 = unpack_q4(word, CUDA)
-        m = scale.to(tl.float32) * 128.0
-        o = scale.to(tl.float32) * -192.0
+        f0, f1, f2, f3, f4, f5, f6, f7 = unpack_nibbles(word, STORAGE, CUDA)
+        m = scale.to(tl.float32) * factor(STORAGE, CUDA)
+        o = scale.to(tl.float32) * offset(STORAGE, CUDA)
         return (
             (f0 * m + o).to(tl.float16),
             (f1 * m + o).to(tl.float16),
@@ -226,13 +260,13 @@ def unpack_q4_half(word, scale, num_rows):
         )
     else:
         return tl.inline_asm_elementwise(
-            _UNPACK_HALF,
+            UNPACK_Q4_HALF if STORAGE == "q4" else UNPACK_MXFP4_HALF,
             "=h,=h,=h,=h,=h,=h,=h,=h,r,h,r,r,r,r",
             [
                 word,
                 scale,
-                kept(LEVELS_0 | SIGN_BITS, num_rows),
-                kept(LEVELS_8 | SIGN_BITS, num_rows),
+                kept(negative_levels(STORAGE, 0), num_rows),
+                kept(negative_levels(STORAGE, 8), num_rows),
                 kept(0x4240, num_rows),
                 kept(0x4341, num_rows),
             ],
@@ -311,13 +345,14 @@ def unpack_q8(word, BACKEND: tl.constexpr):
 @triton.constexpr_function
 def factor(storage, backend):
     """FACTOR of level = v * FACTOR + OFFSET."""
-    return 128.0 if backend == CUDA.value and storage in ("q4", "q6") else 1.0
+    whole = 128.0 if backend == CUDA.value and storage != "q8" else 1.0
+    return whole / 4 if storage == "mxfp4" else whole
 
 
 @triton.constexpr_function
 def offset(storage, backend):
     """OFFSET of level = v * FACTOR + OFFSET."""
-    zero_point = {"q4": 64.0, "q6": 32.0, "q8": 128.0}[storage]
+    zero_point = {"q4": 64.0, "q6": 32.0, "q8": 128.0, "mxfp4": 12.0}[storage]
     if backend != CUDA.value:
         return -zero_point
-    return 0.0 if storage == "q8" else -zero_point - 128.0
+    return 0.0 if storage == "q8" else -zero_point - factor(storage, backend)

@@ -11,14 +11,14 @@ On NVIDIA's chips q4 has `few.py` for up to 16 rows, and on sm_90 `hopper.py` fo
 import triton
 import triton.language as tl
 
-from llmpack_kernels.decode import CUDA, factor, offset, unpack_q4, unpack_q4_half, unpack_q6, unpack_q8
+from llmpack_kernels.decode import CUDA, factor, has_nibbles, offset, unpack_half, unpack_nibbles, unpack_q6, unpack_q8
 from llmpack_kernels.overlap import release, wait
 
 
 @triton.constexpr_function
 def features_per_chunk(storage):
     """Input features in the words of one row that are unpacked together."""
-    return {"q4": 8, "q6": 16, "q8": 4}[storage]
+    return {"q4": 8, "mxfp4": 8, "q6": 16, "q8": 4}[storage]
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def unpack(words, at, mask, STORAGE: tl.constexpr, BACKEND: tl.constexpr):
         part1 = tl.load(words + at + 16, mask=mask, other=other)
         part2 = tl.load(words + at + 32, mask=mask, other=other)
         return unpack_q6(part0, part1, part2, BACKEND)
-    elif STORAGE == "q4":
-        return unpack_q4(tl.load(words + at, mask=mask, other=other), BACKEND)
+    elif has_nibbles(STORAGE):
+        return unpack_nibbles(tl.load(words + at, mask=mask, other=other), STORAGE, BACKEND)
     else:
         return unpack_q8(tl.load(words + at, mask=mask, other=other), BACKEND)
 
@@ -177,9 +177,9 @@ def weight_block(words, scales, num_rows, start, feature, STORAGE: tl.constexpr,
         scale = tl.load(scales + (tile * (K // GROUP) + start // GROUP) * 16 + row)
     else:
         scale = tl.load(scales + (tile * (K // GROUP) + chunk * FEATURES // GROUP) * 16 + row, mask=inside, other=zero)
-    if STORAGE == "q4" and BACKEND == CUDA:
+    if has_nibbles(STORAGE) and BACKEND == CUDA:
         word, scale = tl.broadcast(tl.load(words + at, mask=inside, other=None if IS_WHOLE else 0), scale)
-        h0, h1, h2, h3, h4, h5, h6, h7 = unpack_q4_half(word, scale, num_rows)
+        h0, h1, h2, h3, h4, h5, h6, h7 = unpack_half(word, scale, num_rows, STORAGE)
         halves = tl.join(_stack(h0, h1, h2, h3), _stack(h4, h5, h6, h7))
         if SPREAD:
             halves = halves.reshape((C, BLOCK_N // 4, 4, 2, 2, 2)).permute((0, 5, 3, 4, 2, 1))
@@ -199,7 +199,7 @@ def weight_block(words, scales, num_rows, start, feature, STORAGE: tl.constexpr,
     else:
         f4, f5 = (values[4] * m + o).to(tl.float16), (values[5] * m + o).to(tl.float16)
         f6, f7 = (values[6] * m + o).to(tl.float16), (values[7] * m + o).to(tl.float16)
-        if STORAGE == "q4":
+        if has_nibbles(STORAGE):
             # [C, BLOCK_N, bit 1, bit 0, bit 2]
             block = tl.join(block, _stack(f4, f5, f6, f7))
             return block.permute((0, 4, 2, 3, 1)).reshape((C * FEATURES, BLOCK_N))

@@ -11,7 +11,7 @@ once for all of them. One set for NVIDIA and AMD: nothing here is as `few.py` an
 import triton
 import triton.language as tl
 
-from llmpack_kernels.decode import CUDA
+from llmpack_kernels.decode import CUDA, has_nibbles
 from llmpack_kernels.matmul import partial, saturate, unpack, weight_block
 from llmpack_kernels.overlap import begin, release, wait
 
@@ -19,7 +19,7 @@ from llmpack_kernels.overlap import begin, release, wait
 @triton.constexpr_function
 def features_per_chunk(storage):
     """Input features that are multiplied together, as in `matmul`; float16 has them one by one."""
-    return {"q4": 8, "q8": 4, "f16": 1}[storage]
+    return {"q4": 8, "mxfp4": 8, "q8": 4, "f16": 1}[storage]
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def gate_up_blocks(
 
     Axis 0 blocks, axis 1 BLOCK_N features of F.
     """
-    SPREAD: tl.constexpr = STORAGE == "q4" and BACKEND == CUDA and BLOCK_M >= 64  # as in matmul_blocks
+    SPREAD: tl.constexpr = has_nibbles(STORAGE) and BACKEND == CUDA and BLOCK_M >= 64  # as in matmul_blocks
     TILES: tl.constexpr = F // 16
     COUNT: tl.constexpr = H // features_per_chunk(STORAGE)
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -305,7 +305,7 @@ def down_blocks(
 
     Axis 0 blocks, axis 1 BLOCK_N features of H.
     """
-    SPREAD: tl.constexpr = STORAGE == "q4" and BACKEND == CUDA and BLOCK_M >= 64
+    SPREAD: tl.constexpr = has_nibbles(STORAGE) and BACKEND == CUDA and BLOCK_M >= 64
     COUNT: tl.constexpr = F // features_per_chunk(STORAGE)
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     k = tl.arange(0, BLOCK_K)[None, :]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from llmpack.kernel_file import GridAxis
 
-FEATURES_PER_CHUNK = {"q4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
+FEATURES_PER_CHUNK = {"q4": 8, "mxfp4": 8, "q6": 16, "q8": 4}  # as in llmpack_kernels.matmul
 # Stands for the target's own number among compile-time constants (llmpack_kernels.decode).
 BACKEND = "BACKEND"
 

@@ -62,7 +62,7 @@ def routing(shape: Experts, *, is_normed: bool) -> Iterator[KernelSpec]:
 
 
 def products(shape: Experts, storage: str, group_size: int) -> Iterator[KernelSpec]:
-    """Plan gate_up and down of experts stored as "f16", "q8" or "q4"; group_size 0: none."""
+    """Plan gate_up and down of experts stored as "f16", "q8", "q4" or "mxfp4"; group_size 0: none."""
     hidden, intermediate, chosen = shape.hidden, shape.intermediate, shape.chosen
     constants = {"in_features": hidden, "intermediate_size": intermediate, "num_experts_per_tok": chosen}
     constexprs: dict[str, int | str] = {"STORAGE": storage, "H": hidden, "F": intermediate, "GROUP": group_size}

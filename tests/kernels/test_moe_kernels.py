@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from helpers import random_projection
+from gated_experts import mxfp4_projection, random_experts
 from interpreter import launch
 
 from llmpack import moe_plan
 from llmpack.kernel_spec import KernelSpec
 from llmpack_ops import reference
 
-STORAGES = ("q4", "q8", "f16")
+STORAGES = ("q4", "mxfp4", "q8", "f16")
 HALF = 2.0**-11  # rounding of a result, and of a weight on the matrix units, to float16
 SMALLEST_HALF = 2.0**-25  # half of the last place of the smallest float16
 # float32 sums of some hundred terms, relative to the sum of their sizes.
@@ -31,7 +31,7 @@ class Layer:
     def __post_init__(self) -> None:
         s = self.shape
         parts = [
-            random_projection(self.storage, s.number * n, k, self.group_size, seed)
+            random_experts(self.storage, s.number * n, k, self.group_size, seed)
             for seed, (n, k) in enumerate([(2 * s.intermediate, s.hidden), (s.hidden, s.intermediate)])
         ]
         self.stored = [part.initializers for part in parts]
@@ -219,7 +219,7 @@ def test_few_tokens_in_each_vendors_spelling(storage: str, backend: str) -> None
     check_down_rows(own, 2, backend)
 
 
-CASES_OF_GROUPS = [("q4", 32), ("q4", 64), ("q4", 128), ("q8", 32), ("f16", 32)]
+CASES_OF_GROUPS = [("q4", 32), ("q4", 64), ("q4", 128), ("mxfp4", 32), ("q8", 32), ("f16", 32)]
 
 
 @pytest.mark.parametrize(("storage", "group_size"), CASES_OF_GROUPS)
@@ -276,6 +276,26 @@ def test_many_tokens_of_features_that_fill_no_block(storage: str, group_size: in
     odd = {32: (160, 96), 64: (192, 64), 128: (128, 384)}[group_size]
     own = layer(storage, *odd, number=2, group_size=group_size)
     check_blocks(own, choose(5, own.shape)[0], most)
+
+
+@pytest.mark.parametrize("most", [None, 8, 64])
+def test_every_code_of_mxfp4_is_exact(most: int | None, backend: str) -> None:
+    """Each code alone, in every place of a word: h is a unit vector, and y the standard's number to the last bit."""
+    shape = moe_plan.Experts(hidden=32, intermediate=128, number=1, chosen=1)
+    codes = np.stack([np.roll(np.arange(128) % 16, i) for i in range(32)]).astype(np.uint8)
+    projection = mxfp4_projection(codes, np.full((32, 4), 0.5, np.float16))
+    op = "moe_down_mxfp4" if most is None else "moe_grouped_down_mxfp4"
+    specs = moe_plan.products(shape, "mxfp4", 32)
+    spec = next(s for s in specs if s.op == op and most in (None, s.constants["max_rows"]))
+    h, y, experts = np.eye(128, dtype=np.float16), np.zeros((128, 32), np.float16), np.zeros((128, 1), np.int32)
+    routing = np.ones((128, 1), np.float32)
+    if most is None:
+        launch(spec, backend, h=h, **projection.initializers, experts=experts, routing=routing, y=y)
+    else:
+        pairs, blocks, _ = run_sort(experts, 1, most)
+        table = {"pairs": pairs, "blocks": blocks, "num_experts": 1}
+        launch(spec, backend, **table, h=h, **projection.initializers, routing=routing, z=y)
+    np.testing.assert_array_equal(y.T, projection.weight)
 
 
 def test_one_token_may_go_as_many_do() -> None:
