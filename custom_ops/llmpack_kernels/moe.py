@@ -6,6 +6,8 @@ For few tokens (`*_rows`) time is what reading the weights takes: a program for 
 which computes on the float32 units as `matmul.matmul_rows`. For more (`*_blocks`) the pairs are sorted by expert, and a program
 computes BLOCK_M of them, all of one expert, on the matrix units as `matmul.matmul_blocks`: its weights are read and unpacked
 once for all of them. One set for NVIDIA and AMD: nothing here is as `few.py` and `hopper.py`.
+
+Sums begin with the bias, where there is one. What is none of a kernel's parameters (`scales`, `bias`, `alpha`, `limit`) is 0.
 """
 
 import triton
@@ -50,8 +52,29 @@ def route(logits, experts, routing, E: tl.constexpr, CHOSEN: tl.constexpr, IS_NO
 
 
 @triton.jit
-def _swiglu(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
+def _swiglu(gate, up, alpha, limit, HAS_LIMIT: tl.constexpr):
+    if HAS_LIMIT:
+        every: tl.constexpr = tl.PropagateNan.ALL
+        gate = tl.minimum(gate, limit, every)
+        up = tl.minimum(tl.maximum(up, -limit, every), limit, every)
+        return gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    else:
+        return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _bias_of_rows(bias, tile, is_first):
+    """Return float32 [threads' sums, 16] whose sum is a tile's bias: all of it in the one that is first."""
+    return tl.where(is_first, tl.load(bias + (tile * 16 + tl.arange(0, 16)[None, :])), 0.0)
+
+
+@triton.jit
+def _bias_of_block(bias, tile, feature, N: tl.constexpr, BLOCK_N: tl.constexpr, SPREAD: tl.constexpr):
+    """Return the bias of output features [1, BLOCK_N] from `tile` on, in the order of `matmul.weight_block`."""
+    if SPREAD:
+        place = tl.arange(0, BLOCK_N)[None, :]
+        feature += place % (BLOCK_N // 4) * 4 + place // (BLOCK_N // 4) - place
+    return tl.load(bias + (tile * 16 + feature), mask=feature < N, other=0.0)
 
 
 @triton.jit
@@ -92,19 +115,24 @@ def gate_up_rows(
     x,
     weight,
     scales,
+    bias,
     experts,
     h,
+    alpha,
+    limit,
     STORAGE: tl.constexpr,
     H: tl.constexpr,
     F: tl.constexpr,
     GROUP: tl.constexpr,
     CHOSEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
     CHUNKS: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """X float16 [rows, H], experts int32 [rows, CHOSEN] -> h float16 [rows, CHOSEN, F] = silu(gate) * up.
+    """X float16 [rows, H], experts int32 [rows, CHOSEN] -> h float16 [rows, CHOSEN, F] = act(gate, up).
 
-    Axis 0 pairs, axis 1 tiles of F: gate and up of the same 16 features.
+    Bias float32 [experts, 2 F]. Axis 0 pairs, axis 1 tiles of F: gate and up of the same 16 features.
     """
     TILES: tl.constexpr = F // 16
     COUNT: tl.constexpr = H // features_per_chunk(STORAGE)
@@ -118,13 +146,18 @@ def gate_up_rows(
     x += pair // CHOSEN * H
     gate = tl.zeros([CHUNKS, 16], tl.float32)
     up = tl.zeros([CHUNKS, 16], tl.float32)
+    if HAS_BIAS:
+        is_first = tl.arange(0, CHUNKS)[:, None] == 0
+        gate += _bias_of_rows(bias, tile, is_first)
+        up += _bias_of_rows(bias, tile + TILES, is_first)
     for start in tl.range(0, COUNT, CHUNKS, loop_unroll_factor=2):
         chunk = start + tl.arange(0, CHUNKS)[:, None]
         inside = (chunk < COUNT) if COUNT % CHUNKS else None
         gate += _terms(words, scales, x, chunk, inside, STORAGE, GROUP, BACKEND)
         up += _terms(words_up, scales_up, x, chunk, inside, STORAGE, GROUP, BACKEND)
     release()
-    tl.store(h + pair * F + own * 16 + tl.arange(0, 16), saturate(_swiglu(tl.sum(gate, 0), tl.sum(up, 0)), h))
+    at = h + pair * F + own * 16 + tl.arange(0, 16)
+    tl.store(at, saturate(_swiglu(tl.sum(gate, 0), tl.sum(up, 0), alpha, limit, HAS_LIMIT), h))
 
 
 @triton.jit
@@ -132,6 +165,7 @@ def down_rows(
     h,
     weight,
     scales,
+    bias,
     experts,
     routing,
     y,
@@ -140,13 +174,15 @@ def down_rows(
     F: tl.constexpr,
     GROUP: tl.constexpr,
     CHOSEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """H float16 [rows, CHOSEN, F], experts int32, routing float32 [rows, CHOSEN] -> y float16 [rows, H]: the weighted sum.
 
-    Axis 0 rows, axis 1 tiles of H. SLOTS experts are read at a time, CHUNKS of each: to the memory one long sum.
+    Bias float32 [experts, H]. Axis 0 rows, axis 1 tiles of H. SLOTS experts are read at a time, CHUNKS of each: to the memory
+    one long sum.
     """
     COUNT: tl.constexpr = F // features_per_chunk(STORAGE)
     ALL: tl.constexpr = COUNT % CHUNKS == 0 and CHOSEN % SLOTS == 0
@@ -164,6 +200,8 @@ def down_rows(
         numbers = h + pair * F
         end = tl.where(is_there, COUNT, 0)
         product = tl.zeros([SLOTS * CHUNKS, 16], tl.float32)
+        if HAS_BIAS:
+            product += _bias_of_rows(bias, tile, is_there & (part % CHUNKS == 0))
         for start in tl.range(0, COUNT, CHUNKS, loop_unroll_factor=2):
             chunk = start + part % CHUNKS
             inside = None if ALL else chunk < end
@@ -238,12 +276,17 @@ def gate_up_blocks(
     x,
     weight,
     scales,
+    bias,
     h,
+    alpha,
+    limit,
     STORAGE: tl.constexpr,
     H: tl.constexpr,
     F: tl.constexpr,
     GROUP: tl.constexpr,
     CHOSEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -271,6 +314,9 @@ def gate_up_blocks(
     scales = _scales(scales, tile, H, GROUP, STORAGE)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        gate += _bias_of_block(bias, tile, feature, F, BLOCK_N, SPREAD)
+        up += _bias_of_block(bias, tile + TILES, feature, F, BLOCK_N, SPREAD)
     for start in range(0, tl.where(first < end, H, 0), BLOCK_K):
         inside = is_there if H % BLOCK_K == 0 else is_there & (start + k < H)
         tokens = tl.load(x + row * H + (start + k), mask=inside, other=0.0)
@@ -279,7 +325,7 @@ def gate_up_blocks(
         w = _weights(words_up, scales_up, end, start, feature, STORAGE, H, F, GROUP, BLOCK_N, BLOCK_K, SPREAD, BACKEND)
         up = tl.dot(tokens, w, up)
     release()
-    result = _in_order(_swiglu(gate, up), SPREAD)
+    result = _in_order(_swiglu(gate, up, alpha, limit, HAS_LIMIT), SPREAD)
     tl.store(h + place.to(tl.int64) * F + feature, saturate(result, h), mask=is_there & (feature < F))
 
 
@@ -291,11 +337,13 @@ def down_blocks(
     h,
     weight,
     scales,
+    bias,
     z,
     STORAGE: tl.constexpr,
     H: tl.constexpr,
     F: tl.constexpr,
     GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -318,6 +366,8 @@ def down_blocks(
     words = _words(weight, STORAGE) + tile * (COUNT * 16)
     scales = _scales(scales, tile, F, GROUP, STORAGE)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        total += _bias_of_block(bias, tile, feature, H, BLOCK_N, SPREAD)
     for start in range(0, tl.where(first < end, F, 0), BLOCK_K):
         inside = is_there if F % BLOCK_K == 0 else is_there & (start + k < F)
         numbers = tl.load(h + place.to(tl.int64) * F + (start + k), mask=inside, other=0.0)

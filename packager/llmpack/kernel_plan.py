@@ -66,7 +66,7 @@ def _experts(config: ModelConfig, weights: list[RankWeight], shards: int) -> Ite
     intermediate, number = (config.moe_intermediate_size or 0) // shards, config.num_experts or 0
     shape = moe_plan.Experts(config.hidden_size, intermediate, number, config.num_experts_per_tok or 0)
     yield from moe_plan.routing(shape, is_normed=config.norm_topk_prob)
-    yield from moe_plan.products(shape, storage, group_size)
+    yield from moe_plan.products(shape, storage, group_size, shards)
 
 
 def _products(weights: list[RankWeight]) -> Iterator[KernelSpec]:

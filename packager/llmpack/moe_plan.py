@@ -5,7 +5,6 @@ In: the shape of one rank's experts and how they are stored. Out: `KernelSpec`s,
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,12 +25,19 @@ SORT_BLOCK, COMBINE_BLOCK = 1024, 1024
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer on one rank: hidden_size, intermediate_size, how many there are, and how many a token gets."""
+    """The experts of a layer on one rank: hidden_size, intermediate_size, how many there are, and how many a token gets.
+
+    `has_down_bias` is the model's: of several ranks the first alone adds it. `swiglu`: alpha and limit of a clamped SwiGLU,
+    which launches bring; None: SwiGLU as it is.
+    """
 
     hidden: int
     intermediate: int
     number: int
     chosen: int
+    has_gate_up_bias: bool = False
+    has_down_bias: bool = False
+    swiglu: tuple[float, float] | None = None
 
     @property
     def few_rows(self) -> int:
@@ -61,76 +67,105 @@ def routing(shape: Experts, *, is_normed: bool) -> Iterator[KernelSpec]:
     yield KernelSpec("moe_combine", constants, "moe.combine", constexprs, {"z": "*fp16", "y": "*fp16"}, grid, 128)
 
 
-def products(shape: Experts, storage: str, group_size: int) -> Iterator[KernelSpec]:
-    """Plan gate_up and down of experts stored as "f16", "q8", "q4" or "mxfp4"; group_size 0: none."""
-    hidden, intermediate, chosen = shape.hidden, shape.intermediate, shape.chosen
-    constants = {"in_features": hidden, "intermediate_size": intermediate, "num_experts_per_tok": chosen}
-    constexprs: dict[str, int | str] = {"STORAGE": storage, "H": hidden, "F": intermediate, "GROUP": group_size}
-    constexprs |= {"CHOSEN": chosen, "BACKEND": BACKEND}
-    stored = {"weight": "*fp16"}
-    if storage == "f16":
-        constexprs["scales"] = 0  # a parameter of the function that is none of the kernel
+def products(shape: Experts, storage: str, group_size: int, shards: int = 1) -> Iterator[KernelSpec]:
+    """Plan gate_up and down of experts stored as "f16", "q8", "q4" or "mxfp4" on any of the ranks; group_size 0: none."""
+    yield from _gate_up(shape, storage, group_size)
+    for has_bias in sorted({shape.has_down_bias, shape.has_down_bias and shards == 1}):
+        yield from _down(shape, storage, group_size, has_bias=has_bias)
+
+
+def _gate_up(shape: Experts, storage: str, group_size: int) -> Iterator[KernelSpec]:
+    constants, constexprs, stored = _common(shape, storage, group_size, has_bias=shape.has_gate_up_bias)
+    numbers: dict[str, str] = {}
+    constexprs["HAS_LIMIT"] = int(shape.swiglu is not None)
+    if shape.swiglu is not None:
+        constants["has_limit"] = 1
+        numbers = {"alpha": "fp32", "limit": "fp32"}
     else:
-        constants["group_size"] = group_size
-        stored = {"weight": "*u8", "scales": "*fp16"}
-    yield from _for_few(shape, storage, constants, constexprs, stored)
-
-    sorted_pairs = {"pairs": "*i32", "blocks": "*i32"}
-    gate_up_types = {**sorted_pairs, "x": "*fp16", **stored, "h": "*fp16"}
-    down_types = {**sorted_pairs, "routing": "*fp32", "h": "*fp16", **stored, "z": "*fp16"}
-    for most, (block_m, of_gate_up, of_down, narrow) in BLOCKS.items():
-        for part, tiling, types, n, k in (
-            ("gate_up", of_gate_up, gate_up_types, intermediate, hidden),
-            ("down", of_down, down_types, hidden, intermediate),
-        ):
-            block_n, block_k, threads, stages = tiling
-            own = {name: v for name, v in constexprs.items() if part == "gate_up" or name != "CHOSEN"}
-            own |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": min(block_k, max(32, power_of_two(k)))}
-            grid = (GridAxis("rows", block_m, plus="experts"), GridAxis(factor=-(-n // block_n)), ONE)
-            yield KernelSpec(
-                f"moe_grouped_{part}_{storage}",
-                {**constants, "max_rows": most * shape.number, "block": block_m},
-                f"moe.{part}_blocks",
-                own,
-                types,
-                grid,
-                threads,
-                stages,
-                {"gfx11": {"BLOCK_K": min(narrow, int(own["BLOCK_K"]))}},
-            )
-
-
-def _for_few(
-    shape: Experts,
-    storage: str,
-    constants: dict[str, int],
-    constexprs: dict[str, int | str],
-    stored: dict[str, str],
-) -> Iterator[KernelSpec]:
-    """Plan a program for each pair, or each token, and 16 output features: 16 bytes of weights a thread."""
-    features, rows_a_thread = FEATURES_PER_CHUNK.get(storage, 1), 8 if storage == "f16" else 4
-    constants = {**constants, "max_rows": shape.few_rows}
+        constexprs |= {"alpha": 0, "limit": 0}
+    features, rows_a_thread = _shares(storage)
+    # A program for each pair and 16 output features: 16 bytes of weights a thread.
     chunks = min(256 * rows_a_thread // 16, power_of_two(shape.hidden // features))
-    gate_up = KernelSpec(
+    yield KernelSpec(
         f"moe_gate_up_{storage}",
-        constants,
+        {**constants, "max_rows": shape.few_rows},
         "moe.gate_up_rows",
         {**constexprs, "CHUNKS": chunks},
-        {"x": "*fp16", **stored, "experts": "*i32", "h": "*fp16"},
+        {"x": "*fp16", **stored, "experts": "*i32", "h": "*fp16", **numbers},
         (GridAxis("rows", factor=shape.chosen), GridAxis(factor=shape.intermediate // 16), ONE),
         clamp(chunks * 16 // rows_a_thread, 32, 256),
     )
-    yield gate_up
+    types = {"pairs": "*i32", "blocks": "*i32", "x": "*fp16", **stored, "h": "*fp16", **numbers}
+    yield from _grouped("gate_up", shape, constants, constexprs, types)
+
+
+def _down(shape: Experts, storage: str, group_size: int, *, has_bias: bool) -> Iterator[KernelSpec]:
+    constants, constexprs, stored = _common(shape, storage, group_size, has_bias=has_bias)
+    features, rows_a_thread = _shares(storage)
     slots = min(8, power_of_two(shape.chosen))
-    # Few programs have more threads each, for as many bytes on their way.
+    # Few programs, one for each token and 16 output features, have more threads each, for as many bytes on their way.
     most_threads = 512 if shape.hidden <= 2048 else 256
     chunks = min(max(1, most_threads * rows_a_thread // 16 // slots), power_of_two(shape.intermediate // features))
-    yield dataclasses.replace(
-        gate_up,
-        op=f"moe_down_{storage}",
-        function="moe.down_rows",
-        constexprs={**constexprs, "SLOTS": slots, "CHUNKS": chunks},
-        types={"h": "*fp16", **stored, "experts": "*i32", "routing": "*fp32", "y": "*fp16"},
-        grid=(ROW, GridAxis(factor=shape.hidden // 16), ONE),
-        threads=clamp(slots * chunks * 16 // rows_a_thread, 32, most_threads),
+    yield KernelSpec(
+        f"moe_down_{storage}",
+        {**constants, "max_rows": shape.few_rows},
+        "moe.down_rows",
+        {**constexprs, "SLOTS": slots, "CHUNKS": chunks},
+        {"h": "*fp16", **stored, "experts": "*i32", "routing": "*fp32", "y": "*fp16"},
+        (ROW, GridAxis(factor=shape.hidden // 16), ONE),
+        clamp(slots * chunks * 16 // rows_a_thread, 32, most_threads),
     )
+    types = {"pairs": "*i32", "blocks": "*i32", "routing": "*fp32", "h": "*fp16", **stored, "z": "*fp16"}
+    constexprs = {name: value for name, value in constexprs.items() if name != "CHOSEN"}
+    yield from _grouped("down", shape, constants, constexprs, types)
+
+
+def _common(
+    shape: Experts, storage: str, group_size: int, *, has_bias: bool
+) -> tuple[dict[str, int], dict[str, int | str], dict[str, str]]:
+    """Return constants, constexprs, and the types of what is stored; what a kernel lacks is 0 in its function."""
+    hidden, intermediate, chosen = shape.hidden, shape.intermediate, shape.chosen
+    constants = {"in_features": hidden, "intermediate_size": intermediate, "num_experts_per_tok": chosen}
+    constexprs: dict[str, int | str] = {"STORAGE": storage, "H": hidden, "F": intermediate, "GROUP": group_size}
+    constexprs |= {"CHOSEN": chosen, "BACKEND": BACKEND, "HAS_BIAS": int(has_bias)}
+    stored = {"weight": "*fp16"}
+    if storage == "f16":
+        constexprs["scales"] = 0
+    else:
+        constants["group_size"] = group_size
+        stored = {"weight": "*u8", "scales": "*fp16"}
+    if has_bias:
+        constants["has_bias"] = 1
+        stored["bias"] = "*fp32"
+    else:
+        constexprs["bias"] = 0
+    return constants, constexprs, stored
+
+
+def _shares(storage: str) -> tuple[int, int]:
+    """Return the input features, and the rows of a tile, that a thread multiplies together."""
+    return FEATURES_PER_CHUNK.get(storage, 1), 8 if storage == "f16" else 4
+
+
+def _grouped(
+    part: str,
+    shape: Experts,
+    constants: dict[str, int],
+    constexprs: dict[str, int | str],
+    types: dict[str, str],
+) -> Iterator[KernelSpec]:
+    n, k = (shape.intermediate, shape.hidden) if part == "gate_up" else (shape.hidden, shape.intermediate)
+    for most, (block_m, of_gate_up, of_down, narrow) in BLOCKS.items():
+        block_n, block_k, threads, stages = of_gate_up if part == "gate_up" else of_down
+        block_k = min(block_k, max(32, power_of_two(k)))
+        yield KernelSpec(
+            f"moe_grouped_{part}_{constexprs['STORAGE']}",
+            {**constants, "max_rows": most * shape.number, "block": block_m},
+            f"moe.{part}_blocks",
+            {**constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},
+            types,
+            (GridAxis("rows", block_m, plus="experts"), GridAxis(factor=-(-n // block_n)), ONE),
+            threads,
+            stages,
+            {"gfx11": {"BLOCK_K": min(narrow, block_k)}},
+        )

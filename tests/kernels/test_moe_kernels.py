@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from gated_experts import mxfp4_projection, random_experts
+from gated_experts import SWIGLU, activation, mxfp4_projection, random_experts
 from interpreter import launch
 
 from llmpack import moe_plan
@@ -34,10 +34,19 @@ class Layer:
             random_experts(self.storage, s.number * n, k, self.group_size, seed)
             for seed, (n, k) in enumerate([(2 * s.intermediate, s.hidden), (s.hidden, s.intermediate)])
         ]
-        self.stored = [part.initializers for part in parts]
         self.gate_up = parts[0].weight.reshape(s.number, 2 * s.intermediate, s.hidden)
         self.down = parts[1].weight.reshape(s.number, s.hidden, s.intermediate)
         self.rounding = 0 if self.storage == "f16" else HALF  # of weights, where the matrix units multiply
+        rng = np.random.default_rng(s.number)
+        self.gate_up_bias = rng.standard_normal((s.number, 2 * s.intermediate)).astype(np.float32) * s.has_gate_up_bias
+        self.down_bias = 2 * rng.standard_normal((s.number, s.hidden)).astype(np.float32) * s.has_down_bias
+        self.inputs_of_gate_up = {
+            **parts[0].initializers,
+            **({"bias": self.gate_up_bias} if s.has_gate_up_bias else {}),
+        }
+        self.inputs_of_down = {**parts[1].initializers, **({"bias": self.down_bias} if s.has_down_bias else {})}
+        if s.swiglu is not None:
+            self.inputs_of_gate_up |= dict(zip(("alpha", "limit"), s.swiglu, strict=True))
 
     def spec(self, op: str, most: int | None = None, *, is_normed: bool = True) -> KernelSpec:
         """`most`: the variant for so many pairs for each expert."""
@@ -48,9 +57,9 @@ class Layer:
             and (most is None or s.constants["max_rows"] == most * self.shape.number)
         )  # fmt: skip
 
-    def x(self, rows: int) -> np.ndarray:
-        """Numbers for which gate and up are about 1."""
-        x = np.random.default_rng([rows, self.shape.hidden]).standard_normal((rows, self.shape.hidden))
+    def x(self, rows: int, factor: float = 1) -> np.ndarray:
+        """Numbers for which gate and up are about `factor`."""
+        x = factor * np.random.default_rng([rows, self.shape.hidden]).standard_normal((rows, self.shape.hidden))
         return (x / np.sqrt((self.gate_up**2).sum(2).mean())).astype(np.float16)
 
     def activations(self, pairs: int) -> np.ndarray:
@@ -65,8 +74,11 @@ def layer(
     number: int = 5,
     chosen: int = 2,
     group_size: int = 32,
+    *,
+    biases: tuple[bool, bool] = (False, False),
+    swiglu: tuple[float, float] | None = None,
 ) -> Layer:
-    return Layer(moe_plan.Experts(hidden, intermediate, number, chosen), storage, group_size)
+    return Layer(moe_plan.Experts(hidden, intermediate, number, chosen, *biases, swiglu), storage, group_size)
 
 
 def choose(rows: int, shape: moe_plan.Experts, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -163,20 +175,27 @@ def test_pairs_are_sorted_and_each_is_in_one_block(count: int, number: int, kind
 
 def check_gate_up(own: Layer, h: np.ndarray, x: np.ndarray, experts: np.ndarray, weight_rounding: float) -> None:
     """`x` and `experts` of each row of `h`."""
-    gate_up = own.gate_up[experts]  # [pairs, 2 F, H]
-    sums = np.einsum("pnk,pk->pn", gate_up, x.astype(np.float64))
-    errors = (SUM + weight_rounding) * np.einsum("pnk,pk->pn", np.abs(gate_up), np.abs(x.astype(np.float64)))
+    gate_up, bias = own.gate_up[experts], own.gate_up_bias[experts].astype(np.float64)  # [pairs, 2 F, H], [pairs, 2 F]
+    sums = np.einsum("pnk,pk->pn", gate_up, x.astype(np.float64)) + bias
+    sizes = np.einsum("pnk,pk->pn", np.abs(gate_up), np.abs(x.astype(np.float64)))
+    errors = (SUM + weight_rounding) * sizes + SUM * np.abs(bias)
     width = own.shape.intermediate
-    up, exact = sums[:, width:], reference.swiglu(sums)
-    silu = np.divide(exact, up, out=np.zeros_like(up), where=up != 0)
-    bound = 1.2 * errors[:, :width] * (np.abs(up) + errors[:, width:]) + np.abs(silu) * errors[:, width:]
-    assert (np.abs(h - exact) <= bound + (HALF + SUM) * np.abs(exact) + SMALLEST_HALF).all()
+    gate, up, swiglu = sums[:, :width], sums[:, width:], own.shape.swiglu
+    exact = activation(gate, up, swiglu)
+    alpha = 1.0 if swiglu is None else swiglu[0]
+    # g / (1 + exp(-alpha g)) and the other factor, which change by at most 1.2 and 1 times what their arguments do.
+    factor, other = (
+        (gate, up) if swiglu is None else (np.minimum(gate, swiglu[1]), np.clip(up, -swiglu[1], swiglu[1]) + 1)
+    )
+    silu = factor / (1 + np.exp(-alpha * factor))
+    bound = 1.2 * errors[:, :width] * (np.abs(other) + errors[:, width:]) + np.abs(silu) * errors[:, width:]
+    assert (np.abs(h - exact) <= bound + (HALF + 2 * SUM) * np.abs(exact) + SMALLEST_HALF).all()
 
 
-def check_gate_up_rows(own: Layer, rows: int, backend: str = "cuda") -> None:
-    x, (experts, _) = own.x(rows), choose(rows, own.shape)
+def check_gate_up_rows(own: Layer, rows: int, backend: str = "cuda", factor: float = 1) -> None:
+    x, (experts, _) = own.x(rows, factor), choose(rows, own.shape)
     h = np.full((rows * own.shape.chosen + 1, own.shape.intermediate), 7, np.float16)
-    launch(own.spec("moe_gate_up"), backend, x=x, **own.stored[0], experts=experts, h=h)
+    launch(own.spec("moe_gate_up"), backend, x=x, **own.inputs_of_gate_up, experts=experts, h=h)
     check_gate_up(own, h[:-1], np.repeat(x, own.shape.chosen, 0), experts.reshape(-1), 0)
     assert (h[-1] == 7).all()
 
@@ -186,10 +205,14 @@ def check_down_rows(own: Layer, rows: int, backend: str = "cuda") -> None:
     h = own.activations(experts.size)
     y = np.full((rows + 1, own.shape.hidden), 7, np.float16)
     h_rows = h.reshape(rows, own.shape.chosen, -1)
-    launch(own.spec("moe_down"), backend, h=h_rows, **own.stored[1], experts=experts, routing=routing, y=y)
+    launch(own.spec("moe_down"), backend, h=h_rows, **own.inputs_of_down, experts=experts, routing=routing, y=y)
     down, shares = own.down[experts], routing.astype(np.float64)
-    exact = np.einsum("rc,rcnk,rck->rn", shares, down, h_rows.astype(np.float64))
+    bias = own.down_bias[experts].astype(np.float64)
+    exact = np.einsum("rc,rcnk,rck->rn", shares, down, h_rows.astype(np.float64)) + np.einsum(
+        "rc,rcn->rn", shares, bias
+    )
     size = np.einsum("rc,rcnk,rck->rn", shares, np.abs(down), np.abs(h_rows.astype(np.float64)))
+    size += np.einsum("rc,rcn->rn", shares, np.abs(bias))
     assert (np.abs(y[:-1] - exact) <= SUM * size + HALF * np.abs(exact) + SMALLEST_HALF).all()
     assert (y[-1] == 7).all()
 
@@ -230,25 +253,26 @@ def test_few_tokens_of_features_that_fill_no_turn(storage: str, group_size: int)
     check_down_rows(layer(storage, group_size, many, number=3, group_size=group_size), 1)
 
 
-def check_blocks(own: Layer, experts: np.ndarray, most: int, backend: str = "cuda") -> None:
+def check_blocks(own: Layer, experts: np.ndarray, most: int, backend: str = "cuda", factor: float = 1) -> None:
     """Both grouped products of the pairs with these experts [rows, chosen]."""
     rows, shape = len(experts), own.shape
-    x, count = own.x(rows), experts.size
+    x, count = own.x(rows, factor), experts.size
     pairs, blocks, _ = run_sort(experts, shape.number, most)
     h = np.full((count + 1, shape.intermediate), 7, np.float16)
     table = {"pairs": pairs, "blocks": blocks, "num_experts": shape.number}
-    launch(own.spec("moe_grouped_gate_up", most), backend, **table, x=x, **own.stored[0], h=h)
+    launch(own.spec("moe_grouped_gate_up", most), backend, **table, x=x, **own.inputs_of_gate_up, h=h)
     of_pair = experts.reshape(-1)
     check_gate_up(own, h[:-1], x[pairs // shape.chosen], of_pair[pairs], own.rounding)
     assert (h[-1] == 7).all()
 
     h, z = own.activations(count), np.full((count + 1, shape.hidden), 7, np.float16)
     routing = np.random.default_rng(count).uniform(0.01, 1, experts.shape).astype(np.float32)
-    launch(own.spec("moe_grouped_down", most), backend, **table, routing=routing, h=h, **own.stored[1], z=z)
+    launch(own.spec("moe_grouped_down", most), backend, **table, routing=routing, h=h, **own.inputs_of_down, z=z)
     down, shares = own.down[of_pair], routing.reshape(-1, 1).astype(np.float64)
     in_order = h[np.argsort(pairs)].astype(np.float64)
-    exact = shares * np.einsum("pnk,pk->pn", down, in_order)
-    size = shares * np.einsum("pnk,pk->pn", np.abs(down), np.abs(in_order))
+    bias = own.down_bias[of_pair].astype(np.float64)
+    exact = shares * (np.einsum("pnk,pk->pn", down, in_order) + bias)
+    size = shares * (np.einsum("pnk,pk->pn", np.abs(down), np.abs(in_order)) + np.abs(bias))
     assert (np.abs(z[:-1] - exact) <= (SUM + own.rounding) * size + (HALF + SUM) * np.abs(exact) + SMALLEST_HALF).all()
     assert (z[-1] == 7).all()
 
@@ -324,16 +348,85 @@ def run(own: Layer, x: np.ndarray, logits: np.ndarray, most: int | None, backend
     launch(own.spec("moe_route"), backend, logits=logits, experts=experts, routing=routing)
     y, h = np.zeros_like(x), np.zeros((rows, chosen, own.shape.intermediate), np.float16)
     if most is None:
-        launch(own.spec("moe_gate_up"), backend, x=x, **own.stored[0], experts=experts, h=h)
-        launch(own.spec("moe_down"), backend, h=h, **own.stored[1], experts=experts, routing=routing, y=y)
+        launch(own.spec("moe_gate_up"), backend, x=x, **own.inputs_of_gate_up, experts=experts, h=h)
+        launch(own.spec("moe_down"), backend, h=h, **own.inputs_of_down, experts=experts, routing=routing, y=y)
         return y
     pairs, blocks, _ = run_sort(experts, own.shape.number, most)
     h, z = h.reshape(rows * chosen, -1), np.zeros((rows, chosen, own.shape.hidden), np.float16)
     table = {"pairs": pairs, "blocks": blocks, "num_experts": own.shape.number}
-    launch(own.spec("moe_grouped_gate_up", most), backend, **table, x=x, **own.stored[0], h=h)
-    launch(own.spec("moe_grouped_down", most), backend, **table, routing=routing, h=h, **own.stored[1], z=z)
+    launch(own.spec("moe_grouped_gate_up", most), backend, **table, x=x, **own.inputs_of_gate_up, h=h)
+    launch(own.spec("moe_grouped_down", most), backend, **table, routing=routing, h=h, **own.inputs_of_down, z=z)
     launch(own.spec("moe_combine"), backend, z=z, y=y)
     return y
+
+
+KINDS_OF_GATING = {
+    "biases and a limit": ((True, True), SWIGLU),
+    "ranks but the first": ((True, False), SWIGLU),
+    "biases alone": ((True, True), None),
+    "down's alone": ((False, True), None),
+    "a limit alone": ((False, False), SWIGLU),
+    "another limit": ((True, True), (0.5, 0.25)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_GATING)
+@pytest.mark.parametrize("storage", ["mxfp4", "f16"])
+def test_biases_and_a_clamped_swiglu(storage: str, kind: str) -> None:
+    """gpt-oss's, whose sizes are no powers of two; x is so large that some of the sums are beyond the limit."""
+    biases, swiglu = KINDS_OF_GATING[kind]
+    own = layer(storage, 96, 96, 4, 3, biases=biases, swiglu=swiglu)
+    check_gate_up_rows(own, 3, factor=6)
+    check_down_rows(own, 3)
+    check_blocks(own, choose(7, own.shape)[0], 8, factor=6)
+
+
+@pytest.mark.parametrize("storage", ["mxfp4", "q4", "q8"])
+@pytest.mark.parametrize("most", [None, *moe_plan.BLOCKS])
+def test_biases_in_each_vendors_spelling(storage: str, most: int | None, backend: str) -> None:
+    """Output features that are in another order on NVIDIA's matrix units, and fill no block."""
+    own = layer(storage, 160, 96, 3, 2, biases=(True, True), swiglu=SWIGLU)
+    if most is None:
+        check_gate_up_rows(own, 2, backend, factor=4)
+        check_down_rows(own, 2, backend)
+    else:
+        check_blocks(own, choose(20, own.shape)[0], most, backend, factor=4)
+
+
+def test_a_limit_lets_nan_pass() -> None:
+    """A gate's, and the other factor's."""
+    own = layer("f16", biases=(True, False), swiglu=SWIGLU)
+    x, (experts, _) = own.x(2), choose(2, own.shape)
+    own.gate_up_bias[:, [3, own.shape.intermediate + 5]] = np.nan
+    h = np.zeros((2 * own.shape.chosen, own.shape.intermediate), np.float16)
+    launch(own.spec("moe_gate_up"), x=x, **own.inputs_of_gate_up, experts=experts, h=h)
+    assert np.isnan(h).all(axis=0).nonzero()[0].tolist() == [3, 5]
+
+
+def test_slots_that_no_expert_has_add_no_bias() -> None:
+    """Of ten experts the last two are read with six that are none, whose place is the first expert's."""
+    own = layer("f16", number=11, chosen=10, biases=(True, True))
+    own.down_bias[0] = np.nan
+    experts = np.arange(1, 11, dtype=np.int32).reshape(1, 10)
+    h, y = own.activations(10).reshape(1, 10, -1), np.zeros((1, own.shape.hidden), np.float16)
+    routing = np.full((1, 10), 0.1, np.float32)
+    launch(own.spec("moe_down"), h=h, **own.inputs_of_down, experts=experts, routing=routing, y=y)
+    exact = 0.1 * (np.einsum("cnk,ck->n", own.down[1:], h[0].astype(np.float64)) + own.down_bias[1:].sum(0))
+    np.testing.assert_allclose(y[0], exact, atol=4 * HALF * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_kernels_for_ranks_with_down_bias_and_without(shards: int) -> None:
+    shape = moe_plan.Experts(96, 96, 4, 2, has_gate_up_bias=True, has_down_bias=True, swiglu=SWIGLU)
+    specs = list(moe_plan.products(shape, "mxfp4", 32, shards))
+    for op, number in (("gate_up", 1), ("grouped_gate_up", 3), ("down", 1), ("grouped_down", 3)):
+        found = [spec.constants for spec in specs if spec.op == f"moe_{op}_mxfp4"]
+        is_down = op.endswith("down")
+        assert [c["has_bias"] for c in found if "has_bias" in c] == [1] * number
+        assert len(found) == number * (1 + (is_down and shards > 1))
+        assert ["has_limit" in c for c in found] == [not is_down] * len(found)
+    plain = moe_plan.products(moe_plan.Experts(96, 96, 4, 2), "mxfp4", 32, shards)
+    assert all({"has_bias", "has_limit"}.isdisjoint(spec.constants) for spec in plain)
 
 
 @pytest.mark.parametrize(("storage", "backend"), [("q4", "cuda"), ("f16", "cuda"), ("f16", "hip")])
