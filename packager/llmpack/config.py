@@ -66,10 +66,10 @@ def read_config(model_dir: Path) -> ModelConfig:
     if (quantization := raw.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method is None or method != family.quant_method:
-            others = "" if family.quant_method is None else f" and {family.quant_method}"
+            types = "f32, f16 and bf16" if family.quant_method is None else f"f32, f16, bf16 and {family.quant_method}"
             raise IncompatibleError(
-                f"{path}: has a quantization_config (quant_method {method!r}); llmpack packs f32, f16 and bf16{others} weights:"
-                " take the model that it was made from."
+                f"{path}: has a quantization_config (quant_method {method!r}); llmpack packs {types} weights: take the model"
+                " that it was made from."
             )
 
     if family.is_hybrid:

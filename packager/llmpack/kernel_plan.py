@@ -54,7 +54,8 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
         specs += _experts(config, weights, shards)
     if config.has_qk_norm:
         specs.append(qk_norm(*heads_per_rank(config, shards), config.head_dim))
-    specs += attention(*heads_per_rank(config, shards), config.head_dim, block_size)
+    heads = heads_per_rank(config, shards)
+    specs += attention(*heads, config.head_dim, block_size, has_sinks=config.has_sinks)
     specs += sampling(next(w for w in weights if w.row.role == "head").num_rows)
     if shards > 1:
         specs += collectives(config.hidden_size, shards, has_post_norms=config.has_post_norms)
@@ -64,7 +65,10 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
 def _experts(config: ModelConfig, weights: list[RankWeight], shards: int) -> Iterator[KernelSpec]:
     storage, group_size = next((w.storage, w.group_size or 0) for w in weights if w.row.role == "experts")
     intermediate, number = (config.moe_intermediate_size or 0) // shards, config.num_experts or 0
-    shape = moe_plan.Experts(config.hidden_size, intermediate, number, config.num_experts_per_tok or 0)
+    has_biases, alpha, limit = config.has_expert_biases, config.swiglu_alpha, config.swiglu_limit
+    swiglu = None if alpha is None or limit is None else (alpha, limit)
+    chosen = config.num_experts_per_tok or 0
+    shape = moe_plan.Experts(config.hidden_size, intermediate, number, chosen, has_biases, has_biases, swiglu)
     yield from moe_plan.routing(shape, is_normed=config.norm_topk_prob)
     yield from moe_plan.products(shape, storage, group_size, shards)
 

@@ -99,7 +99,45 @@ GRANITE_1B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "vocab_size": 49155,
 }
-PUBLISHED = {"qwen": QWEN_30B, "qwen-coder": QWEN_CODER_30B, "mixtral": MIXTRAL_8X7B, "granite": GRANITE_1B}
+GPT_OSS_20B: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "pad_token_id": 199999,
+    "quantization_config": {"modules_to_not_convert": ["model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"rope_type": "yarn", "truncate": False},
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+PUBLISHED = {
+    "qwen": QWEN_30B,
+    "qwen-coder": QWEN_CODER_30B,
+    "mixtral": MIXTRAL_8X7B,
+    "granite": GRANITE_1B,
+    "gpt-oss": GPT_OSS_20B,
+}
 
 
 def read(folder: Path, config: dict[str, Any]) -> ModelConfig:
@@ -123,7 +161,14 @@ def test_settings_are_those_of_transformers(name: str, spelling: str, tmp_path: 
     assert found.moe_intermediate_size == getattr(truth, "moe_intermediate_size", truth.intermediate_size)
     assert found.norm_topk_prob == getattr(truth, "norm_topk_prob", True)
     assert found.intermediate_size == truth.intermediate_size
-    assert (found.sliding_window, found.layer_types, found.mlp_layer_types) == (None, None, None)
+    assert found.mlp_layer_types is None
+    if name == "gpt-oss":
+        assert (found.sliding_window, list(found.layer_types or ())) == (truth.sliding_window, truth.layer_types)
+        assert (found.swiglu_alpha, found.swiglu_limit) == (truth.swiglu_alpha, truth.swiglu_limit)
+        assert found.rope.items() >= truth.rope_parameters.items()
+        assert (found.attention_bias, found.has_output_bias) == (truth.attention_bias, truth.attention_bias)
+    else:
+        assert (found.sliding_window, found.layer_types, found.swiglu_limit) == (None, None, None)
     assert (found.num_attention_heads, found.num_key_value_heads) == (
         truth.num_attention_heads,
         truth.num_key_value_heads,
