@@ -1,4 +1,6 @@
-// MoEF16, MoEQ8 and MoEQ4 of a GPU's graph: the experts of each token (FORMAT.md 5.16, 8.4).
+// MoEF16, MoEQ8, MoEQ4 and MoEMXFP4 of a GPU's graph: the experts of each token (FORMAT.md 5.16, 8.4).
+#include <iterator>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -23,8 +25,12 @@ struct PlainExperts {
 
 template <WeightType type>
 struct QuantizedExperts {
-    static constexpr const char* kName = type == WeightType::kQ8 ? "MoEQ8" : "MoEQ4";
-    static constexpr const char* kStorage = type == WeightType::kQ8 ? "q8" : "q4";
+    static constexpr const char* kName = type == WeightType::kQ8   ? "MoEQ8"
+                                         : type == WeightType::kQ4 ? "MoEQ4"
+                                                                   : "MoEMXFP4";
+    static constexpr const char* kStorage = type == WeightType::kQ8   ? "q8"
+                                            : type == WeightType::kQ4 ? "q4"
+                                                                      : "mxfp4";
     static constexpr bool kIsQuantized = true;
     static constexpr WeightType kType = type;
     static constexpr Port kInputs[] = {{"x", kFloat16},
@@ -96,23 +102,40 @@ struct GpuMoE {
         gpu::DevicePointer experts, routing, h, pairs, blocks, z, end;
     };
 
-    explicit GpuMoE(const NodeInfo& node) : sizes(node, Stored::kIsQuantized) {
+    explicit GpuMoE(const NodeInfo& node)
+        : sizes(node, Stored::kIsQuantized),
+          clamp(clamp_attributes(node)),
+          gate_up_bias(node, std::size(kInputs) - 2),
+          down_bias(node, std::size(kInputs) - 1) {
         Launcher& launcher = Launcher::current();
         route = launcher.operation("moe_route",
                                    {{"num_experts", sizes.experts},
                                     {"num_experts_per_tok", sizes.chosen},
                                     {"norm_topk_prob", sizes.is_normed}},
                                    {{"logits", kPointer}, {"experts", kPointer}, {"routing", kPointer}});
-        gate_up = product(launcher, "moe_gate_up_",
+        // Kernels with a bias or a limit have a constant that others lack: those of older artifacts do.
+        gpu::Constants plain{{"in_features", sizes.hidden},
+                             {"intermediate_size", sizes.intermediate},
+                             {"num_experts_per_tok", sizes.chosen}};
+        if (Stored::kIsQuantized) plain["group_size"] = sizes.group_size;
+        gpu::Constants of_gate_up = plain, of_down = plain;
+        if (gate_up_bias.is_there()) of_gate_up["has_bias"] = 1;
+        if (down_bias.is_there()) of_down["has_bias"] = 1;
+        if (clamp) of_gate_up["has_limit"] = 1;
+        gate_up = product(launcher, "moe_gate_up_", of_gate_up,
                           {{"x", kPointer},
                            {"weight", kPointer},
                            {"scales", kPointer},
+                           {"bias", kPointer},
                            {"experts", kPointer},
-                           {"h", kPointer}});
-        down = product(launcher, "moe_down_",
+                           {"h", kPointer},
+                           {"alpha", kNumber},
+                           {"limit", kNumber}});
+        down = product(launcher, "moe_down_", of_down,
                        {{"h", kPointer},
                         {"weight", kPointer},
                         {"scales", kPointer},
+                        {"bias", kPointer},
                         {"experts", kPointer},
                         {"routing", kPointer},
                         {"y", kPointer}});
@@ -120,20 +143,24 @@ struct GpuMoE {
             "moe_sort", {{"num_experts", sizes.experts}},
             {{"experts", kPointer}, {"pairs", kPointer}, {"blocks", kPointer}, {"num_pairs", kInteger}},
             {"block"});
-        grouped_gate_up = product(launcher, "moe_grouped_gate_up_",
+        grouped_gate_up = product(launcher, "moe_grouped_gate_up_", of_gate_up,
                                   {{"pairs", kPointer},
                                    {"blocks", kPointer},
                                    {"x", kPointer},
                                    {"weight", kPointer},
                                    {"scales", kPointer},
-                                   {"h", kPointer}});
-        grouped_down = product(launcher, "moe_grouped_down_",
+                                   {"bias", kPointer},
+                                   {"h", kPointer},
+                                   {"alpha", kNumber},
+                                   {"limit", kNumber}});
+        grouped_down = product(launcher, "moe_grouped_down_", of_down,
                                {{"pairs", kPointer},
                                 {"blocks", kPointer},
                                 {"routing", kPointer},
                                 {"h", kPointer},
                                 {"weight", kPointer},
                                 {"scales", kPointer},
+                                {"bias", kPointer},
                                 {"z", kPointer}});
         combine = launcher.operation("moe_combine",
                                      {{"in_features", sizes.hidden}, {"num_experts_per_tok", sizes.chosen}},
@@ -150,51 +177,55 @@ struct GpuMoE {
         const auto [gate_up_weight, gate_up_scales] =
             weights(context, 2, 2 * sizes.intermediate, sizes.hidden);
         const auto [down_weight, down_scales] = weights(context, kDown, sizes.hidden, sizes.intermediate);
+        const void* const b =
+            bias(context, gate_up_bias, 2 * sizes.intermediate, "[num_experts, 2 * intermediate_size]");
+        const void* const down_b = bias(context, down_bias, sizes.hidden, "[num_experts, out_features]");
         const Launcher& launcher = Launcher::current();
         if (T > launcher.settings.max_rows) {
             throw OpError("x has " + std::to_string(T) + " tokens, expected at most " +
                           std::to_string(launcher.settings.max_rows));
         }
+        const auto [alpha, limit] = clamp.value_or(Clamp{});
         void* y = context.output_memory(0, {T, sizes.hidden});
         if (T == 0) return;
         const gpu::Stream stream = context.gpu_stream();
         const Scratch at = scratch(launcher.workspace(), T);
         route.launch({T}, {logits.data, at.experts, at.routing}, stream);
         if (T <= gate_up.most_rows()) {
-            gate_up.launch({T}, {x.data, gate_up_weight, gate_up_scales, at.experts, at.h}, stream);
-            down.launch({T}, {at.h, down_weight, down_scales, at.experts, at.routing, y}, stream);
+            gate_up.launch({T}, {x.data, gate_up_weight, gate_up_scales, b, at.experts, at.h, alpha, limit},
+                           stream);
+            down.launch({T}, {at.h, down_weight, down_scales, down_b, at.experts, at.routing, y}, stream);
             return;
         }
         const gpu::Step grouped{P, 1, 1, sizes.experts};
         sort.launch(grouped, {at.experts, at.pairs, at.blocks, narrow(P)}, stream);
-        grouped_gate_up.launch(grouped, {at.pairs, at.blocks, x.data, gate_up_weight, gate_up_scales, at.h},
-                               stream);
-        grouped_down.launch(grouped, {at.pairs, at.blocks, at.routing, at.h, down_weight, down_scales, at.z},
-                            stream);
+        grouped_gate_up.launch(
+            grouped, {at.pairs, at.blocks, x.data, gate_up_weight, gate_up_scales, b, at.h, alpha, limit},
+            stream);
+        grouped_down.launch(
+            grouped, {at.pairs, at.blocks, at.routing, at.h, down_weight, down_scales, down_b, at.z}, stream);
         combine.launch({T}, {at.z, y}, stream);
     }
 
     static constexpr int64_t kLeastBlock = 16;  // pairs of a block (FORMAT.md 8.4)
     ExpertSizes sizes;
+    std::optional<Clamp> clamp;
+    OptionalInput gate_up_bias, down_bias;
     Operation route, gate_up, down, sort, grouped_gate_up, grouped_down, combine;
 
   private:
-    Operation product(Launcher& launcher, const char* op, std::initializer_list<Argument> arguments) const {
-        const std::string name = std::string(op) + Stored::kStorage;
-        if constexpr (Stored::kIsQuantized) {
-            return launcher.operation(name,
-                                      {{"in_features", sizes.hidden},
-                                       {"intermediate_size", sizes.intermediate},
-                                       {"num_experts_per_tok", sizes.chosen},
-                                       {"group_size", sizes.group_size}},
-                                      arguments, {"block"});
-        } else {
-            return launcher.operation(name,
-                                      {{"in_features", sizes.hidden},
-                                       {"intermediate_size", sizes.intermediate},
-                                       {"num_experts_per_tok", sizes.chosen}},
-                                      arguments, {"block"});
-        }
+    static Operation product(Launcher& launcher, const char* op, const gpu::Constants& constants,
+                             std::initializer_list<Argument> arguments) {
+        return launcher.operation(std::string(op) + Stored::kStorage, constants, arguments, {"block"});
+    }
+
+    // The biases [num_experts, columns]; null: none.
+    const void* bias(const Context& context, const OptionalInput& input, int64_t columns,
+                     const char* meaning) const {
+        const std::optional<Tensor> found = input.of(context);
+        if (!found) return nullptr;
+        found->expect_shape({sizes.experts, columns}, meaning);
+        return found->data;
     }
 
     // The weights and scales (null: none) of all experts, [N, K] each, from input `index` on.
@@ -229,7 +260,8 @@ struct GpuMoE {
 
 std::vector<const OrtCustomOp*> gpu_moe_ops() {
     return gpu_ops_of<GpuMoE<PlainExperts>, GpuMoE<QuantizedExperts<WeightType::kQ8>>,
-                      GpuMoE<QuantizedExperts<WeightType::kQ4>>>();
+                      GpuMoE<QuantizedExperts<WeightType::kQ4>>,
+                      GpuMoE<QuantizedExperts<WeightType::kMXFP4>>>();
 }
 
 }  // namespace llmpack::ort

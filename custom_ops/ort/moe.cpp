@@ -453,18 +453,8 @@ struct MoEOp {
                 bounded_attribute(node, "norm_topk_prob", 0, 1) == 1};
     }
     static Gate gate_attributes(const NodeInfo& node) {
-        const auto alpha = node.optional_float_attribute("swiglu_alpha"),
-                   limit = node.optional_float_attribute("swiglu_limit");
-        if (!alpha && !limit) return {Gating::kSwiGLU};
-        if (!alpha || !limit) {
-            throw OpError(
-                "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or "
-                "neither");
-        }
-        if (!(*limit >= 0.0f)) {
-            throw OpError("attribute swiglu_limit is " + std::to_string(*limit) + ", expected at least 0");
-        }
-        return {Gating::kClampedSwiGLU, {*alpha, *limit}};
+        const std::optional<Clamp> clamp = clamp_attributes(node);
+        return clamp ? Gate{Gating::kClampedSwiGLU, *clamp} : Gate{Gating::kSwiGLU};
     }
     // [num_experts, columns], or null: none.
     const float* bias_of(const Context& context, const OptionalInput& input, int64_t columns,

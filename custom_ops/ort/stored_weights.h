@@ -1,7 +1,9 @@
-// The shapes of matrices in row tiles (FORMAT.md 4.3), which CPUs and GPUs read alike.
+// What nodes for CPUs and for GPUs have alike: the shapes of matrices in row tiles (FORMAT.md 4.3), and
+// attributes.
 #ifndef LLMPACK_ORT_STORED_WEIGHTS_H_
 #define LLMPACK_ORT_STORED_WEIGHTS_H_
 
+#include <optional>
 #include <string>
 
 #include "cpu/isa.h"
@@ -17,6 +19,21 @@ inline int64_t group_size_attribute(const NodeInfo& node) {
         throw OpError("attribute group_size is " + std::to_string(group_size) + ", expected 32, 64 or 128");
     }
     return group_size;
+}
+
+// Of a MoE with a clamped SwiGLU.
+inline std::optional<Clamp> clamp_attributes(const NodeInfo& node) {
+    const auto alpha = node.optional_float_attribute("swiglu_alpha"),
+               limit = node.optional_float_attribute("swiglu_limit");
+    if (!alpha && !limit) return std::nullopt;
+    if (!alpha || !limit) {
+        throw OpError(
+            "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or neither");
+    }
+    if (!(*limit >= 0.0f)) {
+        throw OpError("attribute swiglu_limit is " + std::to_string(*limit) + ", expected at least 0");
+    }
+    return Clamp{*alpha, *limit};
 }
 
 constexpr const char* kTilesOfRows = "ceil(out_features / 16)";

@@ -65,10 +65,15 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
 def _experts(config: ModelConfig, weights: list[RankWeight], shards: int) -> Iterator[KernelSpec]:
     storage, group_size = next((w.storage, w.group_size or 0) for w in weights if w.row.role == "experts")
     intermediate, number = (config.moe_intermediate_size or 0) // shards, config.num_experts or 0
-    has_biases, alpha, limit = config.has_expert_biases, config.swiglu_alpha, config.swiglu_limit
-    swiglu = None if alpha is None or limit is None else (alpha, limit)
-    chosen = config.num_experts_per_tok or 0
-    shape = moe_plan.Experts(config.hidden_size, intermediate, number, chosen, has_biases, has_biases, swiglu)
+    shape = moe_plan.Experts(
+        config.hidden_size,
+        intermediate,
+        number,
+        config.num_experts_per_tok or 0,
+        has_gate_up_bias=config.has_expert_biases,
+        has_down_bias=config.has_expert_biases,
+        has_limit=config.swiglu_limit is not None,
+    )
     yield from moe_plan.routing(shape, is_normed=config.norm_topk_prob)
     yield from moe_plan.products(shape, storage, group_size, shards)
 

@@ -27,8 +27,7 @@ SORT_BLOCK, COMBINE_BLOCK = 1024, 1024
 class Experts:
     """The experts of a layer on one rank: hidden_size, intermediate_size, how many there are, and how many a token gets.
 
-    `has_down_bias` is the model's: of several ranks the first alone adds it. `swiglu`: alpha and limit of a clamped SwiGLU,
-    which launches bring; None: SwiGLU as it is.
+    `has_down_bias` is the model's: of several ranks the first alone adds it. `has_limit`: SwiGLU is clamped.
     """
 
     hidden: int
@@ -37,7 +36,7 @@ class Experts:
     chosen: int
     has_gate_up_bias: bool = False
     has_down_bias: bool = False
-    swiglu: tuple[float, float] | None = None
+    has_limit: bool = False
 
     @property
     def few_rows(self) -> int:
@@ -77,8 +76,8 @@ def products(shape: Experts, storage: str, group_size: int, shards: int = 1) -> 
 def _gate_up(shape: Experts, storage: str, group_size: int) -> Iterator[KernelSpec]:
     constants, constexprs, stored = _common(shape, storage, group_size, has_bias=shape.has_gate_up_bias)
     numbers: dict[str, str] = {}
-    constexprs["HAS_LIMIT"] = int(shape.swiglu is not None)
-    if shape.swiglu is not None:
+    constexprs["HAS_LIMIT"] = int(shape.has_limit)
+    if shape.has_limit:
         constants["has_limit"] = 1
         numbers = {"alpha": "fp32", "limit": "fp32"}
     else:

@@ -23,6 +23,12 @@ from llmrun.manifest import ModelConfig
 
 ELEMENT = {np.dtype(d): i for d, i in ((np.float32, 1), (np.uint8, 2), (np.int32, 6), (np.int64, 7), (np.float16, 10))}
 EXPERTS, EXPERTS_STORED = moe_plan.Experts(256, 128, 6, 3), (("q4", 64), ("q8", 32), ("f16", 0))
+# Those of gpt-oss: biases, of which the ranks but the first have gate_up's alone, and a clamped SwiGLU.
+BIASED, BIASED_STORED, CLAMP = (
+    moe_plan.Experts(288, 96, 6, 3, True, True, True),
+    (("mxfp4", 32), ("f16", 0)),
+    (1.702, 7.0),
+)
 N, K, VOCABULARY = 256, 512, 512
 SINKING = (64, 8, 64)  # heads, KV heads and head_dim of gpt-oss
 # float16 results are rounded once (2^-11), and their terms are sums in float32; scores pass through exponentials.
@@ -42,7 +48,10 @@ def extra_specs() -> list[KernelSpec]:
     found += [qk_norm(*heads, config.head_dim), gated("geglu", config.intermediate_size)]
     for storage, group_size in EXPERTS_STORED:
         found += moe_plan.products(EXPERTS, storage, group_size)
-    found += [spec for is_normed in (False, True) for spec in moe_plan.routing(EXPERTS, is_normed=is_normed)]
+    for storage, group_size in BIASED_STORED:
+        found += moe_plan.products(BIASED, storage, group_size, shards=2)
+    for shape in (EXPERTS, BIASED):
+        found += [spec for is_normed in (False, True) for spec in moe_plan.routing(shape, is_normed=is_normed)]
     found += norms(config.hidden_size, has_post_norms=True)
     found += attention(*SINKING, shapes.BLOCK_SIZE, has_sinks=True)
     return list({(spec.op, *sorted(spec.constants.items())): spec for spec in found}.values())
@@ -63,6 +72,7 @@ def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
         "sinks",
         "top_k",
         "experts",
+        "biased_experts",
     ):
         error = getattr(checks, name)()
         bench.results[f"operators/{name}"] = error
@@ -306,10 +316,14 @@ class Checks:
 
     def experts(self) -> float:
         """Every storage; few tokens and many, up to the largest blocks; all of them to the same experts; logits with a NaN."""
-        return max(self._experts(storage, group_size) for storage, group_size in EXPERTS_STORED)
+        return max(self._experts(EXPERTS, storage, group_size, 0) for storage, group_size in EXPERTS_STORED)
 
-    def _experts(self, storage: str, group_size: int) -> float:
-        number, hidden, width, chosen = EXPERTS.number, EXPERTS.hidden, EXPERTS.intermediate, EXPERTS.chosen
+    def biased_experts(self) -> float:
+        """The same with a limit, which some of the sums are beyond, and both biases, or gate_up's."""
+        return max(self._experts(BIASED, *stored, biases) for stored in BIASED_STORED for biases in (1, 2))
+
+    def _experts(self, shape: moe_plan.Experts, storage: str, group_size: int, num_biases: int) -> float:
+        number, hidden, width, chosen = shape.number, shape.hidden, shape.intermediate, shape.chosen
         parts = [
             helpers.random_projection(storage, number * n, k, group_size or 32)
             for n, k in ((2 * width, hidden), (hidden, width))
@@ -318,9 +332,19 @@ class Checks:
         sizes = {"num_experts": number, "num_experts_per_tok": chosen, "intermediate_size": width}
         sizes |= {"in_features": hidden, "out_features": hidden, **({"group_size": group_size} if group_size else {})}
         stored = [array for part in parts for array in part.initializers.values()]
+        biases = [
+            3 * self.rng.standard_normal((number, n)).astype(np.float32) for n in (2 * width, hidden)[:num_biases]
+        ]
+        attributes: dict[str, float] = dict(sizes)
+        truth: dict[str, Any] = dict(zip(("gate_up_bias", "down_bias"), biases, strict=False))
+        if shape.has_limit:
+            attributes |= zip(("swiglu_alpha", "swiglu_limit"), CLAMP, strict=True)
+            truth["clamp"] = CLAMP
+        num_inputs = 2 + len(stored) + num_biases
         worst = 0.0
         for is_normed in (False, True):
-            node = self.ort.node(f"MoE{storage.upper()}", norm_topk_prob=int(is_normed), **sizes)
+            attributes["norm_topk_prob"] = int(is_normed)
+            node = self.ort.node(f"MoE{storage.upper()}", num_inputs=num_inputs, **attributes)
             for rows in (1, 2, 3, 16, 17, 100, 200):
                 x = self.rng.standard_normal((rows, hidden)) / np.sqrt((gate_up**2).sum(2).mean())
                 logits = self.rng.standard_normal((rows, number)).astype(np.float32)
@@ -329,10 +353,11 @@ class Checks:
                 if rows > 2:
                     logits[1, 0] = np.nan
                 x = x.astype(np.float16)
-                (y,) = self.run(node, [x, logits, *stored], [((rows, hidden), np.float16)])
+                (y,) = self.run(node, [x, logits, *stored, *biases], [((rows, hidden), np.float16)])
                 bad = np.isnan(logits).any(axis=1)
                 if not (np.isnan(y) == bad[:, None]).all():
                     raise AssertionError(f"MoE {storage}, {rows} rows: a row is NaN if, and only if, its logits are")
-                expected = reference.moe(x[~bad], logits[~bad], gate_up, down, chosen, norm_topk_prob=is_normed)
+                own, sent = x[~bad], logits[~bad]
+                expected = reference.moe(own, sent, gate_up, down, chosen, norm_topk_prob=is_normed, **truth)
                 worst = max(worst, self.close_to(y[~bad], expected, "moe", f"MoE {storage}, {rows} rows"))
         return worst

@@ -38,7 +38,7 @@ def untile(storage: str, n: int, k: int, p: Launch) -> np.ndarray:
     tiles = -(-n // 16)
     if storage == "f16":
         return at(p["weight"], (tiles, k, 16), np.float16).transpose(0, 2, 1).reshape(-1, k)[:n].astype(np.float32)
-    if storage == "q4":
+    if storage in ("q4", "mxfp4"):
         b = at(p["weight"], (tiles, k // 8, 16, 4), np.uint8)
         q = np.concatenate([b & 15, b >> 4], axis=3)
     elif storage == "q6":
@@ -60,7 +60,9 @@ _weights: dict[tuple, tuple[int, np.ndarray]] = {}  # by place: a checksum of th
 def weight(storage: str, n: int, k: int, p: Launch) -> np.ndarray:
     """Return the weight [n, k] in float32; a place may hold another one later, as memory is given back and taken again."""
     key, tiles = (p["weight"], storage, n, k), -(-n // 16)
-    sum_of = zlib.adler32(at(p["weight"], (tiles * k * {"f16": 32, "q8": 16, "q6": 12, "q4": 8}[storage],), np.uint8))
+    sum_of = zlib.adler32(
+        at(p["weight"], (tiles * k * {"f16": 32, "q8": 16, "q6": 12, "q4": 8, "mxfp4": 8}[storage],), np.uint8)
+    )
     if storage != "f16":
         sum_of = zlib.adler32(at(p["scales"], (tiles * 16 * (k // p["group_size"]) * 2,), np.uint8), sum_of)
     if _weights.get(key, (None,))[0] != sum_of:
@@ -215,11 +217,22 @@ def moe_route(p: Launch) -> None:
 
 def _expert(storage: str, expert: int, n: int, k: int, p: Launch) -> np.ndarray:
     """Weights [n, k] of one expert."""
-    width = {"f16": 32, "q8": 16, "q4": 8}[storage]  # bytes of 16 rows and one input feature
+    width = {"f16": 32, "q8": 16, "q4": 8, "mxfp4": 8}[storage]  # bytes of 16 rows and one input feature
     own = {**p, "weight": p["weight"] + expert * n * k * width // 16}
     if storage != "f16":
         own["scales"] += expert * n * (k // p["group_size"]) * 2
     return weight(storage, n, k, own)
+
+
+def _bias(expert: int, n: int, p: Launch) -> np.ndarray:
+    """Return one expert's [n]; zeros where the kernel has none."""
+    return at(p["bias"] + expert * n * 4, (n,), np.float32) if p.get("has_bias") else np.zeros(n, np.float32)
+
+
+def _gate(sums: np.ndarray, p: Launch) -> np.ndarray:
+    return half(
+        reference.clamped_swiglu(sums, p["alpha"], p["limit"]) if p.get("has_limit") else reference.swiglu(sums)
+    )
 
 
 def moe_gate_up(storage: str, p: Launch) -> None:
@@ -229,8 +242,9 @@ def moe_gate_up(storage: str, p: Launch) -> None:
     x, experts = at(p["x"], (rows, hidden), np.float16), at(p["experts"], (rows, chosen), np.int32)
     h = at(p["h"], (rows, chosen, width), np.float16)
     for t, i in np.ndindex(rows, chosen):
-        sums = x[t].astype(np.float32) @ _expert(storage, int(experts[t, i]), 2 * width, hidden, p).T
-        h[t, i] = half(reference.swiglu(sums[None]))[0]
+        expert = int(experts[t, i])
+        sums = x[t].astype(np.float32) @ _expert(storage, expert, 2 * width, hidden, p).T + _bias(expert, 2 * width, p)
+        h[t, i] = _gate(sums[None], p)[0]
 
 
 def moe_down(storage: str, p: Launch) -> None:
@@ -239,7 +253,8 @@ def moe_down(storage: str, p: Launch) -> None:
     experts, shares = (at(p[n], (rows, chosen), t) for n, t in (("experts", np.int32), ("routing", np.float32)))
     h, total = at(p["h"], (rows, chosen, width), np.float16).astype(np.float32), np.zeros((rows, hidden))
     for t, i in np.ndindex(rows, chosen):
-        total[t] += shares[t, i] * (_expert(storage, int(experts[t, i]), hidden, width, p) @ h[t, i])
+        expert = int(experts[t, i])
+        total[t] += shares[t, i] * (_expert(storage, expert, hidden, width, p) @ h[t, i] + _bias(expert, hidden, p))
     at(p["y"], (rows, hidden), np.float16)[:] = half(total)
 
 
@@ -267,8 +282,8 @@ def moe_grouped_gate_up(storage: str, p: Launch) -> None:
     for expert, places, pairs in _blocks(p):
         rows = pairs // p["num_experts_per_tok"]
         x = at(p["x"], (int(rows.max()) + 1, hidden), np.float16)[rows].astype(np.float32)
-        sums = x @ _expert(storage, expert, 2 * width, hidden, p).T
-        at(p["h"], (places.stop, width), np.float16)[places] = half(reference.swiglu(sums))
+        sums = x @ _expert(storage, expert, 2 * width, hidden, p).T + _bias(expert, 2 * width, p)
+        at(p["h"], (places.stop, width), np.float16)[places] = _gate(sums, p)
 
 
 def moe_grouped_down(storage: str, p: Launch) -> None:
@@ -277,7 +292,7 @@ def moe_grouped_down(storage: str, p: Launch) -> None:
         h = at(p["h"], (places.stop, width), np.float16)[places].astype(np.float32)
         shares = at(p["routing"], (int(pairs.max()) + 1,), np.float32)[pairs, None]
         z = at(p["z"], (int(pairs.max()) + 1, hidden), np.float16)
-        z[pairs] = half(shares * (h @ _expert(storage, expert, hidden, width, p).T))
+        z[pairs] = half(shares * (h @ _expert(storage, expert, hidden, width, p).T + _bias(expert, hidden, p)))
 
 
 def moe_combine(p: Launch) -> None:
@@ -375,7 +390,7 @@ KERNELS: dict[str, Callable[[Launch], None]] = {
     "moe_combine": moe_combine,
     **{
         f"moe_{name}_{s}": (lambda p, s=s, f=f: f(s, p))
-        for s in ("f16", "q8", "q4")
+        for s in ("f16", "q8", "q4", "mxfp4")
         for name, f in (
             ("gate_up", moe_gate_up),
             ("down", moe_down),

@@ -39,6 +39,7 @@ def test_the_program_runs_dry(chip, tmp_path):
             "sinks",
             "top_k",
             "experts",
+            "biased_experts",
         )
     }
     assert {f"model {name}: {what}, graph" for name in ("dry", "dry-moe") for what in ("decode", "prefill 16")} <= set(

@@ -1,4 +1,4 @@
-"""MoEF16, MoEQ8 and MoEQ4 of a GPU's graph on the stand-in driver: what is launched, in which order, and what is refused."""
+"""MoE operators of a GPU's graph on the stand-in driver: what is launched, in which order, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def kernels(tmp_path):
 
 def test_it_is_right_for_few_tokens_and_for_many(run, kernels):  # noqa: F811
     assert run(kernels, "checks.experts()") == "0 \n"
+
+
+def test_it_is_right_with_biases_and_a_limit(run, kernels):  # noqa: F811
+    assert run(kernels, "checks.biased_experts()") == "0 \n"
 
 
 # What is launched for how many tokens: pairs up to 8 and 64 for each of 6 experts have a variant of their own.
@@ -134,3 +138,37 @@ def test_tensors_of_another_size_are_named(run, kernels, index, name):  # noqa: 
 
 def test_more_tokens_than_the_workspace_is_for_are_refused(run, kernels):  # noqa: F811
     assert "MoEQ4 'moe': x has 513 tokens, expected at most 512" in run(kernels, call("\n    call(513)"))
+
+
+BIASED = """
+    sizes = {{"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": 1, "intermediate_size": 96}}
+    sizes |= {{"in_features": 288, "out_features": 288, "group_size": {group_size}, **{attributes}}}
+    node = checks.ort.node("MoEMXFP4", name="moe", num_inputs={num_inputs}, **sizes)
+    some = checks.device.allocate(1 << 22)
+    shapes = [(10, (1, 288)), (1, (1, 6)), (2, (72, 36, 16, 4)), (10, (72, 9, 16)), (2, (108, 12, 16, 4)), (10, (108, 3, 16))]
+    shapes += {biases}
+    checks.ort.call(node, [(*shape, some) for shape in shapes], [(10, (1, 288), some)], checks.device.stream)
+"""
+CLAMP = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+RIGHT = [(1, (6, 192)), (1, (6, 288))]
+BIASED_REFUSED = [
+    (CLAMP, [(1, (6, 96)), (1, (6, 288))], 32, "input gate_up_bias has shape [6, 96], expected [6, 192] = [num_experts, 2 * i"),
+    (CLAMP, [(1, (6, 192)), (1, (5, 288))], 32, "input down_bias has shape [5, 288], expected [6, 288] = [num_experts, out_f"),
+    (CLAMP, [(10, (6, 192)), (1, (6, 288))], 32, "input gate_up_bias is of float16, expected float32"),
+    ({"swiglu_limit": 7.0}, RIGHT, 32, "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or"),
+    ({"swiglu_alpha": 1.0}, RIGHT, 32, "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or"),
+    ({**CLAMP, "swiglu_limit": -1.0}, RIGHT, 32, "attribute swiglu_limit is -1.000000, expected at least 0"),
+    ({}, RIGHT, 32, "has no moe_gate_up_mxfp4 with "),
+    (CLAMP, [], 32, "has no moe_gate_up_mxfp4 with "),
+    (CLAMP, RIGHT, 64, "in_features is 288, expected a multiple of 16 and of group_size (64)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("attributes", "biases", "group_size", "expected"), BIASED_REFUSED)
+def test_biases_and_limits_that_do_not_fit_are_refused(run, kernels, attributes, biases, group_size, expected):  # noqa: F811
+    num_inputs = 6 + len(biases)
+    said = run(
+        kernels, BIASED.format(attributes=attributes, biases=biases, group_size=group_size, num_inputs=num_inputs)
+    )
+    assert "MoEMXFP4 'moe': " in said
+    assert expected in said

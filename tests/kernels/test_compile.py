@@ -41,8 +41,8 @@ CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 
 def representative() -> list[KernelSpec]:
     """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, one that sees other ranks, and
-    what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it, gpt-oss's sinks, and Qwen 3
-    30B-A3B's experts.
+    what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it, gpt-oss's sinks and
+    experts, and Qwen 3 30B-A3B's.
     """
     chosen = [qk_norm(32, 8, 128), gated("geglu", 14336)]
     for spec in (*norms(8192, has_post_norms=True), *collectives(8192, 2, has_post_norms=True)):
@@ -52,10 +52,11 @@ def representative() -> list[KernelSpec]:
     chosen += [spec for spec in attention(64, 8, 64, 16, has_sinks=True) if "has_sinks" in spec.constants]
     chosen += [spec for spec in sampling(262144) if spec.op == "top_k_last"]
     # Of the three sizes of blocks the largest; `make kernels` has all.
-    largest = {"moe_gate_up_q4": 16, "moe_down_q4": 16, "moe_grouped_gate_up_q4": 0, "moe_grouped_down_q4": 0}
-    for spec in specs_of("qwen-3-30b-a3b", 1):
-        if spec.op in largest and spec.constants["max_rows"] == largest[spec.op]:
-            chosen.append(spec)
+    products = ("moe_gate_up", "moe_down", "moe_grouped_gate_up", "moe_grouped_down")
+    for shape, storage, group_size in (("qwen-3-30b-a3b", "q4", 64), ("gpt-oss-20b", "mxfp4", 32)):
+        for spec in specs_of(shape, 1, group_size=group_size):
+            if spec.op in [f"{op}_{storage}" for op in products] and spec.constants.get("block", 128) == 128:
+                chosen.append(spec)
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":
             if spec.constants["max_rows"] in (4, 8, 16, 0) and spec.constants["out_features"] == 5120:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from gated_experts import SWIGLU, activation, mxfp4_projection, random_experts
+from helpers import quantized_projection, random_projection
 from interpreter import launch
 
 from llmpack import moe_plan
@@ -15,6 +15,7 @@ from llmpack_ops import reference
 
 STORAGES = ("q4", "mxfp4", "q8", "f16")
 HALF = 2.0**-11  # rounding of a result, and of a weight on the matrix units, to float16
+CLAMP = (1.702, 7.0)  # gpt-oss's swiglu_alpha and swiglu_limit
 SMALLEST_HALF = 2.0**-25  # half of the last place of the smallest float16
 # float32 sums of some hundred terms, relative to the sum of their sizes.
 SUM = 3e-7
@@ -27,11 +28,12 @@ class Layer:
     shape: moe_plan.Experts
     storage: str
     group_size: int = 32
+    clamp: tuple[float, float] | None = None  # alpha and limit
 
     def __post_init__(self) -> None:
         s = self.shape
         parts = [
-            random_experts(self.storage, s.number * n, k, self.group_size, seed)
+            random_projection(self.storage, s.number * n, k, self.group_size, seed)
             for seed, (n, k) in enumerate([(2 * s.intermediate, s.hidden), (s.hidden, s.intermediate)])
         ]
         self.gate_up = parts[0].weight.reshape(s.number, 2 * s.intermediate, s.hidden)
@@ -45,8 +47,8 @@ class Layer:
             **({"bias": self.gate_up_bias} if s.has_gate_up_bias else {}),
         }
         self.inputs_of_down = {**parts[1].initializers, **({"bias": self.down_bias} if s.has_down_bias else {})}
-        if s.swiglu is not None:
-            self.inputs_of_gate_up |= dict(zip(("alpha", "limit"), s.swiglu, strict=True))
+        if self.clamp is not None:
+            self.inputs_of_gate_up |= dict(zip(("alpha", "limit"), self.clamp, strict=True))
 
     def spec(self, op: str, most: int | None = None, *, is_normed: bool = True) -> KernelSpec:
         """`most`: the variant for so many pairs for each expert."""
@@ -76,9 +78,10 @@ def layer(
     group_size: int = 32,
     *,
     biases: tuple[bool, bool] = (False, False),
-    swiglu: tuple[float, float] | None = None,
+    clamp: tuple[float, float] | None = None,
 ) -> Layer:
-    return Layer(moe_plan.Experts(hidden, intermediate, number, chosen, *biases, swiglu), storage, group_size)
+    shape = moe_plan.Experts(hidden, intermediate, number, chosen, *biases, has_limit=clamp is not None)
+    return Layer(shape, storage, group_size, clamp)
 
 
 def choose(rows: int, shape: moe_plan.Experts, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -180,14 +183,14 @@ def check_gate_up(own: Layer, h: np.ndarray, x: np.ndarray, experts: np.ndarray,
     sizes = np.einsum("pnk,pk->pn", np.abs(gate_up), np.abs(x.astype(np.float64)))
     errors = (SUM + weight_rounding) * sizes + SUM * np.abs(bias)
     width = own.shape.intermediate
-    gate, up, swiglu = sums[:, :width], sums[:, width:], own.shape.swiglu
-    exact = activation(gate, up, swiglu)
-    alpha = 1.0 if swiglu is None else swiglu[0]
-    # g / (1 + exp(-alpha g)) and the other factor, which change by at most 1.2 and 1 times what their arguments do.
-    factor, other = (
-        (gate, up) if swiglu is None else (np.minimum(gate, swiglu[1]), np.clip(up, -swiglu[1], swiglu[1]) + 1)
-    )
-    silu = factor / (1 + np.exp(-alpha * factor))
+    # g / (1 + exp(-alpha g)) changes by at most 1.2 times what g does; cut off, neither g nor the other factor by more.
+    if own.clamp is None:
+        gate, other, exact = sums[:, :width], sums[:, width:], reference.swiglu(sums)
+        silu = gate / (1 + np.exp(-gate))
+    else:
+        alpha, limit = own.clamp
+        gate, other = np.minimum(sums[:, :width], limit), np.clip(sums[:, width:], -limit, limit) + 1
+        silu, exact = gate / (1 + np.exp(-alpha * gate)), reference.clamped_swiglu(sums, alpha, limit)
     bound = 1.2 * errors[:, :width] * (np.abs(other) + errors[:, width:]) + np.abs(silu) * errors[:, width:]
     assert (np.abs(h - exact) <= bound + (HALF + 2 * SUM) * np.abs(exact) + SMALLEST_HALF).all()
 
@@ -304,10 +307,10 @@ def test_many_tokens_of_features_that_fill_no_block(storage: str, group_size: in
 
 @pytest.mark.parametrize("most", [None, 8, 64])
 def test_every_code_of_mxfp4_is_exact(most: int | None, backend: str) -> None:
-    """Each code alone, in every place of a word: h is a unit vector, and y the standard's number to the last bit."""
+    """Each code alone, in every place of a word: h is a unit vector, and y its level to the last bit."""
     shape = moe_plan.Experts(hidden=32, intermediate=128, number=1, chosen=1)
     codes = np.stack([np.roll(np.arange(128) % 16, i) for i in range(32)]).astype(np.uint8)
-    projection = mxfp4_projection(codes, np.full((32, 4), 0.5, np.float16))
+    projection = quantized_projection("mxfp4", codes, np.ones((32, 4), np.float16))
     op = "moe_down_mxfp4" if most is None else "moe_grouped_down_mxfp4"
     specs = moe_plan.products(shape, "mxfp4", 32)
     spec = next(s for s in specs if s.op == op and most in (None, s.constants["max_rows"]))
@@ -361,11 +364,11 @@ def run(own: Layer, x: np.ndarray, logits: np.ndarray, most: int | None, backend
 
 
 KINDS_OF_GATING = {
-    "biases and a limit": ((True, True), SWIGLU),
-    "ranks but the first": ((True, False), SWIGLU),
+    "biases and a limit": ((True, True), CLAMP),
+    "ranks but the first": ((True, False), CLAMP),
     "biases alone": ((True, True), None),
     "down's alone": ((False, True), None),
-    "a limit alone": ((False, False), SWIGLU),
+    "a limit alone": ((False, False), CLAMP),
     "another limit": ((True, True), (0.5, 0.25)),
 }
 
@@ -374,8 +377,8 @@ KINDS_OF_GATING = {
 @pytest.mark.parametrize("storage", ["mxfp4", "f16"])
 def test_biases_and_a_clamped_swiglu(storage: str, kind: str) -> None:
     """gpt-oss's, whose sizes are no powers of two; x is so large that some of the sums are beyond the limit."""
-    biases, swiglu = KINDS_OF_GATING[kind]
-    own = layer(storage, 96, 96, 4, 3, biases=biases, swiglu=swiglu)
+    biases, clamp = KINDS_OF_GATING[kind]
+    own = layer(storage, 96, 96, 4, 3, biases=biases, clamp=clamp)
     check_gate_up_rows(own, 3, factor=6)
     check_down_rows(own, 3)
     check_blocks(own, choose(7, own.shape)[0], 8, factor=6)
@@ -385,7 +388,7 @@ def test_biases_and_a_clamped_swiglu(storage: str, kind: str) -> None:
 @pytest.mark.parametrize("most", [None, *moe_plan.BLOCKS])
 def test_biases_in_each_vendors_spelling(storage: str, most: int | None, backend: str) -> None:
     """Output features that are in another order on NVIDIA's matrix units, and fill no block."""
-    own = layer(storage, 160, 96, 3, 2, biases=(True, True), swiglu=SWIGLU)
+    own = layer(storage, 160, 96, 3, 2, biases=(True, True), clamp=CLAMP)
     if most is None:
         check_gate_up_rows(own, 2, backend, factor=4)
         check_down_rows(own, 2, backend)
@@ -395,7 +398,7 @@ def test_biases_in_each_vendors_spelling(storage: str, most: int | None, backend
 
 def test_a_limit_lets_nan_pass() -> None:
     """A gate's, and the other factor's."""
-    own = layer("f16", biases=(True, False), swiglu=SWIGLU)
+    own = layer("f16", biases=(True, False), clamp=CLAMP)
     x, (experts, _) = own.x(2), choose(2, own.shape)
     own.gate_up_bias[:, [3, own.shape.intermediate + 5]] = np.nan
     h = np.zeros((2 * own.shape.chosen, own.shape.intermediate), np.float16)
@@ -417,7 +420,7 @@ def test_slots_that_no_expert_has_add_no_bias() -> None:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_kernels_for_ranks_with_down_bias_and_without(shards: int) -> None:
-    shape = moe_plan.Experts(96, 96, 4, 2, has_gate_up_bias=True, has_down_bias=True, swiglu=SWIGLU)
+    shape = moe_plan.Experts(96, 96, 4, 2, has_gate_up_bias=True, has_down_bias=True, has_limit=True)
     specs = list(moe_plan.products(shape, "mxfp4", 32, shards))
     for op, number in (("gate_up", 1), ("grouped_gate_up", 3), ("down", 1), ("grouped_down", 3)):
         found = [spec.constants for spec in specs if spec.op == f"moe_{op}_mxfp4"]
