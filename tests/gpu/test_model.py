@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import standin
 
-from models import GEMMA, GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
+from models import GEMMA, GPT_OSS, GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
+from mxfp4_checkpoint import store_in_mxfp4
 
 WORKER = Path(standin.HERE) / "worker.py"
 # float16 between operators (2^-11 each), two layers, against float64, relative to the largest logit: seen 1e-3.
@@ -88,6 +89,8 @@ FAMILIES = {
     "not-all-rotated": SMOLLM,
     "windowed": {"model_type": "mistral", "sliding_window": 2},
     "normalised-before-it-is-added": {**GEMMA, "sliding_window": 2},
+    # All experts: of fewer, rounding decides which.
+    "experts-as-published": {**GPT_OSS, "num_hidden_layers": 2, "sliding_window": 2, "num_experts_per_tok": 6},
 }
 
 
@@ -95,6 +98,8 @@ FAMILIES = {
 @pytest.mark.parametrize("size", [1, 2])
 def test_models_beside_llama_give_the_logits_of_the_packed_bytes(family, size, gpu_artifact, tmp_path, run_ranks):
     checkpoint = make_checkpoint(tmp_path / "m", **FAMILIES[family])
+    if family == "experts-as-published":
+        store_in_mxfp4(checkpoint)
     for result in run_ranks("logits", gpu_artifact(checkpoint, size, "q4"), size):
         assert max(result["errors"]) < TOLERANCE, result["errors"]
 
