@@ -38,7 +38,8 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
 def weights_of(manifest: dict[str, Any], rank: int) -> list[RankWeight]:
     """What a rank holds, planned again."""
     described = manifest["quantization"]
-    quantization = Quantization(described["scheme"], described["group_size"] or 64)
+    has_mxfp4 = described["roles"].get("experts") == "mxfp4"
+    quantization = Quantization(described["scheme"], described["group_size"] or 64, has_mxfp4)
     return plan_rank(ModelConfig(**manifest["model"]), quantization, manifest["shards"], rank)
 
 
