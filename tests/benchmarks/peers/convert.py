@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFWriter, RopeScalingType
 from safetensors import safe_open
 
 WHOLE = {
@@ -53,8 +53,18 @@ QWEN_MOE_LAYER = {
     "experts.up_proj": "ffn_up_exps",
     "experts.down_proj": "ffn_down_exps",
 }
-LAYERS = {"llama": LAYER, "gemma3_text": GEMMA_LAYER, "qwen3_moe": QWEN_MOE_LAYER}
-ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+GPT_OSS_LAYER = {
+    **LAYER,
+    "post_attention_layernorm": "post_attention_norm",
+    "self_attn.sinks": "attn_sinks",
+    "mlp.router": "ffn_gate_inp",
+    "experts.gate_proj": "ffn_gate_exps",
+    "experts.up_proj": "ffn_up_exps",
+    "experts.down_proj": "ffn_down_exps",
+}
+LAYERS = {"llama": LAYER, "gemma3_text": GEMMA_LAYER, "qwen3_moe": QWEN_MOE_LAYER, "gpt_oss": GPT_OSS_LAYER}
+ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float16)
 
 
 def main(source: Path, target: Path) -> None:
@@ -70,6 +80,14 @@ def main(source: Path, target: Path) -> None:
         writer.add_expert_count(config["num_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if kind == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config["rope_scaling"]["original_max_position_embeddings"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -84,12 +102,14 @@ def main(source: Path, target: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     add_vocabulary(writer, source / "vocabulary.json")
     writer.add_file_type(1)
-    for name, value in tensors_of(source, config.get("num_experts")):
+    tensors = apart(tensors_of(source, None)) if kind == "gpt_oss" else tensors_of(source, config.get("num_experts"))
+    for name, value in tensors:
         if is_gemma:
             value = value + 1 if value.ndim == 1 else value
         elif kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             value = neighbouring_pairs(value, kv_heads if "k_proj" in name else heads)
-        dtype = np.float32 if value.ndim == 1 or name.endswith(".mlp.gate.weight") else np.float16
+        is_small = value.ndim == 1 or name.endswith((".mlp.gate.weight", ".mlp.router.weight", ".bias"))
+        dtype = np.float32 if is_small else np.float16
         writer.add_tensor(gguf_name(name, LAYERS[kind]), np.ascontiguousarray(value, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -104,13 +124,39 @@ def tensors_of(source: Path, num_experts: int | None) -> Iterator[tuple[str, np.
         with safe_open(path, "np") as file:
             for name in sorted(file.keys(), key=lambda name: [part.zfill(6) for part in name.split(".")]):
                 layer, is_expert, rest = name.partition("mlp.experts.")
-                if not is_expert:
+                if not is_expert or num_experts is None:
                     yield name, file.get_tensor(name)
                     continue
                 stack = f"{layer}experts.{rest.partition('.')[2]}"
                 stacks.setdefault(stack, []).append(file.get_tensor(name))
                 if len(stacks[stack]) == num_experts:
                     yield stack, np.stack(stacks.pop(stack))
+
+
+def apart(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Return those of gpt-oss with gate and up apart, and numbers for what stands in MXFP4."""
+    blocks: dict[str, np.ndarray] = {}
+    for name, value in tensors:
+        layer, is_expert, rest = name.partition("mlp.experts.")
+        if not is_expert:
+            yield name, value
+            continue
+        matrix, _, part = rest.rpartition("_")
+        if part == "blocks":
+            blocks[layer + matrix] = value
+            continue
+        if part == "scales":
+            codes = blocks.pop(layer + matrix)
+            pairs = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], -1, 32)
+            value = (E2M1[pairs] * np.float16(2.0) ** (value[..., None].astype(np.float16) - 127)).reshape(
+                *codes.shape[:2], -1
+            )
+        kind = "bias" if part == "bias" else "weight"
+        if matrix == "gate_up_proj":
+            yield f"{layer}experts.gate_proj.{kind}", value[:, ::2]
+            yield f"{layer}experts.up_proj.{kind}", value[:, 1::2]
+        else:
+            yield f"{layer}experts.{matrix}.{kind}", value
 
 
 def add_vocabulary(writer: GGUFWriter, path: Path) -> None:
@@ -131,7 +177,8 @@ def gguf_name(name: str, layers: dict[str, str]) -> str:
     if name in WHOLE:
         return WHOLE[name]
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{layers[rest.removesuffix('.weight')]}.weight"
+    kind = "bias" if rest.endswith(".bias") else "weight"
+    return f"blk.{layer}.{layers[rest.removesuffix(f'.{kind}')]}.{kind}"
 
 
 def neighbouring_pairs(rows: np.ndarray, heads: int) -> np.ndarray:

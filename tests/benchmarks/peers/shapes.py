@@ -173,6 +173,76 @@ class GemmaShape(Shape):
         return {**{name: value for name, value in super().config().items() if name != "hidden_act"}, **own}
 
 
+@dataclass(frozen=True)
+class GptOssShape(Shape):
+    """gpt-oss's: `intermediate_size` is that of an expert; experts in MXFP4, biases, sinks, every other layer with a window."""
+
+    num_local_experts: int
+    num_experts_per_tok: int
+    sliding_window: int
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return 64
+
+    @property
+    def num_parameters(self) -> int:
+        """Embedding and head included."""
+        of_groups = {"_blocks": 2, "_scales": 0}  # weights of a byte
+        sizes = ((int(np.prod(shape)), of_groups.get(name[-7:], 1)) for name, shape in self.tensors())
+        return sum(size * weights for size, weights in sizes)
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of every tensor, in the order of the layers."""
+        plain = [tensor for tensor in super().tensors() if ".experts." not in tensor[0]]
+        experts, hidden, inner = self.num_local_experts, self.hidden_size, self.intermediate_size
+        query = self.head_dim * self.num_attention_heads
+        own: list[tuple[str, tuple[int, ...]]] = [
+            *(
+                (f"self_attn.{name}_proj.bias", (size,))
+                for name, size in zip("qkvo", (query, self.kv_width, self.kv_width, hidden), strict=True)
+            ),
+            ("self_attn.sinks", (self.num_attention_heads,)),
+            ("mlp.router.bias", (experts,)),
+        ]
+        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            root = f"mlp.experts.{name}"
+            own += [
+                (f"{root}_blocks", (experts, rows, columns // 32, 16)),
+                (f"{root}_scales", (experts, rows, columns // 32)),
+            ]
+            own.append((f"{root}_bias", (experts, rows)))
+        return [
+            *plain,
+            *((f"model.layers.{i}.{name}", size) for i in range(self.num_hidden_layers) for name, size in own),
+        ]
+
+    def mlps(self) -> list[str]:
+        """Return the names of a layer's MLPs."""
+        return ["mlp.experts.0"]
+
+    def routers(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of what chooses among them."""
+        return [("mlp.router", (self.num_local_experts, self.hidden_size))]
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        own = {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "head_dim": self.head_dim,
+            "attention_bias": True,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                **{"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+                **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            },
+            "quantization_config": {"quant_method": "mxfp4"},
+        }
+        return {**super().config(), **own}
+
+
 SHAPES = {
     "110m": Shape(768, 2048, 12, 12, 12, 32000, 2048),
     "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
@@ -182,6 +252,8 @@ SHAPES = {
     "gemma-3-1b": GemmaShape(1152, 6912, 26, 4, 1, 262144, 8192, 512),
     # A sixth of Qwen 3 30B-A3B's layers; positions cut from 40,960. The head is as large as all that a token reads of them.
     "qwen3-30b-a3b-8-layers": QwenMoeShape(2048, 768, 8, 32, 4, 151936, 8192, 128, 8),
+    # A sixth of gpt-oss 20B's layers; positions cut from 131,072.
+    "gpt-oss-20b-4-layers": GptOssShape(2880, 2880, 4, 64, 8, 201088, 8192, 32, 4, 128),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
     # A quarter of its layers, for onnxruntime-genai, whose builder needs 54 GB of memory for all of them.
     "llama-2-7b-8-layers": Shape(4096, 11008, 8, 32, 32, 32000, 4096),
@@ -206,8 +278,13 @@ def write_checkpoint(shape: Shape, folder: Path) -> None:
     norm = 0 if config["model_type"] == "gemma3_text" else 1
     for name, size in shape.tensors():
         count = int(np.prod(size))
+        if name.endswith(("_blocks", "_scales")):
+            is_blocks = name.endswith("_blocks")
+            pending[name] = rng.integers(0, 256, size, np.uint8) if is_blocks else np.full(size, 120, np.uint8)
+            continue
         stretch = np.resize(np.roll(pool, int(rng.integers(_POOL))), count)
-        pending[name] = np.full(size, norm, np.float16) if len(size) == 1 else stretch.reshape(size)
+        of_vector = 0 if name.endswith(("bias", "sinks")) else norm
+        pending[name] = np.full(size, of_vector, np.float16) if len(size) == 1 else stretch.reshape(size)
         if sum(tensor.nbytes for tensor in pending.values()) > _FILE_BYTES:
             flush()
     flush()
