@@ -135,7 +135,7 @@ struct GpuPagedAttention {
     int64_t num_heads, num_kv_heads, head_dim, block_size;
     float scale;
     int64_t window;
-    OptionalInput sinks;
+    OptionalGpuInput sinks;
     int64_t multiprocessors;
     Operation write, any, split, combine;
 };

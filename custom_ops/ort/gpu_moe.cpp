@@ -210,7 +210,7 @@ struct GpuMoE {
     static constexpr int64_t kLeastBlock = 16;  // pairs of a block (FORMAT.md 8.4)
     ExpertSizes sizes;
     std::optional<Clamp> clamp;
-    OptionalInput gate_up_bias, down_bias;
+    OptionalGpuInput gate_up_bias, down_bias;
     Operation route, gate_up, down, sort, grouped_gate_up, grouped_down, combine;
 
   private:
@@ -220,7 +220,7 @@ struct GpuMoE {
     }
 
     // The biases [num_experts, columns]; null: none.
-    const void* bias(const Context& context, const OptionalInput& input, int64_t columns,
+    const void* bias(const Context& context, const OptionalGpuInput& input, int64_t columns,
                      const char* meaning) const {
         const std::optional<Tensor> found = input.of(context);
         if (!found) return nullptr;

@@ -5,6 +5,7 @@
 #ifndef LLMPACK_ORT_GPU_OPERATOR_H_
 #define LLMPACK_ORT_GPU_OPERATOR_H_
 
+#include <optional>
 #include <vector>
 
 #include "gpu/launcher.h"
@@ -21,6 +22,22 @@ constexpr auto kInteger = Argument::kInteger;
 constexpr auto kNumber = Argument::kFloat;
 
 inline int32_t narrow(int64_t number) { return static_cast<int32_t>(number); }
+
+// An input that a node may lack. Asked for at each call: nobody says on which side a constant lies while the
+// kernel is made.
+class OptionalGpuInput {
+  public:
+    OptionalGpuInput(const NodeInfo& node, size_t index) : index_(index), is_there_(node.has_input(index)) {}
+    bool is_there() const { return is_there_; }
+    // Null: the node has none.
+    std::optional<Tensor> of(const Context& context) const {
+        return is_there_ ? std::optional(context.input(index_)) : std::nullopt;
+    }
+
+  private:
+    size_t index_;
+    bool is_there_;
+};
 
 // Of both providers.
 template <class... Ops>

@@ -191,10 +191,6 @@ OrtStatus* node_name(const OrtKernelInfo* info, char* out, size_t* size) {
     *size = info->name.size() + 1;
     return nullptr;
 }
-OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) {
-    *out = info->num_inputs;
-    return nullptr;
-}
 OrtStatus* parallel_for(const OrtKernelContext* context, void (*function)(void*, size_t), size_t total,
                         size_t, void* user_data) {
     std::atomic<size_t> next{0};
