@@ -308,14 +308,14 @@ def test_many_tokens_of_features_that_fill_no_block(storage: str, group_size: in
 @pytest.mark.parametrize("most", [None, 8, 64])
 def test_every_code_of_mxfp4_is_exact(most: int | None, backend: str) -> None:
     """Each code alone, in every place of a word: h is a unit vector, and y its level to the last bit."""
-    shape = moe_plan.Experts(hidden=32, intermediate=128, number=1, chosen=1)
-    codes = np.stack([np.roll(np.arange(128) % 16, i) for i in range(32)]).astype(np.uint8)
-    projection = quantized_projection("mxfp4", codes, np.ones((32, 4), np.float16))
+    shape = moe_plan.Experts(hidden=32, intermediate=32, number=1, chosen=1)
+    codes = np.stack([np.roll(np.arange(32) % 16, i) for i in range(32)]).astype(np.uint8)
+    projection = quantized_projection("mxfp4", codes, np.ones((32, 1), np.float16))
     op = "moe_down_mxfp4" if most is None else "moe_grouped_down_mxfp4"
     specs = moe_plan.products(shape, "mxfp4", 32)
     spec = next(s for s in specs if s.op == op and most in (None, s.constants["max_rows"]))
-    h, y, experts = np.eye(128, dtype=np.float16), np.zeros((128, 32), np.float16), np.zeros((128, 1), np.int32)
-    routing = np.ones((128, 1), np.float32)
+    h, y, experts = np.eye(32, dtype=np.float16), np.zeros((32, 32), np.float16), np.zeros((32, 1), np.int32)
+    routing = np.ones((32, 1), np.float32)
     if most is None:
         launch(spec, backend, h=h, **projection.initializers, experts=experts, routing=routing, y=y)
     else:
@@ -374,7 +374,7 @@ KINDS_OF_GATING = {
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_GATING)
-@pytest.mark.parametrize("storage", ["mxfp4", "f16"])
+@pytest.mark.parametrize("storage", ["f16", pytest.param("mxfp4", marks=pytest.mark.extended)])
 def test_biases_and_a_clamped_swiglu(storage: str, kind: str) -> None:
     """gpt-oss's, whose sizes are no powers of two; x is so large that some of the sums are beyond the limit."""
     biases, clamp = KINDS_OF_GATING[kind]
@@ -384,8 +384,8 @@ def test_biases_and_a_clamped_swiglu(storage: str, kind: str) -> None:
     check_blocks(own, choose(7, own.shape)[0], 8, factor=6)
 
 
-@pytest.mark.parametrize("storage", ["mxfp4", "q4", "q8"])
-@pytest.mark.parametrize("most", [None, *moe_plan.BLOCKS])
+@pytest.mark.parametrize("storage", ["mxfp4", *(pytest.param(s, marks=pytest.mark.extended) for s in ("q4", "q8"))])
+@pytest.mark.parametrize("most", [None, 8, *(pytest.param(m, marks=pytest.mark.extended) for m in (64, 0))])
 def test_biases_in_each_vendors_spelling(storage: str, most: int | None, backend: str) -> None:
     """Output features that are in another order on NVIDIA's matrix units, and fill no block."""
     own = layer(storage, 160, 96, 3, 2, biases=(True, True), clamp=CLAMP)
