@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmpack.config import read_config
 from llmpack.pack import Options, pack
 from llmpack.sources import resolve_sources
+from llmpack.weights import Quantization, check_split, choose_group_size
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, UsageError
 from models import GRANITE_MOE, MIXTRAL, QWEN_MOE, make_checkpoint
 
@@ -335,3 +336,22 @@ def test_bytes_of_a_token_are_those_of_the_experts_it_goes_through(shards: int, 
         assert held["router"] == 2 * 16 * 256 * 2
     unused = 2 * 5 * 3 * 256 * 256
     assert summary["parameters"] - summary["parameters_per_token"] == unused
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_experts_in_mxfp4_split_by_their_own_groups(group_size: int, tmp_path: Path) -> None:
+    """Two ranks have 1,440 features of each expert: 45 groups of 32, and no whole number of 64."""
+    config = read(tmp_path, GPT_OSS_20B)
+    published = Quantization("q4", group_size, has_mxfp4=True)
+    for shards in (1, 2):
+        check_split(config, published, shards)
+    with pytest.raises(UsageError, match=r"720 \(down_proj of an expert.*\)\. --shards 1 or 2 works\."):
+        check_split(config, published, 4)
+    as_others = Quantization("q4", group_size)
+    if group_size == 64:
+        with pytest.raises(
+            UsageError, match=r"1440 \(down_proj of an expert.*\)\. --group-size 32 works; --shards 1 works"
+        ):
+            check_split(config, as_others, 2)
+        assert choose_group_size(config, as_others, 2).group_size == 32
+    assert choose_group_size(config, published, 2) == Quantization("q4", 64, has_mxfp4=True)
