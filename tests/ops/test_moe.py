@@ -216,7 +216,7 @@ def test_one_expert_or_two_are_all_that_is_computed_together(isa: str, scheme: s
     check(Mixture(scheme, 2, 2, 32), random_x(T, 32), random_logits(T, 2))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["f32", "q4", *(pytest.param(s, marks=pytest.mark.extended) for s in ("f16", "q8"))])
 def test_tokens_of_an_expert_are_shared_out(library, scheme: str) -> None:
     """Enough of them, and of their features, that loops over them are cut into ranges: alike whatever the instruction set."""
     logits = random_logits(150, 2)
