@@ -26,7 +26,8 @@ from llmrun.artifact import MANIFEST_NAME, IncompatibleError, IntegrityError, Mo
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ELEMENTS_AT_ONCE = 1 << 20
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "MXFP4": np.dtype("<f4")}
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES[expert_tensors.MXFP4] = np.dtype("<f4")
 
 
 class Checkpoint:
@@ -83,7 +84,7 @@ class Checkpoint:
         return info.shape[-1] if len(info.shape) > 1 and not info.is_vector else 1, _DTYPES[info.dtype]
 
     def read_rows(self, name: str, rows: slice, raw: np.ndarray) -> None:
-        """Read whole rows of a matrix as they are in the file, unchecked.
+        """Read whole rows of a matrix as they are in the file, but for MXFP4, which is decoded; unchecked.
 
         Args:
             name: a tensor.

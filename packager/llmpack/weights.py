@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 
+from llmpack.expert_tensors import GROUP_SIZE as MXFP4_GROUP_SIZE
 from llmpack.rope import order_of_features
 from llmrun.artifact import ROW_TILE, WEIGHT_ALIGNMENT, ModelConfig, UsageError
 
@@ -32,7 +33,6 @@ GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
 _MAX_SHARDS = 64
 QUANTIZED = ("q8", "q6", "q4", "mxfp4")  # storages with scales
-_MXFP4_GROUP_SIZE = 32
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -64,7 +64,7 @@ class Quantization:
         if storage == "q6":
             return next(size for size in reversed(GROUP_SIZES) if num_columns % size == 0)
         if storage == "mxfp4":
-            return _MXFP4_GROUP_SIZE
+            return MXFP4_GROUP_SIZE
         return self.group_size if storage in QUANTIZED else None
 
 
