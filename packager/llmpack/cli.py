@@ -114,6 +114,16 @@ class _Terminated(BaseException):
     """A signal asked us to stop; unwinding removes the partial directory."""
 
 
+class _SignalsWait:
+    """A context that ends before a signal comes: the exception of one would break an extension module in its own start."""
+
+    def __enter__(self) -> None:
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+
+
 def _terminate(number: int, _frame: object) -> NoReturn:
     raise _Terminated(number)
 
@@ -212,8 +222,9 @@ def _discard(descriptor: int) -> None:
 def _run(args: argparse.Namespace, progress: _Progress) -> int:
     # Imported here so that --help and usage errors need neither onnx nor numpy.
     try:
-        from llmpack import report
-        from llmpack.pack import pack
+        with _SignalsWait():
+            from llmpack import report
+            from llmpack.pack import pack
     except ModuleNotFoundError as error:
         raise IncompatibleError(
             f"the module {error.name} is missing: this environment is a box's, without the packager."

@@ -127,6 +127,24 @@ def test_interrupted_at_any_time_leaves_old_or_nothing(tmp_path, tiny_checkpoint
         assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_interrupted_while_an_extension_module_starts(tiny_checkpoint, name, code):
+    """An exception in the midst of numpy's own start would be numpy's failure, and of protobuf's a crash."""
+    program = (
+        "import signal, sys; from llmpack import cli\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, module, *_):\n"
+        "        if module == 'datetime' and 'numpy' in sys.modules:\n"  # as numpy's extension module asks for it
+        f"            signal.raise_signal(signal.SIG{name})\n"
+        "sys.meta_path.insert(0, Interrupting()); sys.exit(cli.main())"
+    )
+    command = [sys.executable, "-c", program, str(tiny_checkpoint), "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (code, ""), result.stderr
+    assert "nothing was written" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path, tiny_checkpoint, name):
     """As `nohup pack` has it."""
