@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 // Version of the operator domain ai.llmpack (FORMAT.md 2.4).
-#define LLMPACK_OPS_VERSION 8
+#define LLMPACK_OPS_VERSION 9
 LLMPACK_EXPORT int llmpack_ops_version(void);
 
 // Instruction set of the CPU kernels in use: "portable", "avx2", "avx2-vnni" (with AVX-VNNI), "avx512" (with

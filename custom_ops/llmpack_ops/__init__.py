@@ -1,4 +1,4 @@
 """The operators of domain ai.llmpack, in numpy: what the compiled kernels are tested against."""
 
 DOMAIN = "ai.llmpack"
-VERSION = 8
+VERSION = 9

@@ -23,8 +23,8 @@ from llmrun.strict_json import parse_json
 FORMAT_NAME = "llmpack"
 FORMAT_VERSION = (1, 0)
 OPS_DOMAIN = "ai.llmpack"
-OPS_VERSION = 8
-READABLE_OPS_VERSIONS = (2, 3, 4, 5, 6, 7, OPS_VERSION)  # the library has all that the older ones have
+OPS_VERSION = 9
+READABLE_OPS_VERSIONS = (2, 3, 4, 5, 6, 7, 8, OPS_VERSION)  # the library has all that the older ones have
 MANIFEST_NAME = "manifest.json"
 CHUNK_BYTES = 64 << 20
 ROW_TILE = 16  # output features side by side in a weight tile (FORMAT 4.3)
