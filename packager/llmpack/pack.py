@@ -30,6 +30,7 @@ from llmpack.rope import for_sequences, longest_sequence
 from llmpack.selfcheck import selfcheck
 from llmpack.sources import Place, resolve_sources, sees_images
 from llmpack.split import split
+from llmpack.split_check import check_split, choose_group_size
 from llmpack.store import write_weights
 from llmpack.tokenizer_files import TokenizerFiles, read_tokenizer
 from llmpack.weights import (
@@ -38,8 +39,6 @@ from llmpack.weights import (
     Quantization,
     RankWeight,
     check_options,
-    check_split,
-    choose_group_size,
     heads_per_rank,
     plan_rank,
 )

@@ -14,9 +14,8 @@ checkpoint and the shapes of the initializers. Reads nothing. The order of `weig
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -31,7 +30,7 @@ MATRICES: tuple[Role, ...] = ("linear", "experts", "router", "head")  # in row t
 SCHEMES = ("f32", "f16", "q8", "q4")
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
-_MAX_SHARDS = 64
+MAX_SHARDS = 64
 QUANTIZED = ("q8", "q6", "q4", "mxfp4")  # storages with scales
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -215,65 +214,6 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
     return out_in if kind == "weight" else out_in[:1]
 
 
-def choose_group_size(config: ModelConfig, quantization: Quantization, shards: int) -> Quantization:
-    """Return the quantization with the first default group size that divides this split; unchanged where none does."""
-    choices = [replace(quantization, group_size=size) for size in DEFAULT_GROUP_SIZES]
-    return next((choice for choice in choices if _divides(config, shards, choice)), quantization)
-
-
-def _divides(config: ModelConfig, shards: int, quantization: Quantization) -> bool:
-    """Tell whether heads divide over the ranks, and group sizes every in_features per rank."""
-    group_size = quantization.group_size_of("linear", 0) or 1
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    kv_fits = kv_heads % shards == 0 or shards % kv_heads == 0
-    query_fits = heads % shards == 0 and heads * config.head_dim // shards % group_size == 0
-    of_experts = quantization.group_size_of("experts", 0) or 1
-    whole = math.lcm(of_experts, ROW_TILE)  # of an expert, which has tiles of its own (FORMAT 4.7)
-    sizes = [(size, group_size if name == "down_proj" else whole) for name, size in _mlp_sizes(config).items()]
-    mlps_fit = all(size % shards == 0 and size // shards % part == 0 for size, part in sizes)
-    hidden_fits = config.hidden_size % (group_size if config.num_experts is None else math.lcm(group_size, whole)) == 0
-    return kv_fits and query_fits and mlps_fit and hidden_fits
-
-
-def _mlp_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the intermediate sizes of a model's MLPs, by what has them."""
-    sizes = {"down_proj": config.intermediate_size} if config.has_dense_layers else {}
-    if config.moe_intermediate_size is not None:
-        sizes[f"down_proj of an expert, of whole tiles of {ROW_TILE}"] = config.moe_intermediate_size
-    return sizes
-
-
-def check_split(config: ModelConfig, quantization: Quantization, shards: int, *, is_default: bool = False) -> None:
-    """Refuse a split that does not divide, naming the numbers and what would work; is_default: of the group_size."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    group_size = quantization.group_size_of("linear", 0) or 1
-    if _divides(config, shards, quantization):
-        return
-
-    def divides(shards: int, group_size: int) -> bool:
-        return _divides(config, shards, replace(quantization, group_size=group_size))
-
-    sizes = DEFAULT_GROUP_SIZES if is_default and group_size > 1 else (group_size,)
-    shards_that_fit = [n for n in range(1, _MAX_SHARDS + 1) if any(divides(n, size) for size in sizes)]
-    sizes_that_fit = [size for size in GROUP_SIZES if divides(shards, size)] if group_size > 1 else []
-    advice = []
-    if sizes_that_fit:
-        advice.append(f"--group-size {' or '.join(map(str, sizes_that_fit))} works")
-    if shards_that_fit:
-        advice.append(f"--shards {' or '.join(map(str, shards_that_fit))} works")
-    if not advice and group_size > 1 and _divides(config, shards, Quantization("f16", 1)):
-        advice.append("Use --quant f16 or f32")
-    features = {"hidden": config.hidden_size, "o_proj": heads * config.head_dim / shards}
-    features |= {what: size / shards for what, size in _mlp_sizes(config).items()}
-    raise UsageError(
-        f"--shards {shards} with group_size {group_size if group_size > 1 else 'none'} does not divide this model:"
-        f" num_attention_heads {heads}, num_key_value_heads {kv_heads}, and in_features per rank"
-        f" {', '.join(f'{size:g} ({what})' for what, size in features.items())}."
-        f" {'; '.join(advice) or 'It cannot be packed'}.",
-        code="E204",
-    )
-
-
 def plan_rank(config: ModelConfig, quantization: Quantization, shards: int, rank: int) -> list[RankWeight]:
     """Return every weight of one rank, with the blocks to read and the initializers to write, offsets included."""
     offset, weights = 0, []
@@ -395,6 +335,6 @@ def check_options(scheme: str, group_size: int | None, shards: int) -> Quantizat
         raise UsageError(f"--quant {scheme}: unknown; choose one of {', '.join(SCHEMES)}.")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise UsageError(f"--group-size {group_size}: choose one of {', '.join(map(str, GROUP_SIZES))}.")
-    if not 1 <= shards <= _MAX_SHARDS:
-        raise UsageError(f"--shards {shards}: expected 1 to {_MAX_SHARDS}.")
+    if not 1 <= shards <= MAX_SHARDS:
+        raise UsageError(f"--shards {shards}: expected 1 to {MAX_SHARDS}.")
     return Quantization(scheme, group_size or DEFAULT_GROUP_SIZES[0])

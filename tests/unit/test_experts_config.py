@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmpack.config import read_config
 from llmpack.pack import Options, pack
 from llmpack.sources import resolve_sources
-from llmpack.weights import Quantization, check_split, choose_group_size
+from llmpack.split_check import check_split, choose_group_size
+from llmpack.weights import Quantization
 from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, UsageError
 from models import GRANITE_MOE, MIXTRAL, QWEN_MOE, make_checkpoint
 

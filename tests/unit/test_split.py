@@ -14,7 +14,8 @@ from llmpack.gpu_graph import gpu_graph
 from llmpack.layout import untile_rows
 from llmpack.pack import Options, pack
 from llmpack.split import split
-from llmpack.weights import Quantization, check_options, check_split, plan_rank, weight_rows
+from llmpack.split_check import check_split
+from llmpack.weights import Quantization, check_options, plan_rank, weight_rows
 from llmrun.artifact import IntegrityError, KvCacheSpec, ModelConfig, UsageError, open_artifact
 from models import TINY, make_checkpoint
 
