@@ -1,16 +1,17 @@
-"""Calls as Qwen 3 Coder writes them: texts become the values that the tool's parameters speak of."""
+"""Calls as Qwen 3 Coder and GLM 4.5 write them: texts become the values that the tool's parameters speak of."""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tool_forms import CODER, tool
+from tool_forms import CODER, GLM, TOOLS, tool
 
-from llmrun.server.tools import find_calls
+from llmrun.server.tools import ToolForm, find_calls
 
 
 def spelled(**values: str) -> str:
@@ -18,8 +19,13 @@ def spelled(**values: str) -> str:
     return f"<tool_call>\n<function=f>\n{arguments}</function>\n</tool_call>"
 
 
-def arguments_of(text: str, properties: dict[str, Any]) -> dict[str, Any] | None:
-    rest, calls = find_calls(CODER, [tool("f", {"type": "object", "properties": properties})], text)
+def keyed(**values: str) -> str:
+    arguments = "".join(f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n" for key, text in values.items())
+    return f"<tool_call>f\n{arguments}</tool_call>"
+
+
+def arguments_of(text: str, properties: dict[str, Any], form: ToolForm = CODER) -> dict[str, Any] | None:
+    rest, calls = find_calls(form, [tool("f", {"type": "object", "properties": properties})], text)
     assert rest == (None if calls else text)
     return json.loads(calls[0]["function"]["arguments"]) if calls else None
 
@@ -53,6 +59,7 @@ def arguments_of(text: str, properties: dict[str, Any]) -> dict[str, Any] | None
 )
 def test_a_text_is_the_value_that_its_schema_speaks_of(schema: Any, text: str, value: Any) -> None:
     assert arguments_of(spelled(x=text), {"x": schema}) == {"x": value}
+    assert arguments_of(keyed(x=text), {"x": schema}, GLM) == {"x": value}
 
 
 def test_several_arguments_none_and_those_that_no_schema_lists() -> None:
@@ -73,3 +80,75 @@ def test_a_value_may_hold_tags(pieces: list[str]) -> None:
     text = "".join(pieces).replace("</parameter></function>", "").replace("</parameter>\n", "")
     value = f"if x:\n{text}!"
     assert arguments_of(spelled(x=value, y="2"), {"x": {"type": "string"}}) == {"x": value, "y": 2}
+
+
+GLM_CALLS = [
+    keyed(a="1", b="[2]"),
+    keyed(a="1", b="[2]").replace("\n", ""),  # GLM 4.7
+    keyed(a="1", b="[2]").replace("\n", "\n    "),
+    keyed(a="1", b=" [2] ").replace("<arg_key>", " <arg_key> ").replace("</arg_key>", " </arg_key> "),
+    "\n<tool_call>\nf\n" + keyed(a="1", b="[\n2]").partition("\n")[2],
+]
+
+
+@pytest.mark.parametrize("text", GLM_CALLS)
+def test_white_space_between_tags_is_none_of_a_call(text: str) -> None:
+    assert arguments_of(text, {"a": {"type": "string"}}, GLM) == {"a": "1", "b": [2]}
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>f\n</tool_call>", "<tool_call>f</tool_call>", "<tool_call> f \n\n</tool_call>"]
+)
+def test_a_call_without_arguments(text: str) -> None:
+    assert arguments_of(text, {}, GLM) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        keyed(x="NaN"),
+        keyed(x="1").removesuffix("</tool_call>"),  # there may have been more arguments
+        keyed(x="1").replace("</arg_value>", ""),
+        keyed(x="1").replace("</arg_key>", ""),
+        keyed(x="1").replace("<arg_value>", ""),
+        keyed(x="1").replace("f\n", "f of\n"),
+        keyed(x="1") + keyed(x="1")[:-20],
+        "<tool_call>f more</tool_call>",
+        "<tool_call>",
+    ],
+)
+def test_what_is_no_whole_call_of_glm_is_text(text: str) -> None:
+    assert arguments_of(text, {}, GLM) is None
+
+
+TAGS_OF_GLM = ["</arg_value>!", "<arg_value>", "<arg_key>", "</tool_call>", "<tool_call>", "<", "x", "\n"]
+
+
+@given(st.lists(st.sampled_from(TAGS_OF_GLM)))
+def test_a_value_of_glm_may_hold_tags(pieces: list[str]) -> None:
+    value = f"\nif x:\n{''.join(pieces)}! \n"
+    assert arguments_of(keyed(x=value, y="2"), {"x": {"type": "string"}}, GLM) == {"x": value, "y": 2}
+
+
+def test_calls_in_a_form_that_the_model_was_not_taught_are_text() -> None:
+    for form, text in ((CODER, keyed(x="1")), (GLM, spelled(x="1"))):
+        assert arguments_of(text, {}, form) is None
+
+
+BEGUN = "<tool_call>now\n<arg_key>x</arg_key>\n<arg_value>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{BEGUN}{'</arg_value>' * 40_000}",
+        f"{BEGUN}{'</arg_value><arg_key>x</arg_key><arg_value>' * 12_000}",
+        f"{BEGUN}</arg_value></tool_call>." * 9_000,
+        "<tool_call>now\n" * 30_000,
+        f"<tool_call>now{' ' * 500_000}",
+    ],
+)
+def test_no_answer_takes_long(text: str) -> None:
+    begin = time.thread_time()
+    assert find_calls(GLM, TOOLS, text) == (text, [])
+    assert time.thread_time() - begin < 2  # quadratic: minutes

@@ -11,7 +11,7 @@ import pytest
 from answer_pieces import pieces_of, the_pieces
 from hypothesis import given
 from hypothesis import strategies as st
-from tool_forms import CODER, FORMS, FUNCTION, GRANITE, HERMES, LLAMA, MISTRAL, NAMED, PHI, TOOLS
+from tool_forms import CODER, FORMS, FUNCTION, GLM, GRANITE, HERMES, LLAMA, MISTRAL, NAMED, PHI, TOOLS
 
 from llmrun.requests import Event
 from llmrun.server.errors import ApiError
@@ -45,6 +45,8 @@ def test_the_form_of_calls_is_read_off_the_template(tokenizer: Tokenizer, monkey
     assert tool_form(tokenizer) == ToolForm("arguments", is_spelled=True)
     with_template(tokenizer, "{{ tools }}<tool_call>\n<function={{ name }}>\n<parameter={{ key }}>", monkeypatch)
     assert tool_form(tokenizer) == CODER
+    with_template(tokenizer, f"{{{{ tools }}}}{KEYED}", monkeypatch)
+    assert tool_form(tokenizer) == GLM
     assert tool_form(with_template(tokenizer, "tools {{ broken", monkeypatch)) is None
 
 
@@ -56,6 +58,7 @@ def test_the_form_of_calls_is_read_off_the_template(tokenizer: Tokenizer, monkey
         ("{# [TOOL_CALLS] [TOOL_RESULTS] #}", replace(MISTRAL, opening="[TOOL_CALLS][")),
         ("{{- '[TOOL_CALLS]' + name }}{{- '[ARGS]' + arguments }}", NAMED),
         ("<tool_call>", replace(HERMES, tokens=(("<tool_call>", 5),))),
+        ("<tool_call>f<arg_key>{{ k }}<arg_value>", replace(GLM, tokens=(("<tool_call>", 5), ("<arg_key>", 6)))),
         ("{{- 'respond with <|tool_call|> followed by a JSON list' }}", GRANITE),
         ("{{- 'assistant<|end_of_role|><|tool_call|>' + message['content'] }}", GRANITE),
         ("<|tool_call|>{{ calls | tojson }}<|/tool_call|>", replace(PHI, tokens=GRANITE.tokens)),
@@ -68,7 +71,7 @@ def test_the_form_of_calls_is_read_off_the_template(tokenizer: Tokenizer, monkey
 def test_tags_that_are_special_tokens_are_ids(
     template: str, expected: ToolForm, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    special = {"[TOOL_CALLS]": 1, "[ARGS]": 0, "<tool_call>": 5, "<|tool_call|>": 1}
+    special = {"[TOOL_CALLS]": 1, "[ARGS]": 0, "<tool_call>": 5, "<arg_key>": 6, "<|tool_call|>": 1}
     monkeypatch.setattr(tokenizer, "special_tokens", {**tokenizer.special_tokens, **special})
     assert tool_form(with_template(tokenizer, "{{ tools }}" + template, monkeypatch)) == expected
     assert expected.shown_tokens == {special[tag]: tag for tag, _ in expected.tokens}
@@ -226,6 +229,7 @@ def test_a_call_with_arguments_that_are_no_object_is_text(arguments: str) -> Non
 CALL = '{"name": "weather", "parameters": {"city": "Rome"}}'
 ARGUMENTS = '{"city": "Rome"}'
 SPELLED = "<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>"
+KEYED = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call>"
 ANSWERS: list[tuple[str, str | None, int]] = [
     (CALL, None, 1),
     (f" {CALL}; {CALL}\n", None, 2),
@@ -299,6 +303,13 @@ def check_found(stream: ToolStream, text: str, cuts: list[int], expected: str | 
             (CODER, "a <function=unknown>\n</function>", "a <function=unknown>\n</function>", 0),
             (HERMES, f"<tool_call>\n{SPELLED}\n</tool_call>", None, 1),
             (HERMES, SPELLED, SPELLED, 0),
+            (HERMES, KEYED, KEYED, 0),
+            (GLM, f"\n{KEYED}", None, 1),
+            (GLM, f"\nSo:\n{KEYED}\n{KEYED}", "\nSo:\n", 2),
+            (GLM, KEYED.replace("\n", "") * 2 + " Done.", "Done.", 2),
+            (GLM, f"<tool_call>\n{CALL}\n</tool_call>", None, 1),
+            (GLM, f"{KEYED[:-1]}", KEYED[:-1], 0),
+            (GLM, KEYED.replace("weather", "unknown"), KEYED.replace("weather", "unknown"), 0),
             (GRANITE, f"<|tool_call|>[{CALL}, {CALL}]", None, 2),
             (GRANITE, f"<|tool_call|> [\n {CALL},\n {CALL}\n]\n", None, 2),
             (GRANITE, f"Let me see.<|tool_call|>[{CALL}] and more", "Let me see.and more", 1),

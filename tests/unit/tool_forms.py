@@ -10,6 +10,7 @@ from llmrun.server.tools import ToolForm
 LLAMA = ToolForm("parameters")
 HERMES = ToolForm("arguments", "<tool_call>\n", "\n</tool_call>", tag="<tool_call>")
 CODER = replace(HERMES, is_spelled=True)
+GLM = replace(HERMES, is_glm=True)
 # The ids are the demo's <unk>, <s> and </s>, which no text gives.
 MISTRAL = ToolForm("arguments", "[TOOL_CALLS] [", "]", tag="[TOOL_CALLS]", tokens=(("[TOOL_CALLS]", 1),))
 NAMED = ToolForm(
@@ -22,7 +23,7 @@ PHI = ToolForm(
     tag="<|tool_call|>",
     tokens=(("<|tool_call|>", 1), ("<|/tool_call|>", 0)),
 )
-FORMS = [LLAMA, HERMES, CODER, MISTRAL, NAMED, FUNCTION, GRANITE, PHI]
+FORMS = [LLAMA, HERMES, CODER, GLM, MISTRAL, NAMED, FUNCTION, GRANITE, PHI]
 WEATHER = {
     "type": "function",
     "function": {

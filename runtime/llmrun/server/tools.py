@@ -5,6 +5,7 @@ Which form a model was trained on is read off its template:
     Llama 3       {"name": ..., "parameters": {...}}, several joined by ";"
     Hermes, Qwen  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, one after the other
     Qwen 3 Coder  <function=name> with arguments between tags, maybe in Hermes' (`spelled_calls.py`); if demanded, Hermes' form
+    GLM 4.5       <tool_call>name with arguments between tags (there, too); if demanded, Hermes' form
     Mistral       [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]; later [TOOL_CALLS]name[ARGS]{...}, one after the other
     Functionary   <function=name>{...}</function>, one after the other
     Granite 3     <|tool_call|>[{"name": ..., "arguments": {...}}, ...]; what it writes may begin with <tool_call>[ instead
@@ -22,7 +23,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmrun.harmony import CONSTRAIN, MESSAGE, call_spelling, speaks_harmony
@@ -31,7 +32,7 @@ from llmrun.server.grammar import JSON_OPTIONS
 from llmrun.server.json_body import parse_json
 from llmrun.server.json_schema import changed_schema, check_size, checked_schema, closed_schema
 from llmrun.server.limits import Limits
-from llmrun.server.spelled_calls import FUNCTION, PARAMETER, spelled_calls_at
+from llmrun.server.spelled_calls import ARGUMENT, FUNCTION, PARAMETER, VALUE, glm_call_at, spelled_calls_at
 from llmrun.tokenizer_backends import alternation
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class ToolForm:
         tokens: those of its tags that are special tokens of the tokenizer, and their ids.
         tells_by_system: the template takes the tools as JSON in the system message, not as a variable.
         is_spelled: the model was taught to write calls as Qwen 3 Coder does.
+        is_glm: the model was taught to write calls as GLM 4.5 does.
         answer: what stands before an answer that is no call.
     """
 
@@ -74,6 +76,7 @@ class ToolForm:
     tokens: tuple[tuple[str, int], ...] = ()
     tells_by_system: bool = False
     is_spelled: bool = False
+    is_glm: bool = False
     answer: str = ""
 
     @property
@@ -126,8 +129,10 @@ def tool_form(tokenizer: Tokenizer | None) -> ToolForm | None:
         return ToolForm(tokens=tokens(CONSTRAIN, MESSAGE), **call_spelling(tokenizer))
     if _HERMES in template:
         closing = _CLOSINGS[_HERMES]
-        known = tokens(_HERMES, closing)
-        return ToolForm("arguments", f"{_HERMES}\n", f"\n{closing}", tag=_HERMES, tokens=known, is_spelled=is_spelled)
+        form = ToolForm("arguments", f"{_HERMES}\n", f"\n{closing}", tag=_HERMES, tokens=tokens(_HERMES, closing))
+        if ARGUMENT[0] in template and VALUE[0] in template:
+            return replace(form, tokens=tokens(_HERMES, closing, *ARGUMENT, *VALUE), is_glm=True)
+        return replace(form, is_spelled=is_spelled)
     if _MISTRAL in template:
         if "[ARGS]" in template:
             known = tokens(_MISTRAL, "[CALL_ID]", "[ARGS]")
@@ -260,7 +265,8 @@ def find_calls(
             start, tag = found
             rest += stripped[at:start]
             closing = _CLOSINGS[tag]
-            some, at = spelled_calls_at(stripped, start + (tag != _FUNCTION) * len(tag), parameters)
+            find = glm_call_at if form.is_glm else spelled_calls_at
+            some, at = find(stripped, start + (tag != _FUNCTION) * len(tag), parameters)
             if some:
                 closing = _CLOSINGS[_HERMES]
             else:
