@@ -62,12 +62,17 @@ def ends_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
     return _ends_with(tags_of(tokenizer).closing, tokenizer, prompt)
 
 
-def _ends_with(tag: str, tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
+def ends_at_thought(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> bool:
+    """Tell the same, and that the prompt ends right there (GLM 4.5's): white space behind thoughts is the model's to write."""
+    return _ends_with(tags_of(tokenizer).closing, tokenizer, prompt, has_space=False)
+
+
+def _ends_with(tag: str, tokenizer: Tokenizer | None, prompt: Sequence[int], *, has_space: bool = True) -> bool:
     if tokenizer is None:
         return False
     shown = {token_id: text.encode() for token_id, text in shown_tokens(tokenizer).items()}
     end = b"".join(shown.get(i) or tokenizer.token_bytes(i) for i in prompt[-2 * len(tag) :])
-    return end.rstrip().endswith(tag.encode())
+    return (end.rstrip() if has_space else end).endswith(tag.encode())
 
 
 def shown_tokens(tokenizer: Tokenizer | None) -> dict[int, str]:
@@ -80,17 +85,24 @@ class ThoughtStream:
     """The text of one answer as it comes, in two: thoughts and the rest; which of them a tag begins is known when it ends."""
 
     def __init__(
-        self, tags: Tags = THINK, *, has_begun: bool = False, is_apart: bool = True, is_tagged: bool = False
+        self,
+        tags: Tags = THINK,
+        *,
+        has_begun: bool = False,
+        has_ended: bool = False,
+        is_apart: bool = True,
+        is_tagged: bool = False,
     ) -> None:
         """Begin an answer.
 
         Args:
             tags: of the thoughts.
             has_begun: the prompt has begun the thoughts.
+            has_ended: it ends where it has ended them.
             is_apart: thoughts come without tags, and both without the white space between them; otherwise as written.
             is_tagged: behind thoughts the rest may have tags, too, which it then comes without.
         """
-        self._tags, self._has_begun, self._is_apart = tags, has_begun, is_apart
+        self._tags, self._has_begun, self._has_ended, self._is_apart = tags, has_begun, has_ended, is_apart
         self._held = ""
         self._is_decided = False  # whether there are thoughts
         self._is_bare = is_apart  # nothing of the thoughts, or behind them, has been told yet
@@ -121,7 +133,7 @@ class ThoughtStream:
     def finish(self) -> tuple[str, str]:
         """Return the rest of both."""
         if not self._is_decided:
-            self._is_bare &= self._has_begun
+            self._is_bare &= self._has_begun or self._has_ended
         if self.is_thinking:
             return self._told(len(self._held.rstrip()) if self._is_apart else len(self._held)), ""
         return "", self._told(len(self._held))
@@ -154,7 +166,7 @@ class ThoughtStream:
         elif self._tags.opening.startswith(start):
             return False
         self._is_decided, self.is_thinking = True, self._has_begun
-        self._is_bare &= self._has_begun
+        self._is_bare &= self._has_begun or self._has_ended
         return True
 
     def _told(self, end: int) -> str:

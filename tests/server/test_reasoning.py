@@ -14,6 +14,7 @@ from models import demo_with_template
 TEMPLATE = (
     "{% for m in messages %}{% if m.reasoning_content %}({{ m.reasoning_content }}) {% endif %}"
     "{{ m.content.split('</think>')[-1] }}{% endfor %}{% if begins %}<think>\n{% endif %}"
+    "{% if ends %}<think></think>{% endif %}"
 )
 MESSAGES = [{"role": "user", "content": "Who is the prince?"}]
 WRITTEN = "<think>\nA name.\n</think>\n\nVasili."  # what a trained model would write
@@ -39,6 +40,12 @@ def test_thoughts_are_a_field_of_their_own(artifact: Path) -> None:
         num_thought = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
         assert 0 < num_thought < answer["usage"]["completion_tokens"]
         assert (joined(served, "content"), joined(served, "reasoning_content")) == ("Vasili.", "A name.")
+
+        ended = {"chat_template_kwargs": {"ends": True}, "structured_outputs": {"choice": ["\nVasili.\n"]}}
+        assert (
+            served.ask("/v1/chat/completions", {**BODY, **ended})[1]["choices"][0]["message"]["content"] == "Vasili.\n"
+        )
+        assert (joined(served, "content", **ended), joined(served, "reasoning_content", **ended)) == ("Vasili.\n", "")
 
         # The message as it came goes back, and so does one of a client that has null for nothing.
         for thought, shown in ((message["reasoning_content"], "(A name.) "), (None, "")):

@@ -21,6 +21,7 @@ from llmrun.thoughts import (
     ThoughtConstraint,
     ThoughtStream,
     begins_thought,
+    ends_at_thought,
     ends_thought,
     may_think,
     shown_tokens,
@@ -72,6 +73,20 @@ def test_thoughts_are_told_apart(
     assert tuple(map("".join, zip(*pieces, strict=True))) == (apart if is_apart else written)
     order = [index for piece in pieces for index in (0, 1) if piece[index]]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("text", "apart"),
+    [("\nYes. \n", ("", "Yes. \n")), ("\n", ("", "")), ("Yes", ("", "Yes")), ("\n<think>a</think>\nb", ("a", "b"))],
+)
+def test_white_space_behind_thoughts_that_the_prompt_has_ended_is_none_of_the_answer(
+    text: str, apart: tuple[str, str]
+) -> None:
+    """So GLM 4.5 begins where it is not to think."""
+    for is_apart in (True, False):
+        stream = ThoughtStream(has_ended=True, is_apart=is_apart)
+        told = zip(*map(stream.push, text), stream.finish(), strict=True)
+        assert tuple(map("".join, told)) == apart if is_apart else "".join(map("".join, told)) == text
 
 
 @pytest.mark.parametrize(("text", "shown"), [("<think>\n ab</think>\ncd", "ab|cd"), ("abcd", "|abcd"), (" <thin", "|")])
@@ -131,6 +146,8 @@ def test_what_the_template_and_the_prompt_say(tokenizer: Tokenizer, monkeypatch:
         assert begins_thought(tokenizer, tokenizer.encode(text)) is expected
     for text, expected in (("a\n<think>\n\n</think>\n\n", True), ("</think>x", False), ("<think>", False), ("", False)):
         assert ends_thought(tokenizer, tokenizer.encode(text)) is expected
+        assert not ends_at_thought(tokenizer, tokenizer.encode(text))
+    assert ends_at_thought(tokenizer, tokenizer.encode("a\n<think></think>"))
     assert not may_think(None)
     assert not may_think(tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ content.split('</think>')[-1] }}")

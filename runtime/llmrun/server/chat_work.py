@@ -23,7 +23,14 @@ from llmrun.server.schemas import ChatCall
 from llmrun.server.service import Service
 from llmrun.server.tasks import Answer, Choice
 from llmrun.server.tool_stream import ToolStream
-from llmrun.thoughts import ThoughtConstraint, ThoughtStream, begins_thought, ends_thought, shown_tokens
+from llmrun.thoughts import (
+    ThoughtConstraint,
+    ThoughtStream,
+    begins_thought,
+    ends_at_thought,
+    ends_thought,
+    shown_tokens,
+)
 
 if TYPE_CHECKING:
     from llmrun.constraint import Constraint
@@ -47,7 +54,8 @@ async def answering(service: Service, call: ChatCall, receive: Receive) -> Async
         prompt = await service.in_thread(work.prompt)
         await answer.submit([work.submitter(prompt, grammar)], call.sampled.n)
         begun, is_thinking = work.begun(prompt), work.begins_thought(prompt, grammar)
-        yield answer, Pieces(service, call, work.form, is_thinking=is_thinking, begun=begun)
+        has_thought = ends_at_thought(service.engine.tokenizer, prompt)
+        yield answer, Pieces(service, call, work.form, is_thinking=is_thinking, has_thought=has_thought, begun=begun)
 
 
 class _Work:
@@ -171,6 +179,7 @@ class Pieces:
         form: toolbox.ToolForm | None,
         *,
         is_thinking: bool = False,
+        has_thought: bool = False,
         begun: str | None = None,
     ) -> None:
         """Begin the answers.
@@ -180,6 +189,7 @@ class Pieces:
             call: the request.
             form: how the model calls tools; None: it is not to.
             is_thinking: the prompt has begun the thoughts.
+            has_thought: it ends where it has ended them.
             begun: what it has of a message, if answers are messages.
         """
         self.is_late = form is not None or service.tells_thoughts
@@ -199,6 +209,7 @@ class Pieces:
                 lambda: ThoughtStream(
                     service.thought_tags,
                     has_begun=is_thinking,
+                    has_ended=has_thought,
                     is_apart=service.tells_thoughts,
                     is_tagged=service.tags_answers,
                 )
