@@ -132,3 +132,15 @@ def test_a_demanded_call_is_one(served: Served, choice: Any) -> None:
     (call,) = message["tool_calls"]
     assert (message["content"], call["function"]["name"]) == (None, "weather")
     assert json.loads(call["function"]["arguments"]).keys() <= {"city", "days"}
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Ro', "[3]"])
+def test_arguments_that_the_template_cannot_write_are_named(served: Served, arguments: str) -> None:
+    """It writes them one by one, and so no text that a model broke off."""
+    good, broken = (
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": a}} for a in ("{}", arguments)
+    )
+    answers = [{"role": "assistant", "content": None, "tool_calls": calls} for calls in ([good], [good, broken])]
+    status, answer = served.ask("/v1/chat/completions", {"messages": [*ASKED, *answers], "max_tokens": 1})
+    assert (status, answer["error"]["param"]) == (400, "messages[2].tool_calls[1].function.arguments")
+    assert "is not the text of a JSON object" in answer["error"]["message"]

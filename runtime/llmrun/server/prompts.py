@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrun.chat import encode_chat
+from llmrun.errors import UsageError
 from llmrun.server.errors import ApiError, bad
 from llmrun.server.json_body import parse_json
 from llmrun.server.tools import ToolForm, tool_form
@@ -34,10 +35,11 @@ def chat_ids(
     they are text, as the model wrote them. Results are of the role `tool_response` where it knows that one alone.
 
     Raises:
-        ApiError: 400: a message holds something else than text.
+        ApiError: 400: a message holds something else than text, or arguments as text, which the template does not take.
         UsageError: the template refuses the messages.
     """
     flat = [_flat(message, f"messages[{i}]", max_depth) for i, message in enumerate(messages)]
+    broken = _broken_arguments(flat)
     template = tokenizer.chat_template or ""
     if _TOOL_RESPONSE.search(template) and not _TOOL.search(template):
         for message in flat:
@@ -46,14 +48,19 @@ def chat_ids(
     if tools and form is not None and form.tells_by_system:
         flat = _told_by_system(flat, tools)
     has_place = "tool_calls" in template
-    return encode_chat(
-        tokenizer,
-        flat,
-        add_generation_prompt=add_generation_prompt,
-        tools=tools or None,
-        chat_template_kwargs=chat_template_kwargs,
-        written_calls=None if form is None or has_place else functools.partial(_written, form),
-    )
+    try:
+        return encode_chat(
+            tokenizer,
+            flat,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools or None,
+            chat_template_kwargs=chat_template_kwargs,
+            written_calls=None if form is None or has_place else functools.partial(_written, form),
+        )
+    except UsageError as error:
+        if broken is None:
+            raise
+        raise bad(f"{broken} is not the text of a JSON object, which may be why: {error}", broken) from error
 
 
 def _flat(message: dict[str, Any], where: str, max_depth: int) -> dict[str, Any]:
@@ -101,6 +108,15 @@ def _call(call: dict[str, Any], max_depth: int) -> dict[str, Any]:
     if not isinstance(arguments, dict):  # what a model has written, which it may be told
         arguments = text
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _broken_arguments(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return where the first arguments stand that are no object; None if all are."""
+    for i, message in enumerate(messages):
+        for j, call in enumerate(message.get("tool_calls", ())):
+            if isinstance(call["function"]["arguments"], str):
+                return f"messages[{i}].tool_calls[{j}].function.arguments"
+    return None
 
 
 def _written(form: ToolForm, calls: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
