@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,8 @@ def test_shapes_have_the_published_number_of_parameters() -> None:
     assert SHAPES["tinyllama-1.1b"].num_parameters == 1_100_048_384
     assert SHAPES["llama-2-7b"].num_parameters == 6_738_415_616
     assert SHAPES["gemma-3-1b"].num_parameters == 999_885_952
+    ernie = replace(SHAPES["ernie-4.5-21b-a3b-4-layers"], num_hidden_layers=28)
+    assert round(ernie.num_parameters / 1e8) == 218
 
 
 def test_a_checkpoint_holds_the_tensors_of_its_shape(tmp_path: Path) -> None:

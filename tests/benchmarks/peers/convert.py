@@ -62,8 +62,21 @@ GPT_OSS_LAYER = {
     "experts.up_proj": "ffn_up_exps",
     "experts.down_proj": "ffn_down_exps",
 }
-LAYERS = {"llama": LAYER, "gemma3_text": GEMMA_LAYER, "qwen3_moe": QWEN_MOE_LAYER, "gpt_oss": GPT_OSS_LAYER}
-ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
+ERNIE_MOE_LAYER = {
+    **LAYER,
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.moe_statics": "exp_probs_b",
+    **{f"experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")},
+    **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+}
+# By model_type: the architecture, and the names of a layer's tensors.
+KINDS = {
+    "llama": ("llama", LAYER),
+    "gemma3_text": ("gemma3", GEMMA_LAYER),
+    "qwen3_moe": ("qwen3moe", QWEN_MOE_LAYER),
+    "gpt_oss": ("gpt-oss", GPT_OSS_LAYER),
+    "ernie4_5_moe": ("ernie4_5-moe", ERNIE_MOE_LAYER),
+}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float16)
 
 
@@ -73,7 +86,8 @@ def main(source: Path, target: Path) -> None:
     kind = config["model_type"]
     is_gemma = kind == "gemma3_text"
     head_dim = config.get("head_dim", config["hidden_size"] // heads)
-    writer = GGUFWriter(target, ARCHITECTURES[kind])
+    architecture, layers = KINDS[kind]
+    writer = GGUFWriter(target, architecture)
     if is_gemma:
         writer.add_sliding_window(config["sliding_window"])
     if kind == "qwen3_moe":
@@ -88,6 +102,14 @@ def main(source: Path, target: Path) -> None:
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
         writer.add_rope_scaling_orig_ctx_len(config["rope_scaling"]["original_max_position_embeddings"])
+    if kind == "ernie4_5_moe":
+        writer.add_expert_count(config["moe_num_experts"])
+        writer.add_expert_used_count(config["moe_k"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_count(config["moe_num_shared_experts"])
+        writer.add_expert_shared_feed_forward_length(config["moe_num_shared_experts"] * config["moe_intermediate_size"])
+        writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+        writer.add_leading_dense_block_count(config["moe_layer_start_index"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -102,15 +124,18 @@ def main(source: Path, target: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     add_vocabulary(writer, source / "vocabulary.json")
     writer.add_file_type(1)
-    tensors = apart(tensors_of(source, None)) if kind == "gpt_oss" else tensors_of(source, config.get("num_experts"))
+    num_experts = config.get("num_experts", config.get("moe_num_experts"))
+    tensors = apart(tensors_of(source, None)) if kind == "gpt_oss" else tensors_of(source, num_experts)
     for name, value in tensors:
+        if name.endswith(".e_score_correction_bias"):
+            name, value = name.replace("e_score_correction_bias", "bias"), value[0]
         if is_gemma:
             value = value + 1 if value.ndim == 1 else value
         elif kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             value = neighbouring_pairs(value, kv_heads if "k_proj" in name else heads)
         is_small = value.ndim == 1 or name.endswith((".mlp.gate.weight", ".mlp.router.weight", ".bias"))
         dtype = np.float32 if is_small else np.float16
-        writer.add_tensor(gguf_name(name, LAYERS[kind]), np.ascontiguousarray(value, dtype))
+        writer.add_tensor(gguf_name(name, layers), np.ascontiguousarray(value, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

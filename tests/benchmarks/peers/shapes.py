@@ -243,6 +243,44 @@ class GptOssShape(Shape):
         return {**super().config(), **own}
 
 
+@dataclass(frozen=True)
+class ErnieMoeShape(Shape):
+    """ERNIE 4.5's mixtures: `intermediate_size` is that of the first layer; the others have experts, some of them shared."""
+
+    moe_intermediate_size: int
+    moe_num_experts: int
+    moe_k: int
+    moe_num_shared_experts: int
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and shape of every tensor, in the order of the layers."""
+        plain = [t for t in super().tensors() if ".mlp." not in t[0] or t[0].startswith("model.layers.0.")]
+        hidden, inner = self.hidden_size, self.moe_intermediate_size
+        experts = [(f"mlp.experts.{i}", inner) for i in range(self.moe_num_experts)]
+        shared = ("mlp.shared_experts", inner * self.moe_num_shared_experts)
+        projections = [part for mlp, size in (*experts, shared) for part in _projections(mlp, hidden, size)]
+        own: list[tuple[str, tuple[int, ...]]] = [
+            ("mlp.gate.weight", (self.moe_num_experts, hidden)),
+            ("mlp.moe_statics.e_score_correction_bias", (1, self.moe_num_experts)),
+            *((f"{name}_proj.weight", size) for name, size in projections),
+        ]
+        layers = range(1, self.num_hidden_layers)
+        return [*plain, *((f"model.layers.{i}.{name}", size) for i in layers for name, size in own)]
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json."""
+        own = {
+            "architectures": ["Ernie4_5_MoeForCausalLM"],
+            "model_type": "ernie4_5_moe",
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": self.num_hidden_layers - 1,
+            "moe_layer_interval": 1,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+        }
+        return {**super().config(), **own}
+
+
 SHAPES = {
     "110m": Shape(768, 2048, 12, 12, 12, 32000, 2048),
     "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
@@ -254,6 +292,8 @@ SHAPES = {
     "qwen3-30b-a3b-8-layers": QwenMoeShape(2048, 768, 8, 32, 4, 151936, 8192, 128, 8),
     # A sixth of gpt-oss 20B's layers; positions cut from 131,072.
     "gpt-oss-20b-4-layers": GptOssShape(2880, 2880, 4, 64, 8, 201088, 8192, 32, 4, 128),
+    # A seventh of ERNIE 4.5 21B-A3B's layers; positions cut from 131,072.
+    "ernie-4.5-21b-a3b-4-layers": ErnieMoeShape(2560, 12288, 4, 20, 4, 103424, 8192, 1536, 64, 6, 2),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
     # A quarter of its layers, for onnxruntime-genai, whose builder needs 54 GB of memory for all of them.
     "llama-2-7b-8-layers": Shape(4096, 11008, 8, 32, 32, 32000, 4096),
