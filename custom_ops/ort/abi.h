@@ -106,6 +106,8 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
     X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo*))                                 \
     X(KernelContext_GetGPUComputeStream, 193, OrtStatus*, (const OrtKernelContext*, void** out))             \
     X(KernelInfo_GetInputCount, 230, OrtStatus*, (const OrtKernelInfo*, size_t* out))                        \
+    X(KernelInfo_GetInputName, 232, OrtStatus*,                                                              \
+      (const OrtKernelInfo*, size_t index, char* out, size_t* size))                                         \
     X(KernelInfo_GetNodeName, 244, OrtStatus*, (const OrtKernelInfo*, char* out, size_t* size))              \
     X(KernelInfoGetConstantInput_tensor, 249, OrtStatus*,                                                    \
       (const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue** out))                          \

@@ -99,6 +99,14 @@ int64_t NodeInfo::int_attribute(const char* name) const {
     return value;
 }
 
+int64_t NodeInfo::int_attribute(const char* name, int64_t otherwise) const {
+    int64_t value = 0;
+    OrtStatus* missing = KernelInfoGetAttribute_int64(api_, info_, name, &value);
+    if (missing == nullptr) return value;
+    ReleaseStatus(api_, missing);
+    return otherwise;
+}
+
 float NodeInfo::float_attribute(const char* name) const {
     float value = 0;
     require(api_, KernelInfoGetAttribute_float(api_, info_, name, &value),
@@ -139,7 +147,13 @@ bool NodeInfo::has_input(size_t index) const {
     size_t count = 0;
     require(api_, KernelInfo_GetInputCount(api_, info_, &count),
             [] { return "ONNX Runtime does not say how many inputs the node has, expected their number"; });
-    return index < count;
+    if (index >= count) return false;
+    size_t size = 0;  // with the zero at the end
+    require(api_, KernelInfo_GetInputName(api_, info_, index, static_cast<char*>(nullptr), &size), [&] {
+        return std::string("ONNX Runtime does not say what the node's input ") + inputs_[index].name +
+               " is, expected its name";
+    });
+    return size > 1;
 }
 
 std::optional<Tensor> NodeInfo::constant_input(size_t index) const {

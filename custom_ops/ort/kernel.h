@@ -39,7 +39,7 @@ struct Port {
     ElementType type;
     bool is_on_host =
         false;  // an input of a GPU's operator that the host reads: small, and no copy is captured
-    bool is_optional = false;  // an input that a node may lack, with all behind it
+    bool is_optional = false;  // an input that a node may lack
 };
 
 struct InPlace {
@@ -97,18 +97,21 @@ class NodeInfo {
         : api_(api), info_(info), inputs_(inputs) {}
     // Attributes are required: the packager writes every one.
     int64_t int_attribute(const char* name) const;
+    // The same, or `otherwise` where there is no such integer: what graphs of older versions lack.
+    int64_t int_attribute(const char* name, int64_t otherwise) const;
     float float_attribute(const char* name) const;
     // Null where there is no such float.
     std::optional<float> optional_float_attribute(const char* name) const;
     // Throws OpError unless it is from 1 to kMaxSize.
     int64_t size_attribute(const char* name) const;
-    // The same, or `otherwise` where there is no such integer: what graphs of older versions lack.
+    // The same, or `otherwise`, as above.
     int64_t size_attribute(const char* name, int64_t otherwise) const;
     // Throws OpError if input `index`, into which the operator writes, is an initializer: that is read-only,
     // or other nodes and later runs take it for a constant. Of an initializer that is an input of the graph
     // as well, or lies behind an Unsqueeze, ONNX Runtime says nothing: llmrun's graph_check.py refuses those.
     void expect_no_constant(size_t index) const;
-    // Whether the node has input `index`, which is optional.
+    // Whether the node has input `index`, which is optional: of one that is missing before another the name
+    // is empty.
     bool has_input(size_t index) const;
     // Input `index` if it is an initializer: the memory that each call will get.
     std::optional<Tensor> constant_input(size_t index) const;

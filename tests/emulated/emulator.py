@@ -88,14 +88,14 @@ class Emulator:
     def run(
         self,
         op: str,
-        inputs: Mapping[str, np.ndarray],
+        inputs: Mapping[str, np.ndarray | None],
         outputs: int,
         attributes: Mapping[str, Any],
         *,
         name: str = "the_node",
         threads: int = 1,
     ) -> list[np.ndarray]:
-        """Run one operator. What it writes into its inputs is written into these arrays.
+        """Run one operator; an input that is None is missing. What it writes into its inputs is written into these arrays.
 
         Raises:
             EmulatedError: the operator refused, or failed.
@@ -110,13 +110,13 @@ class Emulator:
             request += [key, value]
         request.append(len(inputs))
         for array in inputs.values():
-            request += [ELEMENT_TYPES[array.dtype.name], array.ndim, *array.shape, array]
+            request += [0] if array is None else [ELEMENT_TYPES[array.dtype.name], array.ndim, *array.shape, array]
         self._ask("run", *request, outputs, threads)
         results = []
         for _ in range(outputs):
             shape = np.frombuffer(self._answer(), np.int64)
             results.append(np.frombuffer(self._answer(), np.float32).reshape(shape).copy())
-        for array in inputs.values():
+        for array in (array for array in inputs.values() if array is not None):
             after = np.frombuffer(self._answer(), array.dtype).reshape(array.shape)
             if not np.array_equal(after.view(np.uint8), np.ascontiguousarray(array).view(np.uint8)):
                 array[...] = after

@@ -102,7 +102,7 @@ struct OrtKernelInfo {
     std::string name;
     std::map<std::string, int64_t> ints;
     std::map<std::string, float> floats;
-    size_t num_inputs = 0;
+    std::vector<bool> inputs;  // false: missing
 };
 struct OrtKernelContext {
     std::vector<OrtValue> inputs, outputs;
@@ -166,7 +166,8 @@ OrtStatus* int_attribute(const OrtKernelInfo* info, const char* name, int64_t* o
     return attribute(info->ints, name, out);
 }
 OrtStatus* input(const OrtKernelContext* context, size_t index, const OrtValue** out) {
-    *out = &context->inputs[index];
+    const OrtValue& value = context->inputs[index];
+    *out = value.data ? &value : nullptr;
     return nullptr;
 }
 OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* sizes, size_t rank,
@@ -183,7 +184,13 @@ OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* sizes,
 void release_status(OrtStatus* status) { delete status; }
 void release_info(OrtTensorTypeAndShapeInfo* info) { delete info; }
 OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) {
-    *out = info->num_inputs;
+    *out = info->inputs.size();
+    return nullptr;
+}
+OrtStatus* input_name(const OrtKernelInfo* info, size_t index, char* out, size_t* size) {
+    const std::string name = info->inputs[index] ? "x" : "";
+    if (out != nullptr) std::memcpy(out, name.c_str(), name.size() + 1);
+    *size = name.size() + 1;
     return nullptr;
 }
 OrtStatus* node_name(const OrtKernelInfo* info, char* out, size_t* size) {
@@ -232,6 +239,7 @@ const OrtApi* api(uint32_t) {
         set(93, release_status);
         set(99, release_info);
         set(230, input_count);
+        set(232, input_name);
         set(244, node_name);
         set(249, constant_input);
         set(274, parallel_for);
@@ -256,8 +264,8 @@ std::string taken(OrtStatus* status) {
     return message;
 }
 
-// run: operator, node, integer and float attributes, inputs, number of outputs, threads -> outputs, and all
-// inputs as they are afterwards.
+// run: operator, node, integer and float attributes, inputs (one that is missing: the type 0 alone), number
+// of outputs, threads -> outputs, and all inputs that are there as they are afterwards.
 void run() {
     const std::string name = read_string();
     OrtKernelInfo info;
@@ -271,10 +279,11 @@ void run() {
         info.floats[key] = static_cast<float>(read<double>());
     }
     OrtKernelContext context;
-    info.num_inputs = read<uint64_t>();
-    context.inputs.resize(info.num_inputs);
+    context.inputs.resize(read<uint64_t>());
     for (OrtValue& value : context.inputs) {
         value.info.type = static_cast<int>(read<uint64_t>());
+        info.inputs.push_back(value.info.type != 0);
+        if (value.info.type == 0) continue;
         value.info.shape.resize(read<uint64_t>());
         for (int64_t& size : value.info.shape) size = read<int64_t>();
         value.data = read_guarded();
@@ -296,7 +305,9 @@ void run() {
         write_bytes(value.info.shape.data(), value.info.shape.size() * sizeof(int64_t));
         write_bytes(value.data->data(), value.data->size());
     }
-    for (const OrtValue& value : context.inputs) write_bytes(value.data->data(), value.data->size());
+    for (const OrtValue& value : context.inputs) {
+        if (value.data) write_bytes(value.data->data(), value.data->size());
+    }
 }
 
 // pack: the members of LlmpackRows in order, its arrays as bytes -> code, weight, scales.
