@@ -214,24 +214,48 @@ def positions_first(key_cache: Array, value_cache: Array) -> tuple[Array, Array]
     return key_cache.transpose(0, 3, 1, 2), value_cache.transpose(0, 2, 1, 3)
 
 
-def route(router_logits: Array, num_experts_per_tok: int, *, norm_topk_prob: bool) -> tuple[NDArray[np.int64], Float64]:
+def route(
+    router_logits: Array,
+    num_experts_per_tok: int,
+    *,
+    norm_topk_prob: bool,
+    sigmoid_scoring: bool = False,
+    e_score_correction_bias: Array | None = None,
+    routed_scaling_factor: float = 1.0,
+    num_shared_experts: int = 0,
+) -> tuple[NDArray[np.int64], Float64]:
     """Choose each token's experts (5.16).
 
     Args:
         router_logits: [T, num_experts].
-        num_experts_per_tok: how many a token gets.
-        norm_topk_prob: whether the weights of a token's experts sum to 1.
+        num_experts_per_tok: how many of them a token gets.
+        norm_topk_prob: whether the weights of those chosen sum to 1, `routed_scaling_factor` apart.
+        sigmoid_scoring: whether an expert's score is the logistic function of its logit, not the softmax over all experts.
+        e_score_correction_bias: [num_experts], added to the scores to choose, not to weigh; None: logits choose.
+        routed_scaling_factor: of the weights of those chosen.
+        num_shared_experts: how many experts more, numbered from num_experts on, every token goes through.
 
     Returns:
-        (experts, weights), both [T, num_experts_per_tok], in rising order of the experts: of equal logits the lower expert is
-        chosen, and a weight is the softmax over all experts, or over those chosen.
+        (experts, weights), both [T, num_experts_per_tok + num_shared_experts]: those chosen in rising order, of equal ones the
+        lower, then those shared, in rising order too, whose weights are 1.
     """
-    likeliest = np.argsort(-router_logits, axis=1, kind="stable")[:, :num_experts_per_tok]
-    experts = np.sort(likeliest, axis=1)
+    tokens, num_experts = router_logits.shape
     logits = router_logits.astype(np.float64)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    chosen = np.take_along_axis(odds, experts, axis=1)
-    return experts, chosen / (chosen if norm_topk_prob else odds).sum(axis=1, keepdims=True)
+    highest = logits.max(axis=1, keepdims=True)
+    if sigmoid_scoring:
+        scores = np.where(np.isfinite(highest), np.exp(-np.logaddexp(0.0, -logits)), np.nan)
+    else:
+        odds = np.exp(logits - highest)
+        scores = odds / odds.sum(axis=1, keepdims=True)
+    order = router_logits
+    if e_score_correction_bias is not None:
+        order = scores.astype(np.float32) + e_score_correction_bias.astype(np.float32)
+    experts = np.sort(np.argsort(-order, axis=1, kind="stable")[:, :num_experts_per_tok], axis=1)
+    weights = np.take_along_axis(scores, experts, axis=1) * routed_scaling_factor
+    if norm_topk_prob:
+        weights /= np.maximum(np.take_along_axis(scores, experts, axis=1).sum(axis=1, keepdims=True), 1e-20)
+    shared = np.tile(num_experts + np.arange(num_shared_experts), (tokens, 1))
+    return np.concatenate([experts, shared], axis=1), np.concatenate([weights, np.ones(shared.shape)], axis=1)
 
 
 def moe(
@@ -245,25 +269,39 @@ def moe(
     gate_up_bias: Array | None = None,
     down_bias: Array | None = None,
     clamp: tuple[float, float] | None = None,
+    sigmoid_scoring: bool = False,
+    e_score_correction_bias: Array | None = None,
+    routed_scaling_factor: float = 1.0,
 ) -> Float64:
     """Send each token through its experts, MLPs with SwiGLU, and sum what they give by weight (5.16).
 
     Args:
         x: [T, hidden_size].
         router_logits: [T, num_experts].
-        gate_up: [num_experts, 2 intermediate_size, hidden_size], dequantized; gate first.
-        down: [num_experts, hidden_size, intermediate_size], dequantized.
-        num_experts_per_tok: how many a token gets.
-        norm_topk_prob: whether the weights of a token's experts sum to 1.
-        gate_up_bias: [num_experts, 2 intermediate_size], of the gates and the ups.
-        down_bias: [num_experts, hidden_size].
+        gate_up: [A, 2 intermediate_size, hidden_size], dequantized; gate first. Those after num_experts are shared experts.
+        down: [A, hidden_size, intermediate_size], dequantized.
+        num_experts_per_tok: how many a token gets of those that are not shared.
+        norm_topk_prob: as `route` has it, and so the last three.
+        gate_up_bias: [A, 2 intermediate_size], of the gates and the ups.
+        down_bias: [A, hidden_size].
         clamp: alpha and limit of `clamped_swiglu`, in place of SwiGLU.
+        sigmoid_scoring: how experts are scored.
+        e_score_correction_bias: [num_experts], what chooses beside the scores.
+        routed_scaling_factor: of the weights of those chosen.
 
     Returns:
         [T, hidden_size].
     """
     y = np.zeros(x.shape)
-    experts, weights = route(router_logits, num_experts_per_tok, norm_topk_prob=norm_topk_prob)
+    experts, weights = route(
+        router_logits,
+        num_experts_per_tok,
+        norm_topk_prob=norm_topk_prob,
+        sigmoid_scoring=sigmoid_scoring,
+        e_score_correction_bias=e_score_correction_bias,
+        routed_scaling_factor=routed_scaling_factor,
+        num_shared_experts=len(gate_up) - router_logits.shape[1],
+    )
     for token, slot in np.ndindex(experts.shape):
         expert = experts[token, slot]
         row = matmul(x[token : token + 1], gate_up[expert])

@@ -20,7 +20,8 @@ struct PlainExperts {
                                        {"gate_up", kFloat16},
                                        {"down", kFloat16},
                                        {"gate_up_bias", kFloat, false, true},
-                                       {"down_bias", kFloat, false, true}};
+                                       {"down_bias", kFloat, false, true},
+                                       {"e_score_correction_bias", kFloat, false, true}};
 };
 
 template <WeightType type>
@@ -40,7 +41,8 @@ struct QuantizedExperts {
                                        {"down", kUInt8},
                                        {"down_scales", kFloat16},
                                        {"gate_up_bias", kFloat, false, true},
-                                       {"down_bias", kFloat, false, true}};
+                                       {"down_bias", kFloat, false, true},
+                                       {"e_score_correction_bias", kFloat, false, true}};
 };
 
 // Sizes of one rank, checked: what is read of the weights follows from them alone.
@@ -105,8 +107,8 @@ struct GpuMoE {
     explicit GpuMoE(const NodeInfo& node)
         : sizes(node, Stored::kIsQuantized),
           clamp(clamp_attributes(node)),
-          gate_up_bias(node, std::size(kInputs) - 2),
-          down_bias(node, std::size(kInputs) - 1) {
+          gate_up_bias(node, std::size(kInputs) - 3),
+          down_bias(node, std::size(kInputs) - 2) {
         Launcher& launcher = Launcher::current();
         route = launcher.operation("moe_route",
                                    {{"num_experts", sizes.experts},

@@ -1,8 +1,8 @@
 // MoEF32, MoEF16, MoEQ8, MoEQ4, MoEMXFP4: checks of FORMAT.md 5.16, the choice of experts, and the division
 // of work.
 //
-// A step's pairs, of a token and an expert that it is sent to, are sorted by expert, then token; an expert's
-// are a segment. Experts go in groups, in rising order:
+// A step's pairs, of a token and an expert that it is sent to, or that all share, are sorted by expert, then
+// token; an expert's are a segment. Experts go in groups, in rising order:
 //
 //     x of each pair -> quantize -> gate_up, SwiGLU -> quantize -> down -> z of each pair -> add to y by
 //     weight
@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <type_traits>
 
 #include "cpu/isa.h"
@@ -36,8 +37,10 @@ int64_t tiled_attribute(const NodeInfo& node, const char* name, int64_t divisor,
     return size;
 }
 
-int64_t bounded_attribute(const NodeInfo& node, const char* name, int64_t least, int64_t most) {
-    const int64_t value = node.int_attribute(name);
+// otherwise: where there is no such integer; null: an error.
+int64_t bounded_attribute(const NodeInfo& node, const char* name, int64_t least, int64_t most,
+                          std::optional<int64_t> otherwise = {}) {
+    const int64_t value = otherwise ? node.int_attribute(name, *otherwise) : node.int_attribute(name);
     if (value < least || value > most) {
         throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) + ", expected " +
                       std::to_string(least) + (most == least + 1 ? " or " : " to ") + std::to_string(most));
@@ -53,25 +56,32 @@ uint32_t sortable(float value) {
     return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-// How tokens are sent to experts.
+// How tokens are sent to experts. Those that all tokens share are numbered from num_experts on.
 struct Routing {
-    int64_t num_experts, num_experts_per_tok;
-    bool norm_topk_prob;
+    int64_t num_experts, num_experts_per_tok, num_shared_experts;
+    bool norm_topk_prob, sigmoid_scoring;
+    double routed_scaling_factor;
 
-    // experts and weights [num_experts_per_tok] of one token by its logits [num_experts], in rising order of
-    // the experts. False: a logit is NaN, or the largest infinite, and so is every weight NaN.
-    bool choose(const float* logits, int64_t* experts, float* weights) const {
+    int64_t matrices() const { return num_experts + num_shared_experts; }
+    int64_t pairs_per_tok() const { return num_experts_per_tok + num_shared_experts; }
+
+    // experts and weights [pairs_per_tok()] of one token by its logits [num_experts], in rising order of the
+    // experts. bias: [num_experts], e_score_correction_bias, null: none. False: a logit is NaN, or the
+    // largest infinite, and so is every weight NaN.
+    bool choose(const float* logits, const float* bias, int64_t* experts, float* weights) const {
         float highest = logits[0];
         for (int64_t e = 1; e < num_experts; e++) highest = std::max(highest, logits[e]);
-        float odds[kMostExperts];
+        double p[kMostExperts];  // times `unit`
         double sum = 0.0;
-        for (int64_t e = 0; e < num_experts; e++) sum += odds[e] = std::exp(logits[e] - highest);
-        if (!(sum > 0.0)) return false;
+        for (int64_t e = 0; e < num_experts; e++) sum += p[e] = odds(logits[e], highest, bias != nullptr);
+        if (!std::isfinite(highest) || std::isnan(sum)) return false;
+        const double unit = sigmoid_scoring ? 1.0 : sum;
 
-        // One number for each expert, all different: of equal logits that of the lower expert is larger.
+        // One number for each expert, all different: of equal scores that of the lower expert is larger.
         uint64_t order[kMostExperts], sorted[kMostExperts];
         for (int64_t e = 0; e < num_experts; e++) {
-            order[e] = uint64_t{sortable(logits[e])} << 32 | static_cast<uint64_t>(kMostExperts - e);
+            const float score = bias == nullptr ? logits[e] : static_cast<float>(p[e] / unit) + bias[e];
+            order[e] = uint64_t{sortable(score)} << 32 | static_cast<uint64_t>(kMostExperts - e);
         }
         std::copy_n(order, num_experts, sorted);
         uint64_t* const last = sorted + num_experts_per_tok - 1;
@@ -79,13 +89,29 @@ struct Routing {
         double chosen_sum = 0.0;
         for (int64_t e = 0, i = 0; e < num_experts; e++) {
             if (order[e] < *last) continue;
-            experts[i] = e;
-            weights[i++] = odds[e];
-            chosen_sum += odds[e];
+            experts[i++] = e;
+            chosen_sum += p[e];
         }
-        const double all = norm_topk_prob ? chosen_sum : sum;
-        for (int64_t i = 0; i < num_experts_per_tok; i++) weights[i] = static_cast<float>(weights[i] / all);
+        const double all = norm_topk_prob ? std::max(chosen_sum, kLeastSum * unit) : unit;
+        for (int64_t i = 0; i < num_experts_per_tok; i++) {
+            weights[i] = static_cast<float>(routed_scaling_factor * p[experts[i]] / all);
+        }
+        for (int64_t s = 0; s < num_shared_experts; s++) {
+            experts[num_experts_per_tok + s] = num_experts + s;
+            weights[num_experts_per_tok + s] = 1.0f;
+        }
         return true;
+    }
+
+  private:
+    static constexpr double kLeastSum = 1e-20;
+
+    // What an expert's p is in proportion to, or, with sigmoid_scoring, p. In double where it decides which
+    // experts are chosen: last bits of exp differ between releases of the C library, and all ranks must
+    // choose the same.
+    double odds(float logit, float highest, bool decides) const {
+        if (sigmoid_scoring) return 1.0 / (1.0 + std::exp(-double{logit}));
+        return decides ? std::exp(double{logit} - highest) : double{std::exp(logit - highest)};
     }
 };
 
@@ -94,11 +120,11 @@ struct Segment {
     int64_t expert, first, rows;
 };
 
-// Some experts' segments, one after another. is_shared: each has one row, and all have the same x.
+// Some experts' segments, one after another. is_of_one_token: each has one row, and all have the same x.
 struct Group {
     const Segment* segments;
     int64_t count;
-    bool is_shared;
+    bool is_of_one_token;
 
     int64_t first() const { return segments[0].first; }
     int64_t end() const { return segments[count - 1].first + segments[count - 1].rows; }
@@ -124,7 +150,7 @@ struct Group {
     }
 };
 
-// What becomes of a product. bias: [num_experts, N], null: none.
+// What becomes of a product. bias: [matrices, N], null: none.
 struct Gate {
     Gating gating = Gating::kNone;
     Clamp clamp = {};
@@ -136,8 +162,9 @@ struct Gate {
     }
 };
 
-// A matrix class holds one matrix [N, K] for each expert. of: the weights, or throws OpError; run: y [rows,
-// N], or with a gating [rows, N / 2], of x [rows, K], each segment by its expert's matrix.
+// A matrix class holds one matrix [N, K] for each expert, those that tokens share last. of: the weights, or
+// throws OpError; run: y [rows, N], or with a gating [rows, N / 2], of x [rows, K], each segment by its
+// expert's matrix.
 template <WeightType type>
 class FloatMatrices {
   public:
@@ -147,16 +174,17 @@ class FloatMatrices {
                                        {"gate_up", kStored},
                                        {"down", kStored},
                                        {"gate_up_bias", kFloat, false, true},
-                                       {"down_bias", kFloat, false, true}};
+                                       {"down_bias", kFloat, false, true},
+                                       {"e_score_correction_bias", kFloat, false, true}};
     static constexpr size_t kGateUp = 2, kDown = 3;
 
-    FloatMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts, int64_t N,
+    FloatMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t matrices, int64_t N,
                   int64_t K)
-        : first_axis_(first_axis), num_experts_(num_experts), N_(N), K_(K), stored_weight_(node, input) {}
+        : first_axis_(first_axis), matrices_(matrices), N_(N), K_(K), stored_weight_(node, input) {}
 
     const uint8_t* of(const Context& context) const {
         const Tensor weight = stored_weight_.of(context);
-        check_float(weight, num_experts_ * N_, K_, first_axis_);
+        check_float(weight, matrices_ * N_, K_, first_axis_);
         return weight.as<uint8_t>();
     }
 
@@ -173,7 +201,7 @@ class FloatMatrices {
                 [&](const Segment& segment, int64_t first, int64_t last) {
                     const int64_t row = segment.first - group.first();
                     k.matmul_float(type,
-                                   {group.is_shared ? x : x + row * K_,
+                                   {group.is_of_one_token ? x : x + row * K_,
                                     weight + segment.expert * expert_bytes, y + row * columns, segment.rows,
                                     N_, K_, gate.gating, fetch, gate.bias_of(segment.expert, N_), gate.clamp},
                                    first, last);
@@ -183,7 +211,7 @@ class FloatMatrices {
 
   private:
     const char* first_axis_;
-    int64_t num_experts_, N_, K_;
+    int64_t matrices_, N_, K_;
     StoredInput stored_weight_;
 };
 
@@ -202,13 +230,14 @@ class QuantizedMatrices {
                                        {"down", kUInt8},
                                        {"down_scales", kFloat16},
                                        {"gate_up_bias", kFloat, false, true},
-                                       {"down_bias", kFloat, false, true}};
+                                       {"down_bias", kFloat, false, true},
+                                       {"e_score_correction_bias", kFloat, false, true}};
     static constexpr size_t kGateUp = 2, kDown = 4;
 
-    QuantizedMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t num_experts,
-                      int64_t N, int64_t K)
+    QuantizedMatrices(const NodeInfo& node, size_t input, const char* first_axis, int64_t matrices, int64_t N,
+                      int64_t K)
         : first_axis_(first_axis),
-          num_experts_(num_experts),
+          matrices_(matrices),
           N_(N),
           K_(K),
           group_size_(group_size_attribute(node)),
@@ -217,7 +246,7 @@ class QuantizedMatrices {
 
     QuantizedWeights of(const Context& context) const {
         const Tensor weight = stored_weight_.of(context), scales = stored_scales_.of(context);
-        check_quantized(type, weight, scales, num_experts_ * N_, K_, group_size_, first_axis_);
+        check_quantized(type, weight, scales, matrices_ * N_, K_, group_size_, first_axis_);
         return {weight.as<uint8_t>(), scales.as<uint16_t>()};
     }
 
@@ -226,10 +255,10 @@ class QuantizedMatrices {
         const Kernels& k = context.kernels;
         const int64_t groups = K_ / group_size_;
         const QuantizedActivations all =
-            activations_workspace(group.is_shared ? 1 : group.rows(), K_, group_size_);
+            activations_workspace(group.is_of_one_token ? 1 : group.rows(), K_, group_size_);
         // A segment is quantized as if it were alone.
         const auto of_segment = [&](const Segment& segment) {
-            const int64_t row = group.is_shared ? 0 : segment.first - group.first();
+            const int64_t row = group.is_of_one_token ? 0 : segment.first - group.first();
             return QuantizedActivations{all.values + row * K_,
                                         all.scales + row * groups,
                                         all.sums + row * groups,
@@ -237,7 +266,7 @@ class QuantizedMatrices {
                                         K_,
                                         group_size_};
         };
-        if (group.is_shared) {
+        if (group.is_of_one_token) {
             k.quantize(x, all, 0, 1);
         } else {
             const auto blocks = [&](const Segment& segment) {
@@ -279,7 +308,7 @@ class QuantizedMatrices {
 
   private:
     const char* first_axis_;
-    int64_t num_experts_, N_, K_, group_size_;
+    int64_t matrices_, N_, K_, group_size_;
     StoredInput stored_weight_, stored_scales_;
 };
 
@@ -292,22 +321,22 @@ constexpr const char* moe_name() {
                                       : "MoEMXFP4";
 }
 
-// The pairs of a step, in memory of the calling thread.
+// The pairs of a step, k of each token, in memory of the calling thread.
 class Pairs {
   public:
     Pairs(const Routing& routing, int64_t num_tokens)
         : T_(num_tokens),
-          k_(routing.num_experts_per_tok),
+          k_(routing.pairs_per_tok()),
           experts_(workspace<int64_t, struct Experts>(static_cast<size_t>(T_ * k_))),
           weights_(workspace<float, struct Weights>(static_cast<size_t>(T_ * k_))),
           places_(workspace<int64_t, struct Places>(static_cast<size_t>(T_ * k_))),
           tokens_(workspace<int64_t, struct Tokens>(static_cast<size_t>(T_ * k_))),
           next_(workspace<int64_t, struct Next>(static_cast<size_t>(T_))),
-          segments_(workspace<Segment, struct Segments>(static_cast<size_t>(routing.num_experts))) {}
+          segments_(workspace<Segment, struct Segments>(static_cast<size_t>(routing.matrices()))) {}
 
     // False: the token has none. Tokens may be sent at the same time.
-    bool send(const Routing& routing, int64_t token, const float* logits) {
-        const bool is_sent = routing.choose(logits, experts_ + token * k_, weights_ + token * k_);
+    bool send(const Routing& routing, int64_t token, const float* logits, const float* bias) {
+        const bool is_sent = routing.choose(logits, bias, experts_ + token * k_, weights_ + token * k_);
         next_[token] = is_sent ? 0 : k_;
         return is_sent;
     }
@@ -366,7 +395,7 @@ class Pairs {
     int64_t* places_;    // [T, k], where each is in the order of experts
     int64_t* tokens_;    // [T * k], by place
     int64_t* next_;      // [T], of a token's k the first that was not taken
-    Segment* segments_;  // [num_experts], of experts with tokens
+    Segment* segments_;  // [matrices], of experts with tokens
 };
 
 template <WeightType type>
@@ -382,11 +411,13 @@ struct MoEOp {
           F(size_of_axis(node, "intermediate_size")),
           H(size_of_axis(node, "out_features")),
           gate(gate_attributes(node)),
-          gate_up_bias(node, std::size(kInputs) - 2),
-          down_bias(node, std::size(kInputs) - 1),
-          gate_up(node, Matrices::kGateUp, "num_experts * 2 * intermediate_size / 16", routing.num_experts,
-                  2 * F, H),
-          down(node, Matrices::kDown, "num_experts * out_features / 16", routing.num_experts, H, F) {}
+          gate_up_bias(node, std::size(kInputs) - 3),
+          down_bias(node, std::size(kInputs) - 2),
+          e_score_correction_bias(node, std::size(kInputs) - 1),
+          gate_up(node, Matrices::kGateUp, "(num_experts + num_shared_experts) * 2 * intermediate_size / 16",
+                  routing.matrices(), 2 * F, H),
+          down(node, Matrices::kDown, "(num_experts + num_shared_experts) * out_features / 16",
+               routing.matrices(), H, F) {}
 
     void compute(Context& context) const {
         const Tensor x = context.input(0), router_logits = context.input(1);
@@ -396,14 +427,17 @@ struct MoEOp {
         const auto gate_up_weights = gate_up.of(context);
         const auto down_weights = down.of(context);
         Gate gate_of_step = gate;
-        gate_of_step.bias = bias_of(context, gate_up_bias, 2 * F, "[num_experts, 2 * intermediate_size]");
-        const float* const down_biases = bias_of(context, down_bias, H, "[num_experts, out_features]");
+        gate_of_step.bias = bias_of(context, gate_up_bias, {routing.matrices(), 2 * F},
+                                    "[num_experts + num_shared_experts, 2 * intermediate_size]");
+        const float* const down_biases = bias_of(context, down_bias, {routing.matrices(), H},
+                                                 "[num_experts + num_shared_experts, out_features]");
+        const float* const score_bias = bias_of(context, e_score_correction_bias, {E}, "[num_experts]");
         float* const y = context.output(0, {T, H});
 
         Pairs pairs(routing, T);
         context.parallel_for(T, row_grain(16 * E), [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) {
-                const bool is_sent = pairs.send(routing, t, router_logits.as<float>() + t * E);
+                const bool is_sent = pairs.send(routing, t, router_logits.as<float>() + t * E, score_bias);
                 std::fill_n(y + t * H, H, is_sent ? 0.0f : std::numeric_limits<float>::quiet_NaN());
             }
         });
@@ -433,7 +467,7 @@ struct MoEOp {
                            const Weights& down_weights) const {
         float* const rows = line_workspace<struct Rows>(group.rows() * H);  // of x, later z
         float* const activations = line_workspace<struct Activations>(group.rows() * F);
-        if (!group.is_shared) {
+        if (!group.is_of_one_token) {
             context.parallel_for(group.rows(), row_grain(H), [&](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; i++) {
                     std::copy_n(x + pairs.token(group.first() + i) * H, H, rows + i * H);
@@ -449,19 +483,29 @@ struct MoEOp {
 
     static Routing routing_attributes(const NodeInfo& node) {
         const int64_t E = bounded_attribute(node, "num_experts", 1, kMostExperts);
-        return {E, bounded_attribute(node, "num_experts_per_tok", 1, E),
-                bounded_attribute(node, "norm_topk_prob", 0, 1) == 1};
+        return {E,
+                bounded_attribute(node, "num_experts_per_tok", 1, E),
+                bounded_attribute(node, "num_shared_experts", 0, kMostExperts - E, 0),
+                bounded_attribute(node, "norm_topk_prob", 0, 1) == 1,
+                bounded_attribute(node, "sigmoid_scoring", 0, 1, 0) == 1,
+                scaling_attribute(node)};
+    }
+    static float scaling_attribute(const NodeInfo& node) {
+        const float factor = node.optional_float_attribute("routed_scaling_factor").value_or(1.0f);
+        if (factor > 0.0f && std::isfinite(factor)) return factor;
+        throw OpError("attribute routed_scaling_factor is " + std::to_string(factor) +
+                      ", expected a finite number above 0");
     }
     static Gate gate_attributes(const NodeInfo& node) {
         const std::optional<Clamp> clamp = clamp_attributes(node);
         return clamp ? Gate{Gating::kClampedSwiGLU, *clamp} : Gate{Gating::kSwiGLU};
     }
-    // [num_experts, columns], or null: none.
-    const float* bias_of(const Context& context, const OptionalInput& input, int64_t columns,
-                         const char* meaning) const {
+    // Null: none.
+    static const float* bias_of(const Context& context, const OptionalInput& input,
+                                std::initializer_list<int64_t> shape, const char* meaning) {
         const std::optional<Tensor> bias = input.of(context);
         if (!bias) return nullptr;
-        bias->expect_shape({routing.num_experts, columns}, meaning);
+        bias->expect_shape(shape, meaning);
         return bias->as<float>();
     }
     static int64_t size_of_axis(const NodeInfo& node, const char* name) {
@@ -473,7 +517,7 @@ struct MoEOp {
     Routing routing;
     int64_t F, H;
     Gate gate;
-    OptionalInput gate_up_bias, down_bias;
+    OptionalInput gate_up_bias, down_bias, e_score_correction_bias;
     Matrices gate_up, down;
 };
 

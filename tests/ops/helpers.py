@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from llmpack_ops import VERSION
+from llmpack_ops import VERSION, reference
 from llmrun.operators import load_library
 
 if TYPE_CHECKING:  # programs that tests start find this file, not that package
@@ -74,7 +74,10 @@ def find_library() -> Path:
 
 @dataclass
 class Node:
-    """One operator with the arrays it gets. `initializers` are stored in the model, the other inputs are fed."""
+    """One operator with the arrays it gets. `initializers` are stored in the model, the other inputs are fed.
+
+    `optional`: the inputs that it may lack, in order, after all others.
+    """
 
     op: str
     inputs: dict[str, np.ndarray]
@@ -82,6 +85,16 @@ class Node:
     initializers: tuple[str, ...] = ()
     attributes: dict[str, Any] | None = None
     name: str = "the_node"
+    optional: tuple[str, ...] = ()
+
+    @property
+    def input_names(self) -> list[str]:
+        """As a node has them: empty for one that is missing before another."""
+        names = [name for name in self.inputs if name not in self.optional]
+        names += [name if name in self.inputs else "" for name in self.optional]
+        while not names[-1]:
+            names.pop()
+        return names
 
     def model(self, any_shape: bool = False) -> bytes:
         values = {
@@ -90,7 +103,7 @@ class Node:
         }
         node = helper.make_node(
             self.op,
-            list(self.inputs),
+            self.input_names,
             list(self.outputs),
             name=self.name,
             domain="ai.llmpack",
@@ -107,8 +120,9 @@ class Node:
 
     def run(self, threads: int = 1) -> list[np.ndarray]:
         if EMULATOR is not None:
+            inputs = {name or f"missing {i}": self.inputs.get(name) for i, name in enumerate(self.input_names)}
             attributes = self.attributes or {}
-            return EMULATOR.run(self.op, self.inputs, len(self.outputs), attributes, name=self.name, threads=threads)
+            return EMULATOR.run(self.op, inputs, len(self.outputs), attributes, name=self.name, threads=threads)
         feeds = {n: a for n, a in self.inputs.items() if n not in self.initializers}
         return session(self.model(), threads).run(None, feeds)
 
@@ -249,9 +263,10 @@ def random_x(M: int, K: int, seed: int = 1) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of E experts of F features each, k of them for each token of H features.
+    """A mixture of E experts of F features each, k of them for each token of H features, and of S more that tokens share.
 
-    `biases`: how many of gate_up's and down's there are. `clamp`: swiglu_alpha and swiglu_limit.
+    `biases`: how many of gate_up's and down's there are. `clamp`: swiglu_alpha and swiglu_limit. `corrects`: whether scores
+    have a bias; `scaling`: routed_scaling_factor.
     """
 
     scheme: str
@@ -263,20 +278,41 @@ class Mixture:
     norms: bool = True
     biases: int = 0
     clamp: tuple[float, float] | None = None
+    S: int = 0
+    sigmoid: bool = False
+    corrects: bool = False
+    scaling: float = 1.0
+
+    @property
+    def A(self) -> int:
+        return self.E + self.S
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """What `reference.route` and `reference.moe` take."""
+        return {
+            "norm_topk_prob": self.norms,
+            "sigmoid_scoring": self.sigmoid,
+            "e_score_correction_bias": random_x(1, self.E, 11)[0] / 4 if self.corrects else None,
+            "routed_scaling_factor": self.scaling,
+        }
+
+    def route(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return reference.route(logits, self.k, **self.routing, num_shared_experts=self.S)
 
     @property
     def stored_biases(self) -> dict[str, np.ndarray]:
-        shapes = {"gate_up_bias": (self.E, 2 * self.F), "down_bias": (self.E, self.H)}
+        shapes = {"gate_up_bias": (self.A, 2 * self.F), "down_bias": (self.A, self.H)}
         return {name: 3 * random_x(*shapes[name], seed=3) for name in list(shapes)[: self.biases]}
 
     @property
     def gate_up(self) -> Projection:
         """Those of all experts, one after another; `down` likewise."""
-        return random_projection(self.scheme, self.E * 2 * self.F, self.H, self.group_size)
+        return random_projection(self.scheme, self.A * 2 * self.F, self.H, self.group_size)
 
     @property
     def down(self) -> Projection:
-        return random_projection(self.scheme, self.E * self.H, self.F, self.group_size, seed=7)
+        return random_projection(self.scheme, self.A * self.H, self.F, self.group_size, seed=7)
 
     def node(self, x: np.ndarray, logits: np.ndarray) -> Node:
         stored = {
@@ -284,6 +320,8 @@ class Mixture:
             for name, projection in (("gate_up", self.gate_up), ("down", self.down))
             for part, array in projection.initializers.items()
         } | self.stored_biases
+        if self.corrects:
+            stored["e_score_correction_bias"] = self.routing["e_score_correction_bias"]
         attributes: dict[str, Any] = {
             **self.down.attributes,
             "num_experts": self.E,
@@ -294,21 +332,26 @@ class Mixture:
         }
         if self.clamp is not None:
             attributes |= zip(("swiglu_alpha", "swiglu_limit"), self.clamp, strict=True)
+        # What is as if it were not there is left out, as in graphs of older versions.
+        attributes |= {"num_shared_experts": self.S} if self.S else {}
+        attributes |= {"sigmoid_scoring": 1} if self.sigmoid else {}
+        attributes |= {"routed_scaling_factor": self.scaling} if self.scaling != 1 else {}
         inputs = {"x": x, "router_logits": logits, **stored}
-        return Node(f"MoE{self.scheme.upper()}", inputs, initializers=tuple(stored), attributes=attributes)
+        optional = ("gate_up_bias", "down_bias", "e_score_correction_bias")
+        return Node(f"MoE{self.scheme.upper()}", inputs, ("y",), tuple(stored), attributes, optional=optional)
 
     def expert(self, e: int) -> tuple[Projection, Projection]:
         """One expert's gate_up and down."""
 
         def one_of(projection: Projection) -> Projection:
-            stored = {name: np.split(array, self.E)[e] for name, array in projection.initializers.items()}
-            weight = np.split(projection.weight, self.E)[e]
+            stored = {name: np.split(array, self.A)[e] for name, array in projection.initializers.items()}
+            weight = np.split(projection.weight, self.A)[e]
             return Projection(self.scheme, weight, stored, {**projection.attributes, "out_features": len(weight)})
 
         return one_of(self.gate_up), one_of(self.down)
 
     def by_products(self, x: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the operators of products make of it, and the size of what is summed; experts and weights [T, k]."""
+        """What the operators of products make of it, and the size of what is summed; experts and weights [T, k + S]."""
         total, size = np.zeros((len(x), self.H)), np.zeros((len(x), self.H))
         for e in np.unique(experts):
             tokens, slots = np.nonzero(experts == e)

@@ -93,10 +93,12 @@ def main(path: str) -> None:
                 normed = helpers.Node(op, inputs, outputs, product.initializers, attributes)
                 compare(op, normed.run(2)[0], expected, 0)
     for scheme in ("f32", "f16", "q8", "q4"):
-        mixture, logits = helpers.Mixture(scheme), helpers.random_x(5, 6, 5)
-        expected, size = mixture.by_products(x, *reference.route(logits, mixture.k, norm_topk_prob=mixture.norms))
-        experts = mixture.node(x, logits)
-        compare(experts.op, experts.run(2)[0], expected, helpers.TOLERANCES["routing"] * size)
+        logits = helpers.random_x(5, 6, 5)
+        for mixture in (helpers.Mixture(scheme), helpers.Mixture(scheme, S=1, sigmoid=True, corrects=True)):
+            expected, size = mixture.by_products(x, *mixture.route(logits))
+            experts = mixture.node(x, logits)
+            name = experts.op + " with a shared expert" * mixture.S
+            compare(name, experts.run(2)[0], expected, helpers.TOLERANCES["routing"] * size)
     rows = helpers.random_projection("q6", 35, 64)
     ids = np.array([34, 0, 7], np.int32)
     embedding = helpers.Node(

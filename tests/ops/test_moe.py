@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,6 @@ def random_logits(T: int, E: int) -> np.ndarray:
     return random_x(T, E, 5) * 2
 
 
-def route(mixture: Mixture, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return reference.route(logits, mixture.k, norm_topk_prob=mixture.norms)
-
-
 def product_error(scheme: str, x: np.ndarray, weight: np.ndarray, group_size: int) -> np.ndarray:
     """How far a product of x may be from float64, as test_matmul.py says."""
     size = np.abs(x) @ np.abs(weight).T
@@ -39,7 +36,7 @@ def expert_error(mixture: Mixture, e: int, x: np.ndarray) -> tuple[np.ndarray, n
     """What expert e makes of x, and how far from it an operator may be."""
     (gate_up, down), scheme, group_size = (m.weight for m in mixture.expert(e)), mixture.scheme, mixture.group_size
     biases = mixture.stored_biases
-    exact = reference.matmul(x, gate_up) + biases.get("gate_up_bias", np.zeros((mixture.E, 1)))[e]
+    exact = reference.matmul(x, gate_up) + biases.get("gate_up_bias", np.zeros((mixture.A, 1)))[e]
     (gate, up), (of_gate, of_up) = (
         np.split(values, 2, axis=1) for values in (exact, product_error(scheme, x, gate_up, group_size))
     )
@@ -54,25 +51,25 @@ def expert_error(mixture: Mixture, e: int, x: np.ndarray) -> tuple[np.ndarray, n
     most_silu, most_up = silu + 1.1 * of_gate, np.abs(up) + of_up
     of_inner = 1.1 * of_gate * most_up + silu * of_up + TOLERANCES["swiglu"] * most_silu * most_up
     of_down = of_inner @ np.abs(down).T + product_error(scheme, np.abs(inner) + of_inner, down, group_size)
-    return reference.matmul(inner, down) + biases.get("down_bias", np.zeros((mixture.E, 1)))[e], of_down
+    return reference.matmul(inner, down) + biases.get("down_bias", np.zeros((mixture.A, 1)))[e], of_down
 
 
 def check(mixture: Mixture, x: np.ndarray, logits: np.ndarray, threads: int = 1) -> np.ndarray:
     """Run it and compare with float64; returns y."""
     (y,) = mixture.node(x, logits).run(threads)
+    options: dict[str, Any] = {**mixture.routing, **mixture.stored_biases}
     exact = reference.moe(
         x,
         logits,
-        mixture.gate_up.weight.reshape(mixture.E, 2 * mixture.F, mixture.H),
-        mixture.down.weight.reshape(mixture.E, mixture.H, mixture.F),
+        mixture.gate_up.weight.reshape(mixture.A, 2 * mixture.F, mixture.H),
+        mixture.down.weight.reshape(mixture.A, mixture.H, mixture.F),
         mixture.k,
-        norm_topk_prob=mixture.norms,
-        **mixture.stored_biases,
+        **options,
         clamp=mixture.clamp,
     )
     assert y.shape == exact.shape
     assert y.dtype == np.float32
-    experts, weights = route(mixture, logits)
+    experts, weights = mixture.route(logits)
     bound = np.zeros_like(exact)
     for token, slot in np.ndindex(experts.shape):
         z, error = expert_error(mixture, int(experts[token, slot]), x[token : token + 1])
@@ -88,7 +85,7 @@ def assert_as_products(mixture: Mixture, x: np.ndarray, logits: np.ndarray, y: n
 
     Nearer than `check`: what is rounded to 8 bits is the same on both sides.
     """
-    expected, size = mixture.by_products(x, *route(mixture, logits))
+    expected, size = mixture.by_products(x, *mixture.route(logits))
     assert (np.abs(y - expected) <= TOLERANCES["routing"] * size).all()
 
 
@@ -195,7 +192,7 @@ def test_of_equal_logits_the_lower_experts_are_chosen(isa: str, norms: bool) -> 
         np.float32,
     )
     mixture, x = Mixture("f32", norms=norms), random_x(len(logits), 64)
-    np.testing.assert_array_equal(route(mixture, logits)[0], [[0, 1], [1, 3], [0, 1], [0, 1], [0, 1]])
+    np.testing.assert_array_equal(mixture.route(logits)[0], [[0, 1], [1, 3], [0, 1], [0, 1], [0, 1]])
     check(mixture, x, logits)
 
 
@@ -329,6 +326,8 @@ def test_one_session_takes_any_number_of_tokens(library) -> None:
     group_size=st.sampled_from([32, 64]),
     spread=st.sampled_from([0.0, 1.0, 20.0]),
     norms=st.booleans(),
+    shared=st.integers(0, 2),
+    scores=st.tuples(st.booleans(), st.booleans(), st.sampled_from([1.0, 2.5])),
     threads=st.integers(1, 3),
 )
 def test_any_shape(
@@ -340,13 +339,15 @@ def test_any_shape(
     group_size: int,
     spread: float,
     norms: bool,
+    shared: int,
+    scores: tuple[bool, bool, float],
     threads: int,
 ) -> None:
     unit = group_size if scheme in QUANTIZED else 16
     H, F = (size * unit for size in sizes)
     E, k = experts
     check(
-        Mixture(scheme, E, k, H, F, group_size, norms),
+        Mixture(scheme, E, k, H, F, group_size, norms, 0, None, shared, *scores),
         random_x(T, H),
         (random_x(T, E, 5) * np.float32(spread)).astype(np.float32),
         threads,

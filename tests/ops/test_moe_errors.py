@@ -11,7 +11,8 @@ from helpers import Mixture, Node, random_x, session
 from test_errors import F16, F32, U8, ZEROS, assert_fails, message
 from test_moe import random_logits
 
-GATE_UP, DOWN = "[num_experts * 2 * intermediate_size / 16, ", "[num_experts * out_features / 16, "
+EXPERTS = "num_experts + num_shared_experts"
+GATE_UP, DOWN = f"[({EXPERTS}) * 2 * intermediate_size / 16, ", f"[({EXPERTS}) * out_features / 16, "
 MISSING = "is missing or no integer, expected an integer"
 
 # name: (scheme, inputs to replace, attributes to replace or, where None, to leave out, sentence). Three tokens, six experts of
@@ -126,15 +127,46 @@ MOE_CASES: dict[str, tuple[str, dict[str, np.ndarray], dict[str, float | None], 
     ),
     "gate_up_bias of fewer features": (
         "q4", {"gate_up_bias": ZEROS((6, 32), F32)}, {},
-        "input gate_up_bias has shape [6, 32], expected [6, 64] = [num_experts, 2 * intermediate_size]",
+        f"input gate_up_bias has shape [6, 32], expected [6, 64] = [{EXPERTS}, 2 * intermediate_size]",
     ),
     "gate_up_bias of one axis": (
         "f32", {"gate_up_bias": ZEROS(384, F32)}, {},
-        "input gate_up_bias has shape [384], expected [6, 64] = [num_experts, 2 * intermediate_size]",
+        f"input gate_up_bias has shape [384], expected [6, 64] = [{EXPERTS}, 2 * intermediate_size]",
     ),
     "down_bias of fewer experts": (
         "mxfp4", {"gate_up_bias": ZEROS((6, 64), F32), "down_bias": ZEROS((5, 64), F32)}, {},
-        "input down_bias has shape [5, 64], expected [6, 64] = [num_experts, out_features]",
+        f"input down_bias has shape [5, 64], expected [6, 64] = [{EXPERTS}, out_features]",
+    ),
+    "a bias of down, of all experts but those shared": (
+        "f16", {"gate_up": ZEROS((28, 64, 16), F16), "down": ZEROS((28, 32, 16), F16), "down_bias": ZEROS((6, 64), F32)},
+        {"num_shared_experts": 1},
+        f"input down_bias has shape [6, 64], expected [7, 64] = [{EXPERTS}, out_features]",
+    ),
+    "weights of all experts but those shared": (
+        "f16", {}, {"num_shared_experts": 2},
+        f"input gate_up has shape [24, 64, 16], expected [32, 64, 16] = {GATE_UP}in_features, 16]",
+    ),
+    "fewer shared experts than none": (
+        "f32", {}, {"num_shared_experts": -1}, "attribute num_shared_experts is -1, expected 0 to 1018",
+    ),
+    "more experts with those shared than there may be": (
+        "q8", {}, {"num_shared_experts": 1019}, "attribute num_shared_experts is 1019, expected 0 to 1018",
+    ),
+    "sigmoid_scoring is neither": ("q4", {}, {"sigmoid_scoring": 2}, "attribute sigmoid_scoring is 2, expected 0 or 1"),
+    **{
+        f"a scaling factor of {factor}": (
+            "f32", {}, {"routed_scaling_factor": factor},
+            f"attribute routed_scaling_factor is {factor:.6f}, expected a finite number above 0",
+        )
+        for factor in (0.0, -1.0, float("nan"), float("inf"))
+    },
+    "e_score_correction_bias of fewer experts": (
+        "mxfp4", {"e_score_correction_bias": ZEROS(5, F32)}, {},
+        "input e_score_correction_bias has shape [5], expected [6] = [num_experts]",
+    ),
+    "e_score_correction_bias of two axes": (
+        "f32", {"gate_up_bias": ZEROS((6, 64), F32), "e_score_correction_bias": ZEROS((1, 6), F32)}, {},
+        "input e_score_correction_bias has shape [1, 6], expected [6] = [num_experts]",
     ),
     "q8 gate_up for mxfp4": (
         "mxfp4", {"gate_up": ZEROS((24, 16, 16, 4), U8)}, {},
@@ -149,7 +181,7 @@ MOE_CASES: dict[str, tuple[str, dict[str, np.ndarray], dict[str, float | None], 
 
 def wrong(scheme: str, inputs: dict[str, np.ndarray], attributes: dict[str, Any]) -> Node:
     node = Mixture(scheme).node(random_x(3, 64), random_logits(3, 6))
-    assert inputs.keys() <= {*node.inputs, "gate_up_bias", "down_bias"}
+    assert inputs.keys() <= {*node.inputs, *node.optional}
     node.inputs |= inputs
     node.attributes = {k: v for k, v in ((node.attributes or {}) | attributes).items() if v is not None}
     return node
@@ -178,6 +210,7 @@ def test_sizes_whose_product_is_beyond_memory_are_another_shape() -> None:
         ("f32", "down", ZEROS((24, 32, 16), F16)),
         ("f16", "gate_up", ZEROS((24, 64, 16), F32)),
         ("q4", "router_logits", ZEROS((3, 6), F16)),
+        ("q8", "e_score_correction_bias", ZEROS(6, F16)),
     ],
 )
 def test_wrong_types_are_refused_when_the_model_loads(scheme: str, name: str, array: np.ndarray) -> None:
