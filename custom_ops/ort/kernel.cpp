@@ -31,6 +31,19 @@ void require(const OrtApi& api, OrtStatus* status, const What& what) {
     throw OpError(what());
 }
 
+// Throws if an optional attribute is there after all, as a number of another type: none is passed over.
+void refuse(const OrtApi& api, OrtStatus* status, const char* name, const char* found, const char* expected) {
+    if (status == nullptr)
+        throw OpError(std::string("attribute ") + name + " is " + found + ", expected " + expected);
+    ReleaseStatus(api, status);
+}
+
+int64_t checked_size(const char* name, int64_t value) {
+    if (value >= 1 && value <= kMaxSize) return value;
+    throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) + ", expected " +
+                  (value < 1 ? "a positive number" : "at most " + std::to_string(kMaxSize)));
+}
+
 std::atomic<bool> has_shape_references{false};
 
 // rank is above Shape::kMaxRank if the tensor has more axes than a Shape holds; then sizes are not read.
@@ -104,6 +117,8 @@ int64_t NodeInfo::int_attribute(const char* name, int64_t otherwise) const {
     OrtStatus* missing = KernelInfoGetAttribute_int64(api_, info_, name, &value);
     if (missing == nullptr) return value;
     ReleaseStatus(api_, missing);
+    float wrong = 0;
+    refuse(api_, KernelInfoGetAttribute_float(api_, info_, name, &wrong), name, "a float", "an integer");
     return otherwise;
 }
 
@@ -119,22 +134,15 @@ std::optional<float> NodeInfo::optional_float_attribute(const char* name) const 
     OrtStatus* missing = KernelInfoGetAttribute_float(api_, info_, name, &value);
     if (missing == nullptr) return value;
     ReleaseStatus(api_, missing);
+    int64_t wrong = 0;
+    refuse(api_, KernelInfoGetAttribute_int64(api_, info_, name, &wrong), name, "an integer", "a float");
     return std::nullopt;
 }
 
-int64_t NodeInfo::size_attribute(const char* name) const {
-    const int64_t value = int_attribute(name);
-    if (value >= 1 && value <= kMaxSize) return value;
-    throw OpError(std::string("attribute ") + name + " is " + std::to_string(value) + ", expected " +
-                  (value < 1 ? "a positive number" : "at most " + std::to_string(kMaxSize)));
-}
+int64_t NodeInfo::size_attribute(const char* name) const { return checked_size(name, int_attribute(name)); }
 
 int64_t NodeInfo::size_attribute(const char* name, int64_t otherwise) const {
-    int64_t value = 0;
-    OrtStatus* missing = KernelInfoGetAttribute_int64(api_, info_, name, &value);
-    if (missing == nullptr) return size_attribute(name);
-    ReleaseStatus(api_, missing);
-    return otherwise;
+    return checked_size(name, int_attribute(name, otherwise));
 }
 
 void NodeInfo::expect_no_constant(size_t index) const {

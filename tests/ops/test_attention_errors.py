@@ -24,6 +24,7 @@ ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = 
     "no window": (
         {}, {"window": 0}, "attribute window is 0, expected a positive number",
     ),
+    "a window that is a float": ({}, {"window": 9.0}, "attribute window is a float, expected an integer"),
     "a window before the token": (
         {}, {"window": -5}, "attribute window is -5, expected a positive number",
     ),

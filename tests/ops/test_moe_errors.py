@@ -160,6 +160,12 @@ MOE_CASES: dict[str, tuple[str, dict[str, np.ndarray], dict[str, float | None], 
         )
         for factor in (0.0, -1.0, float("nan"), float("inf"))
     },
+    "a scaling factor that is an integer": (
+        "f32", {}, {"routed_scaling_factor": 2}, "attribute routed_scaling_factor is an integer, expected a float",
+    ),
+    "sigmoid_scoring that is a float": (
+        "f32", {}, {"sigmoid_scoring": 1.0}, "attribute sigmoid_scoring is a float, expected an integer",
+    ),
     "e_score_correction_bias of fewer experts": (
         "mxfp4", {"e_score_correction_bias": ZEROS(5, F32)}, {},
         "input e_score_correction_bias has shape [5], expected [6] = [num_experts]",
