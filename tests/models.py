@@ -86,6 +86,21 @@ GPT_OSS: dict[str, Any] = {
     },
 }
 
+# Of the kind of GLM 4: a part of each head is rotated, neighbouring features together; biases of q, k and v.
+GLM: dict[str, Any] = {"model_type": "glm4", "head_dim": 64, "pad_token_id": 0}
+# Of the kind of GLM 4.5: the first layer has no experts; of ten in the others two are every token's.
+GLM_MOE: dict[str, Any] = {
+    **{"model_type": "glm4_moe", "num_hidden_layers": 3, "head_dim": 64, "first_k_dense_replace": 1, "pad_token_id": 0},
+    **{"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 256},
+    **{"attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5},
+}
+ERNIE: dict[str, Any] = {"model_type": "ernie4_5", "head_dim": 64, "tie_word_embeddings": True}
+# Of the kind of ERNIE 4.5 21B-A3B: the last layer has no experts either.
+ERNIE_MOE: dict[str, Any] = {
+    **{"model_type": "ernie4_5_moe", "num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
+    **{"moe_num_experts": 6, "moe_num_shared_experts": 1, "moe_k": 2, "moe_intermediate_size": 256},
+}
+
 # Of the kind of Gemma 3: two layers of four slide, and rotate by angles of their own.
 GEMMA: dict[str, Any] = {
     "model_type": "gemma3_text",
@@ -121,7 +136,8 @@ def make_checkpoint(
     config = AutoConfig.for_model(model_type, **{**TINY, **overrides}, bos_token_id=1, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *buffers]:
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
             elif name.endswith("sinks"):

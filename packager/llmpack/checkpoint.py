@@ -203,6 +203,7 @@ def open_checkpoint(model_dir: Path) -> Checkpoint:
             tensors[tensor] = info
     if config.has_expert_biases:
         tensors = expert_tensors.as_matrices(tensors)
+    tensors = expert_tensors.as_vectors(tensors)
     for name, info in tensors.items():
         if info.dtype not in _DTYPES:
             supported = ", ".join(dtype for dtype in _DTYPES if dtype != expert_tensors.MXFP4)

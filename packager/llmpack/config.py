@@ -55,7 +55,8 @@ def read_config(model_dir: Path) -> ModelConfig:
         raw = {**raw, "rope_parameters": family.rope_parameters}
     reader = Reader(raw, path)
     act_key, act = family.activation
-    must_be = {act_key: (act, None), **_MUST_BE, **({} if family.has_multipliers else _MULTIPLIERS)}
+    must_be = {act_key: (act, None), **_MUST_BE, **family.must_be}
+    must_be |= {} if family.has_multipliers else _MULTIPLIERS
     if family.experts or family.is_hybrid:
         del must_be["num_local_experts"]
     for key, allowed in must_be.items():
@@ -121,6 +122,7 @@ def read_config(model_dir: Path) -> ModelConfig:
         sliding_window=sliding_window,
         layer_types=layer_types,
         no_rope_layers=_read_no_rope_layers(reader, num_hidden_layers) if family.has_no_rope_layers else None,
+        use_qk_norm=family.has_optional_qk_norm and reader.flag("use_qk_norm"),
         **(read_experts(reader, family.experts, num_hidden_layers) if family.experts else {}),
         swiglu_alpha=reader.positive("swiglu_alpha", _SWIGLU_ALPHA) if family.has_clamped_swiglu else None,
         swiglu_limit=reader.positive("swiglu_limit", _SWIGLU_LIMIT) if family.has_clamped_swiglu else None,

@@ -17,11 +17,22 @@ from llmpack.tensor_info import TensorInfo
 MXFP4 = "MXFP4"  # in place of what safetensors names
 GROUP_SIZE, _GROUP_BYTES = 32, 16  # weights that share an exponent
 _BLOCKS, _SCALES, _BIAS = "_blocks", "_scales", "_bias"
+_STATICS = ".moe_statics.e_score_correction_bias"
 _MATRICES = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 # Of a byte the two weights, the low half first; and of an exponent the power of two, or NaN.
 _PAIRS = np.concatenate([_E2M1, -_E2M1])[np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1)]
 _POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)).astype(np.float32)
+
+
+def as_vectors(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return a checkpoint's tensors with ERNIE's correction biases, which it stores as matrices of one row, as vectors."""
+    return {
+        name: dataclasses.replace(info, shape=info.shape[1:])
+        if name.endswith(_STATICS) and len(info.shape) == 2 and info.shape[0] == 1
+        else info
+        for name, info in tensors.items()
+    }
 
 
 def as_matrices(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

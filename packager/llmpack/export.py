@@ -6,8 +6,8 @@ quantization or layouts: each projection is one `Linear (x [T, in_features], wei
 take their operands apart (q, k, v; gate, up; each expert's). `split.py` turns it into what a rank runs.
 
 The arithmetic is that of transformers' modeling_llama.py, modeling_qwen3.py, modeling_phi3.py, modeling_smollm3.py,
-modeling_gemma3.py, modeling_qwen3_moe.py, modeling_mixtral.py, modeling_gpt_oss.py, modeling_granitemoe.py and
-modeling_granite.py, the last two's rearranged as in multipliers.py.
+modeling_gemma3.py, modeling_glm4.py, modeling_qwen3_moe.py, modeling_mixtral.py, modeling_gpt_oss.py, modeling_glm4_moe.py,
+modeling_ernie4_5_moe.py, modeling_granitemoe.py and modeling_granite.py, the last two's rearranged as in multipliers.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from llmpack.multipliers import embedding_scale, logit_scale, norm_epsilon
 from llmpack.rope import attention_scale, of_layer, rope_frequencies, rotation_scale
-from llmpack.weights import source_shape
+from llmpack.weights import CORRECTION_BIAS, source_shape
 from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
 
 # The newest whose every operator that a graph of ours uses the GPU providers of ONNX Runtime 1.22 have, ROCm's last: they know
@@ -190,20 +190,28 @@ class _Graph:
 
     def experts(self, mlp: str, x: str) -> str:
         """Send each token through those of a layer's experts that the router chooses."""
-        config, numbers = self.config, range(self.config.num_experts or 0)
+        config, numbers = self.config, range(self.config.num_all_experts)
         logits = self.linear(f"{mlp}.gate", x, config.has_expert_biases)
         roots = [f"{mlp}.experts.{i}" for i in numbers]
         gate_up = [f"{root}.{name}" for root in roots for name in ("gate_proj", "up_proj")]
         matrices = [*gate_up, *(f"{root}.down_proj" for root in roots)]
         kinds = ("weight", "bias") if config.has_expert_biases else ("weight",)
         attributes: dict[str, Any] = {
-            "num_experts": len(numbers),
+            "num_experts": config.num_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
             "norm_topk_prob": int(config.norm_topk_prob),
         }
         if config.swiglu_limit is not None:
             attributes |= {"swiglu_alpha": config.swiglu_alpha, "swiglu_limit": config.swiglu_limit}
+        if config.num_shared_experts:
+            attributes["num_shared_experts"] = config.num_shared_experts
+        if config.sigmoid_scoring:
+            attributes["sigmoid_scoring"] = 1
+        if config.routed_scaling_factor != 1:
+            attributes["routed_scaling_factor"] = config.routed_scaling_factor
         weights = [self.weight(f"{matrix}.{kind}") for kind in kinds for matrix in matrices]
+        if config.has_correction_bias:
+            weights.append(self.weight(f"{mlp}.gate.{CORRECTION_BIAS}"))
         return self.op("MoE", f"{mlp}.experts", [x, logits, *weights], **attributes)
 
     def qk_norm(self, name: str, heads: list[str]) -> str:

@@ -6,7 +6,8 @@ Ministral 3 multiplies late queries; Granite multiplies the embedding, what is a
 products and the logits by numbers of its own; SmolLM 3 rotates nothing in every fourth layer; Gemma 3 rotates by other angles
 where attention slides, normalises what is added to the residual stream, has gelu in place of silu, and stores a norm's weight
 less 1. Qwen 3 MoE, Mixtral and Granite MoE send a token through a few of a layer's many MLPs; so does gpt-oss, whose experts
-are published in four bits and have biases and a SwiGLU that is cut off, and whose heads of attention may attend to nothing.
+are published in four bits and have biases and a SwiGLU that is cut off, and whose heads of attention may attend to nothing;
+and so do GLM 4.5 and ERNIE 4.5, some of whose experts all tokens go through. GLM 4 and ERNIE 4.5 rotate neighbouring features.
 Checkpoints of Gemma 3 and Mistral that see images are packed without what sees.
 """
 
@@ -24,16 +25,25 @@ class Experts:
     Attributes:
         number: keys of how many there are; what is first there counts.
         size: the key of an expert's intermediate size.
-        norm_topk_prob: None: config.json says it.
-        has_dense_layers: whether config.json may say that some layers have one MLP for all tokens.
-        sizes: of `number`, `size` and num_experts_per_tok where config.json lacks them.
+        norm_topk_prob: where config.json does not say it, or may not.
+        dense_layers: how config.json says which layers have one MLP for all tokens: none; each by its number, and all but
+            every n-th ("listed"); the first ones; those outside a range, and all but every n-th in it.
+        sizes: of `number`, `size` and `per_token` where config.json lacks them.
+        per_token: the key of how many a token goes through.
+        shared: the key of how many more all tokens go through, and the number where config.json lacks it; None: none.
+        has_norm_topk_prob: whether config.json may say it.
+        has_scaling_factor: whether config.json may say what their weights are multiplied by.
     """
 
     number: tuple[str, ...]
     size: str
-    norm_topk_prob: bool | None
-    has_dense_layers: bool
+    norm_topk_prob: bool
+    dense_layers: Literal["none", "listed", "first", "outside"]
     sizes: tuple[int, int, int]
+    per_token: str = "num_experts_per_tok"
+    shared: tuple[str, int] | None = None
+    has_norm_topk_prob: bool = False
+    has_scaling_factor: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Family:
             use_sliding_window is true.
         has_window: whether there is one where config.json does not say it.
         has_partial_rotary: whether config.json may say that a part of each head alone is rotated.
+        partial_rotary_factor: that part.
         original_max_position_embeddings: None: those of RoPE's settings, or max_position_embeddings.
         has_multipliers: whether config.json may say the four of Granite.
         has_no_rope_layers: whether config.json may say, or leave to transformers' rule, which layers do not rotate.
@@ -62,6 +73,8 @@ class Family:
         experts: None: every layer has one MLP.
         has_clamped_swiglu: whether config.json says what gate and up of experts are cut off at.
         quant_method: that of a quantization_config whose weights are read; None: of none.
+        has_optional_qk_norm: whether config.json may say that heads of q and of k are normalised.
+        must_be: keys that change what is computed when they differ from these values, beside those of all families.
         is_hybrid: whether layers may be something else than attention and one MLP, whose size is shared_intermediate_size.
     """
 
@@ -78,6 +91,7 @@ class Family:
     window: Literal["none", "all layers", "all layers where used", "listed layers", "in turn", "by layer"] = "none"
     has_window: bool = True
     has_partial_rotary: bool = False
+    partial_rotary_factor: float = 1.0
     original_max_position_embeddings: int | None = None
     has_multipliers: bool = False
     has_no_rope_layers: bool = False
@@ -90,6 +104,8 @@ class Family:
     experts: Experts | None = None
     has_clamped_swiglu: bool = False
     quant_method: str | None = None
+    has_optional_qk_norm: bool = False
+    must_be: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
 
@@ -136,9 +152,10 @@ FAMILIES = {
         experts=Experts(
             ("num_experts", "num_local_experts"),
             "moe_intermediate_size",
-            None,
-            has_dense_layers=True,
+            False,
+            dense_layers="listed",
             sizes=(128, 768, 8),
+            has_norm_topk_prob=True,
         ),
         sizes={"intermediate_size": 6144},
     ),
@@ -152,7 +169,7 @@ FAMILIES = {
         window="all layers",
         has_window=False,
         experts=Experts(
-            ("num_local_experts", "num_experts"), "intermediate_size", True, has_dense_layers=False, sizes=(8, 14336, 2)
+            ("num_local_experts", "num_experts"), "intermediate_size", True, dense_layers="none", sizes=(8, 14336, 2)
         ),
     ),
     "phi3": Family(
@@ -191,7 +208,7 @@ FAMILIES = {
         "GraniteMoeForCausalLM",
         2048,
         has_multipliers=True,
-        experts=Experts(("num_local_experts",), "intermediate_size", True, has_dense_layers=False, sizes=(8, 11008, 2)),
+        experts=Experts(("num_local_experts",), "intermediate_size", True, dense_layers="none", sizes=(8, 11008, 2)),
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
@@ -210,7 +227,7 @@ FAMILIES = {
             ("num_local_experts", "num_experts"),
             "intermediate_size",
             True,
-            has_dense_layers=False,
+            dense_layers="none",
             sizes=(128, 2880, 4),
         ),
         has_clamped_swiglu=True,
@@ -218,6 +235,82 @@ FAMILIES = {
         sizes={
             **{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64},
             **{"vocab_size": 201088, "sliding_window": 128},
+        },
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        131072,
+        num_key_value_heads=2,
+        head_dim=128,
+        has_attention_bias=True,
+        rms_norm_eps=1.5625e-7,
+        has_partial_rotary=True,
+        partial_rotary_factor=0.5,
+        sizes={
+            **{"hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 32},
+            **{"vocab_size": 151552},
+        },
+    ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        131072,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        has_partial_rotary=True,
+        partial_rotary_factor=0.5,
+        has_optional_qk_norm=True,
+        must_be={"n_group": (1, None), "topk_group": (1, None)},
+        experts=Experts(
+            ("n_routed_experts", "num_local_experts"),
+            "moe_intermediate_size",
+            True,
+            dense_layers="first",
+            sizes=(128, 1408, 8),
+            shared=("n_shared_experts", 1),
+            has_norm_topk_prob=True,
+            has_scaling_factor=True,
+        ),
+        sizes={
+            **{"hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96},
+            **{"vocab_size": 151552},
+        },
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5ForCausalLM",
+        131072,
+        num_key_value_heads=2,
+        head_dim=128,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_theta=500000.0,
+        must_be={"use_bias": (False, None)},
+        sizes={
+            **{"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18, "num_attention_heads": 16},
+            **{"vocab_size": 103424},
+        },
+    ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeForCausalLM",
+        131072,
+        num_key_value_heads=4,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_theta=500000.0,
+        must_be={"use_bias": (False, None)},
+        experts=Experts(
+            ("moe_num_experts", "num_experts"),
+            "moe_intermediate_size",
+            True,
+            dense_layers="outside",
+            sizes=(64, 1536, 6),
+            per_token="moe_k",
+            shared=("moe_num_shared_experts", 2),
+        ),
+        sizes={
+            **{"hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 28, "num_attention_heads": 20},
+            **{"vocab_size": 103424},
         },
     ),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", 2048, has_multipliers=True, is_hybrid=True),

@@ -58,7 +58,7 @@ def bytes_per_token(config: ModelConfig, plan: list[RankWeight]) -> int:
             of_experts += size
         else:
             of_all += size
-    return of_all + of_experts * (config.num_experts_per_tok or 0) // (config.num_experts or 1)
+    return of_all + of_experts * config.num_all_experts_per_tok // (config.num_all_experts or 1)
 
 
 def summarise(
@@ -80,9 +80,8 @@ def summarise(
     inner, num_experts = config.moe_intermediate_size or 0, config.num_experts or 0
     expert = 3 * hidden * inner + (2 * inner + hidden) * config.has_expert_biases
     num_sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
-    mlps = (config.num_hidden_layers - num_sparse) * dense + num_sparse * num_experts * (
-        expert + hidden + config.has_expert_biases
-    )
+    router = num_experts * (hidden + config.has_expert_biases + config.has_correction_bias)
+    mlps = (config.num_hidden_layers - num_sparse) * dense + num_sparse * (config.num_all_experts * expert + router)
     unused = num_sparse * (num_experts - (config.num_experts_per_tok or 0)) * expert
     embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2)
     parameters = config.num_hidden_layers * layer + mlps + embeddings + hidden

@@ -15,6 +15,7 @@ import numpy as np
 from llmrun.artifact import IncompatibleError, ModelConfig
 
 _MAX_POSITIONS = (1 << 31) - 1  # int32 in the graph
+_NEIGHBOURS = ("Glm4ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # features 2j and 2j + 1 are a pair
 
 
 def of_layer(config: ModelConfig, layer: int) -> ModelConfig:
@@ -63,7 +64,7 @@ def _frequencies(config: ModelConfig) -> np.ndarray:
         first, last = (_pair_that_turns(config, rope[beta]) for beta in ("beta_fast", "beta_slow"))
         if rope["truncate"]:
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, config.head_dim - 1)
+        first, last = max(first, 0), min(last, dim - 1)
         last = last + 0.001 if first == last else last
         keep = 1 - np.clip((np.arange(len(frequencies)) - first) / (last - first), 0.0, 1.0)
     return (1 - keep) * frequencies / factor + keep * frequencies
@@ -74,7 +75,7 @@ def _pair_that_turns(config: ModelConfig, times: float) -> float:
     rope = config.rope
     # The quotient itself may be beyond a float.
     log_wavelength = math.log(rope["original_max_position_embeddings"]) - math.log(times) - math.log(2 * math.pi)
-    return config.head_dim * log_wavelength / (2 * math.log(rope["rope_theta"]))
+    return rotary_dim(config) * log_wavelength / (2 * math.log(rope["rope_theta"]))
 
 
 def rotary_dim(config: ModelConfig) -> int:
@@ -85,13 +86,19 @@ def rotary_dim(config: ModelConfig) -> int:
 def order_of_features(config: ModelConfig) -> list[slice]:
     """Return the features of a head of q or k in the order in which j and j + head_dim / 2 are pairs (FORMAT 4.2).
 
-    Attention's products are the same in any order that both have. Where all features are rotated it is their own.
+    Attention's products are the same in any order that both have. Where all features are rotated, and those half a head
+    apart are pairs, it is their own.
     """
     dim, size = rotary_dim(config), config.head_dim
-    if dim == size:
+    are_neighbours = config.architecture in _NEIGHBOURS
+    if dim == size and not are_neighbours:
         return [slice(0, size)]
     middle = dim + (size - dim) // 2
-    return [slice(0, dim // 2), slice(dim, middle), slice(dim // 2, dim), slice(middle, size)]
+    firsts, seconds = slice(0, dim // 2), slice(dim // 2, dim)
+    if are_neighbours:
+        firsts, seconds = slice(0, dim, 2), slice(1, dim, 2)
+    order = [firsts, slice(dim, middle), seconds, slice(middle, size)]
+    return [part for part in order if part.start < part.stop]
 
 
 def for_sequences(config: ModelConfig, max_seq_len: int) -> tuple[ModelConfig, str]:

@@ -115,7 +115,7 @@ def _part(rotary_dim: int, head_dim: int) -> dict[str, int]:
 
 def _read_rotary_dim(reader: Reader, family: Family, head_dim: int) -> int:
     """Return how many features of each head are rotated."""
-    share = reader.positive("partial_rotary_factor", 1.0)
+    share = reader.positive("partial_rotary_factor", family.partial_rotary_factor)
     where = f"{reader.path}: {reader.prefix}partial_rotary_factor is {share:g}"
     if share != 1 and not family.has_partial_rotary:
         raise IncompatibleError(f"{where}, which is not supported; supported: 1.0.")

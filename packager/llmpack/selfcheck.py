@@ -17,7 +17,7 @@ import numpy as np
 from llmpack.native import VECTORS
 from llmpack.packed_rank import PackedRank
 from llmpack.rope import attention_scale, of_layer, rope_frequencies, rotation_scale
-from llmpack.weights import HEAD, heads_per_rank
+from llmpack.weights import CORRECTION_BIAS, HEAD, heads_per_rank
 from llmpack_ops import reference
 from llmrun.artifact import LARGEST_LOGIT, IncompatibleError, ModelConfig
 
@@ -109,12 +109,28 @@ def forward(
         k, act = config.num_experts_per_tok or 0, reference.swiglu
         if config.swiglu_limit is not None:
             act = partial(reference.clamped_swiglu, alpha=config.swiglu_alpha or 1.0, limit=config.swiglu_limit)
-        logits[is_swapped] = swap_near_ties(logits[is_swapped], k, near_tie or 0.0)
-        experts, weights = reference.route(logits, k, norm_topk_prob=config.norm_topk_prob)
+        scores: dict[str, Any] = {"sigmoid_scoring": config.sigmoid_scoring}
+        if config.has_correction_bias:
+            bias = np.tile(ranks[0].vector(f"{name}.gate.{CORRECTION_BIAS}", is_bias=True), (len(x), 1))
+            _, p = reference.route(logits, config.num_experts or 0, norm_topk_prob=False, **scores)
+            order = p.astype(np.float32) + bias
+            # A score changes by a quarter of what its logit changes by, at most.
+            bias[is_swapped] = (swap_near_ties(order, k, (near_tie or 0.0) / 4) - p)[is_swapped]
+            scores["e_score_correction_bias"] = bias
+        else:
+            logits[is_swapped] = swap_near_ties(logits[is_swapped], k, near_tie or 0.0)
+        experts, weights = reference.route(
+            logits,
+            k,
+            norm_topk_prob=config.norm_topk_prob,
+            num_shared_experts=config.num_shared_experts or 0,
+            routed_scaling_factor=config.routed_scaling_factor,
+            **scores,
+        )
         used = np.unique(experts)
         for expert in used:
             rows, slots = np.nonzero(experts == expert)
-            part = {"part": (int(expert), config.num_experts), "compares": expert in (used[0], used[-1])}
+            part = {"part": (int(expert), config.num_all_experts), "compares": expert in (used[0], used[-1])}
             share = weights[rows, slots][:, None]
             for rank in ranks:
                 hidden = product(rank, f"{name}.experts.gate_up_proj", x[rows], rows, **part)

@@ -13,15 +13,21 @@ from llmpack.families import FAMILIES, SEEING
 from llmpack.weights import EMBEDDING, HEAD, source_shape, weight_rows
 from llmrun.artifact import IntegrityError, ModelConfig
 
-# Tensors of other names than in a Llama, and the sources that each holds.
-_TENSORS = {
+# Tensors of other names than in a Llama, and the sources that each holds; both counted from the layer.
+_TENSORS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "Glm4ForCausalLM": (
+        ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ("post_self_attn_layernorm", ("post_attention_layernorm",)),
+        ("post_attention_layernorm", ("pre_feedforward_layernorm",)),
+        ("post_mlp_layernorm", ("post_feedforward_layernorm",)),
+    ),
     "Phi3ForCausalLM": (
-        ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
-        ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
+        ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
     ),
     "GraniteMoeHybridForCausalLM": (
-        ("shared_mlp.input_linear", ("gate_proj", "up_proj")),
-        ("shared_mlp.output_linear", ("down_proj",)),
+        ("shared_mlp.input_linear", ("mlp.gate_proj", "mlp.up_proj")),
+        ("shared_mlp.output_linear", ("mlp.down_proj",)),
     ),
 }
 # Routers and experts of other names than in a Qwen; "{}" is an expert's number, without which a tensor holds all of them.
@@ -58,6 +64,8 @@ _IN_MEMORY = tuple(
         ("block_sparse_moe", ("block_sparse_moe.router.weight", ("gate.weight",))),
     )
 )
+# ERNIE's numbers that are added to a router's scores: as published, and as transformers 5 has them in memory.
+_STATICS = ("mlp.moe_statics.e_score_correction_bias", "mlp.gate.moe_statics.e_score_correction_bias")
 # Of a model that sees images: how the names of its language model begin, and what they begin with in a model that is nothing
 # else; first as they are published and saved, then as transformers calls its modules.
 _LANGUAGE_MODEL = (("language_model.", ""), ("model.language_model.", "model."))
@@ -70,12 +78,13 @@ _EYES = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in ("visi
 class Place:
     """Where a source is in the checkpoint: in rows of a tensor, from the first one on; of several matrices, all rows count.
 
-    `step`: rows from one to the next, where those of several sources take turns.
+    `step`: rows from one to the next, where those of several sources take turns; `first_column`: where they lie side by side.
     """
 
     tensor: str
     first_row: int = 0
     step: int = 1
+    first_column: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,16 +94,20 @@ class _Tensor:
     Attributes:
         is_stacked: its axes are [num_experts, rows, columns].
         takes_turns: how many sources' rows take turns.
+        is_beside: its sources lie side by side, and not one under another.
     """
 
     name: str
     sources: tuple[str, ...]
     is_stacked: bool = False
     takes_turns: int = 1
+    is_beside: bool = False
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the shape that it should have."""
         shapes = [source_shape(config, source) for source in self.sources]
+        if self.is_beside:
+            return (shapes[0][0], sum(shape[1] for shape in shapes))
         rows = sum(shape[0] for shape in shapes)
         if self.is_stacked:
             return (config.num_experts or 0, rows // (config.num_experts or 1), *shapes[0][1:])
@@ -102,6 +115,10 @@ class _Tensor:
 
     def places(self, config: ModelConfig) -> Iterator[tuple[str, Place]]:
         """Return each source, and where it is in the tensor."""
+        if self.is_beside:
+            width = source_shape(config, self.sources[0])[1]
+            yield from ((s, Place(self.name, first_column=i * width)) for i, s in enumerate(self.sources))
+            return
         first_row, turns = 0, self.takes_turns
         for begin in range(0, len(self.sources), turns):
             together = self.sources[begin : begin + turns]
@@ -115,6 +132,9 @@ def _tensors_of(config: ModelConfig, found: Iterable[str]) -> Iterator[_Tensor]:
     ends = {name.partition(".layers.")[2].partition(".")[2] for name in found}
     if not config.has_expert_biases:
         experts = next((table for table in _IN_MEMORY if table[1][0] in ends), experts)
+    if config.architecture == "Ernie4_5_MoeForCausalLM":
+        statics = next((name for name in _STATICS if name in ends), _STATICS[0])
+        experts = (*experts, (statics, ("gate.e_score_correction_bias",)))
     done: set[str] = set()
     for source in (source for row in weight_rows(config) for source in row.sources):
         if source not in done:
@@ -126,11 +146,12 @@ def _tensors_of(config: ModelConfig, found: Iterable[str]) -> Iterator[_Tensor]:
 def _renamed(config: ModelConfig, source: str) -> _Tensor | None:
     """Return the tensor of another name that holds a source; None: one of its own."""
     root, _, kind = source.rpartition(".")
-    parent, _, name = root.rpartition(".")
+    layers, _, path = root.partition(".layers.")
+    number, _, name = path.partition(".")
     for tensor, parts in _TENSORS.get(config.architecture, ()):
         if name in parts:
-            folder = parent.rpartition(".")[0]
-            return _Tensor(f"{folder}.{tensor}.{kind}", tuple(f"{parent}.{part}.{kind}" for part in parts))
+            layer = f"{layers}.layers.{number}"
+            return _Tensor(f"{layer}.{tensor}.{kind}", tuple(f"{layer}.{part}.{kind}" for part in parts))
     return None
 
 
@@ -139,6 +160,11 @@ def _expert_tensor(config: ModelConfig, tensors: Iterable[tuple[str, tuple[str, 
     layer, _, path = source.partition(".mlp.")
     expert, _, name = path.removeprefix("experts.").rpartition(".")[0].rpartition(".")
     name = f"{name}.{source.rpartition('.')[2]}"
+    first_shared = config.num_experts or 0
+    if expert and int(expert) >= first_shared:
+        numbers = range(first_shared, config.num_all_experts)
+        sources = tuple(f"{layer}.mlp.experts.{i}.{name}" for i in numbers)
+        return _Tensor(f"{layer}.mlp.shared_experts.{name}", sources, is_beside=name.startswith("down_proj."))
     for tensor, parts in tensors:
         if name not in parts or not (expert or name.startswith("gate.")):
             continue
@@ -185,7 +211,10 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
         names.update({name: present[0] for name in pair if present and name not in found})
     missing = sorted({name for name in names.values() if name not in found})
     # Older checkpoints carry RoPE's frequencies, which follow from the configuration.
-    unknown = sorted(n for n in found if n not in shapes and not n.endswith(".rotary_emb.inv_freq"))
+    ignored = _guessing(config, found)
+    unknown = sorted(
+        n for n in found if n not in shapes and not n.endswith(".rotary_emb.inv_freq") and not n.startswith(ignored)
+    )
     if missing or unknown:
         raise IntegrityError(
             f"the tensors do not fit config.json; missing: {_listed(missing)}; not known to a model of this configuration:"
@@ -198,6 +227,15 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
                 f"{name}: shape {list(found[name])}, but config.json asks for {list(shapes[tensor])}.", code="E313"
             )
     return {source: replace(place, tensor=tensors[names[place.tensor]]) for source, place in places.items()}
+
+
+def _guessing(config: ModelConfig, found: Iterable[str]) -> tuple[str, ...]:
+    """Return how the names of those layers begin that guess tokens further on, which are not packed (transformers' MTP)."""
+    if config.architecture.startswith("Ernie4_5"):
+        return ("model.mtp_",)
+    after = f"model.layers.{config.num_hidden_layers}."
+    is_one = config.architecture == "Glm4MoeForCausalLM" and f"{after}eh_proj.weight" in found
+    return (after,) if is_one else ()
 
 
 def sees_images(config: ModelConfig, found: Iterable[str]) -> bool:

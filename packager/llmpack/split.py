@@ -137,8 +137,12 @@ class _Passes:
                 sizes["group_size"] = down.group_size
             vectors = [self.vectors[name] for name in (gate_up.row.name, down.row.name) if name in self.vectors]
             stored = [item for weight in (gate_up, down, *vectors) for item in weight.initializers]
-            placeholders = [self._placeholder(item) for item in stored]
-            node.op, node.inputs = _MOE[down.storage], [x, logits, *placeholders]
+            inputs = [self._placeholder(item) for item in stored]
+            correction = self.vectors.get(sources[-1].name)
+            if correction is not None:
+                absent: Any = [gs.Variable.empty() for _ in range(2 - len(vectors))]  # of the two biases before it
+                inputs += [*absent, self._placeholder(correction.initializers[0])]
+            node.op, node.inputs = _MOE[down.storage], [x, logits, *inputs]
             node.attrs.update(sizes)
             if self.shards > 1:
                 partial: Any = gs.Variable(f"{down.row.name}.{node.op}", np.float32)

@@ -114,15 +114,17 @@ class _Worker:
         return sum(array.nbytes for array in arrays)
 
     def _pieces(self, run: _Run) -> list[tuple[str, Block]]:
-        """Return (tensor, block) for the rows of a run; rows of padding have none."""
+        """Return (tensor, block of it) for the rows of a run; rows of padding have none."""
         pieces, start = [], 0
         for block in run.weight.blocks:
             first, last = max(run.first, start), min(run.last, start + block.num_rows)
             if first < last:
-                place = self.places[block.source]
-                begin = block.rows.start - start
-                first, last = (place.first_row + (begin + row) * place.step for row in (first, last))
-                pieces.append((place.tensor, Block(block.source, slice(first, last, place.step), block.columns)))
+                place, step = self.places[block.source], block.rows.step or 1
+                first, last = (
+                    place.first_row + (block.rows.start + (row - start) * step) * place.step for row in (first, last)
+                )
+                columns = slice(*(place.first_column + column for column in (block.columns.start, block.columns.stop)))
+                pieces.append((place.tensor, Block(block.source, slice(first, last, step * place.step), columns)))
             start += block.num_rows
         return pieces
 
@@ -133,18 +135,23 @@ class _Worker:
             self._array(item.name.rpartition(".")[2], item.dtype, (num_tiles, *item.shape[1:]))
             for item in weight.initializers
         )
-        dtypes = {self.checkpoint.tensors[name].dtype for name, _ in pieces}
-        if len(dtypes) == 1:
-            rows = self._raw_rows(pieces)
+        kinds = {(*self._kind(name), b.columns.start, b.columns.stop) for name, b in pieces}
+        is_bfloat16 = False
+        if len(kinds) == 1:
+            rows, is_bfloat16 = self._raw_rows(pieces), self._kind(pieces[0][0])[0] == "BF16"
         elif pieces:
             rows = np.concatenate([self.checkpoint.read(name, b.rows, b.columns) for name, b in pieces])
         else:
             rows = np.empty((0, weight.num_columns), np.float32)
-        pack_rows(rows, weight.storage, weight.group_size or 0, *arrays, is_bfloat16=dtypes == {"BF16"})
+        pack_rows(rows, weight.storage, weight.group_size or 0, *arrays, is_bfloat16=is_bfloat16)
         return arrays
 
+    def _kind(self, tensor: str) -> tuple[str, int]:
+        """Return what pieces must have in common to be read into one array: type and width."""
+        return self.checkpoint.tensors[tensor].dtype, self.checkpoint.layout(tensor)[0]
+
     def _raw_rows(self, pieces: list[tuple[str, Block]]) -> np.ndarray:
-        """Read sources of one type into one array, whole rows of them, and return the columns wanted."""
+        """Read sources of one kind into one array, whole rows of them, and return the columns wanted."""
         width, dtype = self.checkpoint.layout(pieces[0][0])
         raw = self._array("source", dtype, (sum(block.num_rows for _, block in pieces), width))
         at = 0

@@ -33,6 +33,7 @@ DEFAULT_GROUP_SIZES = (64, 32)  # the first that divides
 MAX_SHARDS = 64
 QUANTIZED = ("q8", "q6", "q4", "mxfp4")  # storages with scales
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+CORRECTION_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of one source that belongs to a rank."""
+    """A rectangle of one source that belongs to a rank; `rows` may have a step."""
 
     source: str
     rows: slice
@@ -158,7 +159,7 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
         if config.has_post_norms:
             norm(f"{layer}.pre_feedforward_layernorm")
         if config.is_sparse(i):
-            rows += _expert_rows(f"{layer}.mlp", config.num_experts or 0, has_biases=config.has_expert_biases)
+            rows += _expert_rows(config, f"{layer}.mlp")
         else:
             projection(f"{layer}.mlp.gate_up_proj", "gate_proj up_proj", "column", config.mlp_bias)
             projection(f"{layer}.mlp.down_proj", "down_proj", "row", config.mlp_bias)
@@ -169,8 +170,12 @@ def weight_rows(config: ModelConfig) -> list[WeightRow]:
     return rows
 
 
-def _expert_rows(mlp: str, num_experts: int, *, has_biases: bool) -> list[WeightRow]:
-    """Return those of a layer of experts: the matrices of all lie one after another, so that one node has all (FORMAT 4.7)."""
+def _expert_rows(config: ModelConfig, mlp: str) -> list[WeightRow]:
+    """Return those of a layer of experts: the matrices of all lie one after another, so that one node has all (FORMAT 4.7).
+
+    Those that all tokens share have the numbers from num_experts on.
+    """
+    num_experts = config.num_all_experts
     roots = [f"{mlp}.experts.{i}" for i in range(num_experts)]
     gate_up = [f"{root}.{name}" for root in roots for name in ("gate_proj", "up_proj")]
     down = [f"{root}.down_proj" for root in roots]
@@ -178,10 +183,13 @@ def _expert_rows(mlp: str, num_experts: int, *, has_biases: bool) -> list[Weight
 
     def add(name: str, matrices: list[str], split: Split, role: Role, of_bias: Split, several: int | None) -> None:
         rows.append(WeightRow(name, tuple(f"{matrix}.weight" for matrix in matrices), split, role))
-        if has_biases:
+        if config.has_expert_biases:
             rows.append(WeightRow(name, tuple(f"{m}.bias" for m in matrices), of_bias, "bias", num_experts=several))
 
     add(f"{mlp}.gate", [f"{mlp}.gate"], "replicated", "router", "replicated", None)
+    if config.has_correction_bias:
+        correction = f"{mlp}.gate.{CORRECTION_BIAS}"
+        rows.append(WeightRow(correction, (correction,), "replicated", "bias"))
     add(f"{mlp}.experts.gate_up_proj", gate_up, "column", "experts", "column", num_experts)
     # What ranks sum up has its bias once: on the first of them.
     add(f"{mlp}.experts.down_proj", down, "row", "experts", "first", num_experts)
@@ -197,6 +205,8 @@ def source_shape(config: ModelConfig, source: str) -> tuple[int, ...]:
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     if kind == "sinks":
         return (config.num_attention_heads,)
+    if kind == CORRECTION_BIAS:
+        return (config.num_experts or 0,)
     out_in = {
         "embed_tokens": (config.vocab_size, hidden),
         "lm_head": (config.vocab_size, hidden),
@@ -284,10 +294,10 @@ def _blocks(config: ModelConfig, source: str, split: Split, shards: int, rank: i
     """Return what a rank holds of a source, in the order in which it holds it."""
     block = _block(config, source, split, shards, rank)
     order = order_of_features(config)
-    if len(order) == 1 or not source.rpartition(".")[0].endswith(("q_proj", "k_proj")):
+    if len(order) == 1 or not source.rpartition(".")[0].endswith(("q_proj", "k_proj", "q_norm", "k_norm")):
         return [block]
     heads = range(block.rows.start, block.rows.stop, config.head_dim)
-    rows = [slice(first + part.start, first + part.stop) for first in heads for part in order]
+    rows = [slice(first + part.start, first + part.stop, part.step) for first in heads for part in order]
     return [Block(source, part, block.columns) for part in rows]
 
 

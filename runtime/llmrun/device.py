@@ -115,8 +115,8 @@ def activation_bytes(manifest: Manifest, num_tokens: int, max_num_seqs: int) -> 
     experts_of_all = 0
     if model.num_experts is not None:  # the launcher's workspace: custom_ops/ort/gpu_moe.cpp
         width = (model.moe_intermediate_size or 0) // shards
-        per_token += (model.num_experts_per_tok or 0) * (16 + 2 * (width + model.hidden_size)) + 4 * model.num_experts
-        experts_of_all = 12 * model.num_experts
+        per_token += model.num_all_experts_per_tok * (16 + 2 * (width + model.hidden_size)) + 4 * model.num_experts
+        experts_of_all = 12 * model.num_all_experts
     columns = -(-model.vocab_size // shards)  # of the logits, and for the choice among them (FORMAT 8.4)
     logits_and_record = 4 * columns + 8 * (_TOP_K + 1)
     per_row = logits_and_record + (8 * _TOP_K + 4) * (columns // _TOP_K_CHUNK + 1)

@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+_OUTPUT_HAS_NO_BIAS = ("Qwen2ForCausalLM", "SeedOssForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM")
+_QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture; names and (global) numbers as in Hugging Face's config.json.
 
     Attributes:
-        attention_bias: of q, k and v, and of o but in Qwen 2.
+        attention_bias: of q, k and v, and of o but in Qwen 2, Seed-OSS and GLM.
         sliding_window: positions that a token sees at most, its own among them, in layers of sliding attention; None: all.
         embedding_multiplier: of the embedding's rows.
         residual_multiplier: of what attention and MLP add to the residual stream.
@@ -28,6 +31,9 @@ class ModelConfig:
         moe_intermediate_size: intermediate_size of an expert.
         norm_topk_prob: whether the weights of a token's experts sum to 1.
         mlp_layer_types: of each layer, "sparse" (it has experts) or "dense"; None: the former, if there are experts.
+        num_shared_experts: MLPs of a sparse layer that each token goes through beside those chosen, of their size; None: none.
+        routed_scaling_factor: what the weights of the experts that are chosen are multiplied by.
+        use_qk_norm: of a model that may have them or not, whether heads of q and of k are normalised.
         swiglu_alpha: of an expert's clamped SwiGLU, what the gate is multiplied by in the logistic function; None: of SwiGLU.
         swiglu_limit: what gate and up are cut off at then; None: nothing.
     """
@@ -61,13 +67,16 @@ class ModelConfig:
     moe_intermediate_size: int | None = field(default_factory=lambda: None)
     norm_topk_prob: bool = field(default_factory=lambda: True)
     mlp_layer_types: tuple[str, ...] | None = field(default_factory=lambda: None)
+    num_shared_experts: int | None = field(default_factory=lambda: None)
+    routed_scaling_factor: float = field(default_factory=lambda: 1.0)
+    use_qk_norm: bool = field(default_factory=lambda: False)
     swiglu_alpha: float | None = field(default_factory=lambda: None)
     swiglu_limit: float | None = field(default_factory=lambda: None)
 
     @property
     def has_output_bias(self) -> bool:
         """Whether o_proj has a bias."""
-        return self.attention_bias and self.architecture not in ("Qwen2ForCausalLM", "SeedOssForCausalLM")
+        return self.attention_bias and self.architecture not in _OUTPUT_HAS_NO_BIAS
 
     @property
     def has_sinks(self) -> bool:
@@ -82,12 +91,32 @@ class ModelConfig:
     @property
     def has_qk_norm(self) -> bool:
         """Whether every head of q and of k is normalised before it is rotated."""
-        return self.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
+        return self.use_qk_norm or self.architecture in _QK_NORM
 
     @property
     def has_post_norms(self) -> bool:
         """Whether what attention and MLP add to the residual stream is normalised before."""
-        return self.architecture == "Gemma3ForCausalLM"
+        return self.architecture in ("Gemma3ForCausalLM", "Glm4ForCausalLM")
+
+    @property
+    def sigmoid_scoring(self) -> bool:
+        """Whether a router's score of an expert is a logistic function of its own logit, and not a softmax of all."""
+        return self.architecture == "Glm4MoeForCausalLM"
+
+    @property
+    def has_correction_bias(self) -> bool:
+        """Whether experts are chosen by scores to which numbers of the model are added."""
+        return self.architecture in ("Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM")
+
+    @property
+    def num_all_experts(self) -> int:
+        """The MLPs of a sparse layer, those that all tokens share among them; 0: no layer is sparse."""
+        return (self.num_experts or 0) + (self.num_shared_experts or 0)
+
+    @property
+    def num_all_experts_per_tok(self) -> int:
+        """How many of them a token goes through."""
+        return (self.num_experts_per_tok or 0) + (self.num_shared_experts or 0)
 
     @property
     def activation(self) -> str:

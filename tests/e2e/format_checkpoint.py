@@ -9,12 +9,15 @@ import numpy as np
 from e2e.format_reader import Array, Rank
 
 
-def _in_own_order(rows: Array, dim: int, rotary_dim: int) -> Array:
+def _in_own_order(rows: Array, dim: int, rotary_dim: int, *, are_neighbours: bool) -> Array:
     """Return q or k with the features of each head in the order of the checkpoint (4.2)."""
     half, rest = rotary_dim // 2, (dim - rotary_dim) // 2
     heads = rows.reshape(-1, dim, rows.shape[1])
     first, second = np.split(heads, 2, 1)
-    own = [first[:, :half], second[:, :half], first[:, half:], second[:, half:]]
+    pairs = np.stack([first[:, :half], second[:, :half]], 2 if are_neighbours else 1).reshape(
+        -1, rotary_dim, heads.shape[2]
+    )
+    own = [pairs, first[:, half:], second[:, half:]]
     assert first[:, half:].shape[1] == rest
     return np.concatenate(own, 1).reshape(rows.shape)
 
@@ -28,6 +31,8 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
     def of_all(name: str) -> list[Array]:
         return [rank.matrices[name] for rank in ranks]
 
+    order = dim, config["rope"].get("rotary_dim", dim)
+    are_neighbours = config["architecture"].startswith(("Glm4ForCausalLM", "Ernie4_5"))
     model: dict[str, Array] = {}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
@@ -42,21 +47,19 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
             model[f"{prefix}self_attn.{name}.weight"] = np.concatenate([heads[i] for i in range(num_kv_heads)])
         for name in ("q_proj", "k_proj"):
             whole = f"{prefix}self_attn.{name}.weight"
-            model[whole] = _in_own_order(model[whole], dim, config["rope"].get("rotary_dim", dim))
+            model[whole] = _in_own_order(model[whole], *order, are_neighbours=are_neighbours)
         model[f"{prefix}self_attn.o_proj.weight"] = np.concatenate(of_all(f"{prefix}self_attn.o_proj.weight"), 1)
         is_sparse = (
             config["num_experts"] and "dense" not in (config["mlp_layer_types"] or ["sparse"] * (layer + 1))[layer]
         )
         if is_sparse:
             model[f"{prefix}mlp.gate.weight"] = ranks[0].matrices[f"{prefix}mlp.gate.weight"]
+            number = config["num_experts"] + (config["num_shared_experts"] or 0)
             gate_up, down = (
-                [np.split(m, config["num_experts"]) for m in of_all(f"{prefix}mlp.experts.{name}.weight")]
+                [np.split(m, number) for m in of_all(f"{prefix}mlp.experts.{name}.weight")]
                 for name in ("gate_up_proj", "down_proj")
             )
-            mlps = {
-                f"mlp.experts.{i}": ([m[i] for m in gate_up], [m[i] for m in down])
-                for i in range(config["num_experts"])
-            }
+            mlps = {f"mlp.experts.{i}": ([m[i] for m in gate_up], [m[i] for m in down]) for i in range(number)}
         else:
             mlps = {"mlp": (of_all(f"{prefix}mlp.gate_up_proj.weight"), of_all(f"{prefix}mlp.down_proj.weight"))}
         for mlp, (gate_up, down) in mlps.items():
@@ -65,9 +68,11 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
             model[f"{prefix}{mlp}.up_proj.weight"] = np.concatenate([up for _, up in halves])
             model[f"{prefix}{mlp}.down_proj.weight"] = np.concatenate(down, 1)
     for name, tensor in ranks[0].tensors.items():
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "e_score_correction_bias")):
             assert all(np.array_equal(rank.tensors[name], tensor) for rank in ranks)
             model[name] = tensor
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            model[name] = _in_own_order(tensor[:, None], *order, are_neighbours=are_neighbours)[:, 0]
     if config["architecture"] == "Phi3ForCausalLM":
         for layer in range(config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
@@ -94,7 +99,26 @@ def stitch(ranks: list[Rank], manifest: dict[str, Any]) -> dict[str, Array]:
 
 
 def _named_as_published(model: dict[str, Array], config: dict[str, Any]) -> dict[str, Array]:
-    """Return the same with routers and experts as in Mixtral's, Granite's and gpt-oss's checkpoints."""
+    """Return the same with routers, experts and norms as in Mixtral's, Granite's, gpt-oss's, GLM's and ERNIE's checkpoints."""
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        if config["architecture"] == "Glm4ForCausalLM":
+            names = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+            own = [model.pop(f"{prefix}{name}.weight") for name in names]
+            names = ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+            model |= {f"{prefix}{name}.weight": norm for name, norm in zip(names, own, strict=True)}
+            gate_up = [model.pop(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up")]
+            model[f"{prefix}mlp.gate_up_proj.weight"] = np.concatenate(gate_up)
+        numbers = range(config["num_experts"] or 0, (config["num_experts"] or 0) + (config["num_shared_experts"] or 0))
+        for part, axis in (("gate", 0), ("up", 0), ("down", 1)):
+            own = [model.pop(f"{prefix}mlp.experts.{i}.{part}_proj.weight", None) for i in numbers]
+            if matrices := [matrix for matrix in own if matrix is not None]:
+                model[f"{prefix}mlp.shared_experts.{part}_proj.weight"] = np.concatenate(matrices, axis)
+        correction = model.pop(f"{prefix}mlp.gate.e_score_correction_bias", None)
+        if correction is not None and config["architecture"] == "Ernie4_5_MoeForCausalLM":
+            model[f"{prefix}mlp.moe_statics.e_score_correction_bias"] = correction[None]
+        elif correction is not None:
+            model[f"{prefix}mlp.gate.e_score_correction_bias"] = correction
     if config["architecture"] == "MixtralForCausalLM":
         names = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         return {_replaced(name, names): matrix for name, matrix in model.items()}

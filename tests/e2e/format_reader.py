@@ -132,12 +132,15 @@ class Rank:
         """Add the matrices of all experts, those of one kind one after another (4.7)."""
         sizes, kind = attributes(node), node.op_type.removeprefix("MoE")
         rows = {"gate_up": 2 * sizes["intermediate_size"], "down": sizes["out_features"]}
-        stored: list[Array | None] = [self.tensors[name] for name in node.input[2:] if not name.endswith(".bias")]
+        stored: list[Array | None] = [
+            self.tensors[name] for name in node.input[2:] if name.endswith((".weight", ".scales"))
+        ]
         if len(stored) == 2:
             stored = [stored[0], None, stored[1], None]
         names = [name for name in node.input[2:] if name.endswith(".weight")]
         for i, (name, count) in enumerate(zip(names, rows.values(), strict=True)):
-            tiles, scales, num_rows = self.tensors[name], stored[2 * i + 1], sizes["num_experts"] * count
+            number = sizes["num_experts"] + sizes.get("num_shared_experts", 0)
+            tiles, scales, num_rows = self.tensors[name], stored[2 * i + 1], number * count
             self.matrices[name] = untile(kind, tiles, scales, num_rows, sizes.get("group_size"))
 
 
@@ -150,7 +153,9 @@ def _of_constants(model: dict[str, Any]) -> list[tuple[int, int]]:
 
 def _part_of_experts(model: dict[str, Any], name: str) -> float:
     """Return the part of an initializer that a token reads."""
-    return model["num_experts_per_tok"] / model["num_experts"] if ".experts." in name else 1
+    shared = model["num_shared_experts"] or 0
+    chosen, number = model["num_experts_per_tok"] or 0, model["num_experts"] or 1
+    return (chosen + shared) / (number + shared) if ".experts." in name else 1
 
 
 def reads_embedding(node: onnx.NodeProto) -> bool:
@@ -253,27 +258,45 @@ def _glu(gate_up: Array, name: str) -> Array:
     return gate / (1 + np.exp(-gate)) * up
 
 
-def _of_experts(rank: Rank, known: dict[str, Array], names: list[str]) -> tuple[Array, Array, Array, list[Array]]:
-    """Return the router's logits, the matrices gate_up and down of all experts, and their biases (5.16)."""
+def _of_experts(
+    rank: Rank, known: dict[str, Array], names: list[str]
+) -> tuple[Array, Array, Array, list[Array], Array | float]:
+    """Return the router's logits, the matrices gate_up and down of all experts, their biases, and the correction (5.16)."""
     logits, *weights = names
     gate_up, down = (rank.matrices[name] for name in weights if name.endswith(".weight"))
-    return known[logits], gate_up, down, [known[name] for name in weights if name.endswith(".bias")]
+    biases = [known[name] for name in weights if name.endswith(".bias")]
+    corrections = [known[name] for name in weights if name.endswith(".e_score_correction_bias")]
+    return known[logits], gate_up, down, biases, sum(corrections)
 
 
-def _experts(x: Array, logits: Array, gate_up: Array, down: Array, biases: list[Array], sizes: dict[str, Any]) -> Array:
+def _experts(
+    x: Array,
+    logits: Array,
+    gate_up: Array,
+    down: Array,
+    biases: list[Array],
+    correction: Array | float,
+    sizes: dict[str, Any],
+) -> Array:
     """5.16."""
-    of_gate_up, of_down = [*biases, *[np.zeros((sizes["num_experts"], 1))] * 2][:2]
+    num_experts, num_shared = sizes["num_experts"], sizes.get("num_shared_experts", 0)
+    number = num_experts + num_shared
+    of_gate_up, of_down = [*biases, *[np.zeros((number, 1))] * 2][:2]
     y = np.zeros_like(x)
     odds = np.exp(logits - logits.max(1, keepdims=True))
-    shares = odds / odds.sum(1, keepdims=True)
-    gate_ups, downs = np.split(gate_up, sizes["num_experts"]), np.split(down, sizes["num_experts"])
-    for row, share in enumerate(shares):
-        chosen = sorted(range(len(share)), key=lambda expert: (-share[expert], expert))[: sizes["num_experts_per_tok"]]
-        total = sum(share[chosen]) if sizes["norm_topk_prob"] else 1
-        for expert in chosen:
+    scores = odds / odds.sum(1, keepdims=True)
+    if sizes.get("sigmoid_scoring"):
+        scores = 1 / (1 + np.exp(-logits))
+    gate_ups, downs = np.split(gate_up, number), np.split(down, number)
+    for row, (score, order) in enumerate(zip(scores, scores + correction, strict=True)):
+        chosen = sorted(range(num_experts), key=lambda expert: (-order[expert], expert))
+        chosen = chosen[: sizes["num_experts_per_tok"]]
+        total = sum(score[chosen]) if sizes["norm_topk_prob"] else 1
+        shares = {expert: score[expert] / total * sizes.get("routed_scaling_factor", 1) for expert in chosen}
+        for expert, share in {**shares, **dict.fromkeys(range(num_experts, number), 1.0)}.items():
             hidden = x[row : row + 1] @ gate_ups[expert].T + of_gate_up[expert]
             hidden = _cut_off(hidden, sizes) if "swiglu_limit" in sizes else _glu(hidden, "SwiGLU")
-            y[row] += share[expert] / total * ((hidden @ downs[expert].T)[0] + of_down[expert])
+            y[row] += share * ((hidden @ downs[expert].T)[0] + of_down[expert])
     return y
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from llmpack.selfcheck import swap_near_ties
 from llmrun import Engine
 from llmrun.operators import Operators
-from models import GRANITE_MOE, MIXTRAL, QWEN_MOE, make_checkpoint
+from models import ERNIE_MOE, GLM_MOE, GRANITE_MOE, MIXTRAL, QWEN_MOE, make_checkpoint
 from mpi.harness import RunningJob, mpirun_command
 
 Packed = Callable[..., Path]
-MODELS = {"qwen": QWEN_MOE, "mixtral": MIXTRAL, "granite": GRANITE_MOE}
+MODELS = {"qwen": QWEN_MOE, "mixtral": MIXTRAL, "granite": GRANITE_MOE, "glm": GLM_MOE, "ernie": ERNIE_MOE}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -40,16 +41,26 @@ def near_ties(folder: Path, by: float) -> Path:
     """Make of a checkpoint one whose routers like each expert about as much as one other; return its folder."""
     tensors = load_file(folder / "model.safetensors")
     rng = np.random.default_rng(5)
-    for name in [name for name in tensors if name.endswith("block_sparse_moe.gate.weight")]:
+    for name in [name for name in tensors if name.endswith(".e_score_correction_bias")]:
+        tensors[name][..., 1::2] = tensors[name][..., ::2]
+    for name in [name for name in tensors if name.endswith("gate.weight")]:
         router = tensors[name]
         router[1::2] = router[::2] + by * rng.standard_normal(router[::2].shape).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def test_a_choice_that_rounding_decides_is_allowed_for(tmp_path: Path, packed: Packed) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        {**MIXTRAL, "num_experts_per_tok": 1},
+        {**GLM_MOE, "num_experts_per_tok": 1, "num_hidden_layers": 2},
+        {**ERNIE_MOE, "moe_k": 1, "moe_layer_end_index": 1},
+    ],
+    ids=["by-logits", "by-sigmoids", "by-probabilities"],
+)
+def test_a_choice_that_rounding_decides_is_allowed_for(model: dict[str, Any], tmp_path: Path, packed: Packed) -> None:
     """One of two twins is the token's only expert; in float32 some tokens go to the other than in float64."""
-    model = {**MIXTRAL, "num_experts_per_tok": 1}
     wrong = 0
     for seed in range(8):
         folder = near_ties(make_checkpoint(tmp_path / str(seed), seed=seed, **model), 1e-7)

@@ -18,7 +18,11 @@ from llmrun import Engine
 from llmrun.job_options import ISAS
 from models import (
     DEMO,
+    ERNIE,
+    ERNIE_MOE,
     GEMMA,
+    GLM,
+    GLM_MOE,
     GPT_OSS,
     GRANITE,
     GRANITE_MOE,
@@ -142,6 +146,25 @@ VARIANTS = {
         "swiglu_alpha": 0.9,
         "swiglu_limit": 7.0,
     },
+    "glm4": GLM,
+    "glm4-yarn": {
+        **{**GLM, "attention_bias": False, "partial_rotary_factor": 1.0},
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+            "partial_rotary_factor": 0.75,
+        },
+    },
+    "glm4-moe": GLM_MOE,
+    "glm4-moe-plainer": {
+        **{**GLM_MOE, "first_k_dense_replace": 0, "n_shared_experts": 1, "norm_topk_prob": False},
+        **{"use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 1.0},
+    },
+    "ernie": ERNIE,
+    "ernie-moe": ERNIE_MOE,
+    "ernie-moe-every-second-layer": {
+        **{**ERNIE_MOE, "moe_layer_interval": 2, "moe_layer_end_index": -1, "moe_num_shared_experts": 0},
+        "tie_word_embeddings": True,
+    },
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
 }
 
@@ -157,6 +180,8 @@ SPLIT_VARIANTS = {
     "experts-and-dense-layers": (4, {**QWEN_MOE, "num_key_value_heads": 2}),
     "experts-stored-together": (2, GRANITE_MOE),
     "experts-with-biases": (4, {**GPT_OSS, "num_key_value_heads": 2}),
+    "post-norms-and-neighbours": (4, {**GLM, "num_key_value_heads": 2, "attention_bias": True}),
+    "shared-experts": (4, {**GLM_MOE, "num_key_value_heads": 2, "n_shared_experts": 1}),
     "stored-together": (4, {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 2}),
 }
 

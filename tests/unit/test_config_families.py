@@ -8,7 +8,8 @@ from models import MULTIPLIERS
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "seed_oss"]
+    "model_type",
+    ["llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "seed_oss", "glm4", "ernie4_5"],
 )
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
@@ -20,7 +21,9 @@ def test_defaults_are_transformers_defaults(tmp_path, model_type):
     assert ours.attention_bias == getattr(theirs, "attention_bias", ours.attention_bias)
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    assert {"partial_rotary_factor": 1.0, **ours.rope} == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
+    rope = {**ours.rope, "partial_rotary_factor": ours.rope.get("rotary_dim", ours.head_dim) / ours.head_dim}
+    rope.pop("rotary_dim", None)
+    assert rope == {"partial_rotary_factor": 1.0, **theirs.rope_parameters}
     assert read(tmp_path, **given, num_key_value_heads=None).num_key_value_heads == 32
     if model_type == "smollm3":
         longer = {**given, "num_hidden_layers": 9}
@@ -38,7 +41,20 @@ def test_the_mlp_of_a_hybrid_that_is_none_has_the_shared_size(tmp_path):
 
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "granitemoehybrid", "smollm3", "seed_oss"]
+    "model_type",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "granite",
+        "granitemoehybrid",
+        "smollm3",
+        "seed_oss",
+        "glm4",
+        "ernie4_5",
+    ],
 )
 def test_biases_are_those_of_transformers_whatever_a_family_ignores(tmp_path, model_type, said):
     import torch
