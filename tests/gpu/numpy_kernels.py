@@ -1,73 +1,22 @@
 """The kernels of FORMAT 8.4 in numpy, on the stand-in driver's memory: what a launch must mean, read from the specification.
 
 In: the callback's op, constants, parameter values and grid. They follow the pointers that the launcher gave, so a wrong
-pointer, shape or order gives wrong numbers. Layouts are undone here a second time, independently of the packager.
+pointer, shape or order gives wrong numbers. numpy_memory.py: what they point to; numpy_experts.py: mixtures of experts.
 """
 
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy_experts
+from numpy_memory import Launch, at, half, untile, weight
 
 from llmpack_ops import reference
 
-TAG = 1 << 62
 WAIT_S = 60.0
-
-Launch = dict[str, Any]  # parameter name -> value, constants, "grid"
-
-
-def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """View the stand-in's device memory."""
-    import ctypes
-
-    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * count).from_address(address & ~TAG), dtype).reshape(shape)
-
-
-def half(values: np.ndarray) -> np.ndarray:
-    return np.clip(values, -65504, 65504).astype(np.float16)
-
-
-def untile(storage: str, n: int, k: int, p: Launch) -> np.ndarray:
-    """Undo FORMAT 4.3: the weight [n, k] in float32."""
-    tiles = -(-n // 16)
-    if storage == "f16":
-        return at(p["weight"], (tiles, k, 16), np.float16).transpose(0, 2, 1).reshape(-1, k)[:n].astype(np.float32)
-    if storage in ("q4", "mxfp4"):
-        b = at(p["weight"], (tiles, k // 8, 16, 4), np.uint8)
-        q = np.concatenate([b & 15, b >> 4], axis=3)
-    elif storage == "q6":
-        b = at(p["weight"], (tiles, k // 16, 3, 16, 4), np.uint8)
-        parts = [b[:, :, i] & 63 for i in range(3)]
-        fourth = (b[:, :, 0] >> 6) | (b[:, :, 1] >> 6) << 2 | (b[:, :, 2] >> 6) << 4
-        q = np.concatenate([*parts, fourth], axis=3)
-    else:
-        q = at(p["weight"], (tiles, k // 4, 16, 4), np.uint8)
-    q = q.transpose(0, 2, 1, 3).reshape(-1, k)[:n]
-    groups = k // p["group_size"]
-    scales = at(p["scales"], (tiles, groups, 16), np.float16).transpose(0, 2, 1).reshape(-1, groups)[:n]
-    return reference.dequantize(q, scales, storage).astype(np.float32)
-
-
-_weights: dict[tuple, tuple[int, np.ndarray]] = {}  # by place: a checksum of the bytes, and what they stand for
-
-
-def weight(storage: str, n: int, k: int, p: Launch) -> np.ndarray:
-    """Return the weight [n, k] in float32; a place may hold another one later, as memory is given back and taken again."""
-    key, tiles = (p["weight"], storage, n, k), -(-n // 16)
-    sum_of = zlib.adler32(
-        at(p["weight"], (tiles * k * {"f16": 32, "q8": 16, "q6": 12, "q4": 8, "mxfp4": 8}[storage],), np.uint8)
-    )
-    if storage != "f16":
-        sum_of = zlib.adler32(at(p["scales"], (tiles * 16 * (k // p["group_size"]) * 2,), np.uint8), sum_of)
-    if _weights.get(key, (None,))[0] != sum_of:
-        _weights[key] = sum_of, untile(storage, n, k, p)
-    return _weights[key][1]
 
 
 def matmul(storage: str, p: Launch) -> None:
@@ -207,100 +156,6 @@ def attention_combine(p: Launch) -> None:
     )
 
 
-def moe_route(p: Launch) -> None:
-    rows, number, chosen = p["grid"][0], p["num_experts"], p["num_experts_per_tok"]
-    logits = at(p["logits"], (rows, number), np.float32)
-    experts, weights = reference.route(logits, chosen, norm_topk_prob=bool(p["norm_topk_prob"]))
-    at(p["experts"], (rows, chosen), np.int32)[:] = experts
-    at(p["routing"], (rows, chosen), np.float32)[:] = weights
-
-
-def _expert(storage: str, expert: int, n: int, k: int, p: Launch) -> np.ndarray:
-    """Weights [n, k] of one expert."""
-    width = {"f16": 32, "q8": 16, "q4": 8, "mxfp4": 8}[storage]  # bytes of 16 rows and one input feature
-    own = {**p, "weight": p["weight"] + expert * n * k * width // 16}
-    if storage != "f16":
-        own["scales"] += expert * n * (k // p["group_size"]) * 2
-    return weight(storage, n, k, own)
-
-
-def _bias(expert: int, n: int, p: Launch) -> np.ndarray:
-    """Return one expert's [n]; zeros where the kernel has none."""
-    return at(p["bias"] + expert * n * 4, (n,), np.float32) if p.get("has_bias") else np.zeros(n, np.float32)
-
-
-def _gate(sums: np.ndarray, p: Launch) -> np.ndarray:
-    return half(
-        reference.clamped_swiglu(sums, p["alpha"], p["limit"]) if p.get("has_limit") else reference.swiglu(sums)
-    )
-
-
-def moe_gate_up(storage: str, p: Launch) -> None:
-    hidden, width, chosen = p["in_features"], p["intermediate_size"], p["num_experts_per_tok"]
-    rows = p["grid"][0] // chosen
-    assert rows <= p["max_rows"]
-    x, experts = at(p["x"], (rows, hidden), np.float16), at(p["experts"], (rows, chosen), np.int32)
-    h = at(p["h"], (rows, chosen, width), np.float16)
-    for t, i in np.ndindex(rows, chosen):
-        expert = int(experts[t, i])
-        sums = x[t].astype(np.float32) @ _expert(storage, expert, 2 * width, hidden, p).T + _bias(expert, 2 * width, p)
-        h[t, i] = _gate(sums[None], p)[0]
-
-
-def moe_down(storage: str, p: Launch) -> None:
-    rows, hidden, width, chosen = p["grid"][0], p["in_features"], p["intermediate_size"], p["num_experts_per_tok"]
-    assert rows <= p["max_rows"]
-    experts, shares = (at(p[n], (rows, chosen), t) for n, t in (("experts", np.int32), ("routing", np.float32)))
-    h, total = at(p["h"], (rows, chosen, width), np.float16).astype(np.float32), np.zeros((rows, hidden))
-    for t, i in np.ndindex(rows, chosen):
-        expert = int(experts[t, i])
-        total[t] += shares[t, i] * (_expert(storage, expert, hidden, width, p) @ h[t, i] + _bias(expert, hidden, p))
-    at(p["y"], (rows, hidden), np.float16)[:] = half(total)
-
-
-def moe_sort(p: Launch) -> None:
-    count, number, block = p["num_pairs"], p["num_experts"], p["block"]
-    experts = at(p["experts"], (count,), np.int32)
-    at(p["pairs"], (count,), np.int32)[:] = np.argsort(experts, kind="stable")
-    ends = np.cumsum(np.bincount(experts, minlength=number))
-    found = [(e, first, end) for e, end in enumerate(ends) for first in range(ends[e - 1] if e else 0, end, block)]
-    blocks = at(p["blocks"], (-(-count // block) + number, 3), np.int32)
-    blocks[:] = 0
-    blocks[: len(found)] = found
-
-
-def _blocks(p: Launch) -> Any:
-    """Yield the expert, the places and the pairs of each block."""
-    for expert, first, end in at(p["blocks"], (p["grid"][0], 3), np.int32):
-        places = slice(int(first), min(int(end), int(first) + p["block"]))
-        if places.start < places.stop:
-            yield int(expert), places, at(p["pairs"], (places.stop,), np.int32)[places]
-
-
-def moe_grouped_gate_up(storage: str, p: Launch) -> None:
-    hidden, width = p["in_features"], p["intermediate_size"]
-    for expert, places, pairs in _blocks(p):
-        rows = pairs // p["num_experts_per_tok"]
-        x = at(p["x"], (int(rows.max()) + 1, hidden), np.float16)[rows].astype(np.float32)
-        sums = x @ _expert(storage, expert, 2 * width, hidden, p).T + _bias(expert, 2 * width, p)
-        at(p["h"], (places.stop, width), np.float16)[places] = _gate(sums, p)
-
-
-def moe_grouped_down(storage: str, p: Launch) -> None:
-    hidden, width = p["in_features"], p["intermediate_size"]
-    for expert, places, pairs in _blocks(p):
-        h = at(p["h"], (places.stop, width), np.float16)[places].astype(np.float32)
-        shares = at(p["routing"], (int(pairs.max()) + 1,), np.float32)[pairs, None]
-        z = at(p["z"], (int(pairs.max()) + 1, hidden), np.float16)
-        z[pairs] = half(shares * (h @ _expert(storage, expert, hidden, width, p).T + _bias(expert, hidden, p)))
-
-
-def moe_combine(p: Launch) -> None:
-    rows, hidden = p["grid"][1], p["in_features"]
-    z = at(p["z"], (rows, p["num_experts_per_tok"], hidden), np.float16)
-    at(p["y"], (rows, hidden), np.float16)[:] = half(z.astype(np.float32).sum(axis=1))
-
-
 def top_k_first(p: Launch) -> None:
     width, k, chunk, rows, known = p["in_features"], p["k"], p["chunk"], p["grid"][1], p["num_columns"]
     parts = -(-width // chunk)
@@ -385,19 +240,7 @@ KERNELS: dict[str, Callable[[Launch], None]] = {
     "add_rms_norm": add_rms_norm,
     "norm_add_rms_norm": norm_add_rms_norm,
     "qk_norm": qk_norm,
-    "moe_route": moe_route,
-    "moe_sort": moe_sort,
-    "moe_combine": moe_combine,
-    **{
-        f"moe_{name}_{s}": (lambda p, s=s, f=f: f(s, p))
-        for s in ("f16", "q8", "q4", "mxfp4")
-        for name, f in (
-            ("gate_up", moe_gate_up),
-            ("down", moe_down),
-            ("grouped_gate_up", moe_grouped_gate_up),
-            ("grouped_down", moe_grouped_down),
-        )
-    },
+    **numpy_experts.KERNELS,
     "swiglu": lambda p: gated(p, reference.swiglu),
     "geglu": lambda p: gated(p, reference.geglu),
     "cache_write": cache_write,
