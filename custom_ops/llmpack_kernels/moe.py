@@ -1,6 +1,7 @@
-"""Mixtures of experts (FORMAT.md 5.16, 8.4): each token's experts are chosen, and their MLPs with SwiGLU computed and summed.
+"""Mixtures of experts (FORMAT.md 5.16, 8.4): the MLPs with SwiGLU of each token's experts, which `routing.py` chose, summed.
 
 A pair is a token and one of its `CHOSEN` experts, in rising order of the experts: pair t * CHOSEN + i is the i-th of token t.
+Those that all tokens share are experts as the others, and among those chosen the last.
 
 For few tokens (`*_rows`) time is what reading the weights takes: a program for a pair, or a token, and 16 output features,
 which computes on the float32 units as `matmul.matmul_rows`. For more (`*_blocks`) the pairs are sorted by expert, and a program
@@ -22,33 +23,6 @@ from llmpack_kernels.overlap import begin, release, wait
 def features_per_chunk(storage):
     """Input features that are multiplied together, as in `matmul`; float16 has them one by one."""
     return {"q4": 8, "mxfp4": 8, "q8": 4, "f16": 1}[storage]
-
-
-@triton.jit
-def route(logits, experts, routing, E: tl.constexpr, CHOSEN: tl.constexpr, IS_NORMED: tl.constexpr, BLOCK: tl.constexpr,
-          TOP: tl.constexpr):  # fmt: skip
-    """Logits float32 [rows, E] -> experts int32, routing float32 [rows, CHOSEN]; BLOCK >= E and TOP >= CHOSEN: powers of 2.
-
-    Any row has CHOSEN experts, each below E, whatever its logits are; NaN among them makes its weights NaN.
-    """
-    begin()
-    row = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, BLOCK)
-    is_there = expert < E
-    value = tl.load(logits + row * E + expert, mask=is_there, other=float("-inf")) + 0.0  # -0 becomes 0
-    bits = value.to(tl.int32, bitcast=True)
-    bits ^= (bits >> 31) & 0x7FFFFFFF  # now they sort as the numbers do
-    key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - expert).to(tl.int64)  # of equal ones the lower expert's is larger
-    key = tl.where(is_there, key, -0x7FFFFFFFFFFFFFFF)
-    least = tl.sum(tl.where(tl.arange(0, TOP) == CHOSEN - 1, tl.topk(key, TOP), 0), 0)
-    is_chosen = is_there & (key >= least)
-    odds = tl.where(is_there, tl.exp(value - tl.max(value, 0)), 0.0)
-    total = tl.sum(tl.where(is_chosen, odds, 0.0) if IS_NORMED else odds, 0)
-    is_bad = tl.max((value != value).to(tl.int32), 0) > 0  # the largest of all may not be NaN though one of them is
-    weight = tl.where(is_bad, float("nan"), odds / total)
-    place = row * CHOSEN + tl.cumsum(is_chosen.to(tl.int32), 0) - 1
-    tl.store(experts + place, expert, mask=is_chosen)
-    tl.store(routing + place, weight, mask=is_chosen)
 
 
 @triton.jit

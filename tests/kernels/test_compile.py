@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from kernel_shapes import specs_of
 
-from llmpack import kernel_file, kernels
+from llmpack import kernel_file, kernels, moe_plan
 from llmpack.kernel_compiler import nvidia_tool
 from llmpack.kernel_file import Kernel, KernelFile
 from llmpack.kernel_plan import attention, collectives, gated, norms, qk_norm, sampling
@@ -42,7 +42,7 @@ CODE_STARTS = {"cubin": b"\x7fELF", "hsaco": b"\x7fELF", "ptx": b"//"}
 def representative() -> list[KernelSpec]:
     """What might outgrow registers or shared memory, at the sizes of Llama-2-70B on two GPUs, one that sees other ranks, and
     what no Llama has: Gemma's heads of 256 features and its vocabulary, the largest, among it, gpt-oss's sinks and
-    experts, and Qwen 3 30B-A3B's.
+    experts, Qwen 3 30B-A3B's, and the choice of GLM-4.5's.
     """
     chosen = [qk_norm(32, 8, 128), gated("geglu", 14336)]
     for spec in (*norms(8192, has_post_norms=True), *collectives(8192, 2, has_post_norms=True)):
@@ -57,6 +57,9 @@ def representative() -> list[KernelSpec]:
         for spec in specs_of(shape, 1, group_size=group_size):
             if spec.op in [f"{op}_{storage}" for op in products] and spec.constants.get("block", 128) == 128:
                 chosen.append(spec)
+    own = {"num_shared": 1, "is_sigmoid": True, "has_correction_bias": True, "has_scaling_factor": True}
+    glm = moe_plan.Experts(5120, 1536, 160, 8, **own)
+    chosen += [spec for spec in moe_plan.routing(glm, is_normed=True) if spec.op == "moe_route"]
     for spec in specs_of("llama-2-70b", 2):
         if spec.op == "matmul_q4":
             if spec.constants["max_rows"] in (4, 8, 16, 0) and spec.constants["out_features"] == 5120:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,15 +33,15 @@ class Layer:
     def __post_init__(self) -> None:
         s = self.shape
         parts = [
-            random_projection(self.storage, s.number * n, k, self.group_size, seed)
+            random_projection(self.storage, s.in_all * n, k, self.group_size, seed)
             for seed, (n, k) in enumerate([(2 * s.intermediate, s.hidden), (s.hidden, s.intermediate)])
         ]
-        self.gate_up = parts[0].weight.reshape(s.number, 2 * s.intermediate, s.hidden)
-        self.down = parts[1].weight.reshape(s.number, s.hidden, s.intermediate)
+        self.gate_up = parts[0].weight.reshape(s.in_all, 2 * s.intermediate, s.hidden)
+        self.down = parts[1].weight.reshape(s.in_all, s.hidden, s.intermediate)
         self.rounding = 0 if self.storage == "f16" else HALF  # of weights, where the matrix units multiply
         rng = np.random.default_rng(s.number)
-        self.gate_up_bias = rng.standard_normal((s.number, 2 * s.intermediate)).astype(np.float32) * s.has_gate_up_bias
-        self.down_bias = 2 * rng.standard_normal((s.number, s.hidden)).astype(np.float32) * s.has_down_bias
+        self.gate_up_bias = rng.standard_normal((s.in_all, 2 * s.intermediate)).astype(np.float32) * s.has_gate_up_bias
+        self.down_bias = 2 * rng.standard_normal((s.in_all, s.hidden)).astype(np.float32) * s.has_down_bias
         self.inputs_of_gate_up = {
             **parts[0].initializers,
             **({"bias": self.gate_up_bias} if s.has_gate_up_bias else {}),
@@ -55,7 +56,7 @@ class Layer:
         specs += moe_plan.products(self.shape, self.storage, 0 if self.storage == "f16" else self.group_size)
         return next(
             s for s in specs if s.op in (op, f"{op}_{self.storage}")
-            and (most is None or s.constants["max_rows"] == most * self.shape.number)
+            and (most is None or s.constants["max_rows"] == most * self.shape.in_all)
         )  # fmt: skip
 
     def x(self, rows: int, factor: float = 1) -> np.ndarray:
@@ -78,8 +79,10 @@ def layer(
     *,
     biases: tuple[bool, bool] = (False, False),
     clamp: tuple[float, float] | None = None,
+    **others: Any,
 ) -> Layer:
-    shape = moe_plan.Experts(hidden, intermediate, number, chosen, *biases, has_limit=clamp is not None)
+    """`others`: members of `moe_plan.Experts`."""
+    shape = moe_plan.Experts(hidden, intermediate, number, chosen, *biases, has_limit=clamp is not None, **others)
     return Layer(shape, storage, group_size, clamp)
 
 
@@ -89,12 +92,15 @@ def choose(rows: int, shape: moe_plan.Experts, seed: int = 0) -> tuple[np.ndarra
     return experts.astype(np.int32), weights.astype(np.float32)
 
 
-def run_route(logits: np.ndarray, chosen: int, *, is_normed: bool) -> tuple[np.ndarray, np.ndarray]:
+def run_route(
+    logits: np.ndarray, chosen: int, *, is_normed: bool, given: dict[str, Any] | None = None, **others: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """`given`: what the kernel takes beside the logits; `others`: members of `moe_plan.Experts`."""
     rows, number = logits.shape
-    specs = moe_plan.routing(moe_plan.Experts(16, 16, number, chosen), is_normed=is_normed)
-    spec = next(s for s in specs if s.op == "moe_route")
-    experts, routing = np.full((rows + 1, chosen), -7, np.int32), np.full((rows + 1, chosen), 7, np.float32)
-    launch(spec, logits=logits.astype(np.float32), experts=experts, routing=routing)
+    shape = moe_plan.Experts(16, 16, number, chosen, **others)
+    spec = next(s for s in moe_plan.routing(shape, is_normed=is_normed) if s.op == "moe_route")
+    experts, routing = np.full((rows + 1, shape.slots), -7, np.int32), np.full((rows + 1, shape.slots), 7, np.float32)
+    launch(spec, logits=logits.astype(np.float32), experts=experts, routing=routing, **(given or {}))
     assert (experts[rows] == -7).all()
     assert (routing[rows] == 7).all()
     return experts[:rows], routing[:rows]
@@ -343,19 +349,21 @@ def test_the_sum_of_a_tokens_experts(hidden: int) -> None:
     assert (y[4] == 7).all()
 
 
-def run(own: Layer, x: np.ndarray, logits: np.ndarray, most: int | None, backend: str) -> np.ndarray:
-    """The whole operator as the launcher does it; `most` None: as for few tokens."""
-    rows, chosen = len(x), own.shape.chosen
-    experts, routing = np.zeros((rows, chosen), np.int32), np.zeros((rows, chosen), np.float32)
-    launch(own.spec("moe_route"), backend, logits=logits, experts=experts, routing=routing)
-    y, h = np.zeros_like(x), np.zeros((rows, chosen, own.shape.intermediate), np.float16)
+def run(
+    own: Layer, x: np.ndarray, logits: np.ndarray, most: int | None, backend: str = "cuda", **given: Any
+) -> np.ndarray:
+    """The whole operator as the launcher does it; `most` None: as for few tokens; `given`: what its routing takes, too."""
+    rows, slots = len(x), own.shape.slots
+    experts, routing = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), np.float32)
+    launch(own.spec("moe_route"), backend, logits=logits, experts=experts, routing=routing, **given)
+    y, h = np.zeros_like(x), np.zeros((rows, slots, own.shape.intermediate), np.float16)
     if most is None:
         launch(own.spec("moe_gate_up"), backend, x=x, **own.inputs_of_gate_up, experts=experts, h=h)
         launch(own.spec("moe_down"), backend, h=h, **own.inputs_of_down, experts=experts, routing=routing, y=y)
         return y
-    pairs, blocks, _ = run_sort(experts, own.shape.number, most)
-    h, z = h.reshape(rows * chosen, -1), np.zeros((rows, chosen, own.shape.hidden), np.float16)
-    table = {"pairs": pairs, "blocks": blocks, "num_experts": own.shape.number}
+    pairs, blocks, _ = run_sort(experts, own.shape.in_all, most)
+    h, z = h.reshape(rows * slots, -1), np.zeros((rows, slots, own.shape.hidden), np.float16)
+    table = {"pairs": pairs, "blocks": blocks, "num_experts": own.shape.in_all}
     launch(own.spec("moe_grouped_gate_up", most), backend, **table, x=x, **own.inputs_of_gate_up, h=h)
     launch(own.spec("moe_grouped_down", most), backend, **table, routing=routing, h=h, **own.inputs_of_down, z=z)
     launch(own.spec("moe_combine"), backend, z=z, y=y)
