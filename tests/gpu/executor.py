@@ -8,7 +8,7 @@ memory of its own; `sum` shares the residual's, as ONNX Runtime's planner does.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ DTYPES = {
 }
 STEP = ("input_ids", "positions", "slot_mapping", "query_start", "seq_lens", "block_table", "logit_rows")
 
+MISSING = -1  # in the place of an input without a name
+
 
 class MiniOrt:
     """The library of operators, registered."""
@@ -42,14 +44,17 @@ class MiniOrt:
         if code != 0:
             raise RuntimeError(self.library.mini_error().decode())
 
-    def node(self, op: str, name: str = "", num_inputs: int = 0, **attributes: float) -> ctypes.c_void_p:
-        """Make a node; num_inputs: 0 for the inputs that every node of the operator has."""
+    def node(
+        self, op: str, name: str = "", num_inputs: int = 0, missing: Iterable[int] = (), **attributes: float
+    ) -> ctypes.c_void_p:
+        """Make a node; num_inputs: 0 for the inputs that every node of the operator has; missing: those without a name."""
         count = len(attributes)
         names = (ctypes.c_char_p * count)(*(key.encode() for key in attributes))
         kinds = (ctypes.c_int * count)(*(isinstance(value, int) for value in attributes.values()))
         values = (ctypes.c_double * count)(*attributes.values())
+        bits = ctypes.c_uint64(sum(1 << index for index in missing))
         made = self.library.mini_node(
-            op.encode(), self._provider, name.encode(), num_inputs, count, names, kinds, values
+            op.encode(), self._provider, name.encode(), num_inputs, bits, count, names, kinds, values
         )
         if made is None:
             raise RuntimeError(self.library.mini_error().decode())
@@ -63,10 +68,13 @@ class MiniOrt:
             for base, n in zip((100, 200), num, strict=True)
         )  # type: ignore[return-value]
 
-    def call(self, node: ctypes.c_void_p, inputs: list[tuple], outputs: list[tuple], stream: Any) -> None:
-        """Run a node once; each tensor is (type, shape, address)."""
+    def call(
+        self, node: ctypes.c_void_p, inputs: Sequence[tuple | None], outputs: Sequence[tuple], stream: Any
+    ) -> None:
+        """Run a node once; each tensor is (type, shape, address), or None for an input that is missing."""
         plan = Plan(self)
-        plan.add(node, [plan.value(*t) for t in inputs], [plan.value(*t) for t in outputs])
+        given = [MISSING if t is None else plan.value(*t) for t in inputs]
+        plan.add(node, given, [plan.value(*t) for t in outputs])
         plan.run(stream)
 
 
@@ -137,7 +145,8 @@ class GpuModel:
         self.vocab_size, self.first_id = top["vocab_size"], top["first_id"]
 
     def _own(self, node: onnx.NodeProto) -> ctypes.c_void_p:
-        return self.ort.node(node.op_type, node.name, len(node.input), **_attributes(node))
+        missing = [i for i, name in enumerate(node.input) if not name]
+        return self.ort.node(node.op_type, node.name, len(node.input), missing, **_attributes(node))
 
     def close(self) -> None:
         """Free weights and cache."""
@@ -176,8 +185,8 @@ class Step:
                     self._tensors[name] = self._tensors[node.input[-2]]
                 else:
                     self._make(name, info.elem_type, shape)
-            values = [self._plan.value(*self._tensors[name]) for name in (*node.input, *node.output)]
-            self._plan.add(kernel, values[: len(node.input)], values[len(node.input) :])
+            inputs, outputs = ([self._value(name) for name in side] for side in (node.input, node.output))
+            self._plan.add(kernel, inputs, outputs)
         self.feed(feeds)
         device.synchronize()
 
@@ -212,6 +221,9 @@ class Step:
         address = self.model.device.allocate(int(np.prod(shape)) * np.dtype(DTYPES[kind]).itemsize)
         self._owned.append(address)
         self._tensors[name] = (kind, tuple(shape), address)
+
+    def _value(self, name: str) -> int:
+        return self._plan.value(*self._tensors[name]) if name else MISSING
 
     def _place_constant(self, name: str) -> None:
         """Put a constant of the graph on the device."""

@@ -27,6 +27,7 @@ struct OrtKernelInfo {
     std::map<std::string, int64_t> integers;
     std::map<std::string, float> floats;
     size_t num_inputs = 0;
+    uint64_t missing = 0;  // a bit for each
 };
 struct OrtValue {
     int type = 0;
@@ -100,9 +101,10 @@ OrtApi make_api() {
     set(99, +[](OrtTensorTypeAndShapeInfo* info) { delete info; });
     set(193, +[](const OrtKernelContext* context, void** out) -> OrtStatus* { return *out = context->stream, nullptr; });
     set(230, +[](const OrtKernelInfo* info, size_t* out) -> OrtStatus* { return *out = info->num_inputs, nullptr; });
-    set(232, +[](const OrtKernelInfo*, size_t, char* out, size_t* size) -> OrtStatus* {
-        if (out != nullptr) std::memcpy(out, "x", 2);
-        return *size = 2, nullptr;
+    set(232, +[](const OrtKernelInfo* info, size_t index, char* out, size_t* size) -> OrtStatus* {
+        const char* name = (info->missing >> index & 1) != 0 ? "" : "input";
+        if (out != nullptr) std::strcpy(out, name);
+        return *size = std::strlen(name) + 1, nullptr;
     });
     set(244, +[](const OrtKernelInfo* info, char* out, size_t* size) -> OrtStatus* {
         if (out != nullptr) std::memcpy(out, info->name.c_str(), info->name.size() + 1);
@@ -179,9 +181,10 @@ EXPORT int mini_load(const char* path) {
     return failed(register_ops(&session(), &base));
 }
 
-// Names of attributes, with integer values where `is_integer`, else floats. num_inputs: 0 for those that every node has.
-EXPORT Node* mini_node(const char* op, const char* provider, const char* name, int num_inputs, int count,
-                       const char** names, const int* is_integer, const double* values) {
+// Names of attributes, with integer values where `is_integer`, else floats. num_inputs: 0 for those that every node has;
+// missing: a bit for each of them whose name is empty.
+EXPORT Node* mini_node(const char* op, const char* provider, const char* name, int num_inputs, uint64_t missing,
+                       int count, const char** names, const int* is_integer, const double* values) {
     for (const OrtCustomOpDomain* domain : session().domains) {
         for (const OrtCustomOp* candidate : domain->ops) {
             if (std::strcmp(candidate->GetName(candidate), op) != 0 ||
@@ -192,6 +195,7 @@ EXPORT Node* mini_node(const char* op, const char* provider, const char* name, i
             node->op = candidate;
             node->info.name = name;
             node->info.num_inputs = static_cast<size_t>(num_inputs);
+            node->info.missing = missing;
             for (size_t i = 0; num_inputs == 0 && i < candidate->GetInputTypeCount(candidate); i++) {
                 node->info.num_inputs += candidate->GetInputCharacteristic(candidate, i) == 0;
             }
@@ -224,10 +228,13 @@ EXPORT int mini_plan_value(Plan* plan, int type, int rank, const int64_t* dims, 
     plan->values.push_back(std::make_unique<OrtValue>(OrtValue{type, {dims, dims + rank}, data}));
     return static_cast<int>(plan->values.size()) - 1;
 }
+// The number of an input that is missing is negative.
 EXPORT void mini_plan_call(Plan* plan, Node* node, int num_inputs, const int* inputs, int num_outputs,
                            const int* outputs) {
     Plan::Call call{node, {}};
-    for (int i = 0; i < num_inputs; i++) call.context.inputs.push_back(plan->values[static_cast<size_t>(inputs[i])].get());
+    for (int i = 0; i < num_inputs; i++) {
+        call.context.inputs.push_back(inputs[i] < 0 ? nullptr : plan->values[static_cast<size_t>(inputs[i])].get());
+    }
     for (int i = 0; i < num_outputs; i++) {
         call.context.outputs.push_back(plan->values[static_cast<size_t>(outputs[i])].get());
     }
