@@ -1,4 +1,6 @@
 // MoEF16, MoEQ8, MoEQ4 and MoEMXFP4 of a GPU's graph: the experts of each token (FORMAT.md 5.16, 8.4).
+#include <cmath>
+#include <initializer_list>
 #include <iterator>
 #include <optional>
 #include <string>
@@ -45,28 +47,43 @@ struct QuantizedExperts {
                                        {"e_score_correction_bias", kFloat, false, true}};
 };
 
-// Sizes of one rank, checked: what is read of the weights follows from them alone.
+// Sizes of one rank, checked: what is read of the weights follows from them alone. routed: the experts that
+// tokens choose from; shared: those that all tokens have.
 struct ExpertSizes {
-    int64_t hidden, intermediate, experts, chosen, is_normed, group_size;
+    int64_t hidden, intermediate, routed, chosen, shared, is_normed, is_sigmoid, group_size;
+    float scaling_factor;
 
     ExpertSizes(const NodeInfo& node, bool is_quantized)
         : hidden(node.size_attribute("in_features")),
           intermediate(node.size_attribute("intermediate_size")),
-          experts(node.size_attribute("num_experts")),
+          routed(node.size_attribute("num_experts")),
           chosen(node.size_attribute("num_experts_per_tok")),
+          shared(node.int_attribute("num_shared_experts", 0)),
           is_normed(node.int_attribute("norm_topk_prob")),
-          group_size(is_quantized ? group_size_attribute(node) : 1) {
+          is_sigmoid(node.int_attribute("sigmoid_scoring", 0)),
+          group_size(is_quantized ? group_size_attribute(node) : 1),
+          scaling_factor(node.optional_float_attribute("routed_scaling_factor").value_or(1.0f)) {
         expect("out_features", node.size_attribute("out_features"), hidden, hidden, "in_features", &hidden);
         const std::string most = "at most " + std::to_string(kMostExperts);
-        expect("num_experts", experts, 1, kMostExperts, most.c_str());
-        expect("num_experts_per_tok", chosen, 1, experts, "at most num_experts", &experts);
+        expect("num_experts", routed, 1, kMostExperts, most.c_str());
+        expect("num_experts_per_tok", chosen, 1, routed, "at most num_experts", &routed);
+        const std::string others = "0 to " + std::to_string(kMostExperts) + " less num_experts";
+        expect("num_shared_experts", shared, 0, kMostExperts - routed, others.c_str(), &routed);
         expect("norm_topk_prob", is_normed, 0, 1, "0 or 1");
+        expect("sigmoid_scoring", is_sigmoid, 0, 1, "0 or 1");
+        if (!(scaling_factor > 0.0f && std::isfinite(scaling_factor))) {
+            throw OpError("attribute routed_scaling_factor is " + std::to_string(scaling_factor) +
+                          ", expected a number above 0");
+        }
         for (const auto& [name, size] :
              {std::pair("in_features", hidden), {"intermediate_size", intermediate}}) {
             const int64_t rest = size % kTileRows + size % group_size;
             if (rest != 0) expect(name, size, 0, 0, "a multiple of 16 and of group_size", &group_size);
         }
     }
+
+    int64_t experts() const { return routed + shared; }
+    int64_t slots() const { return chosen + shared; }  // of a token: one for each of its experts
 
   private:
     static void expect(const char* name, int64_t found, int64_t least, int64_t most, const char* expected,
@@ -99,7 +116,7 @@ struct GpuMoE {
     static constexpr auto& kInputs = Stored::kInputs;
     static constexpr Port kOutputs[] = {{"y", kFloat16}};
 
-    // What lies in the workspace, for T tokens and so P = T * chosen pairs.
+    // What lies in the workspace, for T tokens and so P = T * slots pairs.
     struct Scratch {
         gpu::DevicePointer experts, routing, h, pairs, blocks, z, end;
     };
@@ -108,17 +125,27 @@ struct GpuMoE {
         : sizes(node, Stored::kIsQuantized),
           clamp(clamp_attributes(node)),
           gate_up_bias(node, std::size(kInputs) - 3),
-          down_bias(node, std::size(kInputs) - 2) {
+          down_bias(node, std::size(kInputs) - 2),
+          correction_bias(node, std::size(kInputs) - 1) {
         Launcher& launcher = Launcher::current();
-        route = launcher.operation("moe_route",
-                                   {{"num_experts", sizes.experts},
-                                    {"num_experts_per_tok", sizes.chosen},
-                                    {"norm_topk_prob", sizes.is_normed}},
-                                   {{"logits", kPointer}, {"experts", kPointer}, {"routing", kPointer}});
-        // Kernels with a bias or a limit have a constant that others lack: those of older artifacts do.
+        // Kernels with a bias, a limit, shared experts or the like have a constant that others lack: those of
+        // older artifacts do.
+        gpu::Constants of_route{{"num_experts", sizes.routed},
+                                {"num_experts_per_tok", sizes.chosen},
+                                {"norm_topk_prob", sizes.is_normed}};
+        if (sizes.shared > 0) of_route["num_shared_experts"] = sizes.shared;
+        if (sizes.is_sigmoid != 0) of_route["sigmoid_scoring"] = 1;
+        if (correction_bias.is_there()) of_route["has_correction_bias"] = 1;
+        if (sizes.scaling_factor != 1.0f) of_route["has_scaling_factor"] = 1;
+        route = launcher.operation("moe_route", of_route,
+                                   {{"logits", kPointer},
+                                    {"correction_bias", kPointer},
+                                    {"experts", kPointer},
+                                    {"routing", kPointer},
+                                    {"scaling_factor", kNumber}});
         gpu::Constants plain{{"in_features", sizes.hidden},
                              {"intermediate_size", sizes.intermediate},
-                             {"num_experts_per_tok", sizes.chosen}};
+                             {"num_experts_per_tok", sizes.slots()}};
         if (Stored::kIsQuantized) plain["group_size"] = sizes.group_size;
         gpu::Constants of_gate_up = plain, of_down = plain;
         if (gate_up_bias.is_there()) of_gate_up["has_bias"] = 1;
@@ -142,7 +169,7 @@ struct GpuMoE {
                         {"routing", kPointer},
                         {"y", kPointer}});
         sort = launcher.operation(
-            "moe_sort", {{"num_experts", sizes.experts}},
+            "moe_sort", {{"num_experts", sizes.experts()}},
             {{"experts", kPointer}, {"pairs", kPointer}, {"blocks", kPointer}, {"num_pairs", kInteger}},
             {"block"});
         grouped_gate_up = product(launcher, "moe_grouped_gate_up_", of_gate_up,
@@ -165,7 +192,7 @@ struct GpuMoE {
                                 {"bias", kPointer},
                                 {"z", kPointer}});
         combine = launcher.operation("moe_combine",
-                                     {{"in_features", sizes.hidden}, {"num_experts_per_tok", sizes.chosen}},
+                                     {{"in_features", sizes.hidden}, {"num_experts_per_tok", sizes.slots()}},
                                      {{"z", kPointer}, {"y", kPointer}});
         launcher.reserve(static_cast<size_t>(scratch(0, launcher.settings.max_rows).end));
     }
@@ -173,15 +200,17 @@ struct GpuMoE {
     void compute(Context& context) const {
         const Tensor x = context.input(0), logits = context.input(1);
         x.expect_shape({kAnySize, sizes.hidden}, "[tokens, hidden_size]");
-        const int64_t T = x.shape[0], P = T * sizes.chosen;
-        logits.expect_shape({T, sizes.experts}, "[tokens, num_experts]");
+        const int64_t T = x.shape[0], P = T * sizes.slots();
+        logits.expect_shape({T, sizes.routed}, "[tokens, num_experts]");
         constexpr size_t kDown = Stored::kIsQuantized ? 4 : 3;
         const auto [gate_up_weight, gate_up_scales] =
             weights(context, 2, 2 * sizes.intermediate, sizes.hidden);
         const auto [down_weight, down_scales] = weights(context, kDown, sizes.hidden, sizes.intermediate);
-        const void* const b =
-            bias(context, gate_up_bias, 2 * sizes.intermediate, "[num_experts, 2 * intermediate_size]");
-        const void* const down_b = bias(context, down_bias, sizes.hidden, "[num_experts, out_features]");
+        const void* const b = optional(context, gate_up_bias, {sizes.experts(), 2 * sizes.intermediate},
+                                       {"[", kAllExperts, ", 2 * intermediate_size]"});
+        const void* const down_b = optional(context, down_bias, {sizes.experts(), sizes.hidden},
+                                            {"[", kAllExperts, ", out_features]"});
+        const void* const correction = optional(context, correction_bias, {sizes.routed}, {"[num_experts]"});
         const Launcher& launcher = Launcher::current();
         if (T > launcher.settings.max_rows) {
             throw OpError("x has " + std::to_string(T) + " tokens, expected at most " +
@@ -192,14 +221,14 @@ struct GpuMoE {
         if (T == 0) return;
         const gpu::Stream stream = context.gpu_stream();
         const Scratch at = scratch(launcher.workspace(), T);
-        route.launch({T}, {logits.data, at.experts, at.routing}, stream);
+        route.launch({T}, {logits.data, correction, at.experts, at.routing, sizes.scaling_factor}, stream);
         if (T <= gate_up.most_rows()) {
             gate_up.launch({T}, {x.data, gate_up_weight, gate_up_scales, b, at.experts, at.h, alpha, limit},
                            stream);
             down.launch({T}, {at.h, down_weight, down_scales, down_b, at.experts, at.routing, y}, stream);
             return;
         }
-        const gpu::Step grouped{P, 1, 1, sizes.experts};
+        const gpu::Step grouped{P, 1, 1, sizes.experts()};
         sort.launch(grouped, {at.experts, at.pairs, at.blocks, narrow(P)}, stream);
         grouped_gate_up.launch(
             grouped, {at.pairs, at.blocks, x.data, gate_up_weight, gate_up_scales, b, at.h, alpha, limit},
@@ -212,7 +241,7 @@ struct GpuMoE {
     static constexpr int64_t kLeastBlock = 16;  // pairs of a block (FORMAT.md 8.4)
     ExpertSizes sizes;
     std::optional<Clamp> clamp;
-    OptionalGpuInput gate_up_bias, down_bias;
+    OptionalGpuInput gate_up_bias, down_bias, correction_bias;
     Operation route, gate_up, down, sort, grouped_gate_up, grouped_down, combine;
 
   private:
@@ -221,12 +250,15 @@ struct GpuMoE {
         return launcher.operation(std::string(op) + Stored::kStorage, constants, arguments, {"block"});
     }
 
-    // The biases [num_experts, columns]; null: none.
-    const void* bias(const Context& context, const OptionalGpuInput& input, int64_t columns,
-                     const char* meaning) const {
+    static constexpr const char* kAllExperts = "num_experts + num_shared_experts";
+
+    // An input that the node may lack; null: it does.
+    static const void* optional(const Context& context, const OptionalGpuInput& input,
+                                std::initializer_list<int64_t> shape,
+                                std::initializer_list<const char*> meaning) {
         const std::optional<Tensor> found = input.of(context);
         if (!found) return nullptr;
-        found->expect_shape({sizes.experts, columns}, meaning);
+        found->expect_shape(shape, meaning);
         return found->data;
     }
 
@@ -235,23 +267,23 @@ struct GpuMoE {
         const Tensor weight = context.input(index);
         if constexpr (Stored::kIsQuantized) {
             const Tensor scales = context.input(index + 1);
-            check_quantized(Stored::kType, weight, scales, sizes.experts * N, K, sizes.group_size);
+            check_quantized(Stored::kType, weight, scales, sizes.experts() * N, K, sizes.group_size);
             return {weight.data, scales.data};
         } else {
-            check_float(weight, sizes.experts * N, K);
+            check_float(weight, sizes.experts() * N, K);
             return {weight.data, nullptr};
         }
     }
 
     Scratch scratch(gpu::DevicePointer begin, int64_t T) const {
-        const int64_t P = T * sizes.chosen;
+        const int64_t P = T * sizes.slots();
         Pieces pieces(begin);
         Scratch at{};
         at.experts = pieces.take(P, sizeof(int32_t));
         at.routing = pieces.take(P, sizeof(float));
         at.h = pieces.take(P * sizes.intermediate, sizeof(uint16_t));
         at.pairs = pieces.take(P, sizeof(int32_t));
-        at.blocks = pieces.take(3 * ((P + kLeastBlock - 1) / kLeastBlock + sizes.experts), sizeof(int32_t));
+        at.blocks = pieces.take(3 * ((P + kLeastBlock - 1) / kLeastBlock + sizes.experts()), sizeof(int32_t));
         at.z = pieces.take(P * sizes.hidden, sizeof(uint16_t));
         at.end = pieces.end();
         return at;

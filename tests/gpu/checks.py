@@ -6,11 +6,12 @@ Also on the stand-in, where it shows that this program is right. Tolerances are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import helpers
 import numpy as np
+import routing_truth
 import shapes
 from device import Device
 from executor import MiniOrt
@@ -29,6 +30,13 @@ BIASED, BIASED_STORED, CLAMP = (
     (("mxfp4", 32), ("f16", 0)),
     (1.702, 7.0),
 )
+# Those of GLM-4.5 and of ERNIE 4.5: experts that all tokens share, and others that are chosen by a bias, too. Products are told
+# apart by what a token has in all: one kernel file holds no two mixtures that are alike in it.
+SHARING = (
+    moe_plan.Experts(256, 128, 9, 4, num_shared=1, is_sigmoid=True, has_correction_bias=True, has_scaling_factor=True),
+    moe_plan.Experts(256, 128, 7, 2, num_shared=2, has_correction_bias=True),
+)
+FACTOR = 2.5
 N, K, VOCABULARY = 256, 512, 512
 SINKING = (64, 8, 64)  # heads, KV heads and head_dim of gpt-oss
 # float16 results are rounded once (2^-11), and their terms are sums in float32; scores pass through exponentials.
@@ -50,7 +58,9 @@ def extra_specs() -> list[KernelSpec]:
         found += moe_plan.products(EXPERTS, storage, group_size)
     for storage, group_size in BIASED_STORED:
         found += moe_plan.products(BIASED, storage, group_size, shards=2)
-    for shape in (EXPERTS, BIASED):
+    for shape in SHARING:
+        found += moe_plan.products(shape, "q4", 64)
+    for shape in (EXPERTS, BIASED, *SHARING):
         found += [spec for is_normed in (False, True) for spec in moe_plan.routing(shape, is_normed=is_normed)]
     found += norms(config.hidden_size, has_post_norms=True)
     found += attention(*SINKING, shapes.BLOCK_SIZE, has_sinks=True)
@@ -73,6 +83,7 @@ def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
         "top_k",
         "experts",
         "biased_experts",
+        "shared_experts",
     ):
         error = getattr(checks, name)()
         bench.results[f"operators/{name}"] = error
@@ -89,22 +100,24 @@ class Checks:
     def run(
         self,
         node: Any,
-        inputs: list[np.ndarray],
+        inputs: Sequence[np.ndarray | None],
         outputs: list[tuple[tuple[int, ...], Any]],
         shared: dict[int, int] | None = None,
     ) -> list[np.ndarray]:
-        """Run a node; `shared`: output -> input whose memory it has."""
-        given = [(ELEMENT[a.dtype], a.shape, self.device.put(a)) for a in inputs]
+        """Run a node; None: an input that is missing; `shared`: output -> input whose memory it has."""
+        given = [None if a is None else (ELEMENT[a.dtype], a.shape, self.device.put(a)) for a in inputs]
         made = []
         for i, (shape, dtype) in enumerate(outputs):
             num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            address = given[shared[i]][2] if shared and i in shared else self.device.allocate(num_bytes)
+            owner = given[shared[i]] if shared and i in shared else None
+            address = owner[2] if owner is not None else self.device.allocate(num_bytes)
             made.append((ELEMENT[np.dtype(dtype)], shape, address))
         self.ort.call(node, given, made, self.device.stream)
         self.device.synchronize()
         results = [self.device.read(t[2], shape, dtype) for t, (shape, dtype) in zip(made, outputs, strict=True)]
-        self.caches = [self.device.read(t[2], t[1], a.dtype) for t, a in zip(given, inputs, strict=True)]
-        for address in {t[2] for t in (*given, *made)}:
+        there = [(t, a.dtype) for t, a in zip(given, inputs, strict=True) if t is not None and a is not None]
+        self.caches = [self.device.read(t[2], t[1], dtype) for t, dtype in there]
+        for address in {t[2] for t in (*(t for t, _ in there), *made)}:
             self.device.free(address)
         return results
 
@@ -322,14 +335,18 @@ class Checks:
         """The same with a limit, which some of the sums are beyond, and both biases, or gate_up's."""
         return max(self._experts(BIASED, *stored, biases) for stored in BIASED_STORED for biases in (1, 2))
 
+    def shared_experts(self) -> float:
+        """The same with experts that all tokens share, in each way of scoring; the biases in front of the last are missing."""
+        return max(self._experts(shape, "q4", 64, 0) for shape in SHARING)
+
     def _experts(self, shape: moe_plan.Experts, storage: str, group_size: int, num_biases: int) -> float:
-        number, hidden, width, chosen = shape.number, shape.hidden, shape.intermediate, shape.chosen
+        number, hidden, width, chosen = shape.in_all, shape.hidden, shape.intermediate, shape.chosen
         parts = [
             helpers.random_projection(storage, number * n, k, group_size or 32)
             for n, k in ((2 * width, hidden), (hidden, width))
         ]
         gate_up, down = (part.weight.reshape(number, -1, part.weight.shape[1]) for part in parts)
-        sizes = {"num_experts": number, "num_experts_per_tok": chosen, "intermediate_size": width}
+        sizes = {"num_experts": shape.number, "num_experts_per_tok": chosen, "intermediate_size": width}
         sizes |= {"in_features": hidden, "out_features": hidden, **({"group_size": group_size} if group_size else {})}
         stored = [array for part in parts for array in part.initializers.values()]
         biases = [
@@ -340,24 +357,39 @@ class Checks:
         if shape.has_limit:
             attributes |= zip(("swiglu_alpha", "swiglu_limit"), CLAMP, strict=True)
             truth["clamp"] = CLAMP
-        num_inputs = 2 + len(stored) + num_biases
+        given, missing = [*stored, *biases], range(0)
+        choice: dict[str, Any] = {"num_shared": shape.num_shared, "is_sigmoid": shape.is_sigmoid}
+        if shape.num_shared:
+            attributes["num_shared_experts"] = shape.num_shared
+        if shape.is_sigmoid:
+            attributes["sigmoid_scoring"] = 1
+        if shape.has_scaling_factor:
+            attributes["routed_scaling_factor"] = choice["factor"] = FACTOR
+        if shape.has_correction_bias:
+            choice["correction_bias"] = (self.rng.standard_normal(shape.number) / 4).astype(np.float32)
+            missing = range(2 + len(given), 4 + len(stored))
+            given += [*(None for _ in missing), choice["correction_bias"]]
         worst = 0.0
         for is_normed in (False, True):
             attributes["norm_topk_prob"] = int(is_normed)
-            node = self.ort.node(f"MoE{storage.upper()}", num_inputs=num_inputs, **attributes)
+            node = self.ort.node(f"MoE{storage.upper()}", num_inputs=2 + len(given), missing=missing, **attributes)
             for rows in (1, 2, 3, 16, 17, 100, 200):
                 x = self.rng.standard_normal((rows, hidden)) / np.sqrt((gate_up**2).sum(2).mean())
-                logits = self.rng.standard_normal((rows, number)).astype(np.float32)
+                logits = self.rng.standard_normal((rows, shape.number)).astype(np.float32)
                 if rows == 17:
                     logits[:, -chosen:] += 100  # to the same experts, all of them
                 if rows > 2:
                     logits[1, 0] = np.nan
                 x = x.astype(np.float16)
-                (y,) = self.run(node, [x, logits, *stored, *biases], [((rows, hidden), np.float16)])
+                (y,) = self.run(node, [x, logits, *given], [((rows, hidden), np.float16)])
                 bad = np.isnan(logits).any(axis=1)
                 if not (np.isnan(y) == bad[:, None]).all():
                     raise AssertionError(f"MoE {storage}, {rows} rows: a row is NaN if, and only if, its logits are")
                 own, sent = x[~bad], logits[~bad]
-                expected = reference.moe(own, sent, gate_up, down, chosen, norm_topk_prob=is_normed, **truth)
+                if shape in SHARING:
+                    sent = routing_truth.route(sent, chosen, is_normed=is_normed, **choice)
+                    expected = routing_truth.moe(own, *sent, gate_up, down)
+                else:
+                    expected = reference.moe(own, sent, gate_up, down, chosen, norm_topk_prob=is_normed, **truth)
                 worst = max(worst, self.close_to(y[~bad], expected, "moe", f"MoE {storage}, {rows} rows"))
         return worst

@@ -6,17 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import routing_truth
 from numpy_memory import Launch, at, half, weight
 
 from llmpack_ops import reference
 
 
 def moe_route(p: Launch) -> None:
-    rows, number, chosen = p["grid"][0], p["num_experts"], p["num_experts_per_tok"]
-    logits = at(p["logits"], (rows, number), np.float32)
-    experts, weights = reference.route(logits, chosen, norm_topk_prob=bool(p["norm_topk_prob"]))
-    at(p["experts"], (rows, chosen), np.int32)[:] = experts
-    at(p["routing"], (rows, chosen), np.float32)[:] = weights
+    rows, number = p["grid"][0], p["num_experts"]
+    bias = at(p["correction_bias"], (number,), np.float32) if p.get("has_correction_bias") else None
+    experts, weights = routing_truth.route(
+        at(p["logits"], (rows, number), np.float32),
+        p["num_experts_per_tok"],
+        is_normed=bool(p["norm_topk_prob"]),
+        num_shared=p.get("num_shared_experts", 0),
+        is_sigmoid=bool(p.get("sigmoid_scoring")),
+        correction_bias=bias,
+        factor=p["scaling_factor"] if p.get("has_scaling_factor") else 1.0,
+    )
+    at(p["experts"], experts.shape, np.int32)[:] = experts
+    at(p["routing"], experts.shape, np.float32)[:] = weights
 
 
 def _expert(storage: str, expert: int, n: int, k: int, p: Launch) -> np.ndarray:

@@ -40,6 +40,7 @@ def test_the_program_runs_dry(chip, tmp_path):
             "top_k",
             "experts",
             "biased_experts",
+            "shared_experts",
         )
     }
     assert {f"model {name}: {what}, graph" for name in ("dry", "dry-moe") for what in ("decode", "prefill 16")} <= set(

@@ -33,6 +33,10 @@ def test_it_is_right_with_biases_and_a_limit(run, kernels):  # noqa: F811
     assert run(kernels, "checks.biased_experts()") == "0 \n"
 
 
+def test_it_is_right_with_shared_experts_in_each_way_of_scoring(run, kernels):  # noqa: F811
+    assert run(kernels, "checks.shared_experts()") == "0 \n"
+
+
 # What is launched for how many tokens: pairs up to 8 and 64 for each of 6 experts have a variant of their own.
 FEW = ["moe_route", "moe_gate_up_q4", "moe_down_q4"]
 MANY = ["moe_route", "moe_sort", "moe_grouped_gate_up_q4", "moe_grouped_down_q4", "moe_combine"]
@@ -51,7 +55,7 @@ CALL = """
 STORED = [(2, (96, 32, 16, 4)), (10, (96, 4, 16)), (2, (96, 16, 16, 4)), (10, (96, 2, 16))]
 
 
-def call(body: str, stored=STORED, **changes: int) -> str:
+def call(body: str, stored=STORED, **changes: float) -> str:
     return CALL.format(sizes={**SIZES, **changes}, stored=stored) + body
 
 
@@ -105,6 +109,13 @@ REFUSED = [
     ({"num_experts_per_tok": 7}, "attribute num_experts_per_tok is 7, expected at most num_experts (6)"),
     ({"num_experts": 1025}, "attribute num_experts is 1025, expected at most 1024"),
     ({"norm_topk_prob": 2}, "attribute norm_topk_prob is 2, expected 0 or 1"),
+    ({"num_shared_experts": 1019}, "attribute num_shared_experts is 1019, expected 0 to 1024 less num_experts (6)"),
+    ({"num_shared_experts": -1}, "attribute num_shared_experts is -1, expected 0 to 1024 less num_experts (6)"),
+    ({"sigmoid_scoring": 2}, "attribute sigmoid_scoring is 2, expected 0 or 1"),
+    ({"routed_scaling_factor": 0.0}, "attribute routed_scaling_factor is 0.000000, expected a number above 0"),
+    ({"routed_scaling_factor": 1e39}, "attribute routed_scaling_factor is inf, expected a number above 0"),
+    ({"routed_scaling_factor": 2.0}, "has no moe_route with "),
+    ({"sigmoid_scoring": 1}, "has no moe_route with "),
     ({"out_features": 320}, "attribute out_features is 320, expected in_features (256)"),
     ({"intermediate_size": 96}, "attribute intermediate_size is 96, expected a multiple of 16 and of group_size (64)"),
     ({"in_features": 288, "out_features": 288}, "in_features is 288, expected a multiple of 16 and of group_size (64)"),
@@ -152,8 +163,8 @@ BIASED = """
 CLAMP = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 RIGHT = [(1, (6, 192)), (1, (6, 288))]
 BIASED_REFUSED = [
-    (CLAMP, [(1, (6, 96)), (1, (6, 288))], 32, "input gate_up_bias has shape [6, 96], expected [6, 192] = [num_experts, 2 * i"),
-    (CLAMP, [(1, (6, 192)), (1, (5, 288))], 32, "input down_bias has shape [5, 288], expected [6, 288] = [num_experts, out_f"),
+    (CLAMP, [(1, (6, 96)), (1, (6, 288))], 32, "input gate_up_bias has shape [6, 96], expected [6, 192] = [num_experts + num"),
+    (CLAMP, [(1, (6, 192)), (1, (5, 288))], 32, "input down_bias has shape [5, 288], expected [6, 288] = [num_experts + num"),
     (CLAMP, [(10, (6, 192)), (1, (6, 288))], 32, "input gate_up_bias is of float16, expected float32"),
     ({"swiglu_limit": 7.0}, RIGHT, 32, "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or"),
     ({"swiglu_alpha": 1.0}, RIGHT, 32, "one of the attributes swiglu_alpha and swiglu_limit is missing, expected both or"),
@@ -171,4 +182,31 @@ def test_biases_and_limits_that_do_not_fit_are_refused(run, kernels, attributes,
         kernels, BIASED.format(attributes=attributes, biases=biases, group_size=group_size, num_inputs=num_inputs)
     )
     assert "MoEMXFP4 'moe': " in said
+    assert expected in said
+
+
+# With one that all tokens share, and an input without a name before the last.
+SHARED = """
+    sizes = {sizes} | dict(num_experts=7, num_experts_per_tok=2, num_shared_experts=2, norm_topk_prob=0)
+    node = checks.ort.node("MoEQ4", name="moe", num_inputs=9, missing={missing}, **sizes)
+    some = checks.device.allocate(1 << 22)
+    shapes = [(10, (1, 256)), (1, (1, 7)), (2, (144, 32, 16, 4)), (10, (144, 4, 16))]
+    shapes += [(2, ({down}, 16, 16, 4)), (10, (144, 2, 16))]
+    given = [*((*shape, some) for shape in shapes), None, None, ({kind}, ({experts},), some)]
+    checks.ort.call(node, given, [(10, (1, 256), some)], checks.device.stream)
+"""
+SHARED_REFUSED = {
+    "weights of those chosen alone": ({"down": 112}, "input down has shape [112, 16, 16, 4], expected [144, 16, 16, 4] = "),
+    "a bias of those shared, too": ({"experts": 9}, "input e_score_correction_bias has shape [9], expected [7] = [num_exp"),
+    "a bias in float16": ({"kind": 10}, "input e_score_correction_bias is of float16, expected float32"),
+    "a bias that has a name and is none": ({"missing": (7,)}, "has no moe_gate_up_q4 with "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SHARED_REFUSED)
+def test_shared_experts_that_do_not_fit_are_refused(run, kernels, kind):  # noqa: F811
+    changes, expected = SHARED_REFUSED[kind]
+    right = {"sizes": SIZES, "missing": (6, 7), "down": 144, "kind": 1, "experts": 7}
+    said = run(kernels, SHARED.format(**{**right, **changes}))
+    assert "MoEQ4 'moe': " in said
     assert expected in said
