@@ -79,7 +79,7 @@ def moe_sort(p: Launch) -> None:
     found = [(e, first, end) for e, end in enumerate(ends) for first in range(ends[e - 1] if e else 0, end, block)]
     blocks = at(p["blocks"], (-(-count // block) + number, 3), np.int32)
     blocks[:] = 0
-    blocks[: len(found)] = found
+    blocks[len(blocks) - len(found) :] = found  # the last ones: too few programs would miss some
 
 
 def _blocks(p: Launch) -> Any:

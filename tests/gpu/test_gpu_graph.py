@@ -140,8 +140,11 @@ def test_a_model_has_the_kernels_of_its_own_norms_and_activation(shards: int) ->
 MOE = dataclasses.replace(CONFIG, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, moe_intermediate_size=256)
 
 
+SHARING = {"num_shared_experts": 1, "sigmoid_scoring": 1, "routed_scaling_factor": 2.5}  # of the last layer
+
+
 def give_experts(model: onnx.ModelProto, shards: int) -> None:
-    """Put a router and its experts in the place of every MLP, as a rank's graph has them."""
+    """Put a router and its experts in the place of every MLP, as a rank's graph has them; in the last layer some are shared."""
     hidden, width = MOE.hidden_size, MOE.moe_intermediate_size // shards
     nodes = []
     for node in model.graph.node:
@@ -161,6 +164,9 @@ def give_experts(model: onnx.ModelProto, shards: int) -> None:
                 onnx.helper.make_node("MatMulF16", inputs, [logits], f"{parent}/gate", out_features=8, **extra)
             )
             inputs = [x, logits, *(weights + name for name in ("gate_up", "gate_up_scales", "down", "down_scales"))]
+            if f".{MOE.num_hidden_layers - 1}/" in parent:
+                inputs += ["", "", f"{weights}e_score_correction_bias"]
+                sizes |= SHARING
             nodes.append(onnx.helper.make_node("MoEQ4", inputs, [y], f"{parent}/experts", **sizes, **extra))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -177,7 +183,11 @@ def test_experts_and_their_router(shards: int) -> None:
         assert router.op_type == "MatMulF16F32"
         assert attributes(router) == {"in_features": MOE.hidden_size, "out_features": 8}
         assert (experts.op_type, experts.input[1]) == ("MoEQ4", router.output[0])
+        is_last = layer == MOE.num_hidden_layers - 1
+        biases = ["", "", f"/model/layers.{layer}/mlp/experts.e_score_correction_bias"]
+        assert list(experts.input[6:]) == (biases if is_last else [])  # as it is stored, in float32
         assert attributes(experts) == {
+            **(SHARING if is_last else {}),
             "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": 1, "in_features": MOE.hidden_size,
             "intermediate_size": MOE.moe_intermediate_size // shards, "out_features": MOE.hidden_size, "group_size": 64,
         }  # fmt: skip
