@@ -349,7 +349,8 @@ void attend(const PagedAttention& args, int64_t begin, int64_t end, int64_t firs
     auto head_of = [&](int64_t row) { return first_head + row / rows_per_kv_head * shared + row % heads; };
     for (int64_t row = 0; row < count_rows; row++) {
         const float* head = args.qkv + (token_of(row) * (H + 2 * KV) + head_of(row)) * D;
-        rotate(head, args.cos_sin + token_of(row) * D, D, args.scale, rows.q + row * rows.padded);
+        const float growth = args.growth == nullptr ? 1.0f : args.growth[token_of(row)];
+        rotate(head, args.cos_sin + token_of(row) * D, D, growth * args.scale, rows.q + row * rows.padded);
         for (int64_t j = 0; j < rows.padded; j += 16) store(rows.out + row * rows.padded + j, zero());
         // The softmax begins with the sink; none is as minus infinity. Finite: where all scores so far are
         // minus infinity, their weights are e^-inf = 0, and no e^NaN.

@@ -108,6 +108,7 @@ struct PagedAttention {
     const int32_t* seq_lens;        // [B]
     const int32_t* block_table;     // [B, max_blocks], the entries read are in [0, num_blocks)
     const float* sinks;             // [num_heads], a score of each head whose value is zero; null: none
+    const float* growth;            // [T], what queries are multiplied by after rotation; null: nothing
     const int32_t* token_sequence;  // [T], sequence of each token
     const int32_t* tile_starts;     // [tiles], first token of each tile; a tile is tile_tokens tokens of one
                                     // sequence, or fewer at the sequence's end

@@ -9,6 +9,7 @@ A query sees the `window` positions that end with its own. What no row of a prog
 anything by now.
 Kernels with HAS_SINKS take `sinks` float32 [H]: a score of each head more, whose value is zero. Where keys are
 split it joins in `attention_combine`, once. Others lack the parameter.
+Kernels with HAS_GROWTH multiply queries by more the later they stand; others lack the two parameters of that.
 
 Keys and queries are held as two halves: element j is rotated with j + D / 2, and a score is the sum of two products.
 Queries are rotated in float32 and rounded to float16 for the matrix units. Exponents are of base 2. Exponentials are LIFT
@@ -60,13 +61,33 @@ def cache_write(
 
 
 @triton.jit
-def _rotated(qkv, cos_sin, token, head, mask, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, j):
-    """Return queries [rows, 1] of `token` and `head`, rotated: the two halves, float16 [rows, HALF]."""
+def _growth(position, llama_4_scaling_beta, original_positions):
+    """Return what queries at `position` are multiplied by."""
+    return 1 + llama_4_scaling_beta * tl.log(1 + (position // original_positions).to(tl.float32))
+
+
+@triton.jit
+def _rotated(
+    qkv,
+    cos_sin,
+    token,
+    head,
+    mask,
+    growth,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    j,
+):
+    """Return queries [rows, 1] of `token` and `head`, rotated, times `growth` if any: two halves, float16 [rows, HALF]."""
     source = qkv + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D) + head * D + j
     cos = tl.load(cos_sin + token * D + j, mask=mask, other=0.0)
     sin = tl.load(cos_sin + token * D + D // 2 + j, mask=mask, other=0.0)
     a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32)
+    if growth is not None:
+        cos *= growth
+        sin *= growth
     return (a * cos - b * sin).to(tl.float16), (b * cos + a * sin).to(tl.float16)
 
 
@@ -151,6 +172,8 @@ def attention(
     scale,
     window,
     sinks,
+    llama_4_scaling_beta,
+    original_positions,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -160,6 +183,7 @@ def attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_GROWTH: tl.constexpr,
 ):
     """Write out float16 [T, H D]; axis 0: ceil(T / BLOCK_M) + num_sequences pieces of queries; axis 1: heads."""
     begin()
@@ -182,7 +206,11 @@ def attention(
         j = tl.arange(0, HALF)
         token = first + i
         mask = (i < count)[:, None] & (j < D // 2)[None, :]
-        q0, q1 = _rotated(qkv, cos_sin, token[:, None], head, mask, HEADS, KV_HEADS, D, j[None, :])
+        growth = None
+        if HAS_GROWTH:
+            position = tl.load(seq_lens + sequence) - count + i
+            growth = _growth(position, llama_4_scaling_beta, original_positions)[:, None]
+        q0, q1 = _rotated(qkv, cos_sin, token[:, None], head, mask, growth, HEADS, KV_HEADS, D, j[None, :])
         last = tl.load(seq_lens + sequence) - count + i
         # A multiple of BLOCK_N: the order of a token's sums depends on its position, not on the tokens beside it.
         start = tl.maximum(tl.min(last, 0) - window + 1, 0) // BLOCK_N * BLOCK_N
@@ -213,6 +241,8 @@ def attention_split(
     num_splits,
     scale,
     window,
+    llama_4_scaling_beta,
+    original_positions,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -221,6 +251,7 @@ def attention_split(
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_GROWTH: tl.constexpr,
 ):
     """Write partial float32 [T, H, num_splits, D + 2]: values, maximum, sum; axes: sequences, KV heads, splits."""
     begin()
@@ -245,7 +276,10 @@ def attention_split(
         start = oldest + split * share
         row = (token + g * 0)[:, None]
         mask = real[:, None] & (j < D // 2)[None, :]
-        q0, q1 = _rotated(qkv, cos_sin, row, head[:, None], mask, HEADS, KV_HEADS, D, j[None, :])
+        growth = None
+        if HAS_GROWTH:
+            growth = _growth(position, llama_4_scaling_beta, original_positions)
+        q0, q1 = _rotated(qkv, cos_sin, row, head[:, None], mask, growth, HEADS, KV_HEADS, D, j[None, :])
         total, top, norm = _pass_over(
             q0, q1, position + g * 0, start, tl.minimum(start + share, position + 1), key_cache, value_cache,
             block_table + sequence.to(tl.int64) * table_stride, kv_head, scale, window,

@@ -154,6 +154,8 @@ def paged_attention(
     num_kv_heads: int,
     scale: float,
     window: int | None = None,
+    llama_4_scaling_beta: float = 0.0,
+    original_max_position_embeddings: int = 1,
 ) -> tuple[Float64, Array, Array]:
     """Rotate, write into the cache, and compute causal grouped-query attention (5.5).
 
@@ -172,6 +174,8 @@ def paged_attention(
         num_kv_heads: KV.
         scale: factor of the scores.
         window: positions that a token sees at most, its own among them; None: all.
+        llama_4_scaling_beta: how queries grow along a sequence; 0: not.
+        original_max_position_embeddings: positions from one step of that growth to the next.
     Returns:
         out [T, H * D], and the two caches after the step, of their own type.
     """
@@ -200,7 +204,8 @@ def paged_attention(
         for token in range(first, end):
             end_seen = length - (end - token) + 1
             seen = slice(max(0, end_seen - (window or end_seen)), end_seen)
-            scores = np.einsum("hd,phd->hp", q64[token], keys[seen]) * scale
+            growth = 1 + llama_4_scaling_beta * np.log1p((end_seen - 1) // original_max_position_embeddings)
+            scores = np.einsum("hd,phd->hp", q64[token] * growth, keys[seen]) * scale
             if sinks is not None:
                 scores = np.concatenate([scores, sinks.astype(np.float64)[:, None]], axis=1)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))

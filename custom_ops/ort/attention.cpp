@@ -1,8 +1,10 @@
 // PagedAttention: checks of FORMAT.md 3.2 and 5.5, and the division of work. Every index that the kernel will
 // follow is checked here, so that a wrong table is an error and never an access outside the cache.
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/isa.h"
+#include "ort/growth.h"
 #include "ort/kernel.h"
 #include "ort/ops.h"
 
@@ -23,6 +25,7 @@ struct PagedAttentionOp {
           num_kv_heads(node.size_attribute("num_kv_heads")),
           window(node.size_attribute("window", kMaxSize)),
           scale(node.float_attribute("scale")),
+          growth(growth_of(node)),
           sinks(node, 8) {
         if (num_heads % num_kv_heads != 0) {
             throw OpError("num_heads is " + std::to_string(num_heads) + " and num_kv_heads " +
@@ -74,6 +77,8 @@ struct PagedAttentionOp {
         int32_t* token_sequence = workspace<int32_t, Sequences>(static_cast<size_t>(T));
         check_tables(slot_mapping.as<int32_t>(), query_start.as<int32_t>(), seq_lens.as<int32_t>(),
                      block_table.as<int32_t>(), T, B, max_blocks, num_blocks, block_size, token_sequence);
+        const float* const factors =
+            growth ? growth_factors(query_start.as<int32_t>(), seq_lens.as<int32_t>(), T, B) : nullptr;
 
         struct Tiles;
         int32_t* tile_starts = workspace<int32_t, Tiles>(static_cast<size_t>(T));
@@ -95,6 +100,7 @@ struct PagedAttentionOp {
                                   seq_lens.as<int32_t>(),
                                   block_table.as<int32_t>(),
                                   own_sinks ? own_sinks->as<float>() : nullptr,
+                                  factors,
                                   token_sequence,
                                   tile_starts,
                                   tile_tokens,
@@ -122,6 +128,21 @@ struct PagedAttentionOp {
             std::min(kAttentionHeadsTogether, std::max<int64_t>(1, tiles * num_kv_heads / 2));
         context.parallel_for(tiles * num_kv_heads, std::max(worthwhile, neighbours),
                              [&](int64_t begin, int64_t end) { k.attention_read(args, begin, end); });
+    }
+
+    // [T], for each token's query. PRECOND: growth, and check_tables found nothing.
+    const float* growth_factors(const int32_t* query_start, const int32_t* seq_lens, int64_t T,
+                                int64_t B) const {
+        struct Factors;
+        float* factors = workspace<float, Factors>(static_cast<size_t>(T));
+        for (int64_t b = 0; b < B; b++) {
+            const int64_t end = query_start[b + 1];
+            for (int64_t t = query_start[b]; t < end; t++) {
+                const int64_t steps = (seq_lens[b] - (end - t)) / growth->original_positions;
+                factors[t] = static_cast<float>(1 + growth->beta * std::log1p(static_cast<double>(steps)));
+            }
+        }
+        return factors;
     }
 
     // Throws on the first index outside its range, and fills token_sequence [T].
@@ -168,6 +189,7 @@ struct PagedAttentionOp {
 
     int64_t num_heads, num_kv_heads, window;
     float scale;
+    std::optional<Growth> growth;
     OptionalInput sinks;
 };
 

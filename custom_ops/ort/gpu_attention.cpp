@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ort/gpu_operator.h"
+#include "ort/growth.h"
 #include "ort/ops.h"
 
 namespace llmpack::ort {
@@ -22,6 +23,7 @@ struct GpuPagedAttention {
           block_size(node.size_attribute("block_size")),
           scale(node.float_attribute("scale")),
           window(node.size_attribute("window", kMaxSize)),
+          growth(growth_of(node)),
           sinks(node, 8),
           multiprocessors(Launcher::current().device.multiprocessors) {
         for (size_t cache : {2, 3}) node.expect_no_constant(cache);
@@ -37,12 +39,17 @@ struct GpuPagedAttention {
                                       {"num_kv_heads", num_kv_heads},
                                       {"head_dim", head_dim},
                                       {"block_size", block_size}};
-        // Kernels for sinks have a constant that others lack: those of older artifacts do.
+        // Kernels for sinks, or for queries that grow, have a constant that others lack: those of older
+        // artifacts do.
         const auto maybe_with_sinks = [&](gpu::Constants constants) {
             if (sinks.is_there()) constants["has_sinks"] = 1;
             return constants;
         };
-        any = launcher.operation("attention", maybe_with_sinks(shape),
+        const auto maybe_growing = [&](gpu::Constants constants) {
+            if (growth) constants["has_growth"] = 1;
+            return constants;
+        };
+        any = launcher.operation("attention", maybe_growing(maybe_with_sinks(shape)),
                                  {{"out", kPointer},
                                   {"qkv", kPointer},
                                   {"cos_sin", kPointer},
@@ -55,8 +62,10 @@ struct GpuPagedAttention {
                                   {"num_sequences", kInteger},
                                   {"scale", kNumber},
                                   {"window", kInteger},
-                                  {"sinks", kPointer}});
-        split = launcher.operation("attention_split", shape,
+                                  {"sinks", kPointer},
+                                  {"llama_4_scaling_beta", kNumber},
+                                  {"original_positions", kInteger}});
+        split = launcher.operation("attention_split", maybe_growing(shape),
                                    {{"partial", kPointer},
                                     {"qkv", kPointer},
                                     {"cos_sin", kPointer},
@@ -68,7 +77,9 @@ struct GpuPagedAttention {
                                     {"table_stride", kInteger},
                                     {"num_splits", kInteger},
                                     {"scale", kNumber},
-                                    {"window", kInteger}});
+                                    {"window", kInteger},
+                                    {"llama_4_scaling_beta", kNumber},
+                                    {"original_positions", kInteger}});
         combine = launcher.operation(
             "attention_combine", maybe_with_sinks({{"num_heads", num_heads}, {"head_dim", head_dim}}),
             {{"out", kPointer}, {"partial", kPointer}, {"num_splits", kInteger}, {"sinks", kPointer}});
@@ -100,6 +111,8 @@ struct GpuPagedAttention {
         const std::optional<Tensor> own_sinks = sinks.of(context);
         if (own_sinks) own_sinks->expect_shape({num_heads}, "[num_heads]");
         const void* sinks_data = own_sinks ? own_sinks->data : nullptr;
+        const Growth own_growth = growth.value_or(Growth{});  // kernels without growth take neither number
+        const int32_t original_positions = narrow(own_growth.original_positions);
         void* out = context.output_memory(0, {T, num_heads * head_dim});
         if (T == 0) return;
         const gpu::Stream stream = context.gpu_stream();
@@ -111,14 +124,16 @@ struct GpuPagedAttention {
             const gpu::DevicePointer partial = launcher.workspace();
             split.launch({T, B, S},
                          {partial, qkv.data, cos_sin.data, keys.data, values.data, query_start.data,
-                          seq_lens.data, block_table.data, narrow(M), narrow(S), scale, narrow(window)},
+                          seq_lens.data, block_table.data, narrow(M), narrow(S), scale, narrow(window),
+                          own_growth.beta, original_positions},
                          stream);
             combine.launch({T, B, S}, {out, partial, narrow(S), sinks_data}, stream);
             return;
         }
         any.launch({T, B},
                    {out, qkv.data, cos_sin.data, keys.data, values.data, query_start.data, seq_lens.data,
-                    block_table.data, narrow(M), narrow(B), scale, narrow(window), sinks_data},
+                    block_table.data, narrow(M), narrow(B), scale, narrow(window), sinks_data,
+                    own_growth.beta, original_positions},
                    stream);
     }
 
@@ -135,6 +150,7 @@ struct GpuPagedAttention {
     int64_t num_heads, num_kv_heads, head_dim, block_size;
     float scale;
     int64_t window;
+    std::optional<Growth> growth;
     OptionalGpuInput sinks;
     int64_t multiprocessors;
     Operation write, any, split, combine;

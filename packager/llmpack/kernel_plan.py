@@ -28,6 +28,7 @@ HOPPER, HOPPER_WIDE, HOPPER_WIDE_FROM = (128, 128, 256, 6), (256, 128, 256, 6), 
 TOP_K = 64  # likeliest tokens that a step gives beside the logits
 TOP_K_CHUNK = 2048  # columns that one program chooses them from, at most
 ONE_SHOT_ROWS = 32  # rows of the one-shot all-reduce, a program each: all run at once on every target
+_BETA, _ORIGINAL = "llama_4_scaling_beta", "original_positions"
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
 
@@ -205,8 +206,13 @@ def qk_norm(heads: int, kv_heads: int, d: int) -> KernelSpec:
     return KernelSpec("qk_norm", constants, "elementwise.qk_norm", constexprs, types, grid, 32)
 
 
-def attention(heads: int, kv_heads: int, d: int, block_size: int, *, has_sinks: bool = False) -> Iterator[KernelSpec]:
-    """Plan cache writes and attention of heads per rank and head_dim d; `has_sinks`: with an input `sinks`."""
+def attention(
+    heads: int, kv_heads: int, d: int, block_size: int, *, has_sinks: bool = False, has_growth: bool = False
+) -> Iterator[KernelSpec]:
+    """Plan cache writes and attention of heads per rank and head_dim d.
+
+    `has_sinks`: with an input `sinks`; `has_growth`: queries are multiplied by more the later they stand.
+    """
     half, width = max(16, power_of_two(d // 2)), max(16, power_of_two(d))
     shape: dict[str, int | str] = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "HALF": half}
     constants = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": d}
@@ -221,16 +227,19 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int, *, has_sinks: 
     # Matrix operands take more registers there, on RDNA 3 twice as many.
     chips = {"gfx": {"stages": 1}}
     narrow = {**chips, "gfx11": {"BLOCK_N": 16}}
-    constexprs = {**shape, "WIDTH": width, "BLOCK_SIZE": block_size}
-    # Kernels for sinks have a constant and a parameter more; of the others it is none of the kernel's.
+    numbers = {"scale": "fp32", "window": "i32"}
+    # Kernels for sinks, or for growth, have a constant and parameters more; of the others these are none of the kernel's.
+    grown, growth = ({"has_growth": 1}, {_BETA: "fp32", _ORIGINAL: "i32"}) if has_growth else ({}, {})
+    growing: dict[str, int | str] = {"HAS_GROWTH": int(has_growth), **({} if has_growth else {_BETA: 0, _ORIGINAL: 0})}
+    constexprs = {**shape, "WIDTH": width, "BLOCK_SIZE": block_size, **growing}
     own, sinks = ({"has_sinks": 1}, {"sinks": "*fp32"}) if has_sinks else ({}, {})
     sinking: dict[str, int | str] = {"HAS_SINKS": int(has_sinks), **({} if has_sinks else {"sinks": 0})}
     yield KernelSpec(
         "attention",
-        {**constants, **own},
+        {**constants, **own, **grown},
         "attention.attention",
         {**constexprs, "BLOCK_M": block_m, "BLOCK_N": block_n, **sinking},
-        {"out": "*fp16", **types, "num_sequences": "i32", "scale": "fp32", "window": "i32", **sinks},
+        {"out": "*fp16", **types, "num_sequences": "i32", **numbers, **sinks, **growth},
         (GridAxis("rows", block_m, plus="sequences"), GridAxis(factor=heads), ONE),
         128 if width <= 128 else 256,  # else they spill on NVIDIA's chips and on RDNA 4
         stages=3,
@@ -238,10 +247,10 @@ def attention(heads: int, kv_heads: int, d: int, block_size: int, *, has_sinks: 
     )
     yield KernelSpec(
         "attention_split",
-        constants,
+        {**constants, **grown},
         "attention.attention_split",
         {**constexprs, "GROUP": max(16, power_of_two(heads // kv_heads)), "BLOCK_N": block_n},
-        {"partial": "*fp32", **types, "num_splits": "i32", "scale": "fp32", "window": "i32"},
+        {"partial": "*fp32", **types, "num_splits": "i32", **numbers, **growth},
         (GridAxis("sequences"), GridAxis(factor=kv_heads), GridAxis("splits")),
         128,
         stages=3,

@@ -64,6 +64,7 @@ def extra_specs() -> list[KernelSpec]:
         found += [spec for is_normed in (False, True) for spec in moe_plan.routing(shape, is_normed=is_normed)]
     found += norms(config.hidden_size, has_post_norms=True)
     found += attention(*SINKING, shapes.BLOCK_SIZE, has_sinks=True)
+    found += attention(*heads, config.head_dim, shapes.BLOCK_SIZE, has_growth=True)
     return list({(spec.op, *sorted(spec.constants.items())): spec for spec in found}.values())
 
 
@@ -80,6 +81,7 @@ def check_operators(bench: Any, ort: MiniOrt, device: Device) -> None:
         "attention",
         "real_attention",
         "sinks",
+        "growing_queries",
         "top_k",
         "experts",
         "biased_experts",
@@ -260,6 +262,12 @@ class Checks:
         steps = ([20], [20]), ([1], [300]), ([1, 1, 1], [1, 40, 70]), ([1, 9], [150, 20])
         return max(self._attention(config, steps, window, has_sinks=True) for window in (shapes.NO_WINDOW, 128))
 
+    def growing_queries(self) -> float:
+        """The same with queries that are multiplied by more the later they stand."""
+        growth = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 20}
+        steps = ([70], [100]), ([1], [150]), ([1, 1, 1], [20, 21, 70]), ([1, 9], [21, 25])
+        return self._attention(self.config, steps, shapes.NO_WINDOW, growth=growth)
+
     def _attention(
         self,
         config: ModelConfig,
@@ -267,10 +275,11 @@ class Checks:
         window: int,
         *,
         has_sinks: bool = False,
+        growth: dict[str, Any] | None = None,
     ) -> float:
         size = shapes.BLOCK_SIZE
         heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        numbers = {"num_heads": heads, "num_kv_heads": kv, "scale": dim**-0.5, "window": window}
+        numbers = {"num_heads": heads, "num_kv_heads": kv, "scale": dim**-0.5, "window": window, **(growth or {})}
         sinks = [np.linspace(-2, 7, heads).astype(np.float32)] if has_sinks else []
         node = self.ort.node("PagedAttention", num_inputs=8 + len(sinks), head_dim=dim, block_size=size, **numbers)
         worst = 0.0

@@ -109,6 +109,9 @@ def _attend(p: Launch, b: int, first: int, end: int, part: slice | None = None) 
     q = reference.rotate(qkv[:, :heads], at(p["cos_sin"], (end, dim), np.float32))
     for t in range(first, end):
         end_seen = length - (end - t) + 1
+        if "llama_4_scaling_beta" in p:
+            steps = (end_seen - 1) // p["original_positions"]
+            q[t] *= 1 + p["llama_4_scaling_beta"] * np.log1p(steps)
         seen = slice(max(0, end_seen - p["window"]), end_seen)
         for h in range(heads):
             scores = keys[seen, h * kv // heads] @ q[t, h] * p["scale"]

@@ -37,6 +37,7 @@ def test_the_program_runs_dry(chip, tmp_path):
             "attention",
             "real_attention",
             "sinks",
+            "growing_queries",
             "top_k",
             "experts",
             "biased_experts",

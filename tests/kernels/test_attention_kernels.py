@@ -30,8 +30,9 @@ class World:
         seed: int = 0,
         window: int = NO_WINDOW,
         sinks: np.ndarray | None = None,
+        growth: dict[str, float] | None = None,
     ):
-        self.window, self.sinks = window, sinks
+        self.window, self.sinks, self.growth = window, sinks, growth or {}
         rng = np.random.default_rng(seed)
         self.heads, self.kv_heads, self.d, self.block_size = heads, kv_heads, head_dim, block_size
         width = (heads + 2 * kv_heads) * head_dim
@@ -43,7 +44,8 @@ class World:
         self.blocks = np.split(blocks[: sum(counts)], np.cumsum(counts)[:-1])
         shape = (len(blocks), block_size, kv_heads, head_dim)
         self.keys, self.values = np.full(shape, 7, np.float16), np.full(shape, 7, np.float16)
-        specs = kernel_plan.attention(heads, kv_heads, head_dim, block_size, has_sinks=sinks is not None)
+        has = {"has_sinks": sinks is not None, "has_growth": growth is not None}
+        specs = kernel_plan.attention(heads, kv_heads, head_dim, block_size, **has)
         self.specs = {s.op: s for s in specs}
 
     def step(self, spans: list[tuple[int, int, int]], splits: int = 3, skip: int = 0) -> np.ndarray:
@@ -79,6 +81,9 @@ class World:
             "block_table": table,
         }
         numbers = {"table_stride": table.shape[1], "scale": float(self.d**-0.5), "window": self.window}
+        if self.growth:
+            numbers["llama_4_scaling_beta"] = self.growth["llama_4_scaling_beta"]
+            numbers["original_positions"] = self.growth["original_max_position_embeddings"]
         sinks = {} if self.sinks is None else {"sinks": self.sinks}
         out = np.full((len(slots), self.heads * self.d), 7, np.float16)
         count = len(spans)
@@ -109,6 +114,7 @@ class World:
             num_kv_heads=self.kv_heads,
             scale=float(self.d**-0.5),
             window=self.window,
+            **self.growth,
         )
 
     def _forget(self, spans: list[tuple[int, int, int]], table: np.ndarray) -> None:
@@ -222,6 +228,17 @@ def test_sinks(heads: str, window: int) -> None:
     world.step([(0, 0, 74), (2, 0, 29)])
     for splits in (1, 4):
         world.step([(0, 74, 75), (1, 0, 1), (2, 29, 30)], splits)
+
+
+@divides_nothing
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_growing_queries(has_sinks: bool) -> None:
+    """Just before a step of the growth, behind it, and far beyond."""
+    growth = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 20}
+    sinks = np.array([2, -1, 5, 0], np.float32) if has_sinks else None
+    world = World(4, 2, 16, 16, [75, 20, 21], sinks=sinks, growth=growth)
+    world.step([(0, 0, 74), (1, 0, 19), (2, 0, 20)])
+    world.step([(0, 74, 75), (1, 19, 20), (2, 20, 21)], splits=4)
 
 
 def decoded(sink: float | None, key: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -42,6 +42,7 @@ class World:
     seed: int = 0
     window: int = ALL
     sinks: np.ndarray | None = None
+    growth: dict[str, float] = field(default_factory=dict)  # attributes
     qkv: list[np.ndarray] = field(init=False)
     cos_sin: np.ndarray = field(init=False)
 
@@ -83,7 +84,7 @@ class World:
 
     def attributes(self) -> dict[str, float]:
         sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "window": self.window}
-        return {**sizes, "scale": float(self.head_dim**-0.5)}
+        return {**sizes, "scale": float(self.head_dim**-0.5), **self.growth}
 
     def run(self, inputs: dict[str, np.ndarray], threads: int = 1) -> np.ndarray:
         """Runs the operator on this world's caches, bound so that it changes them in place."""

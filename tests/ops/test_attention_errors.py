@@ -122,6 +122,26 @@ ATTENTION_CASES: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = 
     "sinks of all layers": (
         {"sinks": ZEROS((2, 4), F32)}, {}, "input sinks has shape [2, 4], expected [4] = [num_heads]",
     ),
+    "growth without its steps": (
+        {}, {"llama_4_scaling_beta": 0.1},
+        "attribute llama_4_scaling_beta is there and original_max_position_embeddings is not, expected both or neither",
+    ),
+    "steps without growth": (
+        {}, {"original_max_position_embeddings": 64},
+        "attribute original_max_position_embeddings is there and llama_4_scaling_beta is not, expected both or neither",
+    ),
+    "growth of zero": (
+        {}, {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 64},
+        "attribute llama_4_scaling_beta is 0.000000, expected a finite number above 0",
+    ),
+    "growth beyond measure": (
+        {}, {"llama_4_scaling_beta": float("inf"), "original_max_position_embeddings": 64},
+        "attribute llama_4_scaling_beta is inf, expected a finite number above 0",
+    ),
+    "growth in steps of zero": (
+        {}, {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 0},
+        "attribute original_max_position_embeddings is 0, expected a positive number",
+    ),
     "negative block": (
         {"block_table": np.array([[2, -1, 1]], np.int32)}, {}, "block_table[0, 1] is -1, expected a block from 0 to 2",
     ),
