@@ -44,6 +44,15 @@ MINISTRAL: dict[str, Any] = {
     },
 }
 
+# The same within few positions.
+GROWING: dict[str, Any] = {
+    **MINISTRAL,
+    "rope_parameters": {
+        **MINISTRAL["rope_parameters"],
+        **{"original_max_position_embeddings": 2, "llama_4_scaling_beta": 1.0},
+    },
+}
+
 MULTIPLIERS: dict[str, Any] = {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.3,

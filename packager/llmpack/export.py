@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from llmpack.multipliers import embedding_scale, logit_scale, norm_epsilon
-from llmpack.rope import attention_scale, of_layer, rope_frequencies, rotation_scale
+from llmpack.rope import attention_scale, of_layer, query_growth, rope_frequencies, rotation_scale
 from llmpack.weights import CORRECTION_BIAS, source_shape
 from llmrun.artifact import OPS_DOMAIN, OPS_VERSION, KvCacheSpec, ModelConfig
 
@@ -228,6 +228,7 @@ class _Graph:
         if config.has_sinks:
             inputs.append(self.weight(f"model.layers.{layer}.self_attn.sinks"))
         attributes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
+        attributes |= query_growth(config) or {}
         attributes["window"] = min(config.window_of(layer) or MAX_SIZE, MAX_SIZE)
         return self.op("PagedAttention", name, inputs, None, scale=attention_scale(config, layer), **attributes)
 

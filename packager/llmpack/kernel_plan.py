@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from llmpack import moe_plan
 from llmpack.kernel_file import GridAxis
 from llmpack.kernel_spec import BACKEND, FEATURES_PER_CHUNK, ONE, ROW, KernelSpec, clamp, power_of_two
+from llmpack.rope import query_growth
 from llmpack.weights import RankWeight, heads_per_rank
 from llmrun.artifact import IncompatibleError, ModelConfig
 
@@ -56,7 +57,8 @@ def plan_kernels(config: ModelConfig, weights: list[RankWeight], shards: int, bl
     if config.has_qk_norm:
         specs.append(qk_norm(*heads_per_rank(config, shards), config.head_dim))
     heads = heads_per_rank(config, shards)
-    specs += attention(*heads, config.head_dim, block_size, has_sinks=config.has_sinks)
+    has_growth = query_growth(config) is not None
+    specs += attention(*heads, config.head_dim, block_size, has_sinks=config.has_sinks, has_growth=has_growth)
     specs += sampling(next(w for w in weights if w.row.role == "head").num_rows)
     if shards > 1:
         specs += collectives(config.hidden_size, shards, has_post_norms=config.has_post_norms)

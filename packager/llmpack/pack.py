@@ -168,8 +168,6 @@ def _decide(
     max_seq_len = limit if options.max_seq_len is None else options.max_seq_len
     if not 1 <= max_seq_len <= limit:
         raise UsageError(f"--max-seq-len {max_seq_len}: expected 1 to {what}.")
-    if max_seq_len == limit < config.max_position_embeddings:
-        notes.append(f"sequences end at {what}")
     config, note = for_sequences(config, max_seq_len)
     notes += [note] * bool(note)
     ranks = [plan_rank(config, quantization, options.shards, rank) for rank in range(options.shards)]

@@ -132,6 +132,26 @@ def attention_scale(config: ModelConfig, layer: int) -> float:
     return factor * factor * multiplier
 
 
+def query_growth(config: ModelConfig) -> dict[str, Any] | None:
+    """Return the attributes of attention that say how queries grow along a sequence (FORMAT 5.5); None: they do not.
+
+    Raises:
+        IncompatibleError: a number that no attribute can hold.
+    """
+    rope = config.rope
+    if (beta := rope.get("llama_4_scaling_beta")) is None:
+        return None
+    if beta > float(np.finfo(np.float32).max) or np.float32(beta) == 0:
+        raise IncompatibleError(f"config.json: RoPE's llama_4_scaling_beta {beta:g} is beyond float32.")
+    original = rope["original_max_position_embeddings"]
+    if original != int(original):
+        raise IncompatibleError(
+            f"config.json: RoPE's original_max_position_embeddings is {original:g}; expected a whole number where there is"
+            " llama_4_scaling_beta."
+        )
+    return {"llama_4_scaling_beta": beta, "original_max_position_embeddings": min(int(original), _MAX_POSITIONS)}
+
+
 def rotation_scale(config: ModelConfig) -> np.ndarray | None:
     """Return what cosines and sines are multiplied by: [head_dim], float32; None: nothing.
 
@@ -157,7 +177,4 @@ def longest_sequence(config: ModelConfig) -> tuple[int, str]:
         stretched = int(min(rope["original_max_position_embeddings"] * rope["factor"], _MAX_POSITIONS))
         if stretched > limit:
             limit, what = stretched, f"{stretched}, YaRN's factor times original_max_position_embeddings"
-    if "llama_4_scaling_beta" in rope and rope["original_max_position_embeddings"] < limit:
-        limit = int(rope["original_max_position_embeddings"])
-        what = f"{limit}, original_max_position_embeddings: the model multiplies later queries, and llmpack does not"
     return limit, what

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmpack.native import VECTORS
 from llmpack.packed_rank import PackedRank
-from llmpack.rope import attention_scale, of_layer, rope_frequencies, rotation_scale
+from llmpack.rope import attention_scale, of_layer, query_growth, rope_frequencies, rotation_scale
 from llmpack.weights import CORRECTION_BIAS, HEAD, heads_per_rank
 from llmpack_ops import reference
 from llmrun.artifact import LARGEST_LOGIT, IncompatibleError, ModelConfig
@@ -156,8 +156,8 @@ def forward(
                 attended, _, _ = reference.paged_attention(
                     qkv, _cos_sin(config, i, positions), empty, empty, **sequences,
                     num_heads=num_heads, num_kv_heads=num_kv_heads, scale=attention_scale(config, i),
-                    window=config.window_of(i),
-                    **({"sinks": rank.vector(f"{layer}.self_attn.sinks", is_bias=True)} if config.has_sinks else {}),
+                    window=config.window_of(i), **(query_growth(config) or {}),
+                    sinks=rank.vector(f"{layer}.self_attn.sinks", is_bias=True) if config.has_sinks else None,
                 )  # fmt: skip
             if not np.isfinite(attended).all():
                 advice = "--kv-dtype f32 can hold more" if kv_dtype == "float16" else _TOO_LARGE

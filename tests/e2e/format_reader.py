@@ -322,7 +322,12 @@ def _attend(qkv: Array, cos_sin: Array, sinks: list[Array], sizes: dict[str, Any
         np.repeat(x.astype(manifest["kv_cache"]["dtype"]).astype(np.float64), num_heads // num_kv_heads, 1)
         for x in stored
     )
-    scores = np.einsum("qhd,khd->hqk", rotated[:, :num_heads], keys) * sizes["scale"]
+    growth = np.ones(len(qkv))
+    if "llama_4_scaling_beta" in sizes:
+        steps = np.arange(len(qkv)) // sizes["original_max_position_embeddings"]
+        growth += sizes["llama_4_scaling_beta"] * np.log(1 + steps)
+    queries = rotated[:, :num_heads] * growth[:, None, None]
+    scores = np.einsum("qhd,khd->hqk", queries, keys) * sizes["scale"]
     sees = np.tri(len(qkv)) - np.tri(len(qkv), k=-min(sizes["window"], len(qkv)))
     scores += np.where(sees, 0, -np.inf)
     highest = scores.max(-1, keepdims=True)

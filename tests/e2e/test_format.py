@@ -23,6 +23,7 @@ from models import (
     GLM_MOE,
     GPT_OSS,
     GRANITE_MOE,
+    GROWING,
     HYBRID_GRANITE,
     MIXTRAL,
     PARTLY_ROTATED,
@@ -53,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "experts-of-mixtral": MIXTRAL,
     "experts-in-one-tensor": GRANITE_MOE,
     # Of two for a token one choice is so close that the rounding of q8 decides it.
+    "growing": GROWING,
     "experts-of-gpt-oss": {**GPT_OSS, "sliding_window": 2, "num_hidden_layers": 2, "num_experts_per_tok": 3},
 }
 # The largest difference from the checkpoint, of its largest weight.

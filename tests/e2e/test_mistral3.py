@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from seeing_models import check_language_model, named_as_modules, save_seeing, write_config
+from test_right_answers import answers
 
 from llmpack.config import read_config
 from llmpack.pack import Options, pack
-from llmpack.rope import longest_sequence
+from llmpack.rope import longest_sequence, query_growth
 from llmrun import Engine
-from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
-from models import MINISTRAL, TINY, make_checkpoint
+from llmrun.artifact import IncompatibleError, IntegrityError
+from models import GROWING, MINISTRAL, TINY, make_checkpoint
 
 Packed = Callable[..., Path]
 IDS = [(37 * i + 11) % 250 for i in range(60)]
+IDS_BEYOND = [(37 * i + 11) % 250 for i in range(150)]
 # As published.
 SMALL_3_1 = {
     "architectures": ["Mistral3ForConditionalGeneration"],
@@ -83,7 +86,7 @@ def test_settings_are_those_of_transformers(tmp_path: Path, published: dict[str,
     assert ours.rope.items() <= {"truncate": True, "attention_factor": 1.0, **text.rope_parameters}.items()
     is_new = text.model_type == "ministral3"
     assert ours.architecture == ("Ministral3ForCausalLM" if is_new else "MistralForCausalLM")
-    assert longest_sequence(ours)[0] == (16384 if is_new else 131072)
+    assert longest_sequence(ours)[0] == text.max_position_embeddings
 
 
 @pytest.mark.parametrize(
@@ -133,28 +136,55 @@ def test_the_language_model_of_one_that_sees_is_packed(
     check_language_model(folder, seeing, IDS, packed)
 
 
-def test_sequences_end_where_queries_begin_to_grow(tmp_path: Path) -> None:
-    """Up to there logits are those of transformers, and from there on others without the growth."""
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Ministral 3 whose queries grow twice within IDS_BEYOND."""
+    return make_checkpoint(tmp_path_factory.mktemp("growing") / "m", **{**MINISTRAL, "max_position_embeddings": 256})
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("shards", [1, 2])
+def test_queries_grow_as_in_transformers(shards: int, growing: Path, tmp_path: Path) -> None:
+    """In one piece, in several, and token by token; from where it begins on, logits would be others without it."""
     from transformers import AutoModelForCausalLM
 
-    folder = make_checkpoint(tmp_path / "m", **MINISTRAL)
-    summary = pack(folder, tmp_path / "a", Options(scheme="f32"))
-    assert any(note.startswith("sequences end at 64, original_max_position_embeddings") for note in summary["notes"])
-    with pytest.raises(UsageError, match="expected 1 to 64, original_max_position_embeddings"):
-        pack(folder, tmp_path / "b", Options(scheme="f32", max_seq_len=65))
-    assert pack(folder, tmp_path / "c", Options(scheme="f32", max_seq_len=63))["notes"] != summary["notes"]
-
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    ids = [(37 * i + 11) % 250 for i in range(80)]
+    pack(growing, tmp_path / "a", Options(scheme="f32", shards=shards))
+    questions = {"sequences": [IDS_BEYOND], "chunks": [None, 50, 1], "greedy": []}
+    ours = answers(tmp_path / "a", shards, tmp_path, questions)
+    model = AutoModelForCausalLM.from_pretrained(growing, attn_implementation="eager").eval()
 
     def logits() -> np.ndarray:
         with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0].numpy()
+            return model(torch.tensor([IDS_BEYOND])).logits[0].numpy()
 
     theirs = logits()
-    with Engine(tmp_path / "a") as engine:
-        np.testing.assert_allclose(engine.logits(ids[:64]), theirs[:64], rtol=0, atol=2e-4)
+    assert len(ours) == 4
+    for name, found in ours.items():
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=2e-4, err_msg=name)
     model.config.rope_parameters["llama_4_scaling_beta"] = 0.0
-    differs = np.abs(logits() - theirs).max(axis=1) > 1e-5
-    assert not differs[:64].any()
-    assert differs[64:].all()
+    difference = np.abs(logits() - theirs).max(axis=1)
+    assert difference[:64].max() < 1e-5
+    assert difference[64:].min() > 1e-3
+
+
+def test_the_packagers_example_grows_as_the_operators_do(packed: Packed, tmp_path: Path) -> None:
+    with Engine(packed(make_checkpoint(tmp_path / "m", **GROWING), 1, "f32")) as engine:
+        difference, tolerance = engine.selfcheck()
+    assert difference < 0.1 * tolerance
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"llama_4_scaling_beta": 1e39}, r"llama_4_scaling_beta 1e\+39 is beyond float32"),
+        ({"llama_4_scaling_beta": 1e-60}, "llama_4_scaling_beta 1e-60 is beyond float32"),
+        ({"original_max_position_embeddings": 64.5}, "original_max_position_embeddings is 64.5; expected a whole number"),
+    ],
+)  # fmt: skip
+def test_growth_that_no_attribute_holds_is_named(
+    growing: Path, changed: dict[str, float], words: str, tmp_path: Path
+) -> None:
+    config = json.loads((growing / "config.json").read_text())
+    config["rope_parameters"] |= changed
+    with pytest.raises(IncompatibleError, match=words):
+        query_growth(read_config(write_config(tmp_path, config)))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import standin
 
-from models import GEMMA, GPT_OSS, GRANITE, PARTLY_ROTATED, SMOLLM, make_checkpoint
+from models import GEMMA, GPT_OSS, GRANITE, GROWING, PARTLY_ROTATED, SMOLLM, make_checkpoint
 from mxfp4_checkpoint import store_in_mxfp4
 
 WORKER = Path(standin.HERE) / "worker.py"
@@ -87,6 +87,7 @@ FAMILIES = {
     "partly-rotated": PARTLY_ROTATED,
     "multiplied": GRANITE,
     "not-all-rotated": SMOLLM,
+    "with-growing-queries": GROWING,
     "windowed": {"model_type": "mistral", "sliding_window": 2},
     "normalised-before-it-is-added": {**GEMMA, "sliding_window": 2},
     # All experts: of fewer, rounding decides which.
