@@ -76,6 +76,10 @@ def _experts(config: ModelConfig, weights: list[RankWeight], shards: int) -> Ite
         has_gate_up_bias=config.has_expert_biases,
         has_down_bias=config.has_expert_biases,
         has_limit=config.swiglu_limit is not None,
+        num_shared=config.num_shared_experts or 0,
+        is_sigmoid=config.sigmoid_scoring,
+        has_correction_bias=config.has_correction_bias,
+        has_scaling_factor=config.routed_scaling_factor != 1,
     )
     yield from moe_plan.routing(shape, is_normed=config.norm_topk_prob)
     yield from moe_plan.products(shape, storage, group_size, shards)

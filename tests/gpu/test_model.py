@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import standin
 
-from models import GEMMA, GPT_OSS, GRANITE, GROWING, PARTLY_ROTATED, SMOLLM, make_checkpoint
+from models import GEMMA, GLM_MOE, GPT_OSS, GRANITE, GROWING, PARTLY_ROTATED, SMOLLM, make_checkpoint
 from mxfp4_checkpoint import store_in_mxfp4
 
 WORKER = Path(standin.HERE) / "worker.py"
@@ -91,6 +91,7 @@ FAMILIES = {
     "windowed": {"model_type": "mistral", "sliding_window": 2},
     "normalised-before-it-is-added": {**GEMMA, "sliding_window": 2},
     # All experts: of fewer, rounding decides which.
+    "shared-experts": {**GLM_MOE, "num_hidden_layers": 2, "num_experts_per_tok": 8},
     "experts-as-published": {**GPT_OSS, "num_hidden_layers": 2, "sliding_window": 2, "num_experts_per_tok": 6},
 }
 

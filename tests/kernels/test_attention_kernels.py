@@ -167,7 +167,7 @@ def test_prefill_and_decode_in_one_step() -> None:
 
 
 # A kernel takes 32 keys at once and 64 queries; cache blocks are of 16 positions.
-WINDOWS = [1, 5, 31, 32, 33, 64, 100, 1000]
+WINDOWS = [5, 32, 33, 1000, *(pytest.param(window, marks=pytest.mark.extended) for window in (1, 31, 64, 100))]
 # Of rows beyond a chunk's tokens, which nobody stores.
 divides_nothing = pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 
@@ -218,7 +218,7 @@ def test_a_token_has_the_same_bits_whatever_stands_beside_it() -> None:
 
 
 @divides_nothing
-@pytest.mark.parametrize("window", [5, 40, NO_WINDOW], ids=str)
+@pytest.mark.parametrize("window", [40, NO_WINDOW, pytest.param(5, marks=pytest.mark.extended)], ids=str)
 @pytest.mark.parametrize("heads", HEADS)
 def test_sinks(heads: str, window: int) -> None:
     """From those that count for little beside the scores to those that take nearly all, of each head another."""

@@ -26,9 +26,11 @@ from llmpack.kernel_spec import KernelSpec
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("all_reduce", "rms_norm", "swiglu", "top_k_first", "top_k_last", "attention_combine", "embed_q6", "matmul_q6")
-ALIKE = ("sm_86", "gfx90a")  # nearly what the compiler makes for sm_89 and gfx942: left to the extended tests
+# Left to the extended tests: nearly what the compiler makes for sm_89 and gfx942, and of chips whose kernels begin early the
+# one that no desktop has.
+SELDOM = ("sm_86", "gfx90a", "sm_100")
 TARGETS = [
-    pytest.param(target, marks=pytest.mark.extended) if target in ALIKE else target
+    pytest.param(target, marks=pytest.mark.extended) if target in SELDOM else target
     for target in (*kernels.GPU_TARGETS, kernels.PTX_TARGET)
 ]
 EARLY = ("sm_90", "sm_100", "sm_120")  # chips on which a kernel begins while the one before it ends

@@ -250,7 +250,10 @@ def test_few_tokens_in_each_vendors_spelling(storage: str, backend: str) -> None
     check_down_rows(own, 2, backend)
 
 
-CASES_OF_GROUPS = [("q4", 32), ("q4", 64), ("q4", 128), ("mxfp4", 32), ("q8", 32), ("f16", 32)]
+CASES_OF_GROUPS = [
+    *(("q4", 64), ("mxfp4", 32), ("q8", 32), ("f16", 32)),
+    *(pytest.param("q4", group_size, marks=pytest.mark.extended) for group_size in (32, 128)),
+]
 
 
 @pytest.mark.parametrize(("storage", "group_size"), CASES_OF_GROUPS)
@@ -286,7 +289,7 @@ def check_blocks(own: Layer, experts: np.ndarray, most: int, backend: str = "cud
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("most", moe_plan.BLOCKS)
+@pytest.mark.parametrize("most", [8, 64, pytest.param(0, marks=pytest.mark.extended)])
 def test_many_tokens_in_each_vendors_spelling(storage: str, most: int, backend: str) -> None:
     own = layer(storage, number=3)
     check_blocks(own, choose(20, own.shape)[0], most, backend)
@@ -371,7 +374,7 @@ def run(
 
 
 @pytest.mark.parametrize(("storage", "backend"), [("q4", "cuda"), ("f16", "cuda"), ("f16", "hip")])
-@pytest.mark.parametrize("most", [None, *moe_plan.BLOCKS])
+@pytest.mark.parametrize("most", [None, 8, 0, pytest.param(64, marks=pytest.mark.extended)])
 def test_the_whole_operator(storage: str, most: int | None, backend: str) -> None:
     """A row whose logits hold a NaN is NaN, as is one whose x does; the others are right; sums end at the largest float16."""
     own = layer(storage, chosen=3)
