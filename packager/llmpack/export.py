@@ -208,7 +208,7 @@ class _Graph:
         if config.sigmoid_scoring:
             attributes["sigmoid_scoring"] = 1
         if config.routed_scaling_factor != 1:
-            attributes["routed_scaling_factor"] = config.routed_scaling_factor
+            attributes["routed_scaling_factor"] = float(config.routed_scaling_factor)
         weights = [self.weight(f"{matrix}.{kind}") for kind in kinds for matrix in matrices]
         if config.has_correction_bias:
             weights.append(self.weight(f"{mlp}.gate.{CORRECTION_BIAS}"))

@@ -193,12 +193,6 @@ OrtStatus* input_name(const OrtKernelInfo* info, size_t index, char* out, size_t
     *size = name.size() + 1;
     return nullptr;
 }
-OrtStatus* input_name(const OrtKernelInfo*, size_t, char* out, size_t* size) {
-    constexpr char kName[] = "input";  // every input of a request is there
-    if (out != nullptr) std::memcpy(out, kName, sizeof(kName));
-    *size = sizeof(kName);
-    return nullptr;
-}
 OrtStatus* node_name(const OrtKernelInfo* info, char* out, size_t* size) {
     if (out != nullptr) std::memcpy(out, info->name.c_str(), info->name.size() + 1);
     *size = info->name.size() + 1;

@@ -11,7 +11,6 @@ from typing import Any
 
 import helpers
 import numpy as np
-import routing_truth
 import shapes
 from device import Device
 from executor import MiniOrt
@@ -367,17 +366,17 @@ class Checks:
             attributes |= zip(("swiglu_alpha", "swiglu_limit"), CLAMP, strict=True)
             truth["clamp"] = CLAMP
         given, missing = [*stored, *biases], range(0)
-        choice: dict[str, Any] = {"num_shared": shape.num_shared, "is_sigmoid": shape.is_sigmoid}
         if shape.num_shared:
             attributes["num_shared_experts"] = shape.num_shared
         if shape.is_sigmoid:
-            attributes["sigmoid_scoring"] = 1
+            attributes["sigmoid_scoring"] = truth["sigmoid_scoring"] = 1
         if shape.has_scaling_factor:
-            attributes["routed_scaling_factor"] = choice["factor"] = FACTOR
+            attributes["routed_scaling_factor"] = truth["routed_scaling_factor"] = FACTOR
         if shape.has_correction_bias:
-            choice["correction_bias"] = (self.rng.standard_normal(shape.number) / 4).astype(np.float32)
+            correction = (self.rng.standard_normal(shape.number) / 4).astype(np.float32)
+            truth["e_score_correction_bias"] = correction
             missing = range(2 + len(given), 4 + len(stored))
-            given += [*(None for _ in missing), choice["correction_bias"]]
+            given += [*(None for _ in missing), correction]
         worst = 0.0
         for is_normed in (False, True):
             attributes["norm_topk_prob"] = int(is_normed)
@@ -395,10 +394,6 @@ class Checks:
                 if not (np.isnan(y) == bad[:, None]).all():
                     raise AssertionError(f"MoE {storage}, {rows} rows: a row is NaN if, and only if, its logits are")
                 own, sent = x[~bad], logits[~bad]
-                if shape in SHARING:
-                    sent = routing_truth.route(sent, chosen, is_normed=is_normed, **choice)
-                    expected = routing_truth.moe(own, *sent, gate_up, down)
-                else:
-                    expected = reference.moe(own, sent, gate_up, down, chosen, norm_topk_prob=is_normed, **truth)
+                expected = reference.moe(own, sent, gate_up, down, chosen, norm_topk_prob=is_normed, **truth)
                 worst = max(worst, self.close_to(y[~bad], expected, "moe", f"MoE {storage}, {rows} rows"))
         return worst

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import routing_truth
 from numpy_memory import Launch, at, half, weight
 
 from llmpack_ops import reference
@@ -15,14 +14,14 @@ from llmpack_ops import reference
 def moe_route(p: Launch) -> None:
     rows, number = p["grid"][0], p["num_experts"]
     bias = at(p["correction_bias"], (number,), np.float32) if p.get("has_correction_bias") else None
-    experts, weights = routing_truth.route(
+    experts, weights = reference.route(
         at(p["logits"], (rows, number), np.float32),
         p["num_experts_per_tok"],
-        is_normed=bool(p["norm_topk_prob"]),
-        num_shared=p.get("num_shared_experts", 0),
-        is_sigmoid=bool(p.get("sigmoid_scoring")),
-        correction_bias=bias,
-        factor=p["scaling_factor"] if p.get("has_scaling_factor") else 1.0,
+        norm_topk_prob=bool(p["norm_topk_prob"]),
+        num_shared_experts=p.get("num_shared_experts", 0),
+        sigmoid_scoring=bool(p.get("sigmoid_scoring")),
+        e_score_correction_bias=bias,
+        routed_scaling_factor=p["scaling_factor"] if p.get("has_scaling_factor") else 1.0,
     )
     at(p["experts"], experts.shape, np.int32)[:] = experts
     at(p["routing"], experts.shape, np.float32)[:] = weights

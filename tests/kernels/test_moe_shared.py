@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import routing_truth
 from test_moe_kernels import HALF, layer, run, run_route
 
 from llmpack import moe_plan
+from llmpack_ops import reference
 
 # num_experts, num_experts_per_tok, num_shared, is_sigmoid, whether there is a correction bias, the factor.
 KINDS = {
@@ -21,6 +21,27 @@ KINDS = {
 }
 
 
+def truth(
+    logits: np.ndarray,
+    chosen: int,
+    bias: np.ndarray | None,
+    factor: float,
+    *,
+    is_normed: bool,
+    num_shared: int,
+    is_sigmoid: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    return reference.route(
+        logits,
+        chosen,
+        norm_topk_prob=is_normed,
+        sigmoid_scoring=is_sigmoid,
+        e_score_correction_bias=bias,
+        routed_scaling_factor=factor,
+        num_shared_experts=num_shared,
+    )
+
+
 def check_route(logits: np.ndarray, chosen: int, bias: np.ndarray | None, factor: float, **others: Any) -> None:
     """`others`: what the kernel and the truth call alike."""
     given: dict[str, Any] = {} if bias is None else {"correction_bias": bias}
@@ -28,7 +49,7 @@ def check_route(logits: np.ndarray, chosen: int, bias: np.ndarray | None, factor
         given["scaling_factor"] = factor
     has = {"has_correction_bias": bias is not None, "has_scaling_factor": factor != 1.0}
     experts, routing = run_route(logits, chosen, given=given, **has, **others)
-    expected, weights = routing_truth.route(logits, chosen, correction_bias=bias, factor=factor, **others)
+    expected, weights = truth(logits, chosen, bias, factor, **others)
     np.testing.assert_array_equal(experts, expected)
     np.testing.assert_allclose(routing, weights, rtol=2e-5)  # of exp(-60)
 
@@ -43,10 +64,8 @@ def test_routing(kind: str, is_normed: bool) -> None:
     others = {"num_shared": num_shared, "is_sigmoid": is_sigmoid}
     check_route(logits, chosen, bias, factor, is_normed=is_normed, **others)
     if has_bias and number > 1:
-        by_logits, _ = routing_truth.route(logits, chosen, is_normed=is_normed, **others)
-        assert (
-            routing_truth.route(logits, chosen, correction_bias=bias, is_normed=is_normed, **others)[0] != by_logits
-        ).any()
+        by_logits, _ = truth(logits, chosen, None, 1.0, is_normed=is_normed, **others)
+        assert (truth(logits, chosen, bias, 1.0, is_normed=is_normed, **others)[0] != by_logits).any()
 
 
 @pytest.mark.parametrize("is_sigmoid", [False, True])
@@ -77,10 +96,10 @@ def test_a_row_with_nan_has_experts_and_weights_of_nan(is_sigmoid: bool, has_bia
     assert ((experts[:, :3] >= 0) & (experts[:, :3] < 20)).all()
     assert (np.diff(experts, axis=1) > 0).all(), "one of them twice"
     assert np.isnan(routing[1:5, :3]).all()
-    numbers, bias_of_truth = [0, 5], bias if has_bias else None
-    truth = routing_truth.route(logits[numbers], 3, is_normed=True, correction_bias=bias_of_truth, **others)
-    np.testing.assert_array_equal(experts[numbers], truth[0])
-    np.testing.assert_allclose(routing[numbers], truth[1], rtol=3e-6)
+    numbers = [0, 5]
+    expected, weights = truth(logits[numbers], 3, bias if has_bias else None, 1.0, is_normed=True, **others)
+    np.testing.assert_array_equal(experts[numbers], expected)
+    np.testing.assert_allclose(routing[numbers], weights, rtol=3e-6)
 
 
 @pytest.mark.parametrize("most", [None, 8])
@@ -94,11 +113,9 @@ def test_the_whole_operator(most: int | None) -> None:
     logits[2, 1] = np.nan
     y = run(own, x, logits, most, correction_bias=bias, scaling_factor=2.5)
     assert np.isnan(y).all(axis=1).tolist() == [False, False, True, False, False, False, False]
-    others = {"num_shared": 2, "is_sigmoid": True, "correction_bias": bias, "factor": 2.5}
+    others = {"sigmoid_scoring": True, "e_score_correction_bias": bias, "routed_scaling_factor": 2.5}
     rest = [0, 1, 3, 4, 5, 6]
-    exact = routing_truth.moe(
-        x[rest], *routing_truth.route(logits[rest], 3, is_normed=True, **others), own.gate_up, own.down
-    )
+    exact = reference.moe(x[rest], logits[rest], own.gate_up, own.down, 3, norm_topk_prob=True, **others)
     np.testing.assert_allclose(y[rest], exact, atol=4 * HALF * np.abs(exact).max())
 
 
