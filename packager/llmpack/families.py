@@ -123,6 +123,21 @@ class Seeing:
 
 # With layer_types in config.json transformers takes a mistral for a ministral, which differs in that alone.
 _MISTRAL = Family("MistralForCausalLM", 131072, num_key_value_heads=8, attention_bias=False, window="listed layers")
+# GLM 4 of 2025, glm4, normalises what it adds to the residual stream as well; they differ in that alone.
+_GLM = Family(
+    "GlmForCausalLM",
+    131072,
+    num_key_value_heads=2,
+    head_dim=128,
+    has_attention_bias=True,
+    rms_norm_eps=1.5625e-7,
+    has_partial_rotary=True,
+    partial_rotary_factor=0.5,
+    sizes={
+        **{"hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 32},
+        **{"vocab_size": 151552},
+    },
+)
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", 2048, has_mlp_bias=True),
     "mistral": _MISTRAL,
@@ -237,20 +252,8 @@ FAMILIES = {
             **{"vocab_size": 201088, "sliding_window": 128},
         },
     ),
-    "glm4": Family(
-        "Glm4ForCausalLM",
-        131072,
-        num_key_value_heads=2,
-        head_dim=128,
-        has_attention_bias=True,
-        rms_norm_eps=1.5625e-7,
-        has_partial_rotary=True,
-        partial_rotary_factor=0.5,
-        sizes={
-            **{"hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 32},
-            **{"vocab_size": 151552},
-        },
-    ),
+    "glm": _GLM,
+    "glm4": dataclasses.replace(_GLM, architecture="Glm4ForCausalLM"),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
         131072,

@@ -15,7 +15,8 @@ import numpy as np
 from llmrun.artifact import IncompatibleError, ModelConfig
 
 _MAX_POSITIONS = (1 << 31) - 1  # int32 in the graph
-_NEIGHBOURS = ("Glm4ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # features 2j and 2j + 1 are a pair
+# Features 2j and 2j + 1 are a pair.
+_NEIGHBOURS = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")
 
 
 def of_layer(config: ModelConfig, layer: int) -> ModelConfig:

@@ -15,6 +15,7 @@ from llmrun.artifact import IntegrityError, ModelConfig
 
 # Tensors of other names than in a Llama, and the sources that each holds; both counted from the layer.
 _TENSORS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "GlmForCausalLM": (("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),),
     "Glm4ForCausalLM": (
         ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
         ("post_self_attn_layernorm", ("post_attention_layernorm",)),

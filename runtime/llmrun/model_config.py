@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-_OUTPUT_HAS_NO_BIAS = ("Qwen2ForCausalLM", "SeedOssForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM")
+_OUTPUT_HAS_NO_BIAS = (
+    *("Qwen2ForCausalLM", "SeedOssForCausalLM"),
+    *("GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM"),
+)
 _QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
 
 

@@ -146,6 +146,7 @@ VARIANTS = {
         "swiglu_alpha": 0.9,
         "swiglu_limit": 7.0,
     },
+    "glm": {**GLM, "model_type": "glm", "num_key_value_heads": 1},
     "glm4": GLM,
     "glm4-yarn": {
         **{**GLM, "attention_bias": False, "partial_rotary_factor": 1.0},

@@ -9,7 +9,20 @@ from models import MULTIPLIERS
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "seed_oss", "glm4", "ernie4_5"],
+    [
+        "llama",
+        "mistral",
+        "ministral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "granite",
+        "smollm3",
+        "seed_oss",
+        "glm",
+        "glm4",
+        "ernie4_5",
+    ],
 )
 def test_defaults_are_transformers_defaults(tmp_path, model_type):
     from transformers import AutoConfig
