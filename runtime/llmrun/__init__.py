@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import typing
+TYPE_CHECKING = False  # which tools take for true; `typing` takes longer to import than all of this
+if TYPE_CHECKING:
+    from typing import Any
 
-if typing.TYPE_CHECKING:
     from llmrun.async_engine import AsyncEngine
     from llmrun.constraint import Constraint
     from llmrun.engine import Engine
@@ -50,7 +51,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> typing.Any:
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         import importlib
 

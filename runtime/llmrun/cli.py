@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -84,8 +83,6 @@ def _parse(complete: Sequence[str], typed: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Errors are one line on standard error."""
     if arguments is None:
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # `llmrun ... &` of a script
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command handles it: no traceback while it imports
         # numpy's BLAS starts a thread for each core when it is imported; nothing here multiplies matrices with it.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     typed = list(sys.argv[1:] if arguments is None else arguments)

@@ -227,6 +227,23 @@ def test_interrupted_while_it_starts(artifact):
     assert not [line for line in places if "llmrun" in line]
 
 
+@pytest.mark.parametrize("module", ["argparse", "llmrun.commands.generate", "numpy"])
+def test_interrupted_while_it_imports(module, artifact):
+    """Ended by the signal itself: an exception would be a traceback, or numpy's failure."""
+    program = (
+        "import signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, module, *_):\n"
+        f"        if module == {module!r}:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from llmrun.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    outcome = RunningJob([sys.executable, "-c", program, str(artifact), "-p", "x"]).finish(DEADLINE_S)
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_optimized_python_refuses_as_well(artifact):
     for arguments in (["-p", ""], ["--ids", "-p", "[99999]"], ["-p", "x", "-n", "0"], ["-p", "x", "--top-p", "nan"]):
         command = [sys.executable, "-O", "-m", "llmrun", str(artifact), *arguments]
