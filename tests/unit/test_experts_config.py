@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from mixtures import GPT_OSS_20B, MIXTRAL_8X7B, PUBLISHED, QWEN_30B, read, shapes_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpack.config import read_config
@@ -15,200 +15,8 @@ from llmpack.pack import Options, pack
 from llmpack.sources import resolve_sources
 from llmpack.split_check import check_split, choose_group_size
 from llmpack.weights import Quantization
-from llmrun.artifact import IncompatibleError, IntegrityError, ModelConfig, UsageError
+from llmrun.artifact import IncompatibleError, IntegrityError, UsageError
 from models import ERNIE_MOE, GLM_MOE, GRANITE_MOE, MIXTRAL, QWEN_MOE, make_checkpoint
-
-# As published.
-QWEN_30B: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-QWEN_CODER_30B: dict[str, Any] = {
-    **QWEN_30B,
-    "intermediate_size": 5472,
-    "max_position_embeddings": 262144,
-    "max_window_layers": 28,
-    "qkv_bias": False,
-    "rope_theta": 10000000,
-    "router_aux_loss_coef": 0.0,
-    "shared_expert_intermediate_size": 0,
-    "use_qk_norm": True,
-}
-MIXTRAL_8X7B: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mixtral",
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 32000,
-}
-GRANITE_1B: dict[str, Any] = {
-    "architectures": ["GraniteMoeForCausalLM"],
-    "attention_bias": False,
-    "attention_multiplier": 0.015625,
-    "embedding_multiplier": 12.0,
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "intermediate_size": 512,
-    "logits_scaling": 6.0,
-    "max_position_embeddings": 131072,
-    "model_type": "granitemoe",
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "residual_multiplier": 0.22,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 49155,
-}
-GPT_OSS_20B: dict[str, Any] = {
-    "architectures": ["GptOssForCausalLM"],
-    "attention_bias": True,
-    "eos_token_id": 200002,
-    "experts_per_token": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initial_context_length": 4096,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "model_type": "gpt_oss",
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "pad_token_id": 199999,
-    "quantization_config": {"modules_to_not_convert": ["model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096},
-        **{"rope_type": "yarn", "truncate": False},
-    },
-    "rope_theta": 150000,
-    "router_aux_loss_coef": 0.9,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 201088,
-}
-GLM_AIR: dict[str, Any] = {
-    "architectures": ["Glm4MoeForCausalLM"],
-    "attention_bias": True,
-    "eos_token_id": [151329, 151336, 151338],
-    "first_k_dense_replace": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 10944,
-    "max_position_embeddings": 131072,
-    "model_type": "glm4_moe",
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 128,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 96,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 46,
-    "num_key_value_heads": 8,
-    "num_nextn_predict_layers": 1,
-    "pad_token_id": 151329,
-    "partial_rotary_factor": 0.5,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "routed_scaling_factor": 1.0,
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "torch_dtype": "bfloat16",
-    "use_qk_norm": False,
-    "vocab_size": 151552,
-}
-ERNIE_21B: dict[str, Any] = {
-    "architectures": ["Ernie4_5_MoeForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 2560,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 131072,
-    "model_type": "ernie4_5_moe",
-    "moe_capacity": [64, 64, 64],
-    "moe_gate": "topk",
-    "moe_intermediate_size": 1536,
-    "moe_k": 6,
-    "moe_layer_end_index": 27,
-    "moe_layer_interval": 1,
-    "moe_layer_start_index": 1,
-    "moe_num_experts": 64,
-    "moe_num_shared_experts": 2,
-    "moe_use_aux_free": True,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_bias": False,
-    "vocab_size": 103424,
-}
-PUBLISHED = {
-    "qwen": QWEN_30B,
-    "qwen-coder": QWEN_CODER_30B,
-    "mixtral": MIXTRAL_8X7B,
-    "granite": GRANITE_1B,
-    "gpt-oss": GPT_OSS_20B,
-    "glm": GLM_AIR,
-    "ernie": ERNIE_21B,
-}
-
-
-def read(folder: Path, config: dict[str, Any]) -> ModelConfig:
-    (folder / "config.json").write_text(json.dumps(config))
-    return read_config(folder)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -278,33 +86,6 @@ def test_layers_with_experts_are_those_of_qwens_rule(keys: dict[str, Any], spars
     assert (found.num_experts is None) == (1 not in sparse)
 
 
-@pytest.mark.parametrize(
-    ("keys", "sparse"),
-    [
-        ({"first_k_dense_replace": 3}, [0, 0, 0, 1]),
-        ({"first_k_dense_replace": 0}, [1, 1, 1, 1]),
-        ({"first_k_dense_replace": 9}, [0, 0, 0, 0]),
-        ({"moe_layer_start_index": 2}, [0, 0, 1, 1]),
-        ({"moe_layer_end_index": 2}, [0, 1, 1, 0]),
-        ({"moe_layer_end_index": -1, "moe_layer_start_index": 0}, [1, 1, 1, 1]),
-        ({"moe_layer_end_index": 3, "moe_layer_interval": 2}, [0, 1, 0, 1]),
-        ({"moe_layer_end_index": 9, "moe_layer_start_index": 0, "moe_layer_interval": 3}, [0, 0, 1, 0]),
-    ],
-)
-def test_layers_with_experts_are_those_of_glm_and_ernie(
-    keys: dict[str, Any], sparse: list[int], tmp_path: Path
-) -> None:
-    """Of transformers' own modules, where it builds the same."""
-    model = GLM_AIR if "first_k_dense_replace" in keys else ERNIE_21B
-    given = {**model, "num_hidden_layers": 4, **keys}
-    found = read(tmp_path, given)
-    assert [found.is_sparse(i) for i in range(4)] == [bool(flag) for flag in sparse]
-    assert (found.num_experts is None) == (found.num_shared_experts is None) == (1 not in sparse)
-    with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
-    assert [int(hasattr(layer.mlp, "experts")) for layer in theirs.model.layers] == sparse
-
-
 def test_layers_of_other_families_all_have_experts_whatever_qwens_keys_say(tmp_path: Path) -> None:
     found = read(tmp_path, {**MIXTRAL_8X7B, "mlp_only_layers": [0], "decoder_sparse_step": 2})
     assert found.mlp_layer_types is None
@@ -337,63 +118,11 @@ def test_what_cannot_be_is_refused(keys: dict[str, Any], error: type[Exception],
         read(tmp_path, {**QWEN_30B, **keys})
 
 
-@pytest.mark.parametrize(
-    ("model", "keys", "error", "match"),
-    [
-        (GLM_AIR, {"n_group": 8}, IncompatibleError, r"n_group is 8, which is not supported; supported: 1\."),
-        (GLM_AIR, {"topk_group": 4}, IncompatibleError, r"topk_group is 4, which is not supported; supported: 1\."),
-        (
-            GLM_AIR,
-            {"n_shared_experts": 897},
-            IncompatibleError,
-            r"n_routed_experts 128 and n_shared_experts 897; .* 1024",
-        ),
-        (
-            GLM_AIR,
-            {"n_shared_experts": -1},
-            IntegrityError,
-            r"n_shared_experts is -1; expected an integer of at least 0",
-        ),
-        (GLM_AIR, {"first_k_dense_replace": "1"}, IntegrityError, r"first_k_dense_replace is '1'; expected an integer"),
-        (GLM_AIR, {"routed_scaling_factor": 0}, IntegrityError, r"routed_scaling_factor is 0; expected"),
-        (GLM_AIR, {"use_qk_norm": 1}, IntegrityError, r"use_qk_norm is 1; expected true or false"),
-        (
-            ERNIE_21B,
-            {"use_bias": True},
-            IncompatibleError,
-            r"use_bias is True, which is not supported; supported: False",
-        ),
-        (ERNIE_21B, {"moe_k": 65}, IntegrityError, r"moe_k is 65; expected at most moe_num_experts, 64"),
-        (ERNIE_21B, {"moe_layer_interval": 0}, IntegrityError, r"moe_layer_interval is 0; expected an integer"),
-        (ERNIE_21B, {"moe_layer_end_index": -2}, IntegrityError, r"moe_layer_end_index is -2; expected an integer"),
-    ],
-)
-def test_what_cannot_be_of_shared_experts_is_refused(
-    model: dict[str, Any], keys: dict[str, Any], error: type[Exception], match: str, tmp_path: Path
-) -> None:
-    with pytest.raises(error, match=match):
-        read(tmp_path, {**model, **keys})
-
-
-def test_the_most_experts_are_taken_with_those_that_all_tokens_share(tmp_path: Path) -> None:
-    assert read(tmp_path, {**GLM_AIR, "n_shared_experts": 896}).num_all_experts == 1024
-    assert read(tmp_path, {**GLM_AIR, "n_shared_experts": 0}).num_shared_experts is None
-
-
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite", "granitemoehybrid"])
 def test_experts_of_other_families_are_refused(model_type: str, tmp_path: Path) -> None:
     config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     with pytest.raises(IncompatibleError, match="num_local_experts is 8, which is not supported"):
         read(tmp_path, {**config, "vocab_size": 9, "model_type": model_type, "num_local_experts": 8})
-
-
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "numpy") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-    # ERNIE's are matrices of one row.
-    return {name: shape[-1:] if name.endswith("correction_bias") else shape for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize(
@@ -424,26 +153,6 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(
     if len(rest) == 2:  # as one matrix
         with pytest.raises(IntegrityError, match=rf"{tensor}: shape .*, but config.json asks for \[6, 512, 256\]"):
             resolve_sources(config, {**shapes, tensor: (rest[0] * rest[1], last)})
-
-
-@pytest.mark.parametrize(
-    ("model", "extra"),
-    [
-        (GLM_MOE, ["model.layers.3.eh_proj.weight", "model.layers.3.mlp.experts.0.up_proj.weight"]),
-        (ERNIE_MOE, ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_linear_proj.0.weight"]),
-    ],
-)
-def test_layers_that_guess_further_tokens_are_left_out_and_no_others(
-    model: dict[str, Any], extra: list[str], tmp_path: Path
-) -> None:
-    folder = make_checkpoint(tmp_path, **model)
-    config, shapes = read_config(folder), shapes_of(folder)
-    places = resolve_sources(config, {**shapes, **dict.fromkeys(extra, (1,))})
-    assert not set(extra) & {place.tensor for place in places.values()}
-    # GLM's layer without what tells that it guesses, and ERNIE's under another name.
-    other = extra[1].replace("mtp", "ntp")
-    with pytest.raises(IntegrityError, match=f"not known to a model of this configuration: {other}"):
-        resolve_sources(config, {**shapes, other: (1,)})
 
 
 @pytest.mark.parametrize("model", [QWEN_MOE, MIXTRAL, GRANITE_MOE, GLM_MOE, ERNIE_MOE])
