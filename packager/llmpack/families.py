@@ -301,7 +301,7 @@ FAMILIES = {
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         rope_theta=500000.0,
-        must_be={"use_bias": (False, None)},
+        must_be={"use_bias": (False, None), "moe_norm_min": (1e-12, None)},
         experts=Experts(
             ("moe_num_experts", "num_experts"),
             "moe_intermediate_size",

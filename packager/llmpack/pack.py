@@ -28,7 +28,7 @@ from llmpack.options import Options
 from llmpack.packed_rank import PackedRank
 from llmpack.rope import for_sequences, longest_sequence
 from llmpack.selfcheck import selfcheck
-from llmpack.sources import Place, resolve_sources, sees_images
+from llmpack.sources import Place, guesses_further, resolve_sources, sees_images
 from llmpack.split import split
 from llmpack.split_check import check_split, choose_group_size
 from llmpack.store import write_weights
@@ -152,6 +152,8 @@ def _decide(
     notes = list(checkpoint.notes)
     if sees_images(config, checkpoint.tensors):
         notes.append("text alone: what sees images in this model is left out")
+    if guesses_further(config, checkpoint.tensors):
+        notes.append("one token at a time: the layers that guess further ones (MTP) are left out")
     tied = places[f"{EMBEDDING}.weight"].tensor, places[f"{HEAD}.weight"].tensor
     if config.tie_word_embeddings and not checkpoint.are_equal(*tied):
         config = dataclasses.replace(config, tie_word_embeddings=False)

@@ -230,6 +230,12 @@ def resolve_sources(config: ModelConfig, found: dict[str, tuple[int, ...]]) -> d
     return {source: replace(place, tensor=tensors[names[place.tensor]]) for source, place in places.items()}
 
 
+def guesses_further(config: ModelConfig, found: Iterable[str]) -> bool:
+    """Tell whether a checkpoint has layers that guess tokens further on, which are not packed."""
+    names = {*found}
+    return any(name.startswith(_guessing(config, names)) for name in names)
+
+
 def _guessing(config: ModelConfig, found: Iterable[str]) -> tuple[str, ...]:
     """Return how the names of those layers begin that guess tokens further on, which are not packed (transformers' MTP)."""
     if config.architecture.startswith("Ernie4_5"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mixtures import ERNIE_21B, GLM_AIR, read, shapes_of
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpack.config import read_config
+from llmpack.pack import Options, pack
 from llmpack.sources import resolve_sources
 from llmrun.artifact import IncompatibleError, IntegrityError
 from models import ERNIE_MOE, GLM_MOE, make_checkpoint
@@ -69,6 +72,12 @@ def test_layers_with_experts_are_those_of_glm_and_ernie(
             IncompatibleError,
             r"use_bias is True, which is not supported; supported: False",
         ),
+        (
+            ERNIE_21B,
+            {"moe_norm_min": 0.1},
+            IncompatibleError,
+            r"moe_norm_min is 0.1, which is not supported; supported: 1e-12",
+        ),
         (ERNIE_21B, {"moe_k": 65}, IntegrityError, r"moe_k is 65; expected at most moe_num_experts, 64"),
         (ERNIE_21B, {"moe_layer_interval": 0}, IntegrityError, r"moe_layer_interval is 0; expected an integer"),
         (ERNIE_21B, {"moe_layer_end_index": -2}, IntegrityError, r"moe_layer_end_index is -2; expected an integer"),
@@ -97,9 +106,14 @@ def test_layers_that_guess_further_tokens_are_left_out_and_no_others(
     model: dict[str, Any], extra: list[str], tmp_path: Path
 ) -> None:
     folder = make_checkpoint(tmp_path, **model)
+    assert not any("MTP" in note for note in pack(folder, None, Options())["notes"])
     config, shapes = read_config(folder), shapes_of(folder)
     places = resolve_sources(config, {**shapes, **dict.fromkeys(extra, (1,))})
     assert not set(extra) & {place.tensor for place in places.values()}
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file({**tensors, **dict.fromkeys(extra, np.zeros(1, np.float32))}, folder / "model.safetensors")
+    assert any("MTP" in note for note in pack(folder, None, Options())["notes"])
     # GLM's layer without what tells that it guesses, and ERNIE's under another name.
     other = extra[1].replace("mtp", "ntp")
     with pytest.raises(IntegrityError, match=f"not known to a model of this configuration: {other}"):
