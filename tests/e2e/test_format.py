@@ -61,6 +61,15 @@ MODELS: dict[str, dict[str, Any]] = {
 ERRORS = {"f32": 0, "f16": 2**-11, "q8": 0.51 / 127, "q4": 0.13}
 
 
+# Each storage, and each number of ranks, of every model; all pairs of them in the extended tests.
+_SELDOM = [("f32", 2), ("f16", 1), ("f16", 2), ("q8", 1), ("q8", 4)]
+SPLITS = [
+    pytest.param(quant, shards, marks=pytest.mark.extended if (quant, shards) in _SELDOM else ())
+    for quant in ERRORS
+    for shards in (1, 2, 4)
+]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
@@ -74,8 +83,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("shards", [1, 2, 4])
-@pytest.mark.parametrize("quant", ERRORS)
+@pytest.mark.parametrize(("quant", "shards"), SPLITS)
 def test_a_reader_of_the_specification_finds_the_model(
     model: str, shards: int, quant: str, checkpoint: Callable[[str], Path], packed: Packed
 ) -> None:
