@@ -308,4 +308,5 @@ def _add_tokenizer(tokenizer: TokenizerFiles | None, staging: Staging) -> dict[s
         "eos_token": tokenizer.eos_token,
         "chat_template": template,
         "golden": golden,
+        **({"prefix_token_ids": list(tokenizer.prefix_token_ids)} if tokenizer.prefix_token_ids else {}),
     }

@@ -85,6 +85,7 @@ class TokenizerFiles:
     bos_token: str | None
     eos_token: str | None
     chat_template: str | None
+    prefix_token_ids: tuple[int, ...]
     golden: list[dict[str, Any]]
     sources: tuple[str, ...]
     notes: tuple[str, ...]
@@ -111,8 +112,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
     for text, token_id in sorted(library.special_tokens.items()):
         if library.text(token_id) not in (None, text):
             raise IncompatibleError(f"{path}: id {token_id}: found {library.text(token_id)!r}, expected {text!r}.")
-    first_id = -1 if library.first_id is None else library.first_id
-    size = max(library.highest_id, first_id, *library.special_tokens.values()) + 1
+    size = max([library.highest_id, *library.prefix, *library.special_tokens.values()]) + 1
     if size > vocab_size:
         raise IncompatibleError(
             f"{path}: found ids up to {size - 1}, but the model's vocab_size is {vocab_size}. "
@@ -149,7 +149,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
     add_bos = files.json("tokenizer_config.json").get("add_bos_token")
     if add_bos is not None and not isinstance(add_bos, bool):
         raise IncompatibleError(f"{path}: tokenizer_config.json: add_bos_token: found {add_bos!r}, expected a boolean.")
-    bos_id = library.first_id
+    bos_id = library.prefix[0] if library.prefix else None
     if bos_id is None and bos_token is not None:
         bos_id = special[bos_token]
     if bos_id is None and "bos_token" not in files.json("tokenizer_config.json"):
@@ -185,6 +185,7 @@ def read_tokenizer(model_dir: Path, vocab_size: int) -> TokenizerFiles | None:
         bos_token=bos_token,
         eos_token=eos_token,
         chat_template=template,
+        prefix_token_ids=library.prefix if len(library.prefix) > 1 else (),
         golden=_golden(library, set(special.values()) - {library.unknown_id}),
         sources=files.names(path.name),
         notes=(*notes, *template_notes),

@@ -34,7 +34,7 @@ class Library:
     id_of: Callable[[str], int | None]
     adds: Callable[[int | None], bool]  # whether a BOS comes first by default
     unknown_id: int | None  # stands for characters that are not in the vocabulary
-    first_id: int | None = None  # the token that the file itself puts before every text
+    prefix: tuple[int, ...] = ()  # the tokens that the file itself puts before every text
     last_id: int | None = None  # and after it
     own: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token that the file itself names
     special_tokens: dict[str, int] = field(default_factory=dict)
@@ -115,12 +115,7 @@ def open_tokenizers(path: Path, data: bytes, document: dict[str, Any], vocab_siz
 
     framed = _call_tokenizers(path, lambda: tokenizer.encode("a"))
     num_before = next((i for i, is_added in enumerate(framed.special_tokens_mask) if not is_added), len(framed.ids))
-    if num_before > 1:
-        raise IncompatibleError(
-            f"{path}: post_processor: found {num_before} tokens before every text ({framed.ids[:num_before]}), expected one"
-            " at most."
-        )
-    first_id: int | None = framed.ids[0] if num_before else None
+    prefix = tuple(framed.ids[:num_before])
     last_id: int | None = framed.ids[-1] if framed.special_tokens_mask[num_before:][-1:] == [1] else None
     model = document["model"]
     unknown = model.get("unk_token")
@@ -138,9 +133,9 @@ def open_tokenizers(path: Path, data: bytes, document: dict[str, Any], vocab_siz
         encode=encode,
         text=tokenizer.id_to_token,
         id_of=tokenizer.token_to_id,
-        adds=lambda bos_id: bos_id is not None and bos_id == first_id,
+        adds=lambda bos_id: bos_id is not None and prefix[:1] == (bos_id,),
         unknown_id=unigram_unknown if unknown is None else tokenizer.token_to_id(unknown),
-        first_id=first_id,
+        prefix=prefix,
         last_id=last_id,
         special_tokens={
             token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special

@@ -81,7 +81,11 @@ class RankEntry:
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """How text becomes ids; `file`, `chat_template` and `golden` are paths in the artifact."""
+    """How text becomes ids; `file`, `chat_template` and `golden` are paths in the artifact.
+
+    Attributes:
+        prefix_token_ids: what begins a text, where that is more than `bos_token_id`, its first.
+    """
 
     kind: str
     file: str
@@ -94,6 +98,7 @@ class TokenizerSpec:
     eos_token: str | None
     chat_template: str | None
     golden: str
+    prefix_token_ids: tuple[int, ...] = field(default_factory=tuple)  # may be absent
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,9 @@ def _check_numbers(manifest: Manifest, refuse: Callable[[str], typing.NoReturn])
     ids, limit = list(manifest.eos_token_ids), model.vocab_size
     if (tokenizer := manifest.tokenizer) is not None:
         ids += [tokenizer.vocab_size - 1, *tokenizer.eos_token_ids, *tokenizer.special_tokens.values()]
-        ids += [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids += [*([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), *tokenizer.prefix_token_ids]
+        if tokenizer.prefix_token_ids and tokenizer.prefix_token_ids[0] != tokenizer.bos_token_id:
+            refuse("tokenizer.prefix_token_ids does not begin with bos_token_id")
     if bad_ids := [i for i in ids if not 0 <= i < limit]:
         refuse(f"token id {bad_ids[0]} is not in the vocabulary of {limit}")
     # The ranges of `llmrun.sampler`, roughly: what a user did not ask for is not a usage error.

@@ -72,6 +72,7 @@ class Tokenizer:
     Attributes:
         bos_token_id, bos_token: the token that begins a sequence, if there is one, and the text that a chat template gets,
             mostly its own; without a text it is an ordinary token, no special one.
+        prefix: the ids that begin a sequence: mostly the BOS alone; empty without one.
         eos_token_ids, eos_token: the tokens that end one; the same holds for the text.
         vocab_size: ids are 0 to vocab_size - 1; a model may have more, which stand for nothing.
         chat_template: Jinja source of the template, if the artifact has one.
@@ -82,6 +83,7 @@ class Tokenizer:
     def __init__(self, spec: TokenizerSpec, backend: Backend, chat_template: str | None = None) -> None:
         self.bos_token_id = spec.bos_token_id
         self.bos_token = spec.bos_token
+        self.prefix = list(spec.prefix_token_ids) or ([] if spec.bos_token_id is None else [spec.bos_token_id])
         self.eos_token_ids = spec.eos_token_ids
         self.eos_token = spec.eos_token
         self.vocab_size = spec.vocab_size
@@ -102,7 +104,7 @@ class Tokenizer:
 
         Args:
             text: any text that is valid Unicode; the empty text has no ids (but may get a BOS).
-            add_bos: put the BOS id first, unless the ids begin with it and it is special; None does what the
+            add_bos: put `prefix` first, unless the ids begin with it and its tokens are special; None does what the
             checkpoint says.
             parse_special: let the text of special tokens stand for their ids, as a rendered chat template
             needs.
@@ -113,11 +115,10 @@ class Tokenizer:
         with _library_errors("tokenizer", UsageError):
             ids = self._backend.encode_special(text) if parse_special else self._encode_plain(text)
         if self._add_bos_token if add_bos is None else add_bos:
-            if self.bos_token_id is None:
-                if add_bos:
-                    raise UsageError("tokenizer: there is no BOS token to add")
-            elif ids[:1] != [self.bos_token_id] or self.bos_token_id not in self._special_ids:
-                ids = [self.bos_token_id, *ids]
+            if add_bos and not self.prefix:
+                raise UsageError("tokenizer: there is no BOS token to add")
+            if ids[: len(self.prefix)] != self.prefix or not self._special_ids.issuperset(self.prefix):
+                ids = [*self.prefix, *ids]
         return ids
 
     def encode_segments(self, segments: Sequence[str | int]) -> list[int]:

@@ -103,15 +103,25 @@ def test_what_a_post_processor_puts_before_a_text_is_put_there(frame, bos, tmp_p
     )
 
 
-def test_two_tokens_before_every_text_are_refused(tmp_path):
+@pytest.mark.parametrize("named", [None, "<x>"])
+def test_two_tokens_before_every_text_come_both(tmp_path, named):
+    """As [gMASK] and <sop> of a GLM, which names no bos_token."""
     library = _from_scratch(tmp_path, ["<s>", "<x>"])
-    ids = [(text, library.token_to_id(text)) for text in ("<s>", "<x>")]
+    both = [library.token_to_id(text) for text in ("<s>", "<x>")]
     library.post_processor = pytest.importorskip("tokenizers").processors.TemplateProcessing(
-        "<s> <x> $A", special_tokens=ids
+        "<s> <x> $A", special_tokens=list(zip(("<s>", "<x>"), both, strict=True))
     )
     library.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(IncompatibleError, match=r"tokenizer\.json: post_processor: found 2 tokens before every text"):
-        read_tokenizer(tmp_path, 302)
+    edit_json(tmp_path, "tokenizer_config.json", bos_token=named)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    files = read_tokenizer(tmp_path, 302)
+    ours = load_files(files)
+    for text in ("a", "", " b"):
+        assert ours.encode(text) == theirs.encode(text) == [*both, *ours.encode(text, add_bos=False)]
+    assert ours.prefix == both
+    assert ours.encode("<s><x>a", parse_special=True) == ours.encode("a")  # a chat template has them already
+    assert ours.encode("<s>a", parse_special=True) == [*both, both[0], *ours.encode("a", add_bos=False)]
+    assert (files.bos_token_id, files.bos_token) == (both[0], named or "<s>")
 
 
 def test_a_character_that_is_marked_as_special_is_refused(tmp_path):

@@ -71,7 +71,9 @@ class _Perplexity:
             if engine.tokenizer is None:
                 raise UsageError("the artifact has no tokenizer: give token ids with --ids.", code="E205")
             ids = engine.tokenizer.encode(text, add_bos=False)
-            first = [] if engine.tokenizer.bos_token_id is None else [engine.tokenizer.bos_token_id]
+            first = engine.tokenizer.prefix
+        if window <= len(first):
+            raise UsageError(f"--window {window}: expected more than the {len(first)} tokens that begin each.")
         step = window - len(first)
         self._windows = [first + ids[start : start + step] for start in range(0, len(ids), step)]
         if not any(len(window_ids) > 1 for window_ids in self._windows):

@@ -250,15 +250,15 @@ class Service:
             )
 
     def empty_prompt(self) -> list[int]:
-        """Return the ids that stand for no prompt: the token that begins a text.
+        """Return the ids that stand for no prompt: what begins a text.
 
         Raises:
             ApiError: 400: the model has no such token.
         """
         tokenizer = self.engine.tokenizer
-        if tokenizer is None or tokenizer.bos_token_id is None:
+        if tokenizer is None or not tokenizer.prefix:
             raise bad("the prompt is empty.", "prompt")
-        return [tokenizer.bos_token_id]
+        return [*tokenizer.prefix]
 
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         """Do work on a worker thread, so that other clients' tokens go on flowing."""
