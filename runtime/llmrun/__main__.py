@@ -9,9 +9,8 @@ import sys
 def main() -> int:
     """Run the command line; until a command handles Ctrl-C it ends the process, without a traceback while modules come in."""
     signals = importlib.import_module("_signal")  # there from the start; `signal` would import others
-    if (
-        signals.getsignal(signals.SIGINT) is signals.default_int_handler
-    ):  # not ignored, as in `llmrun ... &` of a script
+    # Not where it is ignored, as in `llmrun ... &` of a script.
+    if signals.getsignal(signals.SIGINT) is signals.default_int_handler:
         signals.signal(signals.SIGINT, signals.SIG_DFL)
     from llmrun.cli import main as run
 
