@@ -1,4 +1,4 @@
-"""How gpt-oss stores its experts: matrices in MXFP4, or with their axes exchanged, and vectors side by side.
+"""How gpt-oss stores its experts: matrices in MXFP4, or with their axes exchanged, and vectors side by side; ERNIE's vectors.
 
 In: what the headers of a checkpoint say. Out: the same, as the table of weights takes it: matrices [num_experts, out_features,
 in_features] under one name, whichever way they lie in the file; and their numbers as float32. From OCP's Microscaling Formats

@@ -140,6 +140,7 @@ def test_2_5_sizes_that_no_model_has(members, path, size):
     ("path", "value"),
     [
         (("eos_token_ids",), [-1]), (("eos_token_ids",), [1 << 40]), (("tokenizer", "bos_token_id"), -1),
+        (("tokenizer", "prefix_token_ids"), [1, 1 << 20]), (("tokenizer", "prefix_token_ids"), [2, 1]),
         (("tokenizer", "bos_token_id"), 1 << 20), (("tokenizer", "eos_token_ids"), [-5]),
         (("tokenizer", "special_tokens"), {"<s>": 1 << 20}), (("tokenizer", "special_tokens"), {"<s>": 1.0}),
         (("tokenizer", "vocab_size"), 1 << 20), (("generation", "temperature"), -1.0), (("generation", "top_k"), -1),
